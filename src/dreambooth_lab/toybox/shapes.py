@@ -31,6 +31,13 @@ GLASS: Rgb = (190, 226, 244)
 GREY: Rgb = (150, 154, 162)
 
 
+def rgb(colour: str) -> Rgb:
+    """A named shade, or '#rrggbb'."""
+    if colour.startswith("#"):
+        return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+    return SHADES[colour]
+
+
 @dataclass(frozen=True)
 class Individual:
     """One particular robot, car, …: everything about it that stays the same from picture to picture."""
@@ -89,7 +96,7 @@ def eye(x: float, y: float, r: float) -> list[Part]:
 
 
 def robot(who: Individual) -> list[Part]:
-    main, second = SHADES[who.colour], SHADES[who.second]
+    main, second = rgb(who.colour), rgb(who.second)
     parts = []
     if who.feature:
         for x in (-0.14, 0.14):
@@ -110,7 +117,7 @@ def robot(who: Individual) -> list[Part]:
 
 
 def car(who: Individual) -> list[Part]:
-    main, second = SHADES[who.colour], SHADES[who.second]
+    main, second = rgb(who.colour), rgb(who.second)
     parts = []
     roof = (-0.74, -0.78, -0.72)[who.variant]
     if who.feature:
@@ -139,7 +146,7 @@ def car(who: Individual) -> list[Part]:
 
 
 def house(who: Individual) -> list[Part]:
-    main, second = SHADES[who.colour], SHADES[who.second]
+    main, second = rgb(who.colour), rgb(who.second)
     parts = []
     if who.feature:
         parts.append(box(0.22, -0.98, 0.36, -0.6, GREY))  # chimney
@@ -160,7 +167,7 @@ def house(who: Individual) -> list[Part]:
 
 
 def cat(who: Individual) -> list[Part]:
-    main, second = SHADES[who.colour], SHADES[who.second]
+    main, second = rgb(who.colour), rgb(who.second)
     wide, tall = ((0.27, 0.26), (0.34, 0.25), (0.22, 0.29))[who.variant]
     parts = [
         poly([(0.16, -0.1), (0.42, -0.12), (0.44, -0.42), (0.53, -0.42), (0.54, -0.02), (0.16, 0.0)], main)
@@ -182,7 +189,7 @@ def cat(who: Individual) -> list[Part]:
 
 
 def cup(who: Individual) -> list[Part]:
-    main, second = SHADES[who.colour], SHADES[who.second]
+    main, second = rgb(who.colour), rgb(who.second)
     top, bottom = ((0.34, 0.34), (0.42, 0.24), (0.3, 0.4))[who.variant]
     parts = []
     if who.feature:  # steam
@@ -215,7 +222,7 @@ def cup(who: Individual) -> list[Part]:
 
 
 def fish(who: Individual) -> list[Part]:
-    main, second = SHADES[who.colour], SHADES[who.second]
+    main, second = rgb(who.colour), rgb(who.second)
     long, tall = ((0.5, 0.3), (0.42, 0.36), (0.56, 0.23))[who.variant]
     y = -0.44
     parts = [poly([(-long + 0.1, y), (-0.8, y - 0.28), (-0.72, y), (-0.8, y + 0.28)], second)]  # tail

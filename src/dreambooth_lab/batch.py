@@ -1,0 +1,61 @@
+"""The records that travel from the data to the loss. Immutable, typed, shapes said once.
+
+Letters: B rows, C latent channels, h w latent grid, L text tokens, D text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Text(NamedTuple):
+    """What the text encoders say about captions."""
+
+    states: Tensor  # [B L D]
+    pooled: Tensor  # [B P]
+
+
+class Size(NamedTuple):
+    """A picture's own size, where its crop began after resizing, and the size trained on (SDXL §2.2), in pixels."""
+
+    original: tuple[int, int]  # height, width
+    crop: tuple[int, int]  # top, left
+    target: tuple[int, int]  # height, width
+
+
+class Cond(NamedTuple):
+    """Everything the denoiser is told besides x_t and t."""
+
+    states: Tensor  # [B L D]
+    pooled: Tensor  # [B P]
+    size: Tensor  # [B 6] original h w, crop top left, target h w
+
+    def take(self, rows: Tensor) -> Cond:
+        return Cond(*(part[rows] for part in self))
+
+
+class Batch(NamedTuple):
+    """Rows of one shape, with every random choice already drawn."""
+
+    index: Tensor  # [B] global sample index
+    mean: Tensor  # [B C h w] VAE posterior, in the denoiser's latent scale
+    std: Tensor  # [B C h w]
+    z: Tensor  # [B C h w] N(0,1): the posterior's noise
+    eps: Tensor  # [B C h w] N(0,1): ε
+    u: Tensor  # [B] U[0,1): becomes t
+    cond: Cond
+    instance_rows: Tensor  # [≤B] positions of the subject's rows
+    class_rows: Tensor  # [≤B] positions of the class rows
+    mask: Tensor | None  # [B 1 h w] in [0,1], or no masks at all
+
+    def latents(self) -> Tensor:
+        """x_0 drawn from the cached posterior [B C h w]."""
+        return self.mean + self.std * self.z
+
+
+def stack_text(texts: list[Text]) -> Text:
+    """Rows of one caption each ([1 L D], [1 P]) as one record."""
+    return Text(torch.cat([t.states for t in texts]), torch.cat([t.pooled for t in texts]))

@@ -1,0 +1,89 @@
+"""Numbers of every optimiser step: computed once, written to metrics.csv and to the other loggers, shown in the bar."""
+
+from __future__ import annotations
+
+import csv
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor
+
+NAMES = {"loss": "train/loss", "instance": "train/loss_instance", "prior": "train/loss_prior"}
+HEADER = ["step", "name", "value"]
+
+
+class StepMetrics(Callback):
+    """Means over the micro-batches of an optimiser step, logged under the number of steps done.
+
+    Args:
+        every_n_steps: write every n-th step; the values of the others are not read from the device.
+    """
+
+    def __init__(self, every_n_steps: int):
+        self.every_n_steps = every_n_steps
+        self.parts: dict[str, list[Tensor]] = {}
+        self.last: dict[str, float] = {}
+        self.step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for name, value in outputs.items():
+            self.parts.setdefault(name, []).append(value.detach())
+        if trainer.global_step == self.step:
+            return  # gradients are still being accumulated
+        self.step = trainer.global_step
+        if self.step % self.every_n_steps == 0 or self.step == trainer.max_steps:
+            self.last = {NAMES[name]: torch.stack(values).mean().item() for name, values in self.parts.items()}
+            self.last["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            for logger in trainer.loggers:
+                logger.log_metrics(self.last, self.step)
+        self.parts = {}
+
+
+class MetricsFile(Logger):
+    """metrics.csv, one line a value (step, name, value), floats exact; appended and flushed, so a killed run keeps all.
+
+    Args:
+        path: the file; made if absent.
+        keep_to: last step whose lines stay, for a run taken up from an older checkpoint.
+    """
+
+    def __init__(self, path: Path, keep_to: int):
+        super().__init__()
+        old = [line for line in read_metrics(path) if line[0] <= keep_to]
+        self.file = path.open("w", newline="", encoding="utf-8")
+        self.writer = csv.writer(self.file)
+        self.writer.writerow(HEADER)
+        self.writer.writerows((step, name, repr(value)) for step, name, value in old)
+        self.file.flush()
+
+    name = "metrics"
+    version = 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        self.writer.writerows((step, name, repr(float(value))) for name, value in metrics.items())
+        self.file.flush()
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in config.yaml."""
+
+    def finalize(self, status: str) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[tuple[int, str, float]]:
+    """Lines of a metrics.csv as (step, name, value); a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [(int(step), name, float(value)) for step, name, value in list(csv.reader(whole))[1:]]

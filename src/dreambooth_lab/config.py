@@ -1,0 +1,310 @@
+"""What a run may say: the typed schema of `conf/`, and `check`, which reports every problem at once.
+
+Python says what is legal, YAML says what is chosen, so the dataclasses carry no defaults. Nothing here imports torch:
+`--help`, `--cfg job` and every refusal come in well under a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+
+class ConfigError(Exception):
+    """A problem the user can mend; its text names the key, the value and the way out."""
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the wheel, or at the root of a source checkout."""
+    here = Path(__file__).resolve().parent
+    return next(p for p in (here / "conf", here.parents[1] / "conf") if p.is_dir())
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class QuantKind(Enum):
+    none = "none"
+    int8 = "int8"
+
+
+class Crop(Enum):
+    center = "center"
+    random = "random"
+
+
+class PriorKind(Enum):
+    none = "none"
+    noise = "noise"
+    teacher = "teacher"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+
+
+@dataclass
+class ModelConfig:
+    _target_: str
+    pretrained: str
+    revision: str | None
+    variant: str | None
+    dtype: Dtype
+    encoder_dtype: Dtype
+    resolution: int
+    gradient_checkpointing: bool
+
+
+@dataclass
+class AdapterConfig:
+    _target_: str
+    rank: int
+    alpha: float
+    dropout: float
+    parts: list[str]
+    targets: list[str]
+
+
+@dataclass
+class QuantConfig:
+    kind: QuantKind
+
+
+@dataclass
+class DatasetConfig:
+    path: str
+    instance_prompt: str
+    class_prompt: str | None
+    resolutions: list[int]
+    max_aspect: float
+    minimum_image_size: int
+    repeats: int
+    crop: Crop
+    crop_variants: int
+    flip: bool
+    caption_dropout: float
+    batch_size: int
+
+
+@dataclass
+class PriorConfig:
+    kind: PriorKind
+    path: str | None
+    prompt: str | None
+    weight: float
+    share: float
+
+
+@dataclass
+class MaskConfig:
+    normalize: bool
+    floor: float
+
+
+@dataclass
+class RolloutConfig:
+    enabled: bool
+    max_step_offset: int
+    probability: float
+    ramp_steps: int
+    sampler: str
+
+
+@dataclass
+class EmaConfig:
+    enabled: bool
+    decay: float
+    update_interval: int
+    device: str
+
+
+@dataclass
+class ValidationConfig:
+    every_n_steps: int
+    prompts: list[str]
+    negative_prompt: str
+    num_images: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    resolution: int
+
+
+@dataclass
+class OptimizerConfig:
+    _target_: str
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    schedule: Schedule
+    warmup_steps: int
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int
+    accumulate_grad_batches: int
+    gradient_clip_norm: float
+    accelerator: str
+    log_every_n_steps: int
+    deterministic: bool
+    progress: bool
+
+
+@dataclass
+class CheckpointConfig:
+    every_n_steps: int
+    keep_all: bool
+
+
+@dataclass
+class LoggerConfig:
+    tensorboard: bool
+
+
+@dataclass
+class Config:
+    model: ModelConfig
+    adapter: AdapterConfig
+    quant: QuantConfig
+    dataset: DatasetConfig
+    prior: PriorConfig
+    mask: MaskConfig
+    rollout: RolloutConfig
+    ema: EmaConfig
+    validation: ValidationConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    logger: LoggerConfig
+    name: str
+    seed: int
+    runs: str
+    cache: str
+    resume: str | None
+    preflight: str
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise one `ConfigError` that lists every problem of a composed config; silent when there is none."""
+    absent = [f"{key} has no value; set {key}=…" for key in sorted(OmegaConf.missing_keys(cfg))]
+    found = absent + list(_strangers(cfg)) + [text for text in _problems(Reader(cfg)) if text]
+    if found:
+        raise ConfigError(f"{len(found)} problem(s) in the configuration:\n" + "\n".join(f"  - {p}" for p in found))
+
+
+class Reader:
+    """Reads keys for the checks; a missing value reads as None, since it is already reported by itself."""
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg = cfg
+
+    def __call__(self, key: str) -> Any:
+        return OmegaConf.select(self.cfg, key, default=None)
+
+    def bounded(self, key: str, low: float, high: float = float("inf")) -> str | None:
+        value = self(key)
+        if value is None or low <= value <= high:
+            return None
+        legal = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        return f"{key} is {value}; it must be {legal}"
+
+    def folder(self, key: str, what: str) -> str | None:
+        value = self(key)
+        if value is None or Path(value).expanduser().is_dir():
+            return None
+        state = "is a file" if Path(value).expanduser().exists() else "does not exist"
+        return f"{key} is {value!r}, which {state}; it must be a folder with {what}"
+
+
+def _strangers(node: DictConfig, schema: type = Config, prefix: str = "") -> Iterator[str]:
+    """Keys outside the schema, which `+key=…` adds without a word."""
+    legal = get_type_hints(schema)
+    for key in map(str, node):
+        if key not in legal:
+            near = get_close_matches(key, legal, n=1)
+            yield f"{prefix}{key} is not a key of this project" + (f"; did you mean {prefix}{near[0]}?" if near else "")
+        elif is_dataclass(legal[key]) and isinstance(child := node._get_node(key), DictConfig):
+            yield from _strangers(child, legal[key], f"{prefix}{key}.")
+
+
+BOUNDS: tuple[tuple[Any, ...], ...] = (
+    ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99),
+    ("dataset.max_aspect", 1, 8), ("dataset.minimum_image_size", 0), ("dataset.repeats", 0),
+    ("dataset.crop_variants", 1), ("dataset.caption_dropout", 0, 1), ("dataset.batch_size", 1),
+    ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1),
+    ("ema.decay", 0, 1), ("ema.update_interval", 1),
+    ("validation.every_n_steps", 0), ("validation.num_images", 1), ("validation.num_inference_steps", 1),
+    ("optimizer.lr", 0), ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0),
+    ("trainer.max_steps", 1), ("trainer.accumulate_grad_batches", 1), ("trainer.gradient_clip_norm", 0),
+    ("trainer.log_every_n_steps", 1), ("checkpoint.every_n_steps", 1), ("seed", 0, 2**31 - 1),
+)  # fmt: skip
+
+
+def _problems(read: Reader) -> Iterator[str | None]:
+    """Everything that types can't say."""
+    for key, *bounds in BOUNDS:
+        yield read.bounded(key, *bounds)
+    yield from _not_built(read)
+    yield from _data_problems(read)
+    yield from _model_problems(read)
+    if read("preflight") not in (None, "run", "only"):
+        yield f"preflight is {read('preflight')!r}; it must be run, or only (stop before training)"
+    if read("resume") is not None:
+        yield read.folder("resume", "an earlier run of this project")
+    if not str(read("name") or "x").replace("-", "").replace("_", "").isalnum():
+        yield f"name is {read('name')!r}; it names a folder, so only letters, digits, - and _ are allowed"
+
+
+def _not_built(read: Reader) -> Iterator[str | None]:
+    """What the configuration can say but the code can't do yet: refused, never ignored."""
+    if read("quant.kind") not in (None, QuantKind.none):
+        yield f"quant.kind is {read('quant.kind').name}: quantised bases are not built yet; use quant=none"
+    if read("rollout.enabled"):
+        yield "rollout.enabled is true: rollout is not built yet; set rollout.enabled=false"
+
+
+def _data_problems(read: Reader) -> Iterator[str | None]:
+    yield read.folder("dataset.path", "the subject's photos")
+    if read("dataset.resolutions") is not None and (not read("dataset.resolutions") or min(read("dataset.resolutions")) < 16):
+        yield f"dataset.resolutions is {read('dataset.resolutions')}; list at least one edge of 16 px or more"
+    if read("dataset.crop_variants") not in (None, 1) and read("dataset.crop") is Crop.center:
+        yield f"dataset.crop_variants is {read('dataset.crop_variants')} with dataset.crop=center, which has only one; use dataset.crop=random"
+    if read("prior.kind") in (None, PriorKind.none):
+        return
+    if read("prior.path") is None:
+        yield "prior.path is null, but prior.kind needs class pictures; set prior.path=FOLDER or prior=none"
+    else:
+        yield read.folder("prior.path", "class pictures")
+    if not read("prior.prompt"):
+        yield 'prior.prompt is empty; set dataset.class_prompt="a photo of a dog" (the subject\'s class)'
+    if read("prior.share") in (0, 1):
+        yield f"prior.share is {read('prior.share')}; the share of class rows must lie inside (0, 1), or use prior=none"
+
+
+def _model_problems(read: Reader) -> Iterator[str | None]:
+    place = read("model.pretrained")
+    if place and (place.startswith((".", "/", "~")) or place.count("/") > 1) and not Path(place).expanduser().is_dir():
+        yield f"model.pretrained is {place!r}, a folder that does not exist; give a diffusers folder or a hub id such as owner/name"
+    if not read("adapter.parts") and not read("adapter.targets"):
+        yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
+    if read("ema.device") is not None and not str(read("ema.device")).split(":")[0] in ("cpu", "cuda"):
+        yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"
+    for key in ("validation.resolution", "model.resolution"):
+        if read(key) is not None and (read(key) < 16 or read(key) % 8):
+            yield f"{key} is {read(key)}; it must be a multiple of 8, at least 16"

@@ -1,0 +1,56 @@
+"""Counter-based random draws: (seed, index, purpose) → values, with no state in between.
+
+Every random choice of a training sample comes from here, before any forward pass. So a draw does not depend on the batch
+it sits in, the worker that makes it, the number of ranks, or on what was drawn earlier: a resumed run, a run at another
+batch size and two members of a sweep all see the same noise for sample n.
+
+The generator is Philox (Salmon et al. 2011): its key is (seed, purpose), its counter starts at the index.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What a draw decides. Values are part of the format: append, never renumber."""
+
+    ORDER = 1  # which picture comes when
+    BATCHES = 2  # which bucket comes when
+    CAPTION_DROPOUT = 3
+    VARIANT = 4  # which cached crop, mirrored or not
+    CROP = 5  # where a cached crop lies
+    TIME = 6
+    NOISE = 7
+    POSTERIOR = 8  # the VAE posterior's own noise
+    ADAPTER_INIT = 9
+    STEP = 10  # torch's global generator during one step (adapter dropout)
+
+
+def generator(seed: int, index: int, purpose: Purpose) -> np.random.Generator:
+    """A fresh generator for (seed, index, purpose); draws of one never overlap those of another (2^192 values each)."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, index]))
+
+
+def uniform(seed: int, index: int, purpose: Purpose) -> float:
+    """One number from U[0, 1)."""
+    return generator(seed, index, purpose).random()
+
+
+def normal(seed: int, index: int, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
+    """N(0, 1) of the given shape, float32, on the CPU."""
+    return torch.from_numpy(generator(seed, index, purpose).standard_normal(shape, dtype=np.float32))
+
+
+def permutation(seed: int, index: int, purpose: Purpose, n: int) -> np.ndarray:
+    """The numbers 0 … n-1 in random order [n]."""
+    return generator(seed, index, purpose).permutation(n)
+
+
+def torch_seed(seed: int, index: int, purpose: Purpose) -> int:
+    """A 63-bit seed for torch's own generators."""
+    return int(generator(seed, index, purpose).integers(2**63))

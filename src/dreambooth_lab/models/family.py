@@ -1,0 +1,80 @@
+"""The contract of a model family: facts that the method needs, and verbs that adapt a foreign model to it.
+
+Everything outside speaks of t in [0, 1], of latents in the denoiser's own scale and of `Cond`; what is particular to a
+network stays in its family's one file. A family is built without weights; each part loads when first used, and leaves
+memory by `release_encoders`, so text encoders, VAE and denoiser need not be in memory together.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path as Folder
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Cond, Size, Text
+from ..diffusion.path import Path
+
+
+class Family(ABC):
+    """Facts are attributes, verbs are methods."""
+
+    path: Path  # how data becomes noise, what the network predicts
+    stride: int  # pixels: every side of a training picture is a multiple of it
+    factor: int  # pixels per latent cell
+    channels: int  # C of the latents
+    times: tuple[float, float] = (0.0, 1.0)  # the part of the path it was trained on
+    learns: ClassVar[Mapping[str, tuple[str, ...]]]  # part → endings of the layer names that receive adapters
+    folder: Folder  # where its files lie
+    device: torch.device = torch.device("cpu")
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The network that learns; loaded, frozen and in evaluation mode at first use."""
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        """Captions → states [B L D], pooled [B P], float32 on the CPU. An empty caption is the unconditional input."""
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] [B 3 H W] → posterior mean and std [B C h w] in the denoiser's latent scale."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents in the denoiser's scale [B C h w] → pixels in [-1, 1] [B 3 H W]."""
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's answer at x_t [B C h w], float32."""
+
+    @abstractmethod
+    def generate(self, text: Text, negative: Text, *, height: int, width: int, **options: Any) -> list[Any]:
+        """PIL pictures, one per row of `text`, through the family's own diffusers pipeline and the current weights."""
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """The diffusers pipeline from this family's files, as a user would load it: no adapter in it."""
+
+    @abstractmethod
+    def save_lora(self, folder: Folder, layers: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write `pytorch_lora_weights.safetensors` as `load_lora_weights` reads it."""
+
+    @abstractmethod
+    def release_encoders(self) -> None:
+        """Drop VAE and text encoders from memory; they load again when used."""
+
+    @abstractmethod
+    def text_identity(self) -> str:
+        """Hash of all that `encode_text` depends on besides the captions; reads files, loads nothing."""
+
+    @abstractmethod
+    def image_identity(self) -> str:
+        """Hash of all that `encode_image` depends on besides the pixels; reads files, loads nothing."""
+
+    def cond(self, text: Text, sizes: Sequence[Size]) -> Cond:
+        return Cond(text.states, text.pooled, torch.tensor([(*s.original, *s.crop, *s.target) for s in sizes]).float())

@@ -1,0 +1,89 @@
+"""Where a pretrained model's files are, and what identifies them. Only safetensors are ever read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import ConfigError
+
+WAY_OUT = "set model.pretrained to a folder written by diffusers' save_pretrained, or to a hub id this machine can reach"
+
+
+def resolve(pretrained: str, revision: str | None, variant: str | None) -> Path:
+    """The folder of a diffusers pipeline: a local one as it is, a hub id through the hub's cache.
+
+    Raises:
+        ConfigError: there is no such folder, or the hub or the cache can't give it.
+    """
+    folder = Path(pretrained).expanduser()
+    if not folder.is_dir():
+        folder = _download(pretrained, revision, variant)
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(f"model.pretrained is {pretrained!r}, which has no model_index.json; {WAY_OUT}")
+    return folder
+
+
+def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
+    from huggingface_hub import constants
+
+    constants.HF_HUB_ETAG_TIMEOUT = min(constants.HF_HUB_ETAG_TIMEOUT, 10)  # seconds until "unreachable"
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(hub_id, revision=revision, variant=variant, use_safetensors=True))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise ConfigError(
+            f"model.pretrained is {hub_id!r}, which is no folder and could not be fetched ({type(error).__name__}: "
+            f"{shorten(reason, 160)}); {WAY_OUT}"
+        ) from error
+
+
+def quiet() -> None:
+    """Silence the libraries' loading bars and their advice to install torchvision, which nothing here needs."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(lambda record: "torchvision" not in record.getMessage())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weight_variant(folder: Path, variant: str | None) -> str | None:
+    """`variant` if the folder has weights of that name, else None: the plain files."""
+    return variant if variant and any(folder.glob(f"*.{variant}.safetensors")) else None
+
+
+def identity(folder: Path, parts: tuple[str, ...], *also: str) -> str:
+    """SHA-256 over the settings and weights of some components, and over whatever else is said."""
+    digest = hashlib.sha256("\0".join(also).encode())
+    for part in parts:
+        for file in sorted(p for p in (folder / part).iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model")):
+            digest.update(f"{part}/{file.name}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def settle(model: nn.Module, device: torch.device) -> nn.Module:
+    """Frozen, in evaluation mode, on its device, with every tensor in memory of its own.
+
+    Weights mapped from a safetensors file may start at any byte; kernels then round differently in the last bit from
+    weights that were allocated, so the copy is what makes two loads of one model agree exactly.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, copy=True)
+    return model.to(device).requires_grad_(False).eval()

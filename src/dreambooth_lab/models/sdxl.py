@@ -1,0 +1,180 @@
+"""Stable Diffusion XL (Podell et al. 2023): UNet with text_time conditioning, two CLIP text encoders, KL-VAE."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path as Folder
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..batch import Cond, Text
+from ..config import ConfigError, Dtype
+from ..diffusion.path import Prediction, VariancePreserving
+from . import files
+from .family import Family
+
+log = logging.getLogger(__name__)
+
+TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+
+
+class SDXL(Family):
+    """Any checkpoint of SDXL's architecture, of any size, with any number of latent channels.
+
+    Args:
+        pretrained: folder written by save_pretrained, or hub id.
+        dtype: of the frozen UNet; its answers are float32.
+        encoder_dtype: of the VAE and the text encoders.
+    """
+
+    learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    }
+
+    def __init__(
+        self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
+        resolution: int, gradient_checkpointing: bool,
+    ):  # fmt: skip
+        files.quiet()
+        self.folder = files.resolve(pretrained, revision, variant)
+        self.variant = variant
+        self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
+        self.gradient_checkpointing = gradient_checkpointing
+        index = files.read_json(self.folder / "model_index.json")
+        if not index["_class_name"].startswith("StableDiffusionXL") or "text_encoder_2" not in index:
+            raise ConfigError(
+                f"model.pretrained is {pretrained!r}, a {index['_class_name']}; model=sdxl needs a StableDiffusionXLPipeline"
+            )
+        self.zero_unconditional = index.get("force_zeros_for_empty_prompt", True)
+        self._read_facts()
+
+    def _read_facts(self) -> None:
+        schedule = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        self.path = VariancePreserving(schedule.alphas_cumprod, Prediction(schedule.config.prediction_type))
+        vae, unet = (files.read_json(self.folder / part / "config.json") for part in ("vae", "unet"))
+        self.factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.stride = self.factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        self.channels = unet["in_channels"]
+        self.scaling = vae["scaling_factor"]
+
+    def _load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
+        name = {} if kind.__module__.startswith("diffusers") else {"dtype": dtype}
+        variant = files.weight_variant(self.folder / part, self.variant)
+        options = name or {"torch_dtype": dtype}
+        model = kind.from_pretrained(self.folder, subfolder=part, variant=variant, use_safetensors=True, **options)
+        return files.settle(model, self.device)
+
+    @cached_property
+    def denoiser(self) -> nn.Module:  # type: ignore[override]
+        unet = self._load(UNet2DConditionModel, "unet", self.dtype)
+        if self.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return self._load(AutoencoderKL, "vae", self.encoder_dtype)
+
+    @cached_property
+    def text_encoders(self) -> list[tuple[Any, Any]]:
+        """(tokenizer, encoder), twice."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        kinds = (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection))
+        pairs = []
+        for suffix, kind in kinds:
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder, subfolder=f"tokenizer{suffix}")
+            pairs.append((tokenizer, self._load(kind, f"text_encoder{suffix}", self.encoder_dtype)))
+        return pairs
+
+    def release_encoders(self) -> None:
+        self.__dict__.pop("vae", None)
+        self.__dict__.pop("text_encoders", None)
+
+    def text_identity(self) -> str:
+        return files.identity(self.folder, TEXT_PARTS, "sdxl", str(self.encoder_dtype), str(self.zero_unconditional))
+
+    def image_identity(self) -> str:
+        return files.identity(self.folder, ("vae",), str(self.encoder_dtype))
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        """The last hidden layer but one of both encoders, side by side; pooled is the second's projected output."""
+        states = []
+        for tokenizer, encoder in self.text_encoders:
+            _warn_of_long(captions, tokenizer)
+            ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+            output = encoder(ids.to(self.device), output_hidden_states=True)
+            states.append(output.hidden_states[-2].float().cpu())
+        text = Text(torch.cat(states, -1), output.text_embeds.float().cpu())
+        if self.zero_unconditional:
+            said = torch.tensor([bool(caption) for caption in captions])
+            text = Text(text.states * said.view(-1, 1, 1), text.pooled * said.view(-1, 1))
+        return text
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(pixels.to(self.device, self.encoder_dtype)).latent_dist
+        return (posterior.mean.float() * self.scaling).cpu(), (posterior.std.float() * self.scaling).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.to(self.device, self.encoder_dtype) / self.scaling).sample.float()
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.denoiser(
+            x_t.to(self.dtype), self.path.native(t), cond.states.to(self.dtype),
+            added_cond_kwargs={"text_embeds": cond.pooled.to(self.dtype), "time_ids": cond.size}, return_dict=False,
+        )[0].float()  # fmt: skip
+
+    @cached_property
+    def _sampler(self) -> Any:
+        from diffusers import StableDiffusionXLPipeline
+
+        absent = dict.fromkeys(TEXT_PARTS)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            self.folder, unet=self.denoiser, vae=None, add_watermarker=False, **absent
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @torch.no_grad()
+    def generate(self, text: Text, negative: Text, *, height: int, width: int, **options: Any) -> list[Any]:
+        self._sampler.vae = self.vae
+        texts = {"prompt_embeds": text.states, "pooled_prompt_embeds": text.pooled}
+        texts |= {"negative_prompt_embeds": negative.states, "negative_pooled_prompt_embeds": negative.pooled}
+        texts = {name: value.to(self.device, self.dtype) for name, value in texts.items()}
+        try:
+            return self._sampler(height=height, width=width, **texts, **options).images
+        finally:
+            self._sampler.vae = None
+            self.release_encoders()
+
+    def pipeline(self) -> Any:
+        from diffusers import StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline.from_pretrained(
+            self.folder, torch_dtype=self.dtype, add_watermarker=False, use_safetensors=True,
+            variant=files.weight_variant(self.folder / "unet", self.variant),
+        )  # fmt: skip
+
+    def save_lora(self, folder: Folder, layers: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        from diffusers import StableDiffusionXLPipeline
+
+        StableDiffusionXLPipeline.save_lora_weights(
+            folder, unet_lora_layers=dict(layers), unet_lora_adapter_metadata=dict(metadata)
+        )
+
+
+def _warn_of_long(captions: Sequence[str], tokenizer: Any) -> None:
+    limit = tokenizer.model_max_length
+    for caption in captions:
+        length = len(tokenizer(caption).input_ids)
+        if length > limit:
+            log.warning("caption has %d tokens, of which the text encoder reads the first %d: %r", length, limit, caption)

@@ -1,0 +1,76 @@
+"""The tables shown, and saved with the run, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from .data.module import DreamBoothData, Summary
+from .dreambooth import DreamBooth
+
+
+def show(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list[str], path: Path) -> None:
+    """Print what is about to run, and write the same to `path`."""
+    tables = [_datasets(data), _rejected(data.summaries()), _buckets(data), _training(cfg, data, module, layers)]
+    with path.open("w", encoding="utf-8") as file:
+        for console in (Console(), Console(file=file, width=120)):
+            for table in tables:
+                if table.row_count:
+                    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _datasets(data: DreamBoothData) -> Table:
+    table = _table("Datasets", "dataset", "found", "rejected", "rows/epoch", "share", "cached", "encoded")
+    rows = data.rows_per_epoch()
+    total = sum(rows.values())
+    for s in data.summaries():
+        mine = rows[s.spec.id]
+        cells = (s.spec.id, s.found, len(s.rejected), f"{mine:.1f}", f"{mine / total:.0%}", s.cached, s.built)
+        table.add_row(*map(str, cells))
+    return table
+
+
+def _rejected(summaries: list[Summary]) -> Table:
+    table = _table("Rejected pictures", "dataset", "picture", "rule")
+    for summary in summaries:
+        for item in summary.rejected:
+            table.add_row(summary.spec.id, item.name, item.reason)
+    return table
+
+
+def _buckets(data: DreamBoothData) -> Table:
+    table = _table("Buckets", "width × height", "instance pictures", "class pictures")
+    for bucket in data.schedule.buckets:
+        height, width = bucket.shape
+        table.add_row(f"{width} × {height}", str(len(bucket.instances)), str(len(bucket.classes)))
+    return table
+
+
+def _training(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list[str]) -> Table:
+    table = _table("Training", "what", "value")
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in module.denoiser.parameters())
+    steps = data.schedule.batches_per_epoch / cfg.trainer.accumulate_grad_batches
+    rows = {
+        "base model": cfg.model.pretrained,
+        "adapted layers": f"{len(layers):,}",
+        "trainable parameters": f"{trainable:,} of {whole:,}",
+        "optimiser steps": f"{cfg.trainer.max_steps:,} ({cfg.trainer.max_steps / steps:.1f} epochs of {steps:.1f} steps)",
+        "rows per optimiser step": str(cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches),
+        "prior": f"{cfg.prior.kind.name}, weight {cfg.prior.weight:g}",
+        "device": str(module.family.device),
+        "damaged cache entries made again": str(data.latents.damaged + data.texts.damaged),
+    }
+    for what, value in rows.items():
+        table.add_row(what, value)
+    return table

@@ -1,0 +1,115 @@
+"""One run, as the list of the things it is made of: preflight → build → fit → export → report."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import DictConfig
+
+from . import draw, preflight, report
+from .callbacks.checkpoint import Checkpoints
+from .callbacks.ema import Ema
+from .callbacks.export import Export
+from .callbacks.metrics import MetricsFile, StepMetrics
+from .callbacks.progress import Bar
+from .callbacks.validation import Validation
+from .config import ConfigError
+from .data.module import DreamBoothData
+from .draw import Purpose
+from .dreambooth import DreamBooth
+from .models.family import Family
+from .runfolder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, root: Path) -> dict[str, float]:
+    """Train as a checked config says, in the folder `root`; returns the last step's numbers.
+
+    Raises:
+        ConfigError: something the files or the machine can't give; nothing has been trained then.
+    """
+    _quiet_libraries()
+    folder = RunFolder(root)
+    start = folder.newest() if cfg.resume else None
+    family = build_family(cfg)
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    adapter = build(cfg.adapter)
+    layers = adapter.attach(family.denoiser, family.learns, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
+    module = DreamBooth(cfg, family, adapter).train()
+    folder.save_config(cfg)
+    folder.save_environment(str(family.device))
+    preflight.show(cfg, data, module, layers, folder.preflight)
+    if cfg.preflight == "only":
+        return {}
+    trainer, metrics = build_trainer(cfg, folder, data, start[1] if start else 0)
+    trainer.fit(module, data, ckpt_path=start[0] if start else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    report.write(folder)
+    log.info("done: %s", folder.report)
+    return metrics.last
+
+
+def build(node: DictConfig) -> Any:
+    """The object that a config group names by `_target_`, made from the group's other keys."""
+    return get_class(node._target_)(**{key: value for key, value in node.items() if key != "_target_"})
+
+
+def build_family(cfg: DictConfig) -> Family:
+    """The model family on the run's device; no weights are loaded yet."""
+    family: Family = build(cfg.model)
+    family.device = _device(cfg.trainer.accelerator)
+    return family
+
+
+def _device(accelerator: str) -> torch.device:
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator is 'gpu', but torch sees no CUDA device; use trainer.accelerator=cpu or auto")
+    return torch.device("cuda", 0) if accelerator != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def build_trainer(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, step: int) -> tuple[Trainer, StepMetrics]:
+    """The Trainer with every callback, checkpoints last."""
+    metrics = StepMetrics(cfg.trainer.log_every_n_steps)
+    ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
+    callbacks: list[Callback | None] = [
+        metrics,
+        Bar(metrics) if cfg.trainer.progress else None,
+        ema,
+        Validation(cfg.validation, data, folder) if cfg.validation.every_n_steps else None,
+        Export(folder, ema),
+        Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
+    ]
+    trainer = Trainer(
+        accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=1, precision="32-true",
+        max_steps=cfg.trainer.max_steps, max_epochs=-1, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
+        gradient_clip_val=cfg.trainer.gradient_clip_norm or None, deterministic=cfg.trainer.deterministic,
+        callbacks=[c for c in callbacks if c], logger=_loggers(cfg, folder, step), default_root_dir=folder.root,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    return trainer, metrics
+
+
+def _loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]:
+    loggers: list[Logger] = [MetricsFile(folder.metrics, keep_to=step)]
+    if cfg.logger.tensorboard:
+        loggers.append(TensorBoardLogger(folder.root, name="tensorboard", version="", purge_step=step + 1))
+    return loggers
+
+
+def _quiet_libraries() -> None:
+    """Silence advice that doesn't apply here; warnings about the work itself stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

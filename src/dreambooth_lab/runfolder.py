@@ -1,0 +1,138 @@
+"""A run's folder: what lies where, how it is named, and how a run is taken up again. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .config import Config, ConfigError, conf_dir
+
+CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "cache",
+              "validation", "checkpoint", "logger", "resume", "runs", "name", "preflight")  # fmt: skip
+PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "transformers", "peft", "safetensors", "numpy")
+
+
+class RunFolder:
+    """Paths below one run's folder; the only place that names them."""
+
+    def __init__(self, root: Path | str):
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.environment = self.root / "environment.json"
+        self.preflight = self.root / "preflight.txt"
+        self.metrics = self.root / "metrics.csv"
+        self.pictures = self.root / "pictures"
+        self.checkpoints = self.root / "checkpoints"
+        self.export = self.root / "export"
+        self.report = self.root / "report.html"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:07d}.ckpt"
+
+    def newest(self) -> tuple[Path, int] | None:
+        """The newest checkpoint and its optimiser step."""
+        found = sorted(self.checkpoints.glob("step_*.ckpt"))
+        return (found[-1], int(found[-1].stem.removeprefix("step_"))) if found else None
+
+    def saved_config(self) -> DictConfig:
+        """The run's configuration, typed by the schema.
+
+        Raises:
+            ConfigError: the folder holds no run.
+        """
+        if not self.config.is_file():
+            raise ConfigError(f"{str(self.root)!r} is not a run folder: it has no {self.config.name}; give a folder below runs/")
+        saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(self.config))
+        assert isinstance(saved, DictConfig)
+        return saved
+
+    def save_config(self, cfg: DictConfig) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, self.config, resolve=True)
+
+    def save_environment(self, device: str) -> None:
+        """Append to the list of starts: when, where, with which command and versions."""
+        starts = json.loads(self.environment.read_text()) if self.environment.is_file() else []
+        starts.append(
+            {
+                "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "command": [Path(sys.argv[0]).parent.name, *sys.argv[1:]],
+                "commit": _commit(),
+                "device": device,
+                "platform": platform.platform(),
+                "python": platform.python_version(),
+                "packages": {name: metadata.version(name) for name in PACKAGES},
+            }
+        )
+        self.environment.write_text(json.dumps(starts, indent=2) + "\n")
+
+
+@cache
+def new_folder(resume: str | None, runs: str, name: str) -> str:
+    """OmegaConf resolver `run_folder`: the resumed run's folder, or a new one named by date and name."""
+    if resume:
+        return resume
+    stem = Path(runs).expanduser() / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
+    taken = [stem, *(stem.with_name(f"{stem.name}_{i}") for i in range(2, 100))]
+    return str(next(folder for folder in taken if not folder.exists()))
+
+
+def take_up(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of a resumed run: the saved one, with what the command line says now.
+
+    Args:
+        cfg: composed from the command line, `resume` set.
+        overrides: the command line's `key=value` words.
+
+    Raises:
+        ConfigError: a key that decides what is learned would change; lists them with both values.
+    """
+    folder = RunFolder(cfg.resume)
+    saved = folder.saved_config()
+    if folder.newest() is None:
+        raise ConfigError(f"resume is {cfg.resume!r}, which has no checkpoint yet; start the run anew instead")
+    result = saved.copy()
+    for key in {word.lstrip("+~").split("=")[0].split("@")[0] for word in overrides}:
+        if OmegaConf.is_missing(cfg, key) or OmegaConf.select(cfg, key) is None and key not in cfg:
+            continue
+        OmegaConf.update(result, key, OmegaConf.select(cfg, key), merge=False)
+    changed = list(_differences(OmegaConf.to_container(saved, resolve=True), OmegaConf.to_container(result, resolve=True)))
+    refused = [(k, a, b) for k, a, b in changed if not any(k == ok or k.startswith(ok + ".") for ok in CHANGEABLE)]
+    if refused:
+        lines = [f"  - {k} was {_say(a)}, now {_say(b)}" for k, a, b in refused]
+        raise ConfigError(
+            "a resumed run continues bit for bit, so these can't change; leave them out, or start a new run:\n" + "\n".join(lines)
+        )
+    return result
+
+
+def _say(value: Any) -> str:
+    return repr(getattr(value, "name", value))
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Any:
+    for key in old:
+        path = f"{prefix}{key}"
+        if isinstance(old[key], dict) and isinstance(new[key], dict):
+            yield from _differences(old[key], new[key], path + ".")
+        elif old[key] != new[key]:
+            yield path, old[key], new[key]
+
+
+def _commit() -> str | None:
+    """Of the source checkout this package runs from, with + if it has changes; None for an installed wheel."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=conf_dir(), capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

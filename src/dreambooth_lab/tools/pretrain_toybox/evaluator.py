@@ -1,0 +1,108 @@
+"""The evaluator: attribute heads on every picture, and identity learned from pairs of pictures of one individual."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreambooth_lab.tools.pretrain_toybox.runner import Stage, fit
+from dreambooth_lab.tools.pretrain_toybox.vae import HELD_OUT, to_tensor
+from dreambooth_lab.toybox.evaluator import HEADS, Evaluator
+from dreambooth_lab.toybox.world import BACKGROUNDS, BUCKETS, Scene, Size, draw_individual, place, render, scene
+
+
+class Pairs(NamedTuple):
+    images: Tensor  # [2N 3 H W]: picture i and picture N + i show one individual
+    labels: dict[str, Tensor]  # [2N], -1 where the attribute has no name
+
+
+def labels(s: Scene) -> dict[str, int]:
+    who = s.who
+    words = {
+        "kind": who.kind, "colour": who.colour, "background": s.background, "style": s.style, "second": who.second,
+        "pattern": who.pattern, "variant": str(who.variant), "feature": "yes" if who.feature else "no",
+    }  # fmt: skip
+    return {name: HEADS[name].index(word) if word in HEADS[name] else -1 for name, word in words.items()}
+
+
+def pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """One individual twice, in different places; half of them in shades without a name."""
+    who = draw_individual(rng)
+    if rng.random() < 0.4:
+        a, b = (f"#{r:02x}{g:02x}{b:02x}" for r, g, b in rng.integers(20, 250, (2, 3)))
+        who = replace(who, colour=a, second=b)
+    first, second = (place(who, str(b), rng, night=0.05) for b in rng.choice(list(BACKGROUNDS), 2, replace=False))
+    return first, second
+
+
+def soften(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Blur, noise and brightness, as generated pictures have them."""
+    size = images.shape[-2:]
+    if rng.random() < 0.7:
+        small = F.interpolate(images, scale_factor=1 / rng.uniform(1, 3), mode="bilinear", antialias=True)
+        images = F.interpolate(small, size=size, mode="bilinear")
+    noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
+    return images * rng.uniform(0.85, 1.1) + rng.uniform(-0.08, 0.08) + rng.uniform(0, 0.1) * noise
+
+
+def batch_of(scenes: list[Scene], size: Size) -> Pairs:
+    images = torch.stack([to_tensor(np.asarray(render(s, size).image)) for s in scenes])
+    told = [labels(s) for s in scenes]
+    return Pairs(images, {name: torch.tensor([t[name] for t in told]) for name in HEADS})
+
+
+def draw_batch(step: int, cfg: Any, seed: int) -> Pairs:
+    rng = np.random.default_rng([seed, step, 0x65])
+    size = BUCKETS[int(rng.choice(3, p=(0.7, 0.15, 0.15)))]
+    pairs = [pair(rng) for _ in range(cfg.batch // 2)]
+    batch = batch_of([a for a, _ in pairs] + [b for _, b in pairs], size)
+    return batch._replace(images=soften(batch.images, rng))
+
+
+def same_individual(features: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE over the batch: each picture's partner among all others. Unit features [2N C]."""
+    n = len(features) // 2
+    scores = (features @ features.T / temperature).fill_diagonal_(-1e4)
+    return F.cross_entropy(scores, torch.arange(2 * n).roll(n))
+
+
+class EvaluatorStage(Stage):
+    def __init__(self, cfg: Any) -> None:
+        nets = [nn.ModuleDict({"evaluator": Evaluator(tuple(cfg.widths))}) for _ in range(2)]
+        super().__init__(nets[0], nets[1], cfg)
+
+    def loss(self, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        net: Evaluator = self.nets["evaluator"]  # type: ignore[assignment]
+        answers = net(batch.images)
+        told = sum(F.cross_entropy(answers[k].float(), y, ignore_index=-1) for k, y in batch.labels.items())
+        identity = same_individual(net.features(batch.images).float())
+        return told + identity, {"told": told.detach(), "identity": identity.detach()}
+
+
+@torch.no_grad()
+def accuracies(net: Evaluator, n: int = 384) -> dict[str, float]:
+    """On held-out scenes, per attribute; `identity`: the nearest picture among 2N shows the same individual."""
+    batch = batch_of([scene(HELD_OUT + i) for i in range(n)], BUCKETS[0])
+    answers = net(batch.images)
+    result = {k: (answers[k].argmax(-1) == y).float().mean().item() for k, y in batch.labels.items()}
+    rng = np.random.default_rng(1)
+    pairs = [pair(rng) for _ in range(64)]
+    features = net.features(batch_of([a for a, _ in pairs] + [b for _, b in pairs], BUCKETS[0]).images)
+    nearest = (features @ features.T).fill_diagonal_(-2).argmax(-1)
+    result["identity"] = (nearest == torch.arange(128).roll(64)).float().mean().item()
+    return {k: round(v, 3) for k, v in result.items()}
+
+
+def run(cfg: Any) -> None:
+    out = Path(cfg.out) / "evaluator"
+    torch.manual_seed(cfg.seed)
+    stage = EvaluatorStage(cfg.evaluator)
+    fit(stage, lambda step: draw_batch(step, cfg.evaluator, cfg.seed), out, workers=cfg.evaluator.workers)
+    net = stage.ema["evaluator"].eval()
+    net.save(out)
+    (out / "accuracies.json").write_text(json.dumps(accuracies(net), indent=1) + "\n")
