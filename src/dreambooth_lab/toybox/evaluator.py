@@ -1,4 +1,4 @@
-"""A small supervised net that says what a picture of the world shows; its features measure how alike two individuals are."""
+"""A small supervised net that says what a picture of the world shows, and how alike two individuals are."""
 
 import json
 from pathlib import Path
