@@ -50,7 +50,8 @@ class Stage(L.LightningModule):
             self.logged[name] = value.item() if old is None else 0.98 * old + 0.02 * value.item()
         return loss
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
         decay = min(self.cfg.ema, (1 + self.global_step) / (10 + self.global_step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.nets.parameters()), 1 - decay)

@@ -1,0 +1,67 @@
+"""The model card, with the numbers that the stages measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TEXT = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# toybox: a tiny SDXL that knows a drawn world
+
+A `StableDiffusionXLPipeline` small enough to train on a laptop: UNet with SDXL's text, size and crop conditioning,
+AutoencoderKL (f = 8, 16 latent channels), two CLIP text encoders, ε-prediction on SDXL's schedule. Trained from nothing
+on procedurally drawn scenes: 6 classes (robot, car, house, cat, cup, fish), 8 colours, 6 places, by day and at night,
+at 128×128, 96×160 and 160×96. It knows nothing else.
+
+```python
+from diffusers import StableDiffusionXLPipeline
+from dreambooth_lab.toybox import base_folder
+
+pipe = StableDiffusionXLPipeline.from_pretrained(base_folder())
+pipe("a photo of a red robot on the beach", num_inference_steps=20, guidance_scale=4.0).images[0]
+```
+
+Beside it: `evaluator/` (`dreambooth_lab.toybox.evaluator.Evaluator`: class, colour, place, identity) and `scorer/`
+(a `CLIPModel` for CLIP-I and CLIP-T). `sks`, `zwx` and ten other tokens never occurred in training; their
+embeddings are random and as long as a trained word's. Held-out subjects: `dreambooth_lab.toybox.subjects`.
+
+## Numbers
+{numbers}
+
+## Training
+`python -m dreambooth_lab.tools.pretrain_toybox stage=all`, on two CPU cores. Only drawn pictures and generated textures
+were seen: no photographs, no people.
+
+## Limits
+Small details (whiskers, spots, chimneys) are often wrong; positions and counts can't be asked for; words outside the
+world mean nothing to it. Real photographs pass the autoencoder blurred.
+"""
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def card(cfg: Any) -> str:
+    out, lines = Path(cfg.out), []
+    psnr = out / "vae/psnr.txt"
+    if psnr.exists():
+        lines.append(f"- VAE, held-out scenes: step {psnr.read_text().splitlines()[-1]} (dB)")
+    done = torch.load(out / "unet/last.ckpt", map_location="cpu", weights_only=True)["global_step"]
+    lines.append(
+        f"- UNet and text encoders: {done:,} steps of {cfg.unet.batch} pictures, {cfg.latents.scenes:,} scenes"
+    )
+    for name, told in (("evaluator", "Evaluator"), ("scorer", "Scorer, zero-shot over all 288 prompts")):
+        numbers = read(out / name / "accuracies.json")
+        if numbers:
+            lines.append(f"- {told}, accuracy on held-out scenes: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
+    judged = read(out / "judge/judge.json")
+    if judged:
+        told = ", ".join(f"{k} {v}" for k, v in judged.items() if k in ("class", "colour", "background"))
+        lines.append(f"- {judged['prompts']} prompts, judged by the evaluator (`stage=judge`): {told}")
+    return TEXT.format(numbers="\n".join(lines))

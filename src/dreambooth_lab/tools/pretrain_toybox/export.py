@@ -1,0 +1,72 @@
+"""Writes the base folder: a plain `StableDiffusionXLPipeline` in half precision, with evaluator, scorer and card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from dreambooth_lab.tools.pretrain_toybox.card import card
+from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding
+from dreambooth_lab.tools.pretrain_toybox.unet import UnetStage, pipeline
+from dreambooth_lab.toybox.tokenizer import build_tokenizer
+
+LIMIT = 14_000_000  # bytes, everything together
+
+
+def trained(cfg: Any) -> nn.ModuleDict:
+    """The averaged weights of the last checkpoint."""
+    stage = UnetStage(cfg.unet)
+    state = torch.load(Path(cfg.out) / "unet/last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    stage.load_state_dict(state)
+    return stage.ema.eval()
+
+
+def say_float32(folder: Path) -> None:
+    """transformers opens weights in the type its config names; the file's halves should open as floats."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        part.pop("torch_dtype", None)
+        part["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def add(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ckpt", "*.jsonl", "*.png"))
+
+
+def export_scorer(source: Path, target: Path) -> None:
+    from transformers import CLIPModel
+
+    add(source, target)
+    CLIPModel.from_pretrained(source).half().save_pretrained(target)
+    say_float32(target)
+
+
+def run(cfg: Any) -> None:
+    base, out = Path(cfg.base), Path(cfg.out)
+    nets = trained(cfg)
+    give_free_tokens_an_embedding(
+        nn.ModuleDict({k: v for k, v in nets.items() if k != "unet"}), build_tokenizer(), cfg.seed
+    )
+    vae = AutoencoderKL.from_pretrained(out / "latents/vae").eval()
+    shutil.rmtree(base, ignore_errors=True)
+    pipeline(nets, vae).to(dtype=torch.float16).save_pretrained(base)
+    for name in ("text_encoder", "text_encoder_2"):
+        say_float32(base / name)
+    if (out / "evaluator/model.safetensors").exists():
+        add(out / "evaluator", base / "evaluator")
+    if (out / "scorer/clip").exists():
+        export_scorer(out / "scorer/clip", base / "scorer")
+    (base / "README.md").write_text(card(cfg))
+    files = [p for p in base.rglob("*") if p.is_file()]
+    for path in files:
+        path.chmod(0o644)
+    size = sum(p.stat().st_size for p in files)
+    print(f"{base}: {size:,} bytes")
+    if size > LIMIT:
+        raise RuntimeError(f"the base folder holds {size:,} bytes; at most {LIMIT:,} may ship")

@@ -1,0 +1,142 @@
+"""The training stages on settings small enough for seconds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.testing import assert_close
+
+from dreambooth_lab.tools.pretrain_toybox import latents, scorer, unet, vae
+from dreambooth_lab.tools.pretrain_toybox.runner import fit
+from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding, new_text_encoders
+from dreambooth_lab.tools.pretrain_toybox.textures import texture
+from dreambooth_lab.toybox.captions import FREE_TOKENS
+from dreambooth_lab.toybox.evaluator import Evaluator
+from dreambooth_lab.toybox.tokenizer import build_tokenizer
+from dreambooth_lab.toybox.world import BUCKETS
+
+CONF = Path(__file__).parents[2] / "conf" / "pretrain"
+TINY_VAE = ["vae.channels=[8,8,8,8]", "vae.batch=4", "vae.workers=0", "vae.precision=32-true", "vae.warmup=2"]
+TINY_UNET = ["unet.channels=[16,16,16]", "unet.text_widths=[8,8]", "unet.heads=2", "unet.batch=4", "unet.warmup=2"]
+
+
+def config(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [*TINY_VAE, *TINY_UNET, *overrides])
+
+
+class Memory:
+    """What `Cache` holds, without files."""
+
+    def __init__(self, n=6):
+        views = [latents.view(i) for i in range(40)]
+        self.views = {s: [v for v in views if v.size == s][:n] for s in BUCKETS}
+        random = torch.Generator().manual_seed(0)
+        self.latents = {
+            (h, w): torch.randn(len(self.views[h, w]), 16, h // 8, w // 8, generator=random) for h, w in BUCKETS
+        }
+        self.share = np.array([0.6, 0.2, 0.2])
+
+
+def train_unet(folder, cfg, show=None):
+    torch.manual_seed(cfg.seed)
+    stage = unet.UnetStage(cfg.unet)
+    fit(stage, unet.Draw(Memory(), cfg.unet, cfg.seed), folder, show)
+    return stage.state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path):
+    cfg = config("unet.steps=3", "unet.keep_every=3")
+    assert same(train_unet(tmp_path / "a", cfg), train_unet(tmp_path / "b", cfg))
+
+
+def power_cut(stage, step):
+    if step == 2:
+        raise InterruptedError
+
+
+def test_a_resumed_run_ends_on_the_same_bits(tmp_path):
+    cfg = config("unet.steps=4", "unet.keep_every=2")
+    straight = train_unet(tmp_path / "a", cfg)
+    with pytest.raises(InterruptedError):
+        train_unet(tmp_path / "b", cfg, power_cut)
+    assert same(train_unet(tmp_path / "b", cfg), straight)
+
+
+def test_a_batch_is_a_function_of_its_step():
+    cfg = config()
+    draw = unet.Draw(Memory(), cfg.unet, cfg.seed)
+    assert all(torch.equal(a, b) for a, b in zip(draw(7), draw(7), strict=True))
+    assert torch.equal(vae.draw_batch(7, cfg.vae, 0).image, vae.draw_batch(7, cfg.vae, 0).image)
+
+
+def test_dropped_captions_are_zero_conditions(tmp_path):
+    """As StableDiffusionXLPipeline's force_zeros_for_empty_prompt: the words of a dropped caption can't matter."""
+    cfg = config()
+    stage, batch = unet.UnetStage(cfg.unet), unet.Draw(Memory(), cfg.unet, 0)(0)
+    dropped = batch._replace(kept=torch.zeros(4))
+    other = dropped._replace(ids=batch.ids.flip(0))
+    x = batch.latents
+    assert_close(stage.predict(stage.nets, x, dropped), stage.predict(stage.nets, x, other))
+    assert not torch.allclose(stage.predict(stage.nets, x, batch), stage.predict(stage.nets, x, dropped))
+
+
+def test_folding_statistics_is_exact():
+    """z' = (z - mean) / (std · scale), its log-variance shifted alike, and the decoder undoes it."""
+    cfg = config()
+    torch.manual_seed(0)
+    net = vae.new_vae(cfg.vae).double().eval()
+    mean, std = torch.randn(16).double(), torch.rand(16).double() + 0.5
+    x = torch.rand(2, 3, 32, 32).double()
+    folded = latents.fold(net, mean, std)
+    before, after = net.encode(x).latent_dist, folded.encode(x).latent_dist
+    m, s = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+    assert_close(after.mean * vae.SDXL_SCALE, (before.mean - m) / s)
+    assert_close(after.std * vae.SDXL_SCALE, before.std / s)
+    assert_close(folded.decode(after.mean).sample, net.decode(before.mean).sample)
+
+
+def test_views_tell_the_crop_they_show():
+    views = [latents.view(i) for i in range(300)]
+    cropped = [v for v in views if v.crop != (0, 0)]
+    assert len(cropped) > 20
+    for v in cropped[:5]:
+        top, left = v.crop
+        whole = np.asarray(latents.render(v.scene, v.original).image)
+        assert (np.asarray(latents.photograph(v)) == whole[top : top + v.size[0], left : left + v.size[1]]).all()
+
+
+@pytest.mark.parametrize("size", BUCKETS)
+def test_textures_fill_the_picture(size):
+    pixels = texture(3, size)
+    assert pixels.shape == (*size, 3) and pixels.std() > 5
+
+
+def test_free_tokens_become_as_strong_as_words():
+    tokenizer, cfg = build_tokenizer(), config()
+    nets = new_text_encoders(tokenizer, cfg.unet)
+    before = nets["text_encoder"].get_input_embeddings().weight.detach().clone()
+    give_free_tokens_an_embedding(nets, tokenizer, seed=0)
+    after = nets["text_encoder"].get_input_embeddings().weight.detach()
+    changed = (before != after).any(1).nonzero().flatten().tolist()
+    assert sorted(tokenizer.convert_ids_to_tokens(changed)) == sorted(f"{t}</w>" for t in FREE_TOKENS)
+
+
+def test_captions_fit_the_pictures_they_are_true_of():
+    scenes = [scorer.scene(i) for i in range(3)]
+    fits = scorer.fitting(scenes, ["a photo of a thing", *(f"a {s.who.colour} {s.who.kind}" for s in scenes[1:])])
+    assert fits[:, 0].all() and fits.diagonal().all()
+
+
+def test_a_saved_evaluator_judges_alike(tmp_path):
+    net = Evaluator((8, 8))
+    net.save(tmp_path)
+    x = torch.rand(2, 3, 128, 128) * 2 - 1
+    assert_close(Evaluator.load(tmp_path).features(x), net.features(x), atol=2e-2, rtol=2e-2)
+    assert len(net.judge(x).kind) == 2
