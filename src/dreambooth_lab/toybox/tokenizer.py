@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -48,15 +49,9 @@ def build_tokenizer() -> CLIPTokenizer:
     alphabet = byte_alphabet()
     symbols = [*alphabet, *(a + END for a in alphabet), *(a + b for a, b in merges), BOS, EOS]
     vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    return CLIPTokenizer(
-        vocab=vocab,
-        merges=merges,
-        model_max_length=MAX_LENGTH,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=EOS,
-        pad_token=EOS,
-    )
+    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    pairs: Any = merges  # typed as strings upstream, which it doesn't take
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=MAX_LENGTH, **special)
 
 
 def save_tokenizer(folder: Path) -> None:

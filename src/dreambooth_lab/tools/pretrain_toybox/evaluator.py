@@ -77,9 +77,11 @@ class EvaluatorStage(Stage):
         super().__init__(nets[0], nets[1], cfg)
 
     def loss(self, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        net: Evaluator = self.nets["evaluator"]  # type: ignore[assignment]
+        net = self.nets["evaluator"]
         answers = net(batch.images)
-        told = sum(F.cross_entropy(answers[k].float(), y, ignore_index=-1) for k, y in batch.labels.items())
+        told = torch.stack(
+            [F.cross_entropy(answers[k].float(), y, ignore_index=-1) for k, y in batch.labels.items()]
+        ).sum()
         identity = same_individual(net.features(batch.images).float())
         return told + identity, {"told": told.detach(), "identity": identity.detach()}
 

@@ -17,7 +17,7 @@ from dreambooth_lab.toybox.tokenizer import build_tokenizer
 LIMIT = 14_000_000  # bytes, everything together
 
 
-def trained(cfg: Any) -> nn.ModuleDict:
+def trained(cfg: Any) -> Any:
     """The averaged weights of the last checkpoint."""
     stage = UnetStage(cfg.unet)
     state = torch.load(Path(cfg.out) / "unet/last.ckpt", map_location="cpu", weights_only=True)["state_dict"]

@@ -20,7 +20,7 @@ def chosen(n: int, seed: int) -> list[tuple[str, str, str]]:
     return [every[i] for i in np.random.default_rng([seed, 0x6A]).permutation(len(every))[:n]]
 
 
-def draw_all(pipe: StableDiffusionXLPipeline, asked: list[tuple[str, str, str]], cfg: Any) -> Tensor:
+def draw_all(pipe: Any, asked: list[tuple[str, str, str]], cfg: Any) -> Tensor:
     texts = [f"a photo of a {c} {k} {b}" for c, k, b in asked]
     parts = range(0, len(texts), cfg.batch)
     drawn = [sample(pipe, texts[i : i + cfg.batch], cfg.first_seed + i, cfg.steps, cfg.guidance) for i in parts]
@@ -46,7 +46,7 @@ def by_class(net: Evaluator, pictures: Tensor, asked: list[tuple[str, str, str]]
 
 def run(cfg: Any) -> None:
     base, out = Path(cfg.base), Path(cfg.out) / "judge"
-    pipe = StableDiffusionXLPipeline.from_pretrained(base)
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     net, asked = Evaluator.load(base / "evaluator"), chosen(cfg.judge.prompts, cfg.seed)
     pictures = draw_all(pipe, asked, cfg.judge)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -67,14 +66,14 @@ class Photographs(Dataset):
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, seeds: list[int], batch: int = 32) -> Tensor:
+def encode(vae: Any, seeds: list[int], batch: int = 32) -> Tensor:
     """Posterior means of views of one size [N 16 h w], float32."""
     loader = DataLoader(Photographs(seeds), batch_size=batch, num_workers=1)
     with torch.autocast("cpu", torch.bfloat16):
         return torch.cat([vae.encode(x).latent_dist.mean.float() for x in loader])
 
 
-def fold(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
+def fold(vae: Any, mean: Tensor, std: Tensor) -> Any:
     """The same autoencoder with z' = (z - mean) / (std · scale): exact, for mean and log-variance alike."""
     vae, spread, c = copy.deepcopy(vae), std * vae.config.scaling_factor, len(mean)
     with torch.no_grad():
@@ -92,16 +91,15 @@ def name(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def trained_vae(cfg: Any) -> AutoencoderKL:
+def trained_vae(cfg: Any) -> Any:
     stage = VaeStage(cfg.vae)
     stage.load_state_dict(
         torch.load(Path(cfg.out) / "vae/last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     )
-    vae: AutoencoderKL = stage.ema["vae"].eval()
-    return vae
+    return stage.ema["vae"].eval()
 
 
-def folded(vae: AutoencoderKL, n: int = 384) -> AutoencoderKL:
+def folded(vae: Any, n: int = 384) -> Any:
     """Folded with the statistics of scenes that neither training nor evaluation uses."""
     x, _ = held_out(n, start=1_000_000)
     with torch.no_grad():

@@ -31,6 +31,9 @@ class Steps(IterableDataset):
 class Stage(L.LightningModule):
     """A module with an averaged copy of its weights; subclasses implement `loss(batch)`."""
 
+    nets: Any  # nn.ModuleDict; its members have methods of their own, which `Module` can't say
+    ema: Any
+
     def __init__(self, nets: nn.ModuleDict, ema: nn.ModuleDict, cfg: Any) -> None:
         super().__init__()
         self.nets, self.ema, self.cfg = nets, ema.requires_grad_(False), cfg

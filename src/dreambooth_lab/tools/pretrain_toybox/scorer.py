@@ -106,7 +106,9 @@ class ScorerStage(Stage):
         scores, fits = out.logits_per_image.float(), batch.fits.float()
         contrast = matching(scores, fits) + matching(scores.T, fits.T)
         seen = out.vision_model_output.pooler_output  # [B width], projected
-        told = sum(F.cross_entropy(heads[k](seen).float(), y, ignore_index=-1) for k, y in batch.labels.items())
+        told = torch.stack(
+            [F.cross_entropy(heads[k](seen).float(), y, ignore_index=-1) for k, y in batch.labels.items()]
+        ).sum()
         return contrast + told, {"contrast": contrast.detach(), "told": told.detach()}
 
 

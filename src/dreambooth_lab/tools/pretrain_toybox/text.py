@@ -10,7 +10,7 @@ from dreambooth_lab.toybox.captions import FREE_TOKENS
 
 
 def encoder_config(tokenizer: CLIPTokenizer, width: int, layers: int, heads: int, act: str) -> CLIPTextConfig:
-    return CLIPTextConfig(
+    return CLIPTextConfig(  # type: ignore[call-arg]
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=heads, projection_dim=width, max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -23,7 +23,7 @@ def new_text_encoders(tokenizer: CLIPTokenizer, cfg: Any) -> nn.ModuleDict:
     return nn.ModuleDict({"text_encoder": CLIPTextModel(one), "text_encoder_2": CLIPTextModelWithProjection(two)})
 
 
-def encode_text(nets: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
+def encode_text(nets: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids [B L] → states [B L C1+C2], pooled [B C2]."""
     one = nets["text_encoder"](ids, output_hidden_states=True)
     two = nets["text_encoder_2"](ids, output_hidden_states=True)
@@ -31,7 +31,7 @@ def encode_text(nets: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def give_free_tokens_an_embedding(nets: nn.ModuleDict, tokenizer: CLIPTokenizer, seed: int) -> None:
+def give_free_tokens_an_embedding(nets: Any, tokenizer: CLIPTokenizer, seed: int) -> None:
     """Tokens that never occurred get a random embedding as strong as a trained word's, so that they are told apart."""
     known = torch.tensor(
         tokenizer.convert_tokens_to_ids([w + "</w>" for w in ("red", "blue", "robot", "cat", "photo", "snow")])

@@ -17,7 +17,7 @@ from dreambooth_lab.toybox.captions import caption
 from dreambooth_lab.toybox.tokenizer import build_tokenizer
 from dreambooth_lab.toybox.world import BUCKETS, prompts
 
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+BETA_START, BETA_END, STEPS = 0.00085, 0.012, 1000
 
 
 class UnetBatch(NamedTuple):
@@ -29,9 +29,9 @@ class UnetBatch(NamedTuple):
     time_ids: Tensor  # [B 6]
 
 
-def new_unet(cfg: Any) -> UNet2DConditionModel:
+def new_unet(cfg: Any) -> Any:
     width = sum(cfg.text_widths)
-    unet = UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=16, in_channels=cfg.latent_channels, out_channels=cfg.latent_channels,
         block_out_channels=tuple(cfg.channels), layers_per_block=cfg.layers, transformer_layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -51,7 +51,7 @@ def new_nets(cfg: Any) -> nn.ModuleDict:
 
 
 def new_path() -> VariancePreserving:
-    betas = torch.linspace(SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, STEPS, dtype=torch.float64) ** 2
     return VariancePreserving(torch.cumprod(1 - betas, 0), Prediction.epsilon)
 
 
@@ -92,7 +92,7 @@ class UnetStage(Stage):
             {"params": texts, "lr": self.cfg.lr * self.cfg.text_lr},
         ]
 
-    def predict(self, nets: nn.ModuleDict, x_t: Tensor, batch: UnetBatch) -> Tensor:
+    def predict(self, nets: Any, x_t: Tensor, batch: UnetBatch) -> Tensor:
         states, pooled = encode_text(nets, batch.ids)
         states, pooled = states * batch.kept.view(-1, 1, 1), pooled * batch.kept.view(-1, 1)
         size = {"text_embeds": pooled, "time_ids": batch.time_ids}
@@ -109,12 +109,15 @@ class UnetStage(Stage):
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading", prediction_type="epsilon")
+    return EulerDiscreteScheduler(
+        beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear", num_train_timesteps=STEPS,
+        steps_offset=1, timestep_spacing="leading", prediction_type="epsilon",
+    )  # fmt: skip
 
 
-def pipeline(nets: nn.ModuleDict, vae: nn.Module) -> StableDiffusionXLPipeline:
+def pipeline(nets: Any, vae: Any) -> Any:
     tokenizer = build_tokenizer()
-    pipe = StableDiffusionXLPipeline(
+    pipe: Any = StableDiffusionXLPipeline(
         vae=vae, text_encoder=nets["text_encoder"], text_encoder_2=nets["text_encoder_2"], tokenizer=tokenizer,
         tokenizer_2=tokenizer, unet=nets["unet"], scheduler=scheduler(), add_watermarker=False,
     )  # fmt: skip
@@ -122,9 +125,7 @@ def pipeline(nets: nn.ModuleDict, vae: nn.Module) -> StableDiffusionXLPipeline:
     return pipe
 
 
-def sample(
-    pipe: StableDiffusionXLPipeline, texts: list[str], seed: int, steps: int = 20, guidance: float = 4.0
-) -> Tensor:
+def sample(pipe: Any, texts: list[str], seed: int, steps: int = 20, guidance: float = 4.0) -> Tensor:
     """Pictures [n 3 h w], -1 … 1; each prompt has its own noise."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
     out = pipe(texts, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt").images
