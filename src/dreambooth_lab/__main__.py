@@ -43,7 +43,10 @@ def _job_or_exit(cfg: DictConfig) -> dict[str, float] | None:
             raise
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: python -m dreambooth_lab resume={HydraConfig.get().runtime.output_dir}", file=sys.stderr)
+        print(
+            f"interrupted; go on with: python -m dreambooth_lab resume={HydraConfig.get().runtime.output_dir}",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

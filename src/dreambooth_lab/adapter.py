@@ -39,7 +39,8 @@ class LoRA:
         from peft import LoraConfig, inject_adapter_in_model
 
         layers = match(model, self._endings(learns))
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=layers)
+        alpha: Any = self.alpha  # peft's own type says int
+        config = LoraConfig(r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model, adapter_name=NAME)
@@ -80,7 +81,8 @@ class LoRA:
 
     def metadata(self) -> dict[str, Any]:
         """Rank, alpha and targets as peft writes them; without these a loader assumes alpha = rank."""
-        return self.model.peft_config[NAME].to_dict()
+        configs: Any = self.model.peft_config
+        return configs[NAME].to_dict()
 
 
 def match(model: nn.Module, endings: Sequence[str]) -> list[str]:

@@ -40,7 +40,7 @@ class Cond(NamedTuple):
 class Batch(NamedTuple):
     """Rows of one shape, with every random choice already drawn."""
 
-    index: Tensor  # [B] global sample index
+    sample: Tensor  # [B] global sample index n
     mean: Tensor  # [B C h w] VAE posterior, in the denoiser's latent scale
     std: Tensor  # [B C h w]
     z: Tensor  # [B C h w] N(0,1): the posterior's noise

@@ -284,7 +284,8 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
     if read("dataset.resolutions") is not None and (not read("dataset.resolutions") or min(read("dataset.resolutions")) < 16):
         yield f"dataset.resolutions is {read('dataset.resolutions')}; list at least one edge of 16 px or more"
     if read("dataset.crop_variants") not in (None, 1) and read("dataset.crop") is Crop.center:
-        yield f"dataset.crop_variants is {read('dataset.crop_variants')} with dataset.crop=center, which has only one; use dataset.crop=random"
+        several = f"dataset.crop_variants is {read('dataset.crop_variants')} with dataset.crop=center"
+        yield f"{several}, which has only one; use dataset.crop=random"
     if read("prior.kind") in (None, PriorKind.none):
         return
     if read("prior.path") is None:
@@ -300,10 +301,11 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
 def _model_problems(read: Reader) -> Iterator[str | None]:
     place = read("model.pretrained")
     if place and (place.startswith((".", "/", "~")) or place.count("/") > 1) and not Path(place).expanduser().is_dir():
-        yield f"model.pretrained is {place!r}, a folder that does not exist; give a diffusers folder or a hub id such as owner/name"
+        absent = f"model.pretrained is {place!r}, a folder that does not exist"
+        yield f"{absent}; give a diffusers folder or a hub id such as owner/name"
     if not read("adapter.parts") and not read("adapter.targets"):
         yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
-    if read("ema.device") is not None and not str(read("ema.device")).split(":")[0] in ("cpu", "cuda"):
+    if read("ema.device") is not None and str(read("ema.device")).split(":")[0] not in ("cpu", "cuda"):
         yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"
     for key in ("validation.resolution", "model.resolution"):
         if read(key) is not None and (read(key) < 16 or read(key) % 8):

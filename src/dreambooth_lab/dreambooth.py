@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -47,7 +48,8 @@ class DreamBooth(LightningModule):
         target = self.prior(target, batch, x_t, t)  #        the class rows' own answer
         error = masked_error(output, target, batch.mask, self.cfg.mask.normalize, self.cfg.mask.floor)  # [B]
         loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, self.cfg.prior.weight)
-        parts = {"instance": instance.detach()} if len(batch.instance_rows) else {}
+        parts = {"total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
+        parts |= {"instance": instance.detach()} if len(batch.instance_rows) else {}
         parts |= {"prior": prior.detach()} if len(batch.class_rows) else {}
         return {"loss": loss, **parts}  # what has no rows has no value, rather than 0
 
@@ -56,9 +58,9 @@ class DreamBooth(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
         """What little uses torch's own generator (adapter dropout) restarts from the sample index: no state to save."""
-        torch.manual_seed(draw.torch_seed(self.cfg.seed, int(batch.index[0]), Purpose.STEP))
+        torch.manual_seed(draw.torch_seed(self.cfg.seed, int(batch.sample[0]), Purpose.STEP))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         cfg = self.cfg.optimizer
         learning = [p for p in self.parameters() if p.requires_grad]
         optimizer = get_class(cfg._target_)(

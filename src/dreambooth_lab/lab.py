@@ -1,9 +1,9 @@
 """For notebooks: load a run, list runs, compare them, compose a configuration.
 
-    from dreambooth_lab import lab
-    run = lab.load("runs/2026-01-01_12-00-00_dreambooth")
-    run.config.optimizer.lr, run.metrics["train/loss"][-1]
-    run.pipeline()("a photo of sks dog in the snow").images[0]
+from dreambooth_lab import lab
+run = lab.load("runs/2026-01-01_12-00-00_dreambooth")
+run.config.optimizer.lr, run.metrics["train/loss"][-1]
+run.pipeline()("a photo of sks dog in the snow").images[0]
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ class Run:
     @cached_property
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
         """Name → (optimiser step, value), in order."""
-        from .callbacks.metrics import read_metrics
-
         table: dict[str, list[tuple[int, float]]] = {}
-        for step, name, value in read_metrics(self.folder.metrics):
+        for step, name, value in self.folder.read_metrics():
             table.setdefault(name, []).append((step, value))
         return table
 
@@ -76,7 +74,9 @@ def load(root: Path | str) -> Run:
 
 def runs(folder: Path | str = "runs") -> list[Run]:
     """Every run at or below a folder, by name; members of a sweep included."""
-    return [Run(path.parent) for path in sorted(Path(folder).rglob("config.yaml")) if RunFolder(path.parent).environment.is_file()]
+    return [
+        Run(path.parent) for path in sorted(Path(folder).rglob("config.yaml")) if RunFolder(path.parent).environment.is_file()
+    ]
 
 
 def compare(chosen: Sequence[Run]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from string import Template
 from omegaconf import OmegaConf
 from PIL import Image
 
-from .callbacks.metrics import read_metrics
 from .runfolder import RunFolder
 
 Series = list[tuple[int, float]]
@@ -50,11 +49,15 @@ def write(folder: RunFolder) -> None:
     """Write the page from what the folder holds now."""
     cfg = folder.saved_config()
     series: dict[str, Series] = {}
-    for step, name, value in read_metrics(folder.metrics):
+    for step, name, value in folder.read_metrics():
         series.setdefault(name, []).append((step, value))
     steps = max((values[-1][0] for values in series.values()), default=0)
     usage = USAGE.substitute(
-        base=cfg.model.pretrained, export=folder.export, prompt=cfg.dataset.instance_prompt, root=folder.root, more=2 * steps
+        base=cfg.model.pretrained,
+        export=folder.export,
+        prompt=cfg.dataset.instance_prompt,
+        root=folder.root,
+        more=2 * steps,
     )
     page = PAGE.substitute(
         title=escape(folder.root.resolve().name),
@@ -99,7 +102,9 @@ def _curve(name: str, values: Series) -> str:
     for step, value in values:
         mean += share * (value - mean)
         smooth.append((step, mean))
-    lines = "".join(f'<path class="{style}" d="{_path(line, last, top)}"/>' for style, line in (("thin", values), ("thick", smooth)))
+    lines = "".join(
+        f'<path class="{style}" d="{_path(line, last, top)}"/>' for style, line in (("thin", values), ("thick", smooth))
+    )
     caption = f"{escape(name)}, 0 to {top:.3g}, over steps {values[0][0]:,} to {last:,}; thick: running mean"
     return f'<figure><svg viewBox="0 0 1000 220">{lines}</svg><figcaption>{caption}</figcaption></figure>'
 

@@ -51,9 +51,12 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     if cfg.preflight == "only":
         return {}
     trainer, metrics = build_trainer(cfg, folder, data, start[1] if start else 0)
-    trainer.fit(module, data, ckpt_path=start[0] if start else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, data, ckpt_path=start[0] if start else None, weights_only=True)
+    except SystemExit:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into an exit
+            raise KeyboardInterrupt from None
+        raise
     report.write(folder)
     log.info("done: %s", folder.report)
     return metrics.last
@@ -61,7 +64,7 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
 
 def build(node: DictConfig) -> Any:
     """The object that a config group names by `_target_`, made from the group's other keys."""
-    return get_class(node._target_)(**{key: value for key, value in node.items() if key != "_target_"})
+    return get_class(node._target_)(**{str(key): value for key, value in node.items() if key != "_target_"})
 
 
 def build_family(cfg: DictConfig) -> Family:
@@ -101,7 +104,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, step
 
 
 def _loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]:
-    loggers: list[Logger] = [MetricsFile(folder.metrics, keep_to=step)]
+    loggers: list[Logger] = [MetricsFile(folder, keep_to=step)]
     if cfg.logger.tensorboard:
         loggers.append(TensorBoardLogger(folder.root, name="tensorboard", version="", purge_step=step + 1))
     return loggers

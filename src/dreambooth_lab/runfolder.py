@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from .config import Config, ConfigError, conf_dir
 
 CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "cache",
               "validation", "checkpoint", "logger", "resume", "runs", "name", "preflight")  # fmt: skip
+METRICS_HEADER = ["step", "name", "value"]
 PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -75,6 +77,15 @@ class RunFolder:
         )
         self.environment.write_text(json.dumps(starts, indent=2) + "\n")
 
+    def read_metrics(self) -> list[tuple[int, str, float]]:
+        """Lines of metrics.csv as (step, name, value); a last line cut short by a kill is left out."""
+        if not self.metrics.is_file():
+            return []
+        with self.metrics.open(newline="", encoding="utf-8") as file:
+            text = file.read()
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        return [(int(step), name, float(value)) for step, name, value in list(csv.reader(whole))[1:]]
+
 
 @cache
 def new_folder(resume: str | None, runs: str, name: str) -> str:
@@ -102,7 +113,7 @@ def take_up(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         raise ConfigError(f"resume is {cfg.resume!r}, which has no checkpoint yet; start the run anew instead")
     result = saved.copy()
     for key in {word.lstrip("+~").split("=")[0].split("@")[0] for word in overrides}:
-        if OmegaConf.is_missing(cfg, key) or OmegaConf.select(cfg, key) is None and key not in cfg:
+        if OmegaConf.is_missing(cfg, key) or (OmegaConf.select(cfg, key) is None and key not in cfg):
             continue
         OmegaConf.update(result, key, OmegaConf.select(cfg, key), merge=False)
     changed = list(_differences(OmegaConf.to_container(saved, resolve=True), OmegaConf.to_container(result, resolve=True)))

@@ -31,9 +31,7 @@ class Ema(Callback):
         if not self.shadow:
             self.shadow = {name: p.detach().to(self.device, torch.float32, copy=True) for name, p in pl_module.learning().items()}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, DreamBooth)
         step = trainer.global_step
         if step == self.step or step % self.interval:

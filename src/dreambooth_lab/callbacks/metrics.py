@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
-NAMES = {"loss": "train/loss", "instance": "train/loss_instance", "prior": "train/loss_prior"}
-HEADER = ["step", "name", "value"]
+from ..runfolder import METRICS_HEADER, RunFolder
+
+NAMES = {"total": "train/loss", "instance": "train/loss_instance", "prior": "train/loss_prior"}
 
 
 class StepMetrics(Callback):
@@ -32,16 +32,15 @@ class StepMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        for name, value in outputs.items():
-            self.parts.setdefault(name, []).append(value.detach())
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for name in NAMES.keys() & outputs.keys():
+            self.parts.setdefault(name, []).append(outputs[name])
         if trainer.global_step == self.step:
             return  # gradients are still being accumulated
         self.step = trainer.global_step
         if self.step % self.every_n_steps == 0 or self.step == trainer.max_steps:
-            self.last = {NAMES[name]: torch.stack(values).mean().item() for name, values in self.parts.items()}
+            means = {name: torch.stack(self.parts[name]).mean().item() for name in NAMES if name in self.parts}
+            self.last = {NAMES[name]: mean for name, mean in means.items()}
             self.last["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             for logger in trainer.loggers:
                 logger.log_metrics(self.last, self.step)
@@ -52,23 +51,23 @@ class MetricsFile(Logger):
     """metrics.csv, one line a value (step, name, value), floats exact; appended and flushed, so a killed run keeps all.
 
     Args:
-        path: the file; made if absent.
+        folder: the run's.
         keep_to: last step whose lines stay, for a run taken up from an older checkpoint.
     """
 
-    def __init__(self, path: Path, keep_to: int):
+    def __init__(self, folder: RunFolder, keep_to: int):
         super().__init__()
-        old = [line for line in read_metrics(path) if line[0] <= keep_to]
-        self.file = path.open("w", newline="", encoding="utf-8")
+        old = [line for line in folder.read_metrics() if line[0] <= keep_to]
+        self.file = folder.metrics.open("w", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file)
-        self.writer.writerow(HEADER)
+        self.writer.writerow(METRICS_HEADER)
         self.writer.writerows((step, name, repr(value)) for step, name, value in old)
         self.file.flush()
 
     name = "metrics"
     version = 0
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.writer.writerows((step, name, repr(float(value))) for name, value in metrics.items())
         self.file.flush()
 
@@ -77,13 +76,3 @@ class MetricsFile(Logger):
 
     def finalize(self, status: str) -> None:
         self.file.close()
-
-
-def read_metrics(path: Path) -> list[tuple[int, str, float]]:
-    """Lines of a metrics.csv as (step, name, value); a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        text = file.read()
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return [(int(step), name, float(value)) for step, name, value in list(csv.reader(whole))[1:]]

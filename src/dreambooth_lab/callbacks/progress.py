@@ -23,17 +23,17 @@ class Bar(Callback):
     def __init__(self, metrics: StepMetrics):
         self.metrics = metrics
         text = TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} steps/s  {task.fields[memory]:.1f} GiB")
-        self.bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn(), TimeRemainingColumn()
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fields = {"loss": float("nan"), "rate": 0.0, "memory": 0.0}
+        fields: dict[str, Any] = {"loss": float("nan"), "rate": 0.0, "memory": 0.0}
         self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, **fields)
         self.shown, self.since = trainer.global_step, time.monotonic()
         self.bar.start()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         now, step = time.monotonic(), trainer.global_step
         if now - self.since < 1 and step < trainer.max_steps:
             return

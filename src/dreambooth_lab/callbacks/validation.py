@@ -32,9 +32,7 @@ class Validation(Callback):
             self._paint(0, pl_module)
         self.step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step != self.step and (step % self.cfg.every_n_steps == 0 or step == trainer.max_steps):
             self._paint(step, pl_module)

@@ -26,7 +26,7 @@ class Bucket(NamedTuple):
 
 
 class Row(NamedTuple):
-    index: int  # global sample index n
+    sample: int  # global sample index n
     entry: int
 
 
@@ -43,9 +43,7 @@ class Schedule:
     def __init__(self, buckets: list[Bucket], passes: int, batch_size: int, share: float, seed: int):
         self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
         self.shares = [share if bucket.classes else 0.0 for bucket in buckets]
-        self.rows = [
-            passes * len(bucket.instances) / (1 - part) for bucket, part in zip(buckets, self.shares, strict=True)
-        ]
+        self.rows = [passes * len(bucket.instances) / (1 - part) for bucket, part in zip(buckets, self.shares, strict=True)]
         self._order = lru_cache(maxsize=64)(self._epoch_order)
         self._shuffled = lru_cache(maxsize=4 * len(buckets) + 64)(self._permutation)
 

@@ -33,7 +33,15 @@ def specs(cfg: DictConfig) -> list[DatasetSpec]:
     crops = data.crop_variants if data.crop is Crop.random else 0
     return [
         DatasetSpec(
-            f"{kind}-{edge}px", Path(path), prompt, is_class, edge, data.max_aspect, data.minimum_image_size, crops, data.flip
+            f"{kind}-{edge}px",
+            Path(path),
+            prompt,
+            is_class,
+            edge,
+            data.max_aspect,
+            data.minimum_image_size,
+            crops,
+            data.flip,
         )
         for kind, path, prompt, is_class in kinds
         for edge in data.resolutions

@@ -71,14 +71,14 @@ class SDXL(Family):
         return files.settle(model, self.device)
 
     @cached_property
-    def denoiser(self) -> nn.Module:  # type: ignore[override]
+    def denoiser(self) -> nn.Module:
         unet = self._load(UNet2DConditionModel, "unet", self.dtype)
         if self.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return unet
 
     @cached_property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Any:
         return self._load(AutoencoderKL, "vae", self.encoder_dtype)
 
     @cached_property

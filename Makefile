@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test slow check format notebooks clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# The venv is up to date when it is newer than pyproject.toml.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'torch==2.13.*'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## a virtual environment with everything in it
+
+test: install  ## the tests that need no GPU and no patience
+	$(BIN)/python -m pytest
+
+slow: install  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: install  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## put the code in its style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: install  ## execute the notebooks
+	$(BIN)/python -m pytest tests/test_notebooks.py
+
+clean:  ## remove what the tools made; runs and caches stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,127 @@
+import shutil
+
+import pytest
+import torch
+
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.models.sdxl import SDXL
+from dreambooth_lab.run import build_family
+
+
+@pytest.fixture
+def prepared(small, tmp_path):
+    def make(*overrides):
+        cfg = lab.compose(*small, *overrides)
+        data = DreamBoothData(cfg, build_family(cfg))
+        data.prepare()
+        return data
+
+    return make
+
+
+def batches(data, count, rank=0, world_size=1):
+    stream = iter(Samples(data, data._schedule(world_size), 0, rank, world_size))
+    return [next(stream) for _ in range(count)]
+
+
+def test_rows_have_the_bucket_shape_and_their_own_captions(prepared):
+    data = prepared()
+    for batch in batches(data, 12):
+        assert batch.latents().shape == batch.eps.shape and tuple(batch.latents().shape[2:]) in {
+            (8, 8),
+            (12, 6),
+            (10, 6),
+        }
+        for rows, prompt in ((batch.instance_rows, "a photo of sks dog"), (batch.class_rows, "a photo of a dog")):
+            for row in rows:
+                assert torch.equal(batch.cond.states[row], data.text(prompt).states[0])
+        assert len(batch.instance_rows) == len(batch.class_rows) == 1
+
+
+def test_every_instance_bucket_has_class_company(prepared):
+    data = prepared()
+    assert len(data.schedule.buckets) >= 2
+    assert all(bucket.classes for bucket in data.schedule.buckets)
+
+
+def test_draws_do_not_depend_on_the_batch_size_or_on_ranks(prepared, photos, tmp_path):
+    one = tmp_path / "one-bucket"
+    one.mkdir()
+    for name in ("00.png", "01.png", "02.png"):
+        shutil.copy(photos / name, one / name)
+
+    def rows(batch_size, ranks=1):
+        data = prepared(f"dataset.path={one}", f"dataset.batch_size={batch_size}")
+        flat = {}
+        for rank in range(ranks):
+            for batch in batches(data, 16 // (batch_size * ranks), rank, ranks):
+                for i, n in enumerate(batch.sample.tolist()):
+                    flat[n] = (batch.latents()[i], batch.eps[i], batch.u[i], batch.cond.states[i], batch.cond.size[i])
+        return flat
+
+    reference = rows(1)
+    for other in (rows(2), rows(4), rows(2, ranks=2)):
+        assert other.keys() == reference.keys()
+        assert all(torch.equal(a, b) for n in reference for a, b in zip(reference[n], other[n], strict=True))
+
+
+def test_posterior_noise_is_fresh_and_two_passes_differ(prepared):
+    data = prepared("dataset.repeats=3")
+    seen = torch.stack([batch.eps[0, 0] for batch in batches(data, 8) if batch.eps.shape[2:] == (8, 8)])
+    assert len({tuple(x.flatten()[:3].tolist()) for x in seen}) == len(seen)
+
+
+def test_mirrored_and_cropped_variants_are_all_used(prepared):
+    data = prepared("dataset.flip=true", "dataset.crop=random", "dataset.crop_variants=3", "dataset.batch_size=4")
+    assert all(len(entry.variants) == 6 for entry in data.entries)
+    sizes = {tuple(size.tolist()) for batch in batches(data, 60) for size in batch.cond.size}
+    assert len(sizes) > 8
+
+
+def test_dropped_captions_are_the_subjects_only(prepared):
+    data = prepared("dataset.caption_dropout=0.5")
+    empty, dropped, kept = data.text("").states[0], 0, 0
+    for batch in batches(data, 40):
+        assert all(not torch.equal(batch.cond.states[row], empty) for row in batch.class_rows)
+        dropped += sum(torch.equal(batch.cond.states[row], empty) for row in batch.instance_rows)
+        kept += len(batch.instance_rows)
+    assert 0.25 < dropped / kept < 0.75
+
+
+def test_a_second_start_loads_no_encoder(prepared, monkeypatch):
+    prepared()
+    monkeypatch.setattr(SDXL, "_load", lambda *a: pytest.fail("an encoder was loaded"))
+    data = prepared()
+    assert sum(s.built for s in data.summaries()) == 0 and all(s.cached for s in data.summaries())
+
+
+def test_only_what_changed_is_encoded_again(prepared, photos, tmp_path):
+    own = shutil.copytree(photos, tmp_path / "own")
+    prepared(f"dataset.path={own}")
+    shutil.copy(own / "03.png", own / "00.png")
+    data = prepared(f"dataset.path={own}", "prior=none")
+    assert [s.built for s in data.summaries()] == [0]  # the same bytes at the same geometry were there already
+    (own / "01.png").unlink()
+    (own / "02.png").rename(own / "renamed.png")
+    assert [s.built for s in prepared(f"dataset.path={own}", "prior=none").summaries()] == [0]
+    assert [s.built for s in prepared(f"dataset.path={own}", "prior=none", "dataset.resolutions=[48]").summaries()] == [
+        3
+    ]  # of 4, two alike
+
+
+def test_a_photo_cut_short_is_rejected_by_name_and_the_rest_train(prepared, photos, tmp_path):
+    own = shutil.copytree(photos, tmp_path / "own")
+    data = (own / "02.png").read_bytes()
+    (own / "cut.png").write_bytes(data[: len(data) // 2])
+    made = prepared(f"dataset.path={own}")
+    summary = made.summaries()[0]
+    assert [r.name for r in summary.rejected] == ["cut.png"] and summary.found == 6
+    assert all(entry.picture.name != "cut.png" for entry in made.entries)
+
+
+def test_a_folder_without_pictures_is_refused(prepared, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"dataset.path is .* has no usable picture \(no picture files\)"):
+        prepared(f"dataset.path={tmp_path}")

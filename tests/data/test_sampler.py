@@ -1,0 +1,77 @@
+from collections import Counter
+from itertools import chain
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dreambooth_lab.data.sampler import Bucket, Schedule
+
+buckets = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 5)), min_size=1, max_size=4)
+
+
+def build(counts, passes=1, batch_size=1, share=0.5, seed=0):
+    made, first = [], 0
+    for i, (instances, classes) in enumerate(counts):
+        made.append(Bucket((8, 8 * (i + 1)), tuple(range(first, first + instances)),
+                           tuple(range(first + instances, first + instances + classes))))  # fmt: skip
+        first += instances + classes
+    return Schedule(made, passes, batch_size, share, seed), made
+
+
+def stream(schedule, batches):
+    return list(chain.from_iterable(schedule.batch(n) for n in range(batches)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(buckets, st.integers(1, 5), st.sampled_from([0.25, 0.5, 0.6]))
+def test_no_picture_is_lost_and_all_are_equal(counts, batch_size, share):
+    schedule, made = build(counts, batch_size=batch_size, share=share)
+    epochs = 12 * batch_size
+    batches = schedule._before(epochs)
+    seen = Counter(row.entry for row in stream(schedule, batches))
+    for bucket in made:
+        instances = [seen[i] for i in bucket.instances]
+        assert max(instances) - min(instances) <= 1
+        assert abs(min(instances) - epochs) <= batch_size + 1
+        if bucket.classes:
+            classes = [seen[i] for i in bucket.classes]
+            assert max(classes) - min(classes) <= 1
+            assert abs(sum(classes) - sum(instances) * share / (1 - share)) <= 2 + batch_size
+
+
+@settings(deadline=None, max_examples=40)
+@given(buckets, st.integers(1, 5))
+def test_the_first_epoch_shows_every_bucket(counts, batch_size):
+    schedule, made = build(counts, batch_size=batch_size)
+    seen = {row.entry for row in stream(schedule, schedule._before(1))}
+    for bucket in made:
+        assert seen & set(bucket.instances)
+
+
+@settings(deadline=None, max_examples=40)
+@given(buckets, st.integers(1, 4), st.integers(0, 60))
+def test_a_batch_is_a_function_of_its_number(counts, batch_size, number):
+    schedule, made = build(counts, batch_size=batch_size)
+    rows = schedule.batch(number)
+    fresh, _ = build(counts, batch_size=batch_size)
+    assert rows == fresh.batch(number)
+    assert len({next(b.shape for b in made if row.entry in b.instances + b.classes) for row in rows}) == 1
+    assert [row.sample for row in rows] == list(range(number * batch_size, (number + 1) * batch_size))
+
+
+def test_sample_n_is_the_same_picture_at_every_batch_size():
+    streams = [stream(build([(5, 3)], batch_size=b)[0], 48 // b) for b in (1, 2, 4)]
+    assert streams[0] == streams[1] == streams[2]
+
+
+def test_a_batch_mixes_instance_and_class_rows_at_their_share():
+    schedule, (bucket,) = build([(5, 6)], batch_size=4)
+    for n in range(20):
+        assert sum(row.entry in bucket.classes for row in schedule.batch(n)) == 2
+
+
+def test_passes_come_in_fresh_orders_and_seeds_differ():
+    first = [row.entry for row in stream(build([(7, 0)])[0], 21)]
+    passes = [tuple(first[i : i + 7]) for i in (0, 7, 14)]
+    assert all(sorted(p) == list(range(7)) for p in passes) and len(set(passes)) > 1
+    assert first != [row.entry for row in stream(build([(7, 0)], seed=1)[0], 21)]

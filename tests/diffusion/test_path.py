@@ -1,0 +1,78 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch.testing import assert_close
+
+from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePreserving
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ALPHAS = DDPMScheduler(**BETAS).alphas_cumprod
+PATHS = {p.value: VariancePreserving(ALPHAS, p) for p in Prediction} | {"flow": RectifiedFlow(1000)}
+path_of_each_kind = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+
+
+def sample(rows=5):
+    g = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(rows, 4, 8, 8, generator=g),
+        torch.randn(rows, 4, 8, 8, generator=g),
+        torch.rand(rows, generator=g),
+    )
+
+
+@path_of_each_kind
+def test_the_target_splits_into_what_made_it(path):
+    x0, eps, t = sample()
+    x_t = path.noise(x0, eps, t)
+    got = path.split(path.target(x0, eps, t), x_t, t)
+    assert_close(got, (x0, eps), atol=1e-4, rtol=1e-4)
+
+
+@path_of_each_kind
+def test_an_oracle_steps_along_the_path(path):
+    x0, eps, t = sample()
+    s = t * torch.tensor([1.0, 0.7, 0.5, 0.2, 0.0])
+    stepped = path.step(path.target(x0, eps, t), path.noise(x0, eps, t), t, s)
+    assert_close(stepped, path.noise(x0, eps, s), atol=1e-4, rtol=1e-4)
+
+
+@path_of_each_kind
+def test_below_zero_lies_the_data(path):
+    x0, eps, t = sample()
+    assert_close(path.noise(x0, eps, torch.full_like(t, -1e-3)), x0)
+
+
+def test_noise_is_what_diffusers_adds():
+    x0, eps, _ = sample(4)
+    native = torch.tensor([0, 1, 500, 999])
+    path = PATHS["epsilon"]
+    t = path.time(native)
+    assert torch.equal(path.native(t), native)
+    assert_close(path.noise(x0, eps, t), DDPMScheduler(**BETAS).add_noise(x0, eps, native))
+    v = DDPMScheduler(**BETAS).get_velocity(x0, eps, native)
+    assert_close(PATHS["v_prediction"].target(x0, eps, t), v)
+
+
+def test_every_native_step_is_drawn_equally_often():
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    assert (torch.bincount(PATHS["epsilon"].native(u), minlength=1000) == 10).all()
+
+
+@pytest.mark.parametrize("prediction", list(Prediction), ids=lambda p: p.value)
+def test_a_whole_trajectory_is_ddim(prediction):
+    path = PATHS[prediction.value]
+    scheduler = DDIMScheduler(
+        **BETAS, prediction_type=prediction.value, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+    scheduler.set_timesteps(20)
+
+    def network(x, native):
+        return torch.tanh(x * 1.3) + 0.001 * native
+
+    ours = theirs = sample()[0]
+    grid = [int(n) for n in scheduler.timesteps]
+    for native, after in zip(grid, [*grid[1:], -1], strict=True):
+        theirs = scheduler.step(network(theirs, native), native, theirs).prev_sample
+        t, s = (path.time(torch.full((5,), n)) for n in (native, after))
+        ours = path.step(network(ours, native), ours, t, s)
+    assert_close(ours, theirs, atol=2e-4, rtol=2e-4)

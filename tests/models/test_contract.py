@@ -1,0 +1,151 @@
+"""What every family must do, tried on a tiny model of its real classes."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch.testing import assert_close
+
+import tiny
+from dreambooth_lab.batch import Size
+from dreambooth_lab.config import ConfigError, Dtype
+from dreambooth_lab.models.sdxl import SDXL
+
+SIZE = Size((100, 80), (3, 5), (64, 64))
+CAPTIONS = ["a photo of sks dog", ""]
+
+
+def load(folder, dtype=Dtype.float32, checkpointing=False) -> SDXL:
+    return SDXL(str(folder), None, None, dtype, Dtype.float32, 64, checkpointing)
+
+
+@pytest.fixture
+def family(tiny_sdxl):
+    return load(tiny_sdxl)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_sdxl):
+    return StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
+
+
+def noisy(rows=2, channels=4):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(rows, channels, 8, 8, generator=g)
+
+
+def cond(family):
+    return family.cond(family.encode_text(CAPTIONS), [SIZE, SIZE])
+
+
+def test_facts(family):
+    assert (family.factor, family.stride, family.channels, family.path.num_steps) == (8, 16, 4, 1000)
+    assert not family.__dict__.keys() & {"denoiser", "vae", "text_encoders"}, "built without weights"
+
+
+def test_text_is_what_the_pipeline_encodes(family, pipeline):
+    text = family.encode_text(CAPTIONS)
+    states, empty, pooled, empty_pooled = pipeline.encode_prompt(CAPTIONS[0], negative_prompt=None, device="cpu")
+    assert_close(text.states, torch.cat([states, empty]))
+    assert_close(text.pooled, torch.cat([pooled, empty_pooled]))
+
+
+def test_latents_are_what_the_pipeline_decodes(family, pipeline):
+    pixels = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = family.encode_image(pixels)
+    assert mean.shape == std.shape == (1, 4, 8, 6) and (std > 0).all()
+    posterior = pipeline.vae.encode(pixels).latent_dist
+    assert_close(mean / pipeline.vae.config.scaling_factor, posterior.mean)
+    assert_close(family.decode(mean), pipeline.vae.decode(posterior.mean).sample)
+
+
+def test_the_answer_is_the_networks_at_its_own_clock(family, pipeline):
+    c, x = cond(family), noisy()
+    native = torch.tensor([0, 999])
+    theirs = pipeline.unet(
+        x, native, c.states, added_cond_kwargs={"text_embeds": c.pooled, "time_ids": c.size}
+    ).sample  # fmt: skip
+    assert_close(family.denoise(x, family.path.time(native), c), theirs)
+    assert c.size[0].tolist() == [100, 80, 3, 5, 64, 64]
+
+
+def test_pictures_are_the_pipelines(family, pipeline):
+    text, negative = family.encode_text(CAPTIONS[:1]), family.encode_text([""])
+    options = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 5.0}
+    (ours,) = family.generate(text, negative, generator=torch.Generator().manual_seed(1), **options)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(CAPTIONS[0], generator=torch.Generator().manual_seed(1), **options).images[0]
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def test_two_loads_agree_to_the_bit(tiny_sdxl):
+    answers = [family.denoise(noisy(), torch.tensor([0.1, 0.9]), cond(family)) for family in (load(tiny_sdxl), load(tiny_sdxl))]
+    assert torch.equal(*answers)
+
+
+def test_encoders_leave_memory_and_come_back(family):
+    before = family.encode_text(CAPTIONS)
+    family.release_encoders()
+    assert not family.__dict__.keys() & {"vae", "text_encoders"}
+    assert torch.equal(family.encode_text(CAPTIONS).states, before.states)
+
+
+def test_checkpointing_changes_memory_not_gradients(tiny_sdxl):
+    def gradients(checkpointing):
+        family = load(tiny_sdxl, checkpointing=checkpointing)
+        family.denoiser.requires_grad_(True).train()
+        family.denoise(noisy(), torch.tensor([0.1, 0.9]), cond(family)).square().mean().backward()
+        return [p.grad for p in family.denoiser.parameters()]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        assert_close(plain, checkpointed)
+
+
+def test_bfloat16_answers_in_float32_close_by(tiny_sdxl, family):
+    low = load(tiny_sdxl, Dtype.bfloat16)
+    c, x, t = cond(family), noisy(), torch.tensor([0.1, 0.9])
+    answer = low.denoise(x, t, c)
+    assert next(low.denoiser.parameters()).dtype is torch.bfloat16 and answer.dtype is torch.float32
+    assert_close(answer, family.denoise(x, t, c), atol=0.05, rtol=0.05)
+
+
+def test_identity_follows_the_weights_and_the_precision(tiny_sdxl, tmp_path):
+    base = load(tiny_sdxl)
+    copy = load(shutil.copytree(tiny_sdxl, tmp_path / "copy"))
+    assert (copy.text_identity(), copy.image_identity()) == (base.text_identity(), base.image_identity())
+    weights = next((copy.folder / "vae").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert copy.image_identity() != base.image_identity() and copy.text_identity() == base.text_identity()
+    lower = SDXL(str(tiny_sdxl), None, None, Dtype.float32, Dtype.bfloat16, 64, False)
+    assert lower.text_identity() != base.text_identity()
+
+
+def test_v_prediction_and_other_channel_counts_are_read_from_the_files(tmp_path):
+    family = load(tiny.save_sdxl(tmp_path, prediction="v_prediction", channels=16))
+    assert family.path.prediction.value == "v_prediction"
+    assert family.denoise(noisy(channels=16), torch.tensor([0.1, 0.9]), cond(family)).shape == (2, 16, 8, 8)
+
+
+def test_a_long_caption_is_said_not_cut_in_silence(family, caplog):
+    family.encode_text(["word " * 60])
+    assert "of which the text encoder reads the first 77" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["stranger/no-such-model", "empty"])
+def test_no_weights_is_one_clear_error(place, tmp_path):
+    where = place if "/" in place else tmp_path
+    with pytest.raises(ConfigError, match=r"model\.pretrained is .*; set model\.pretrained to a folder"):
+        load(where)
+
+
+def test_another_kind_of_pipeline_is_refused(tiny_sdxl, tmp_path):
+    other = shutil.copytree(tiny_sdxl, tmp_path / "other")
+    index = (other / "model_index.json").read_text().replace('"StableDiffusionXLPipeline"', '"StableDiffusionPipeline"')
+    (other / "model_index.json").write_text(index)
+    with pytest.raises(ConfigError, match="needs a StableDiffusionXLPipeline"):
+        load(other)

@@ -1,0 +1,141 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreambooth_lab import lab
+from dreambooth_lab.runfolder import RunFolder
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "dreambooth_lab", *words]
+
+
+def call(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def kill_at(step: int, words: list[str], cwd: Path) -> None:
+    """Start a run and SIGKILL it as soon as its log shows `step`."""
+    process = subprocess.Popen(command(*words), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while True:
+        started = [RunFolder(path) for path in cwd.glob("runs/*")]
+        if started and any(line[0] >= step for line in started[0].read_metrics()):
+            break
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path):
+    """Dropout, accumulation, clipping, cosine, EMA, validation: killed between checkpoints, in mid-accumulation."""
+    words = [
+        *small, "adapter.dropout=0.3", "trainer.accumulate_grad_batches=2", "optimizer.schedule=cosine", "trainer.max_steps=40",
+        "checkpoint.every_n_steps=3", "validation.every_n_steps=10", "dataset.flip=true", "dataset.caption_dropout=0.2",
+    ]  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    done = call(*words, cwd=whole)
+    assert done.returncode == 0, done.stderr
+    kill_at(8, words, broken)
+    (run,) = broken.glob("runs/*")
+    assert RunFolder(run).newest()[1] < 40, "it was killed in time"
+    resumed = call(f"resume={run.relative_to(broken)}", cwd=broken)
+    assert resumed.returncode == 0, resumed.stderr
+    assert list(broken.glob("runs/*")) == [run], "a resumed run stays in its folder"
+    ours, theirs = RunFolder(run), RunFolder(next(whole.glob("runs/*")))
+    assert ours.metrics.read_text() == theirs.metrics.read_text()
+    a, b = (torch.load(f.newest()[0], weights_only=True) for f in (ours, theirs))
+    assert a["global_step"] == b["global_step"] == 40
+    assert_same(a["state_dict"], b["state_dict"])
+    assert_same(a["callbacks"]["Ema"]["shadow"], b["callbacks"]["Ema"]["shadow"])
+    assert_same(a["optimizer_states"][0]["state"], b["optimizer_states"][0]["state"])
+    for step, grid in lab.load(run).pictures.items():
+        assert grid.read_bytes() == lab.load(theirs.root).pictures[step].read_bytes()
+
+
+def assert_same(a, b) -> None:
+    assert a.keys() == b.keys() and a
+    for key in a:
+        if isinstance(a[key], dict):
+            assert_same(a[key], b[key])
+        else:
+            assert torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])), key
+
+
+def test_a_run_can_be_made_longer(small, tmp_path):
+    quick = [*small, "validation.every_n_steps=0"]
+    assert call(*quick, "trainer.max_steps=4", "name=short", cwd=tmp_path).returncode == 0
+    assert call(*quick, "trainer.max_steps=9", "name=long", cwd=tmp_path).returncode == 0
+    short, long = (next(tmp_path.glob(f"runs/*_{name}")) for name in ("short", "long"))
+    assert call(f"resume={short}", "trainer.max_steps=9", cwd=tmp_path).returncode == 0
+    assert RunFolder(short).metrics.read_text() == RunFolder(long).metrics.read_text()
+
+
+def test_multirun_over_prompts_leaves_two_whole_runs(small, tmp_path):
+    sweep = 'dataset.instance_prompt="a photo of sks dog","a photo of zwx dog"'
+    done = call("-m", *[w for w in small if "instance_prompt" not in w], sweep, "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = lab.runs(tmp_path / "runs")
+    assert [r.config.dataset.instance_prompt for r in runs] == ["a photo of sks dog", "a photo of zwx dog"]
+    assert all(r.steps == 2 and r.folder.report.is_file() and (r.folder.export / "pytorch_lora_weights.safetensors").is_file()
+               for r in runs)  # fmt: skip
+    assert len({r.folder.root.parent for r in runs}) == 1
+
+
+def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    words = [w for w in small if not w.startswith("dataset.path")]
+    done = call(
+        "-m",
+        *words,
+        f"dataset.path={empty},{photos}",
+        "trainer.max_steps=1",
+        "validation.every_n_steps=0",
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0 and "has no usable picture" in done.stderr
+    (run,) = lab.runs(tmp_path / "runs")
+    assert run.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=sdxl", "quant=int8", "rollout.enabled=true", "dataset.path=."], "quant.kind is int8"),
+        (["dataset.path=.", "model.pretrained=nobody/nothing"], "model.pretrained is 'nobody/nothing'"),
+        (["resume=."], "is not a run folder"),
+    ],
+)
+def test_refusals_are_short_and_leave_nothing(words, said, tmp_path):
+    done = call(*words, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_real_photos_at_two_resolutions(real_photos, small, tmp_path):
+    photos = [w for w in small if not w.startswith(("dataset.path", "prior.path"))]
+    words = [*photos, f"dataset.path={real_photos / 'dog'}", f"prior.path={real_photos / 'dog2'}",
+             "dataset.resolutions=[64,128]", "trainer.max_steps=8"]  # fmt: skip
+    kill_at(4, words, tmp_path)
+    (folder,) = tmp_path.glob("runs/*")
+    done = call(f"resume={folder}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = RunFolder(folder).preflight.read_text()
+    assert "instance-64px" in text and "class-128px" in text
+    assert lab.load(folder).steps == 8
+    shutil.rmtree(folder)

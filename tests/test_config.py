@@ -1,0 +1,83 @@
+import subprocess
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError, check, conf_dir
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(lab.compose(*overrides))
+    return str(caught.value)
+
+
+def test_the_readme_command_composes():
+    cfg = lab.compose("model=sdxl", "quant=int8", "rollout.enabled=true")
+    assert cfg.quant.kind.name == "int8" and cfg.rollout.enabled
+
+
+@pytest.mark.parametrize("path", sorted(conf_dir().glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_every_option_of_every_group_fits_the_schema(path):
+    if path.parent.name == "pretrain":
+        pytest.skip("the configuration of another program")
+    cfg = lab.compose(f"{path.parent.name}={path.stem}", "dataset.path=.")
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def test_a_good_config_passes(photos):
+    check(lab.compose(f"dataset.path={photos}"))
+
+
+def test_all_problems_come_at_once():
+    text = problems(
+        "quant=int8",
+        "rollout.enabled=true",
+        "+dataset.bathc_size=2",
+        "adapter.rank=0",
+        "adapter.alpha=1",
+        "prior=teacher",
+    )
+    for said in ("dataset.path has no value", "quant.kind is int8", "rollout.enabled is true", "did you mean dataset.batch_size",
+                 "adapter.rank is 0; it must be at least 1", "prior.path is null", "prior.prompt is empty"):  # fmt: skip
+        assert said in text
+    assert text.startswith("7 problem(s)")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dataset.path=/no/such/folder", "which does not exist"),
+        ("model.pretrained=./nowhere", "model.pretrained is './nowhere'"),
+        ("dataset.resolutions=[]", "dataset.resolutions is []"),
+        ("dataset.crop_variants=3", "use dataset.crop=random"),
+        ("trainer.max_steps=0", "trainer.max_steps is 0"),
+        ("name=../up", "it names a folder"),
+        ("preflight=maybe", "preflight is 'maybe'"),
+        ("validation.resolution=100", "a multiple of 8"),
+        ("adapter.parts=[]", "nothing would be trained"),
+        ("ema.device=tpu", "ema.device is 'tpu'"),
+        ("+model.foo=1", "model.foo is not a key"),
+        ("++typo=1", "typo is not a key"),
+        ("seed=-1", "seed is -1"),
+    ],
+)
+def test_bad_values_are_refused_with_their_key(override, said):
+    assert said in problems("dataset.path=.", override)
+
+
+def test_help_is_instant_and_loads_no_torch():
+    code = (
+        "import sys, runpy; sys.argv = ['dreambooth_lab', '--help']\n"
+        "try: runpy.run_module('dreambooth_lab', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('TORCH' if 'torch' in sys.modules else 'NONE')"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "model: sdxl" in done.stdout and "dataset.path=PHOTOS" in done.stdout
+    assert done.stdout.strip().endswith("NONE")
+    assert time.monotonic() - start < 20  # hangs only; the time itself is in the README

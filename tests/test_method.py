@@ -1,0 +1,147 @@
+"""The properties the method stands on, on a tiny SDXL."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dreambooth_lab import lab
+from dreambooth_lab.adapter import LoRA, match
+from dreambooth_lab.config import ConfigError, Schedule
+from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.dreambooth import DreamBooth, learning_rate
+from dreambooth_lab.run import build, build_family
+
+
+@pytest.fixture
+def made(small):
+    def make(*overrides):
+        cfg = lab.compose(*small, *overrides)
+        family = build_family(cfg)
+        data = DreamBoothData(cfg, family)
+        data.prepare()
+        adapter = build(cfg.adapter)
+        adapter.attach(family.denoiser, family.learns, seed=0)
+        module = DreamBooth(cfg, family, adapter).train()
+        return module, iter(Samples(data, data.schedule, 0, 0, 1))
+
+    return make
+
+
+def move(module, scale=0.05):
+    """Give the adapter weights as after training."""
+    generator = torch.Generator().manual_seed(5)
+    for p in module.learning().values():
+        p.data += scale * torch.randn(p.shape, generator=generator)
+
+
+def answer(module, batch):
+    with torch.no_grad():
+        return module.predict(batch.latents(), batch.u, batch.cond)
+
+
+def test_without_its_adapter_the_model_is_the_base_to_the_bit(made):
+    module, stream = made()
+    batch = next(stream)
+    base = build_family(module.cfg).denoise(batch.latents(), batch.u, batch.cond)
+    move(module)
+    assert (answer(module, batch) - base).abs().max() > 1e-3
+    with module.adapter.base():
+        assert torch.equal(answer(module, batch), base)
+    again = answer(module, batch)
+    with module.adapter.base():
+        pass
+    assert torch.equal(answer(module, batch), again), "the adapter is put back as it was"
+
+
+def test_a_fresh_adapter_has_no_prior_loss(made):
+    module, stream = made()
+    losses = module.training_step(next(stream), 0)
+    assert losses["prior"] < 1e-9 < losses["instance"]
+
+
+def test_the_teacher_sees_class_rows_only(made):
+    module, stream = made()
+    move(module)
+    batch = next(stream)
+    x_t, t = batch.latents(), batch.u
+    seen = []
+    real = module.prior.predict
+    module.prior.predict = lambda *a: seen.append(a) or real(*a)
+    target = module.prior(batch.eps, batch, x_t, t)
+    assert len(seen) == 1 and torch.equal(seen[0][0], x_t[batch.class_rows])
+    assert torch.equal(target[batch.instance_rows], batch.eps[batch.instance_rows])
+    with module.adapter.base():
+        assert_close(target[batch.class_rows], answer(module, batch)[batch.class_rows])
+    assert not target.requires_grad
+
+
+@pytest.mark.parametrize("prior", ["teacher", "noise"])
+def test_gradients_reach_the_adapter_and_nothing_else(made, prior):
+    module, stream = made(f"prior={prior}")
+    move(module)
+    module.training_step(next(stream), 0)["loss"].backward()
+    learning = module.learning()
+    for name, p in module.named_parameters():
+        assert (p.grad is not None) == (name in learning), name
+    assert all("lora_" in name for name in learning)
+    assert any(p.grad.abs().sum() > 0 for p in learning.values())
+
+
+def test_a_zero_weight_gives_the_gradients_of_the_instance_rows_alone(made):
+    module, stream = made("prior.weight=0")
+    move(module)
+    batch = next(stream)
+    module.training_step(batch, 0)["loss"].backward()
+    weighted = [p.grad.clone() for p in module.learning().values()]
+    module.zero_grad()
+    x_t = module.path.noise(batch.latents(), batch.eps, batch.u)
+    error = (module.predict(x_t, batch.u, batch.cond) - batch.eps).square().mean((1, 2, 3))
+    error[batch.instance_rows].mean().backward()
+    for a, p in zip(weighted, module.learning().values(), strict=True):
+        assert_close(a, p.grad)
+
+
+def test_what_has_no_rows_is_not_reported(made):
+    module, stream = made("prior=none")
+    assert "prior" not in module.training_step(next(stream), 0)
+
+
+def test_the_default_targets_are_attention_and_feed_forward(made):
+    module, _ = made()
+    layers = {name.split(".lora_")[0].split(".")[-1] for name in module.learning()}
+    assert layers == {"to_q", "to_k", "to_v", "0", "proj", "2"}
+    attention, _ = made("adapter.parts=[attention]")
+    assert len(attention.learning()) < len(module.learning())
+    assert not any("ff" in name for name in attention.learning())
+
+
+def test_a_target_that_matches_nothing_names_its_neighbours(tiny_sdxl, small):
+    unet = build_family(lab.compose(*small)).denoiser
+    with pytest.raises(ConfigError, match=r"'to_qq' matches no linear layer of the model; near: .*to_q"):
+        match(unet, ["to_qq"])
+    with pytest.raises(ConfigError, match=r"adapter.parts has \['attn'\]; this model family names"):
+        LoRA(4, 4.0, 0.0, ["attn"], []).attach(unet, {"attention": ("to_q",)}, 0)
+
+
+def test_the_adapter_starts_the_same_for_the_same_seed_and_leaves_the_global_generator(made):
+    torch.manual_seed(1)
+    first, _ = made()
+    state = torch.get_rng_state()
+    second, _ = made()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.learning().values(), second.learning().values(), strict=True))
+
+
+def test_adapters_learn_in_float32_on_a_bfloat16_base(made):
+    module, stream = made("model.dtype=bfloat16")
+    assert {p.dtype for p in module.learning().values()} == {torch.float32}
+    module.training_step(next(stream), 0)["loss"].backward()
+
+
+def test_learning_rate():
+    constant, cosine = (learning_rate(kind, 4, 104) for kind in (Schedule.constant, Schedule.cosine))
+    assert [constant(s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert (cosine(3), cosine(4)) == (1.0, 1.0)
+    assert_close([cosine(54), cosine(104), cosine(200)], [0.5, 0.0, 0.0])
