@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, check, conf_dir
+from dreambooth_lab.config import ConfigError, anchor, check, conf_dir
 
 
 def problems(*overrides: str) -> str:
@@ -45,6 +45,13 @@ def test_all_problems_come_at_once():
                  "adapter.rank is 0; it must be at least 1", "prior.path is null", "prior.prompt is empty"):  # fmt: skip
         assert said in text
     assert text.startswith("7 problem(s)")
+
+
+def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    cfg = anchor(lab.compose(f"dataset.path={photos.name}", "model.pretrained=owner/name", "cache=new"))
+    assert cfg.dataset.path == str(photos) and cfg.cache == str(photos.parent / "new")
+    assert cfg.model.pretrained == "owner/name" and cfg.prior.path is None
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth_lab.config import ConfigError, check, conf_dir
-from dreambooth_lab.runfolder import new_folder, take_up
+from dreambooth_lab.config import ConfigError, anchor, check, conf_dir
+from dreambooth_lab.runfolder import RunFolder, new_folder, take_up
 
 OmegaConf.register_new_resolver("run_folder", new_folder, replace=True)
 
@@ -21,6 +21,7 @@ OmegaConf.register_new_resolver("run_folder", new_folder, replace=True)
 def job(cfg: DictConfig) -> dict[str, float]:
     """Compose → check → run one job of Hydra's."""
     hydra_cfg = HydraConfig.get()
+    cfg = anchor(cfg)
     if cfg.resume is not None:
         cfg = take_up(cfg, list(hydra_cfg.overrides.task))
     check(cfg)
@@ -43,10 +44,9 @@ def _job_or_exit(cfg: DictConfig) -> dict[str, float] | None:
             raise
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            f"interrupted; go on with: python -m dreambooth_lab resume={HydraConfig.get().runtime.output_dir}",
-            file=sys.stderr,
-        )
+        folder = RunFolder(HydraConfig.get().runtime.output_dir)
+        way_on = f"go on with: python -m dreambooth_lab resume={folder.root}" if folder.newest() else "no checkpoint yet"
+        print(f"interrupted; {way_on}", file=sys.stderr)
         sys.exit(130)
 
 

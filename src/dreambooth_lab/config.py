@@ -208,6 +208,16 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"{len(found)} problem(s) in the configuration:\n" + "\n".join(f"  - {p}" for p in found))
 
 
+def anchor(cfg: DictConfig) -> DictConfig:
+    """The same configuration with its local paths made absolute, so that it means the same from any folder."""
+    anchored = cfg.copy()
+    for key in ("dataset.path", "prior.path", "cache", "model.pretrained"):
+        value = None if OmegaConf.is_missing(cfg, key) else OmegaConf.select(cfg, key)
+        if value and (key == "cache" or Path(value).expanduser().exists()):
+            OmegaConf.update(anchored, key, str(Path(value).expanduser().resolve()))
+    return anchored
+
+
 class Reader:
     """Reads keys for the checks; a missing value reads as None, since it is already reported by itself."""
 
