@@ -11,7 +11,7 @@ from dreambooth_lab.adapter import LoRA, match
 from dreambooth_lab.config import ConfigError, Schedule
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.dreambooth import DreamBooth, learning_rate
-from dreambooth_lab.run import build, build_family
+from dreambooth_lab.run import build_adapter, build_family
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def made(small):
         family = build_family(cfg)
         data = DreamBoothData(cfg, family)
         data.prepare()
-        adapter = build(cfg.adapter)
+        adapter = build_adapter(cfg)
         adapter.attach(family.denoiser, family.learns, seed=0)
         module = DreamBooth(cfg, family, adapter).train()
         return module, iter(Samples(data, data.schedule, 0, 0, 1))

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+
 from dreambooth_lab import lab, report
 from dreambooth_lab.run import run
 

@@ -79,11 +79,11 @@ def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_pa
     from safetensors.torch import save_file
 
     from dreambooth_lab.dreambooth import DreamBooth
-    from dreambooth_lab.run import build
+    from dreambooth_lab.run import build_adapter
 
     checkpoint = torch.load(done.folder.newest()[0], weights_only=True)
     weights = checkpoint["state_dict"] if which == "live" else checkpoint["callbacks"]["Ema"]["shadow"]
-    family, adapter = build_family(done.config), build(done.config.adapter)
+    family, adapter = build_family(done.config), build_adapter(done.config)
     adapter.attach(family.denoiser, family.learns, seed=9)
     DreamBooth(done.config, family, adapter).load_state_dict(weights, strict=False)
     x, text = torch.randn(1, 4, 8, 8), family.encode_text(["a photo of sks dog"])

@@ -71,12 +71,11 @@ class LoRA:
             for layer, disabled in zip(layers, before, strict=True):
                 layer._disable_adapters = disabled
 
-    def layers(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The adapter in peft's key layout, on the CPU; of other weights of the model, by parameter name, when given."""
+    def layers(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the adapter, by the model's parameter names, in peft's key layout, on the CPU."""
         from peft import get_peft_model_state_dict
 
-        state = dict(self.model.state_dict()) | dict(weights or {})
-        layers = get_peft_model_state_dict(self.model, state_dict=state, adapter_name=NAME)
+        layers = get_peft_model_state_dict(self.model, state_dict=dict(weights), adapter_name=NAME)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in layers.items()}
 
     def metadata(self) -> dict[str, Any]:

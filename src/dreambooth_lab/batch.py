@@ -36,6 +36,11 @@ class Cond(NamedTuple):
     def take(self, rows: Tensor) -> Cond:
         return Cond(*(part[rows] for part in self))
 
+    def put(self, rows: Tensor, text: Text) -> Cond:
+        """With other text at some rows."""
+        states = self.states.index_copy(0, rows, text.states.to(self.states.dtype))
+        return self._replace(states=states, pooled=self.pooled.index_copy(0, rows, text.pooled.to(self.pooled.dtype)))
+
 
 class Batch(NamedTuple):
     """Rows of one shape, with every random choice already drawn."""
@@ -47,6 +52,7 @@ class Batch(NamedTuple):
     eps: Tensor  # [B C h w] N(0,1): ε
     u: Tensor  # [B] U[0,1): becomes t
     cond: Cond
+    captions: tuple[str, ...]  # B of them, as drawn
     instance_rows: Tensor  # [≤B] positions of the subject's rows
     class_rows: Tensor  # [≤B] positions of the class rows
     mask: Tensor | None  # [B 1 h w] in [0,1], or no masks at all

@@ -74,6 +74,9 @@ class AdapterConfig:
     dropout: float
     parts: list[str]
     targets: list[str]
+    train_token: bool
+    token: str | None
+    token_lr_ratio: float
 
 
 @dataclass
@@ -254,7 +257,7 @@ def _strangers(node: DictConfig, schema: type = Config, prefix: str = "") -> Ite
 
 
 BOUNDS: tuple[tuple[Any, ...], ...] = (
-    ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99),
+    ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99), ("adapter.token_lr_ratio", 0),
     ("dataset.max_aspect", 1, 8), ("dataset.minimum_image_size", 0), ("dataset.repeats", 0),
     ("dataset.crop_variants", 1), ("dataset.caption_dropout", 0, 1), ("dataset.batch_size", 1),
     ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1),

@@ -19,6 +19,7 @@ from .batch import Batch, Cond
 from .config import Schedule
 from .diffusion import time
 from .draw import Purpose
+from .embedding import TokenEmbedding
 from .losses import masked_error, preserve_prior
 from .models.family import Family
 from .prior import build_prior
@@ -32,10 +33,10 @@ class DreamBooth(LightningModule):
 
     strict_loading = False  # checkpoints hold what learns, nothing else
 
-    def __init__(self, cfg: DictConfig, family: Family, adapter: LoRA):
+    def __init__(self, cfg: DictConfig, family: Family, adapter: LoRA, token: TokenEmbedding | None = None):
         super().__init__()
         self.cfg, self.family, self.adapter = cfg, family, adapter
-        self.denoiser = family.denoiser
+        self.denoiser, self.token = family.denoiser, token
         self.path = family.path
         self.prior = build_prior(cfg.prior.kind, family.denoise, adapter.base)
 
@@ -43,7 +44,7 @@ class DreamBooth(LightningModule):
         x0, eps = batch.latents(), batch.eps  #              [B C h w]  sample
         t = time.uniform(batch.u, *self.family.times)  #     [B]
         x_t = self.path.noise(x0, eps, t)  #                 [B C h w]  α_t x_0 + σ_t ε
-        output = self.predict(x_t, t, batch.cond)
+        output = self.predict(x_t, t, self.told(batch))
         target = self.path.target(x0, eps, t)
         target = self.prior(target, batch, x_t, t)  #        the class rows' own answer
         error = masked_error(output, target, batch.mask, self.cfg.mask.normalize, self.cfg.mask.floor)  # [B]
@@ -56,18 +57,31 @@ class DreamBooth(LightningModule):
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.family.denoise(x_t, t, cond)
 
+    def told(self, batch: Batch) -> Cond:
+        """The batch's conditions, with the learned token's current meaning in the captions that have it."""
+        if self.token is None:
+            return batch.cond
+        rows = [i for i, caption in enumerate(batch.captions) if self.token.occurs_in(caption)]
+        if not rows:
+            return batch.cond
+        text = self.family.read_text([batch.captions[i] for i in rows])
+        return batch.cond.put(torch.tensor(rows, device=batch.cond.states.device), text)
+
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
         """What little uses torch's own generator (adapter dropout) restarts from the sample index: no state to save."""
         torch.manual_seed(draw.torch_seed(self.cfg.seed, int(batch.sample[0]), Purpose.STEP))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         cfg = self.cfg.optimizer
-        learning = [p for p in self.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.denoiser.parameters() if p.requires_grad]}]
+        if self.token:  # decay would pull the token's meaning to nothing
+            rate = cfg.lr * self.cfg.adapter.token_lr_ratio
+            groups.append({"params": list(self.token.parameters()), "lr": rate, "weight_decay": 0.0})
         optimizer = get_class(cfg._target_)(
-            learning, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
+            groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
         )  # fmt: skip
-        rate = learning_rate(cfg.schedule, cfg.warmup_steps, self.cfg.trainer.max_steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        share = learning_rate(cfg.schedule, cfg.warmup_steps, self.cfg.trainer.max_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def learning(self) -> dict[str, Tensor]:

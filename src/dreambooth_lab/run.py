@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig
 
 from . import draw, preflight, report
+from .adapter import LoRA
 from .callbacks.checkpoint import Checkpoints
 from .callbacks.ema import Ema
 from .callbacks.export import Export
@@ -24,6 +25,7 @@ from .config import ConfigError
 from .data.module import DreamBoothData
 from .draw import Purpose
 from .dreambooth import DreamBooth
+from .embedding import TokenEmbedding, rare_word
 from .models.family import Family
 from .runfolder import RunFolder
 
@@ -42,9 +44,11 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     family = build_family(cfg)
     data = DreamBoothData(cfg, family)
     data.prepare()
-    adapter = build(cfg.adapter)
+    adapter = build_adapter(cfg)
     layers = adapter.attach(family.denoiser, family.learns, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
-    module = DreamBooth(cfg, family, adapter).train()
+    word = learned_word(cfg)
+    token = TokenEmbedding(word, family.token_slots(word)) if word else None
+    module = DreamBooth(cfg, family, adapter, token).train()
     folder.save_config(cfg)
     folder.save_environment(str(family.device))
     preflight.show(cfg, data, module, layers, folder.preflight)
@@ -62,9 +66,31 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     return metrics.last
 
 
-def build(node: DictConfig) -> Any:
-    """The object that a config group names by `_target_`, made from the group's other keys."""
-    return get_class(node._target_)(**{str(key): value for key, value in node.items() if key != "_target_"})
+def build(node: DictConfig, *but: str) -> Any:
+    """The object that a config group names by `_target_`, made from the group's other keys but some."""
+    return get_class(node._target_)(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
+
+
+def build_adapter(cfg: DictConfig) -> LoRA:
+    """The adapter, not yet attached; what the group says of the token is `learned_word`'s."""
+    return build(cfg.adapter, "train_token", "token", "token_lr_ratio")
+
+
+def learned_word(cfg: DictConfig) -> str | None:
+    """The rare token, if its embedding learns.
+
+    Raises:
+        ConfigError: which word of the instance prompt it is can't be told.
+    """
+    if not cfg.adapter.train_token:
+        return None
+    word = cfg.adapter.token or rare_word(cfg.dataset.instance_prompt, cfg.dataset.class_prompt)
+    if word is None or word not in cfg.dataset.instance_prompt.split():
+        raise ConfigError(
+            f"adapter.train_token is true, but the rare word of dataset.instance_prompt={cfg.dataset.instance_prompt!r} is not "
+            "clear; set adapter.token to it, or dataset.class_prompt to the same prompt without it"
+        )
+    return word
 
 
 def build_family(cfg: DictConfig) -> Family:

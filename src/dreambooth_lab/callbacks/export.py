@@ -12,7 +12,8 @@ PREFIX = "denoiser."  # of the module's parameter names
 
 
 class Export(Callback):
-    """When training ends: `export/pytorch_lora_weights.safetensors`, and the averaged weights in `export/ema/`.
+    """When training ends: `export/pytorch_lora_weights.safetensors`, `learned_embeds.safetensors` if the token was learned,
+    and the averaged ones in `export/ema/`.
 
     Args:
         ema: the run's average, or None.
@@ -24,7 +25,11 @@ class Export(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DreamBooth)
         adapter, family = pl_module.adapter, pl_module.family
-        family.save_lora(self.folder.export, adapter.layers(), adapter.metadata())
+        learned = {self.folder.export: pl_module.learning()}
         if self.ema:
-            average = {name.removeprefix(PREFIX): weight for name, weight in self.ema.shadow.items()}
-            family.save_lora(self.folder.export / "ema", adapter.layers(average), adapter.metadata())
+            learned[self.folder.export / "ema"] = self.ema.shadow
+        for folder, weights in learned.items():
+            own = {name.removeprefix(PREFIX): weight for name, weight in weights.items() if name.startswith(PREFIX)}
+            family.save_lora(folder, adapter.layers(own), adapter.metadata())
+            if pl_module.token:
+                family.save_token(folder, [w for name, w in weights.items() if name.startswith("token.")])

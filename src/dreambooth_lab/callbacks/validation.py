@@ -47,11 +47,16 @@ class Validation(Callback):
         module.train(was_training)
         save(self.folder.pictures, step, rows)
 
+    def _text(self, module: DreamBooth, prompt: str) -> Text:
+        if module.token and module.token.occurs_in(prompt):
+            return module.family.encode_text([prompt])  # its meaning is still being learned
+        return self.data.text(prompt)
+
     def _pictures(self, module: DreamBooth, prompt: str) -> list[Image.Image]:
         n = self.cfg.num_images
         seeds = [torch.Generator().manual_seed(self.cfg.seed + i) for i in range(n)]
         return module.family.generate(
-            _rows(self.data.text(prompt), n), _rows(self.data.text(self.cfg.negative_prompt), n),
+            _rows(self._text(module, prompt), n), _rows(self.data.text(self.cfg.negative_prompt), n),
             height=self.cfg.resolution, width=self.cfg.resolution, generator=seeds,
             num_inference_steps=self.cfg.num_inference_steps, guidance_scale=self.cfg.guidance_scale,
         )  # fmt: skip

@@ -164,12 +164,12 @@ class DreamBoothData(LightningDataModule):
         """Rows of one shape with all their draws; nothing random happens after this."""
         seed = self.cfg.seed
         entries = [self.entries[row.entry] for row in rows]
-        posteriors, sizes, texts = [], [], []
+        captions = tuple(self._caption(row, entry) for row, entry in zip(rows, entries, strict=True))
+        posteriors, sizes = [], []
         for row, entry in zip(rows, entries, strict=True):
             which = int(draw.uniform(seed, row.sample, Purpose.VARIANT) * len(entry.variants))
             posteriors.append(self.latents.read(self.keys[row.entry][which]))
             sizes.append(entry.variants[which].size())
-            texts.append(self.text(self._caption(row, entry)))
         mean = torch.stack([p["mean"] for p in posteriors])
         shape = tuple(mean.shape[1:])
 
@@ -184,7 +184,8 @@ class DreamBoothData(LightningDataModule):
             z=noise(Purpose.POSTERIOR),
             eps=noise(Purpose.NOISE),
             u=torch.tensor([draw.uniform(seed, row.sample, Purpose.TIME) for row in rows], dtype=torch.float64),
-            cond=self.family.cond(stack_text(texts), sizes),
+            cond=self.family.cond(stack_text([self.text(caption) for caption in captions]), sizes),
+            captions=captions,
             instance_rows=(~is_class).nonzero()[:, 0],
             class_rows=is_class.nonzero()[:, 0],
             mask=None,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..batch import Cond, Size, Text
 from ..diffusion.path import Path
+from ..embedding import Slot
 
 
 class Family(ABC):
@@ -37,8 +38,21 @@ class Family(ABC):
         """The network that learns; loaded, frozen and in evaluation mode at first use."""
 
     @abstractmethod
+    def read_text(self, captions: Sequence[str]) -> Text:
+        """Captions → states [B L D], pooled [B P], float32, differentiable. An empty caption is the unconditional input."""
+
+    @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Text:
-        """Captions → states [B L D], pooled [B P], float32 on the CPU. An empty caption is the unconditional input."""
+        """`read_text` to keep: without gradient, on the CPU."""
+        return Text(*(part.cpu() for part in self.read_text(captions)))
+
+    @abstractmethod
+    def token_slots(self, word: str) -> list[Slot]:
+        """Where each text encoder keeps the embedding of a word.
+
+        Raises:
+            ConfigError: an encoder splits the word into several tokens.
+        """
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,6 +77,14 @@ class Family(ABC):
     @abstractmethod
     def save_lora(self, folder: Folder, layers: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write `pytorch_lora_weights.safetensors` as `load_lora_weights` reads it."""
+
+    @abstractmethod
+    def save_token(self, folder: Folder, rows: Sequence[Tensor]) -> None:
+        """Write `learned_embeds.safetensors` with one embedding per text encoder, as textual inversion files have them."""
+
+    @abstractmethod
+    def load_token(self, pipeline: Any, folder: Folder, word: str) -> None:
+        """Put a saved embedding in a word's place in a pipeline's text encoders."""
 
     @abstractmethod
     def release_encoders(self) -> None:

@@ -10,16 +10,19 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..batch import Cond, Text
 from ..config import ConfigError, Dtype
 from ..diffusion.path import Prediction, VariancePreserving
+from ..embedding import Slot
 from . import files
 from .family import Family
 
 log = logging.getLogger(__name__)
 
+TOKEN_FILE, TOKEN_KEYS = "learned_embeds.safetensors", ("clip_l", "clip_g")  # as other tools name them
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
 
@@ -103,20 +106,22 @@ class SDXL(Family):
     def image_identity(self) -> str:
         return files.identity(self.folder, ("vae",), str(self.encoder_dtype))
 
-    @torch.no_grad()
-    def encode_text(self, captions: Sequence[str]) -> Text:
+    def read_text(self, captions: Sequence[str]) -> Text:
         """The last hidden layer but one of both encoders, side by side; pooled is the second's projected output."""
         states = []
         for tokenizer, encoder in self.text_encoders:
             _warn_of_long(captions, tokenizer)
             ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
             output = encoder(ids.to(self.device), output_hidden_states=True)
-            states.append(output.hidden_states[-2].float().cpu())
-        text = Text(torch.cat(states, -1), output.text_embeds.float().cpu())
+            states.append(output.hidden_states[-2].float())
+        text = Text(torch.cat(states, -1), output.text_embeds.float())
         if self.zero_unconditional:
-            said = torch.tensor([bool(caption) for caption in captions])
+            said = torch.tensor([bool(caption) for caption in captions], device=self.device)
             text = Text(text.states * said.view(-1, 1, 1), text.pooled * said.view(-1, 1))
         return text
+
+    def token_slots(self, word: str) -> list[Slot]:
+        return [_slot(tokenizer, encoder, word) for tokenizer, encoder in self.text_encoders]
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +159,7 @@ class SDXL(Family):
             return self._sampler(height=height, width=width, **texts, **options).images
         finally:
             self._sampler.vae = None
-            self.release_encoders()
+            self.__dict__.pop("vae")
 
     def pipeline(self) -> Any:
         from diffusers import StableDiffusionXLPipeline
@@ -170,6 +175,29 @@ class SDXL(Family):
         StableDiffusionXLPipeline.save_lora_weights(
             folder, unet_lora_layers=dict(layers), unet_lora_adapter_metadata=dict(metadata)
         )
+
+    def save_token(self, folder: Folder, rows: Sequence[Tensor]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {name: row.detach().cpu().float()[None] for name, row in zip(TOKEN_KEYS, rows, strict=True)}
+        save_file(named, folder / TOKEN_FILE)
+
+    def load_token(self, pipeline: Any, folder: Folder, word: str) -> None:
+        saved = load_file(folder / TOKEN_FILE)
+        pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
+        for name, (tokenizer, encoder) in zip(TOKEN_KEYS, pairs, strict=True):
+            layer, row = _slot(tokenizer, encoder, word)
+            layer.weight.data[row] = saved[name][0].to(layer.weight.dtype)
+
+
+def _slot(tokenizer: Any, encoder: Any, word: str) -> Slot:
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise ConfigError(
+            f"adapter.train_token is true, but {word!r} is {len(ids)} tokens to the text encoder ({pieces}); "
+            "choose a word that is one token, or set adapter.train_token=false"
+        )
+    return encoder.get_input_embeddings(), ids[0]
 
 
 def _warn_of_long(captions: Sequence[str], tokenizer: Any) -> None:

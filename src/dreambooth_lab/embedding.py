@@ -1,0 +1,48 @@
+"""The rare token's own embedding, learned beside the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Slot = tuple[nn.Embedding, int]  # a text encoder's input embedding, and the token's row in it
+
+
+class TokenEmbedding(nn.Module):
+    """Stands in for one token's row in every text encoder; textual inversion's variable (Gal et al. 2023), started from what
+    the model has there. The encoders themselves stay as they are, and so does every other word.
+
+    Args:
+        word: the token, as written in prompts.
+        slots: where it sits, one per text encoder.
+    """
+
+    def __init__(self, word: str, slots: Sequence[Slot]):
+        super().__init__()
+        self.word = word
+        self.rows = nn.ParameterList(nn.Parameter(layer.weight[row].detach().float().clone()) for layer, row in slots)
+        for (layer, row), learned in zip(slots, self.rows, strict=True):
+            layer.register_forward_hook(_put(row, learned))
+
+    def occurs_in(self, caption: str) -> bool:
+        return self.word in caption.split()
+
+
+def _put(row: int, learned: Tensor) -> Any:
+    def hook(layer: nn.Module, ids: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where((ids[0] == row)[..., None], learned.to(output.dtype), output)
+
+    return hook
+
+
+def rare_word(instance_prompt: str, class_prompt: str | None) -> str | None:
+    """The one word that the instance prompt has and the class prompt lacks; None if there is not exactly one.
+
+    Articles differ for grammar's sake ("sks dog", "a dog") and don't count.
+    """
+    known = {*(class_prompt or "").split(), "a", "an", "the"}
+    words = [word for word in instance_prompt.split() if word not in known]
+    return words[0] if class_prompt and len(words) == 1 else None

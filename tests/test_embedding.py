@@ -1,0 +1,95 @@
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.dreambooth import DreamBooth
+from dreambooth_lab.embedding import TokenEmbedding, rare_word
+from dreambooth_lab.run import build_adapter, build_family, learned_word, run
+
+TOKEN = ["adapter.train_token=true", 'dataset.instance_prompt="a photo of q dog"']  # one byte is one token here
+
+
+@pytest.fixture
+def made(small):
+    cfg = lab.compose(*small, *TOKEN)
+    family = build_family(cfg)
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    adapter = build_adapter(cfg)
+    adapter.attach(family.denoiser, family.learns, seed=0)
+    module = DreamBooth(cfg, family, adapter, TokenEmbedding("q", family.token_slots("q"))).train()
+    return module, next(iter(Samples(data, data.schedule, 0, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("instance", "kind", "word"),
+    [
+        ("a photo of sks dog", "a photo of a dog", "sks"),
+        ("an sks robot", "a robot", "sks"),
+        ("sks", "a dog", "sks"),
+        ("a photo of sks zwx dog", "a photo of a dog", None),
+        ("a photo of a dog", "a photo of a dog", None),
+        ("a photo of sks dog", None, None),
+    ],
+)
+def test_the_rare_word_is_what_the_class_prompt_lacks(instance, kind, word):
+    assert rare_word(instance, kind) == word
+
+
+def test_an_unlearned_token_means_what_it_meant(made):
+    module, batch = made
+    assert_close(module.told(batch).states, batch.cond.states)
+    assert_close(module.told(batch).pooled, batch.cond.pooled)
+
+
+def test_a_learned_token_changes_the_captions_that_have_it_and_no_other(made):
+    module, batch = made
+    for row in module.token.parameters():
+        row.data += 1
+    told = module.told(batch)
+    assert (told.states[batch.instance_rows] - batch.cond.states[batch.instance_rows]).abs().max() > 1e-2
+    assert torch.equal(told.states[batch.class_rows], batch.cond.states[batch.class_rows])
+    plain = build_family(module.cfg).encode_text(["a photo of a dog"])
+    assert torch.equal(module.family.encode_text(["a photo of a dog"]).states, plain.states)
+
+
+def test_gradients_reach_the_token_in_both_encoders_and_nothing_else_there(made):
+    module, batch = made
+    for p in module.denoiser.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
+    module.training_step(batch, 0)["loss"].backward()
+    assert len(module.token.rows) == 2 and all(row.grad.abs().sum() > 0 for row in module.token.rows)
+    assert all(p.grad is None for _, encoder in module.family.text_encoders for p in encoder.parameters())
+
+
+def test_a_word_of_several_tokens_is_refused(made):
+    with pytest.raises(ConfigError, match=r"'sks' is 3 tokens to the text encoder"):
+        made[0].family.token_slots("sks")
+
+
+def test_an_unclear_word_is_refused(small):
+    with pytest.raises(ConfigError, match=r"set adapter\.token to it"):
+        learned_word(lab.compose(*small, "adapter.train_token=true", "dataset.class_prompt=null"))
+    assert learned_word(lab.compose(*small, "adapter.train_token=true", "adapter.token=dog")) == "dog"
+
+
+def test_a_run_learns_exports_and_reloads_its_token(small, tmp_path):
+    run(lab.compose(*small, *TOKEN), tmp_path / "run")
+    done = lab.load(tmp_path / "run")
+    rows, average = (
+        load_file(done.folder.export / name) for name in ("learned_embeds.safetensors", "ema/learned_embeds.safetensors")
+    )
+    assert set(rows) == {"clip_l", "clip_g"} and not torch.equal(rows["clip_l"], average["clip_l"])
+    pipeline = done.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
+    picture = pipeline("a photo of q dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    saved = Image.open(done.folder.pictures / "step_0000006" / "00_00.png")
+    difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
+    assert difference.abs().max() <= 1
