@@ -17,6 +17,14 @@ $(VENV)/.installed: pyproject.toml
 
 install: $(VENV)/.installed  ## a virtual environment with everything in it
 
+demo: install  ## teach the embedded model a robot from five photos, and look at it: two to three minutes after installing
+	$(BIN)/python -m dreambooth_lab experiment=demo
+	$(BIN)/python -m dreambooth_lab.tools.judge_toybox "$$(ls -d runs/*_demo | tail -n 1)"
+	@run="$$(ls -d runs/*_demo | tail -n 1)"; echo; echo "Look at:"; \
+	 echo "  $$run/report.html                      the page of the run"; \
+	 echo "  $$run/pictures/before_after.png        left the base model, right after training; a row a prompt"; \
+	 echo "  $$run/export/                          the LoRA and the learned token"
+
 test: install  ## the tests that need no GPU and no patience
 	$(BIN)/python -m pytest
 

@@ -11,7 +11,7 @@ from dreambooth_lab.config import ConfigError, anchor, check, conf_dir
 
 def problems(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        check(lab.compose(*overrides))
+        check(lab.compose("model=sdxl", "dataset=folder", *overrides))
     return str(caught.value)
 
 
@@ -29,7 +29,7 @@ def test_every_option_of_every_group_fits_the_schema(path):
 
 
 def test_a_good_config_passes(photos):
-    check(lab.compose(f"dataset.path={photos}"))
+    check(lab.compose("model=sdxl", f"dataset.path={photos}"))
 
 
 def test_all_problems_come_at_once():

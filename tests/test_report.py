@@ -16,7 +16,7 @@ def folder(small, tmp_path_factory):
 def test_the_page_is_self_contained(folder):
     page = folder.report.read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("data:image/jpeg;base64,") == 3  # steps 0, 3 and 4
+    assert page.count("data:image/jpeg;base64,") == 4  # before and after; steps 0, 3 and 4
     assert page.count("<svg") == 3  # loss and its two parts
 
 

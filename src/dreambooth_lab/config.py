@@ -13,7 +13,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 
@@ -86,6 +89,7 @@ class QuantConfig:
 
 @dataclass
 class DatasetConfig:
+    subject: str | None
     path: str
     instance_prompt: str
     class_prompt: str | None
@@ -200,7 +204,16 @@ class Config:
     preflight: str
 
 
+class ExperimentFolder(SearchPathPlugin):
+    """Lets `experiment=NAME` find the pinned experiments, which lie outside conf/."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("experiments", f"file://{conf_dir().parent / 'experiments'}")
+
+
 ConfigStore.instance().store(name="schema", node=Config)
+Plugins.instance().register(ExperimentFolder)
+OmegaConf.register_new_resolver("package", lambda path: str(Path(__file__).resolve().parent / path), replace=True)
 
 
 def check(cfg: DictConfig) -> None:

@@ -74,10 +74,29 @@ def write(folder: RunFolder) -> None:
 
 
 def _pictures(folder: RunFolder, prompts: list[str]) -> str:
+    """Per prompt the base model's pictures over the last ones, same noise in each column; every step's grid below."""
     grids = sorted(folder.pictures.glob("step_*.png"))
+    if not grids:
+        return "<p>None were asked for.</p>"
+    before_after(folder, len(prompts)).save(folder.before_after)
     rows = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
+    pair = f"left: {_step(grids[0].stem)}; right: {_step(grids[-1].stem)}; a column on either side starts from the same noise"
     figures = "".join(f"<figure>{_image(path)}<figcaption>{_step(path.stem)}</figcaption></figure>" for path in grids)
-    return f"<p>Rows from above:</p><ol>{rows}</ol>{figures}" if grids else "<p>None were asked for.</p>"
+    return (
+        f"<p>Rows from above:</p><ol>{rows}</ol><figure>{_image(folder.before_after)}<figcaption>{pair}</figcaption></figure>"
+        f"<details><summary>every step</summary>{figures}</details>"
+    )
+
+
+def before_after(folder: RunFolder, prompts: int) -> Image.Image:
+    """The first grid and the last, side by side, a gap between them."""
+    grids = sorted(folder.pictures.glob("step_*.png"))
+    first, last = (Image.open(grids[i]).convert("RGB") for i in (0, -1))
+    gap = first.height // prompts // 8
+    sheet = Image.new("RGB", (2 * first.width + gap, first.height), "white")
+    sheet.paste(first, (0, 0))
+    sheet.paste(last, (first.width + gap, 0))
+    return sheet
 
 
 def _step(stem: str) -> str:

@@ -33,6 +33,7 @@ class RunFolder:
         self.preflight = self.root / "preflight.txt"
         self.metrics = self.root / "metrics.csv"
         self.pictures = self.root / "pictures"
+        self.before_after = self.pictures / "before_after.png"
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
         self.report = self.root / "report.html"

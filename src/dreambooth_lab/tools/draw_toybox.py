@@ -1,0 +1,57 @@
+"""Draw the embedded world's picture folders: `python -m dreambooth_lab.tools.draw_toybox [FOLDER]`.
+
+    photos/SUBJECT/    the held-out individual, as its owner would photograph it
+    masks/SUBJECT/     white where it is
+    classes/SUBJECT/   ordinary members of its class, as a user of prior preservation would collect them
+
+The package ships what this writes, so that `dataset=toybox` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dreambooth_lab.toybox.subjects import subject_photos
+from dreambooth_lab.toybox.world import BACKGROUNDS, SUBJECTS, Picture, draw_individual, place, render
+
+SHIPPED = Path(__file__).resolve().parents[1] / "toybox" / "pictures"
+PHOTOS, MEMBERS = 5, 12
+
+
+def class_pictures(kind: str, n: int) -> list[Picture]:
+    """n random individuals of a class in random places; never one that looks like a held-out subject."""
+    random = np.random.default_rng([sum(kind.encode()), 0x63])
+    drawn = (draw_individual(random) for _ in count())
+    members = (who for who in drawn if who.kind == kind)
+    return [render(place(who, str(random.choice(list(BACKGROUNDS))), random)) for who, _ in zip(members, range(n), strict=False)]
+
+
+def write(folder: Path) -> None:
+    for subject, who in SUBJECTS.items():
+        for i, photo in enumerate(subject_photos(subject, PHOTOS)):
+            _save(photo.image, folder / "photos" / subject / f"{i:02d}.png")
+            _save(photo.mask, folder / "masks" / subject / f"{i:02d}.png")
+        for i, picture in enumerate(class_pictures(who.kind, MEMBERS)):
+            _save(picture.image, folder / "classes" / subject / f"{i:02d}.png")
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=SHIPPED)
+    folder = parser.parse_args().folder
+    write(folder)
+    print(f"{sum(1 for _ in folder.rglob('*.png'))} pictures in {folder}")
+
+
+if __name__ == "__main__":
+    main()
