@@ -39,7 +39,8 @@ def small(tiny_sdxl: Path, photos: Path, class_photos: Path, tmp_path_factory: p
     """Overrides of a run of seconds on the tiny model: teacher prior, two buckets."""
     return [
         "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", "model.resolution=64",
-        "dataset=folder", f"dataset.path={photos}", 'dataset.instance_prompt="a photo of sks dog"', 'dataset.class_prompt="a photo of a dog"',
+        "dataset=folder", f"dataset.path={photos}",
+        'dataset.instance_prompt="a photo of sks dog"', 'dataset.class_prompt="a photo of a dog"',
         "dataset.batch_size=2", "prior=teacher", f"prior.path={class_photos}", "adapter.rank=4",
         "trainer.max_steps=6", "trainer.accelerator=cpu", "trainer.progress=false", "checkpoint.every_n_steps=2",
         "optimizer.lr=1e-2", "validation.num_images=2", "validation.num_inference_steps=2", "validation.every_n_steps=3",
