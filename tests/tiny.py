@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -46,6 +46,13 @@ def vae(channels: int) -> AutoencoderKL:
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[8] * 4, layers_per_block=1, latent_channels=channels, norm_num_groups=4, scaling_factor=0.13025,
     )  # fmt: skip
+
+
+def tae(channels: int) -> AutoencoderTiny:
+    torch.manual_seed(4)
+    widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    return AutoencoderTiny(latent_channels=channels, **widths, **blocks)
 
 
 def save_sdxl(folder: Path, prediction: str = "epsilon", channels: int = 4) -> Path:

@@ -6,6 +6,7 @@ Python says what is legal, YAML says what is chosen, so the dataclasses carry no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
@@ -65,6 +66,7 @@ class ModelConfig:
     variant: str | None
     dtype: Dtype
     encoder_dtype: Dtype
+    tae: str | None
     resolution: int
     gradient_checkpointing: bool
 
@@ -148,6 +150,30 @@ class ValidationConfig:
     resolution: int
 
 
+class ReceiverKind(Enum):
+    raw = "raw"
+    discord = "discord"
+
+
+@dataclass
+class ReceiverConfig:
+    kind: ReceiverKind
+    url: str | None
+    url_env: str | None
+    token_env: str | None
+
+
+@dataclass
+class WebhookConfig:
+    receivers: dict[str, ReceiverConfig]
+
+
+@dataclass
+class PreviewConfig:
+    enabled: bool
+    every_n_steps: int
+
+
 @dataclass
 class OptimizerConfig:
     _target_: str
@@ -192,6 +218,8 @@ class Config:
     rollout: RolloutConfig
     ema: EmaConfig
     validation: ValidationConfig
+    preview: PreviewConfig
+    webhook: WebhookConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
@@ -276,6 +304,7 @@ BOUNDS: tuple[tuple[Any, ...], ...] = (
     ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1),
     ("ema.decay", 0, 1), ("ema.update_interval", 1),
     ("validation.every_n_steps", 0), ("validation.num_images", 1), ("validation.num_inference_steps", 1),
+    ("preview.every_n_steps", 1),
     ("optimizer.lr", 0), ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0),
     ("trainer.max_steps", 1), ("trainer.accumulate_grad_batches", 1), ("trainer.gradient_clip_norm", 0),
     ("trainer.log_every_n_steps", 1), ("checkpoint.every_n_steps", 1), ("seed", 0, 2**31 - 1),
@@ -289,6 +318,7 @@ def _problems(read: Reader) -> Iterator[str | None]:
     yield from _not_built(read)
     yield from _data_problems(read)
     yield from _model_problems(read)
+    yield from _preview_problems(read)
     if read("preflight") not in (None, "run", "only"):
         yield f"preflight is {read('preflight')!r}; it must be run, or only (stop before training)"
     if read("resume") is not None:
@@ -322,6 +352,23 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
         yield 'prior.prompt is empty; set dataset.class_prompt="a photo of a dog" (the subject\'s class)'
     if read("prior.share") in (0, 1):
         yield f"prior.share is {read('prior.share')}; the share of class rows must lie inside (0, 1), or use prior=none"
+
+
+def _preview_problems(read: Reader) -> Iterator[str | None]:
+    receivers = read("webhook.receivers") or {}
+    if read("preview.enabled") and not read("validation.every_n_steps"):
+        yield "preview.enabled is true, but validation.every_n_steps is 0, so nothing is drawn; set it, or preview.enabled=false"
+    if read("preview.enabled") and not receivers:
+        yield "preview.enabled is true, but nobody receives previews; choose webhook=raw or discord, or preview.enabled=false"
+    for name, receiver in receivers.items():
+        key = f"webhook.receivers.{name}"
+        for field in ("url_env", "token_env"):
+            if receiver[field] and not os.environ.get(receiver[field]):
+                unset = f"{key}.{field} is {receiver[field]!r}, an environment variable that is not set"
+                yield f"{unset}; export it, or choose webhook=none"
+        address = receiver.url or os.environ.get(receiver.url_env or "", "http://")
+        if not address.startswith(("http://", "https://")) or not (receiver.url or receiver.url_env):
+            yield f"{key} has no http(s) address; set {key}.url, or {key}.url_env to a variable that holds one"
 
 
 def _model_problems(read: Reader) -> Iterator[str | None]:

@@ -14,6 +14,7 @@ from ..batch import Text
 from ..data.module import DreamBoothData
 from ..dreambooth import DreamBooth
 from ..runfolder import RunFolder
+from .preview import Previews
 
 
 class Validation(Callback):
@@ -23,8 +24,8 @@ class Validation(Callback):
     touched: generators are its own, and the global one and the module's mode are put back.
     """
 
-    def __init__(self, cfg: DictConfig, data: DreamBoothData, folder: RunFolder):
-        self.cfg, self.data, self.folder = cfg, data, folder
+    def __init__(self, cfg: DictConfig, data: DreamBoothData, folder: RunFolder, previews: Previews | None = None):
+        self.cfg, self.data, self.folder, self.previews = cfg, data, folder, previews
         self.step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,12 +39,16 @@ class Validation(Callback):
             self._paint(step, pl_module)
         self.step = step
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.previews:
+            self.previews.close()
+
     def _paint(self, step: int, module: LightningModule) -> None:
         assert isinstance(module, DreamBooth)
         was_training = module.training
         module.eval()
         with torch.random.fork_rng():
-            rows = [self._pictures(module, prompt) for prompt in self.cfg.prompts]
+            rows = [self._pictures(module, prompt, step) for prompt in self.cfg.prompts]
         module.train(was_training)
         save(self.folder.pictures, step, rows)
 
@@ -52,14 +57,20 @@ class Validation(Callback):
             return module.family.encode_text([prompt])  # its meaning is still being learned
         return self.data.text(prompt)
 
-    def _pictures(self, module: DreamBooth, prompt: str) -> list[Image.Image]:
+    def _pictures(self, module: DreamBooth, prompt: str, step: int) -> list[Image.Image]:
         n = self.cfg.num_images
-        seeds = [torch.Generator().manual_seed(self.cfg.seed + i) for i in range(n)]
-        return module.family.generate(
+        seeds = range(self.cfg.seed, self.cfg.seed + n)
+        facts = {"prompt": prompt, "training_step": step, "total_steps": self.cfg.num_inference_steps}
+        pictures = module.family.generate(
             _rows(self._text(module, prompt), n), _rows(self.data.text(self.cfg.negative_prompt), n),
-            height=self.cfg.resolution, width=self.cfg.resolution, generator=seeds,
-            num_inference_steps=self.cfg.num_inference_steps, guidance_scale=self.cfg.guidance_scale,
+            height=self.cfg.resolution, width=self.cfg.resolution,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.cfg.num_inference_steps,
+            guidance_scale=self.cfg.guidance_scale,
+            on_step=self.previews.on_step(facts, seeds) if self.previews else None,
         )  # fmt: skip
+        if self.previews:
+            self.previews.done(pictures, facts, seeds)
+        return pictures
 
 
 def _rows(text: Text, n: int) -> Text:
