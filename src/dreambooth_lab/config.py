@@ -150,6 +150,13 @@ class ValidationConfig:
     resolution: int
 
 
+@dataclass
+class EvalConfig:
+    clip_model: str | None
+    dino_model: str | None
+    batch_size: int
+
+
 class ReceiverKind(Enum):
     raw = "raw"
     discord = "discord"
@@ -218,6 +225,7 @@ class Config:
     rollout: RolloutConfig
     ema: EmaConfig
     validation: ValidationConfig
+    eval: EvalConfig
     preview: PreviewConfig
     webhook: WebhookConfig
     optimizer: OptimizerConfig
@@ -255,7 +263,7 @@ def check(cfg: DictConfig) -> None:
 def anchor(cfg: DictConfig) -> DictConfig:
     """The same configuration with its local paths made absolute, so that it means the same from any folder."""
     anchored = cfg.copy()
-    for key in ("dataset.path", "prior.path", "cache", "model.pretrained"):
+    for key in ("dataset.path", "prior.path", "cache", "model.pretrained", "model.tae", "eval.clip_model", "eval.dino_model"):
         value = None if OmegaConf.is_missing(cfg, key) else OmegaConf.select(cfg, key)
         if value and (key == "cache" or Path(value).expanduser().exists()):
             OmegaConf.update(anchored, key, str(Path(value).expanduser().resolve()))
@@ -304,7 +312,7 @@ BOUNDS: tuple[tuple[Any, ...], ...] = (
     ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1),
     ("ema.decay", 0, 1), ("ema.update_interval", 1),
     ("validation.every_n_steps", 0), ("validation.num_images", 1), ("validation.num_inference_steps", 1),
-    ("preview.every_n_steps", 1),
+    ("preview.every_n_steps", 1), ("eval.batch_size", 1),
     ("optimizer.lr", 0), ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0),
     ("trainer.max_steps", 1), ("trainer.accumulate_grad_batches", 1), ("trainer.gradient_clip_norm", 0),
     ("trainer.log_every_n_steps", 1), ("checkpoint.every_n_steps", 1), ("seed", 0, 2**31 - 1),
@@ -318,6 +326,7 @@ def _problems(read: Reader) -> Iterator[str | None]:
     yield from _not_built(read)
     yield from _data_problems(read)
     yield from _model_problems(read)
+    yield from _eval_problems(read)
     yield from _preview_problems(read)
     if read("preflight") not in (None, "run", "only"):
         yield f"preflight is {read('preflight')!r}; it must be run, or only (stop before training)"
@@ -354,6 +363,14 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
         yield f"prior.share is {read('prior.share')}; the share of class rows must lie inside (0, 1), or use prior=none"
 
 
+def _eval_problems(read: Reader) -> Iterator[str | None]:
+    for key in ("eval.clip_model", "eval.dino_model"):
+        if read(key) and not read("validation.every_n_steps"):
+            yield f"{key} is set, but validation.every_n_steps is 0, so there are no pictures to score; set it, or eval=none"
+        if _is_absent_folder(read(key)):
+            yield f"{key} is {read(key)!r}, a folder that does not exist; give a folder, a hub id, or null"
+
+
 def _preview_problems(read: Reader) -> Iterator[str | None]:
     receivers = read("webhook.receivers") or {}
     if read("preview.enabled") and not read("validation.every_n_steps"):
@@ -371,10 +388,15 @@ def _preview_problems(read: Reader) -> Iterator[str | None]:
             yield f"{key} has no http(s) address; set {key}.url, or {key}.url_env to a variable that holds one"
 
 
+def _is_absent_folder(place: str | None) -> bool:
+    """Whether a model's place can only be a folder, and isn't there; owner/name may be a hub id."""
+    looks_local = bool(place) and (str(place).startswith((".", "/", "~")) or str(place).count("/") > 1)
+    return looks_local and not Path(str(place)).expanduser().is_dir()
+
+
 def _model_problems(read: Reader) -> Iterator[str | None]:
-    place = read("model.pretrained")
-    if place and (place.startswith((".", "/", "~")) or place.count("/") > 1) and not Path(place).expanduser().is_dir():
-        absent = f"model.pretrained is {place!r}, a folder that does not exist"
+    if _is_absent_folder(read("model.pretrained")):
+        absent = f"model.pretrained is {read('model.pretrained')!r}, a folder that does not exist"
         yield f"{absent}; give a diffusers folder or a hub id such as owner/name"
     if not read("adapter.parts") and not read("adapter.targets"):
         yield "adapter.parts and adapter.targets are both empty; nothing would be trained"

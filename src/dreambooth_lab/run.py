@@ -21,6 +21,7 @@ from .callbacks.export import Export
 from .callbacks.metrics import MetricsFile, StepMetrics
 from .callbacks.preview import Previews
 from .callbacks.progress import Bar
+from .callbacks.scores import Scores
 from .callbacks.validation import Validation
 from .callbacks.webhook import Sender, build_receiver
 from .config import ConfigError
@@ -29,6 +30,7 @@ from .draw import Purpose
 from .dreambooth import DreamBooth
 from .embedding import TokenEmbedding, rare_word
 from .models.family import Family
+from .models.judges import Clip, Dino, Judge
 from .runfolder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -114,7 +116,18 @@ def build_validation(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, f
     if cfg.preview.enabled:
         family.preview(torch.zeros(1, family.channels, 8, 8))  # what can't be decoded is refused now, not at the first picture
     previews = Previews(cfg.preview, Sender(receivers), family, folder.root.name) if receivers else None
-    return Validation(cfg.validation, data, folder, previews)
+    return Validation(cfg.validation, data, folder, previews, build_scores(cfg, folder, data, family.device))
+
+
+def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, device: torch.device) -> Scores | None:
+    """The judges that the configuration names, if any; they stay in memory for the run."""
+    make = {"device": device, "batch_size": cfg.eval.batch_size}
+    clip = Clip(cfg.eval.clip_model, "eval.clip_model", **make) if cfg.eval.clip_model else None
+    dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
+    judges: dict[str, Judge] = {name: judge for name, judge in {"clip_i": clip, "dino": dino}.items() if judge}
+    if not judges:
+        return None
+    return Scores(folder, clip, judges, data.photos(), cfg.dataset.instance_prompt, cfg.dataset.class_prompt)
 
 
 def build_trainer(

@@ -15,6 +15,7 @@ from ..data.module import DreamBoothData
 from ..dreambooth import DreamBooth
 from ..runfolder import RunFolder
 from .preview import Previews
+from .scores import Scores
 
 
 class Validation(Callback):
@@ -24,26 +25,28 @@ class Validation(Callback):
     touched: generators are its own, and the global one and the module's mode are put back.
     """
 
-    def __init__(self, cfg: DictConfig, data: DreamBoothData, folder: RunFolder, previews: Previews | None = None):
-        self.cfg, self.data, self.folder, self.previews = cfg, data, folder, previews
+    def __init__(
+        self, cfg: DictConfig, data: DreamBoothData, folder: RunFolder, previews: Previews | None, scores: Scores | None
+    ):
+        self.cfg, self.data, self.folder, self.previews, self.scores = cfg, data, folder, previews, scores
         self.step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
-            self._paint(0, pl_module)
+            self._paint(0, trainer, pl_module)
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step != self.step and (step % self.cfg.every_n_steps == 0 or step == trainer.max_steps):
-            self._paint(step, pl_module)
+            self._paint(step, trainer, pl_module)
         self.step = step
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.previews:
             self.previews.close()
 
-    def _paint(self, step: int, module: LightningModule) -> None:
+    def _paint(self, step: int, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, DreamBooth)
         was_training = module.training
         module.eval()
@@ -51,6 +54,10 @@ class Validation(Callback):
             rows = [self._pictures(module, prompt, step) for prompt in self.cfg.prompts]
         module.train(was_training)
         save(self.folder.pictures, step, rows)
+        if self.scores:
+            values = self.scores(step, self.cfg.prompts, rows)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
 
     def _text(self, module: DreamBooth, prompt: str) -> Text:
         if module.token and module.token.occurs_in(prompt):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
+from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -146,6 +147,11 @@ class DreamBoothData(LightningDataModule):
                 for i in entries:
                     rows[self.entries[i].spec.id] += total * part / len(entries)
         return rows
+
+    def photos(self) -> list[Image.Image]:
+        """The subject's photos, upright and whole, each once."""
+        unique = {entry.picture.path: entry.picture for entry in self.entries if not entry.spec.is_class}
+        return [Image.fromarray(source.read(picture).permute(1, 2, 0).numpy()) for picture in unique.values()]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer: Any = self.trainer
