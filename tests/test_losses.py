@@ -93,7 +93,9 @@ def test_min_snr_is_its_closed_form():
     assert_close(time_weight(Weight.min_snr, 5.0, EPS, t), least / snr, rtol=1e-4, atol=1e-6)
     assert_close(time_weight(Weight.min_snr, 5.0, V, t), least / (snr + 1), rtol=1e-4, atol=1e-6)
     t = torch.tensor([0.05, 0.3, 0.7, 1.0], dtype=torch.float64)
-    assert_close(time_weight(Weight.min_snr, 5.0, FLOW, t), torch.minimum(((1 - t) / t) ** 2, torch.tensor(5.0)).mul(t**2).float())
+    assert_close(
+        time_weight(Weight.min_snr, 5.0, FLOW, t), torch.minimum(((1 - t) / t) ** 2, torch.tensor(5.0)).mul(t**2).float()
+    )
 
 
 def test_the_other_weights_are_their_closed_forms():

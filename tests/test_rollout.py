@@ -160,7 +160,7 @@ def test_the_seed_projects_own_example_ramps_up():
     draws = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shares = [(made.lengths(draws, t, step) > 0).double().mean().item() for step in (0, 250, 500, 750, 1000, 9000)]
     assert shares[0] == 0 and shares[-2:] == [1.0, 1.0] and shares == sorted(shares)
-    assert_close(shares, [0, 0.25, 0.5, 0.75, 1, 1], atol=0.03, rtol=0)
+    assert_close(shares, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0], atol=0.03, rtol=0)
 
 
 @settings(deadline=None)
@@ -175,7 +175,9 @@ def test_a_row_that_rolls_out_goes_on_doing_so_as_the_ramp_rises(a, b):
 @every_path
 def test_input_perturbation_adds_noise_that_the_answer_leaves_out(path):
     x0, batch, cond, t = rows()
-    made = InputPerturbation(config("rollout.kind=input_perturbation", "rollout.probability=0.5", "rollout.perturbation=0.3"), path)
+    made = InputPerturbation(
+        config("rollout.kind=input_perturbation", "rollout.probability=0.5", "rollout.perturbation=0.3"), path
+    )
     at = made(x0, batch, cond, t, 0)
     assert torch.equal(at.eps, batch.eps) and torch.equal(at.strayed, batch.walk[:, 0] < 0.5) and 0 < at.strayed.sum() < 6
     assert_close(at.x_t[at.strayed], path.noise(x0, batch.eps + 0.3 * batch.xi, t)[at.strayed])

@@ -1,5 +1,7 @@
 """Solvers against diffusers' schedulers over whole trajectories, and against themselves row by row."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import (
@@ -36,7 +38,7 @@ def network(x, t):
 def walk(path, sampler, x, times, answer=network):
     """Through `times`, one [B] after the other."""
     solver = SOLVERS[sampler](path)
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         x = solver.step(answer(x, t), x, t, s)
     return x
 

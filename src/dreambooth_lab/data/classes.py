@@ -33,8 +33,8 @@ def class_folder(cfg: DictConfig, family: Family) -> Path | None:
 def generate(cfg: DictConfig, family: Family) -> Path:
     """A folder of exactly `count` pictures that the base model draws from the class prompt.
 
-    Picture i depends on what is asked and on (seed, i) alone, and is kept under the cache root: a broken-off generation goes on
-    where it stopped, the next run draws nothing, and a larger count draws only what is missing.
+    Picture i depends on what is asked and on (seed, i), not on its batch, and is kept under the cache root: a broken-off
+    generation goes on where it stopped, the next run draws nothing, and a larger count draws only what is missing.
     """
     asked = cfg.prior.generated
     store = Path(cfg.cache).expanduser() / "class_pictures" / _key(cfg, family)
