@@ -178,8 +178,8 @@ def build_reflexflow(cfg: DictConfig, path: Path, predict: Predict) -> ReflexFlo
         return None
     if not path.straight:
         raise ConfigError(
-            f"rollout.reflexflow is direction={terms.direction:g}, frequency={terms.frequency:g}, but this model does not predict "
-            "a flow's velocity; set both to 0"
+            f"rollout.reflexflow is direction={terms.direction:g}, frequency={terms.frequency:g}, but this model does not "
+            "predict a flow's velocity; set both to 0"
         )
     return ReflexFlow(terms.direction, terms.frequency, path, predict)
 
