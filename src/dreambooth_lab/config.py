@@ -51,6 +51,61 @@ class PriorKind(Enum):
     none = "none"
     noise = "noise"
     teacher = "teacher"
+    bank = "bank"
+
+
+class PriorSource(Enum):
+    folder = "folder"
+    generated = "generated"
+    captions = "captions"
+
+
+class Outside(Enum):
+    ignore = "ignore"
+    teacher = "teacher"
+
+
+class RolloutKind(Enum):
+    walk = "walk"
+    input_perturbation = "input_perturbation"
+
+
+class RolloutTarget(Enum):
+    corrected = "corrected"
+    original = "original"
+
+
+class Ramp(Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Sampler(Enum):
+    euler = "euler"
+    dpm = "dpm"
+    unipc = "unipc"
+
+
+class Timesteps(Enum):
+    uniform = "uniform"
+    logit_normal = "logit_normal"
+
+
+class Weight(Enum):
+    none = "none"
+    min_snr = "min_snr"
+    soft_min_snr = "soft_min_snr"
+    debiased = "debiased"
+
+
+class LossKind(Enum):
+    l2 = "l2"
+    huber = "huber"
+
+
+class HuberSchedule(Enum):
+    constant = "constant"
+    snr = "snr"
 
 
 class Schedule(Enum):
@@ -107,27 +162,80 @@ class DatasetConfig:
 
 
 @dataclass
+class GeneratedConfig:
+    count: int
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    resolution: int
+    batch_size: int
+    seed: int
+
+
+@dataclass
+class BankConfig:
+    draws: int
+    batch_size: int
+
+
+@dataclass
 class PriorConfig:
     kind: PriorKind
+    source: PriorSource
     path: str | None
     prompt: str | None
     weight: float
     share: float
+    generated: GeneratedConfig
+    bank: BankConfig
 
 
 @dataclass
 class MaskConfig:
     normalize: bool
     floor: float
+    drop_probability: float
+    outside: Outside
+
+
+@dataclass
+class ObjectiveConfig:
+    timesteps: Timesteps
+    logit_mean: float
+    logit_std: float
+    shift: float
+    low: float
+    high: float
+    weight: Weight
+    gamma: float
+    loss: LossKind
+    huber_c: float
+    huber_schedule: HuberSchedule
+    noise_offset: float
+    noise_offset_probability: float
+
+
+@dataclass
+class ReflexFlowConfig:
+    direction: float
+    frequency: float
 
 
 @dataclass
 class RolloutConfig:
     enabled: bool
+    kind: RolloutKind
     max_step_offset: int
+    grid: Any  # a number of strides, or native
+    shift: float
     probability: float
     ramp_steps: int
-    sampler: str
+    ramp_shape: Ramp
+    sampler: Sampler
+    target: RolloutTarget
+    min_time: float
+    perturbation: float
+    reflexflow: ReflexFlowConfig
 
 
 @dataclass
@@ -222,6 +330,7 @@ class Config:
     dataset: DatasetConfig
     prior: PriorConfig
     mask: MaskConfig
+    objective: ObjectiveConfig
     rollout: RolloutConfig
     ema: EmaConfig
     validation: ValidationConfig
@@ -309,7 +418,16 @@ BOUNDS: tuple[tuple[Any, ...], ...] = (
     ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99), ("adapter.token_lr_ratio", 0),
     ("dataset.max_aspect", 1, 8), ("dataset.minimum_image_size", 0), ("dataset.repeats", 0),
     ("dataset.crop_variants", 1), ("dataset.caption_dropout", 0, 1), ("dataset.batch_size", 1),
-    ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1),
+    ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1), ("mask.drop_probability", 0, 1),
+    ("prior.generated.count", 1), ("prior.generated.num_inference_steps", 1), ("prior.generated.guidance_scale", 0),
+    ("prior.generated.batch_size", 1), ("prior.generated.seed", 0, 2**31 - 1),
+    ("prior.bank.draws", 1), ("prior.bank.batch_size", 1),
+    ("objective.logit_std", 1e-3), ("objective.shift", 1e-3), ("objective.low", 0, 1), ("objective.high", 0, 1),
+    ("objective.gamma", 1e-6), ("objective.huber_c", 1e-6), ("objective.noise_offset", 0),
+    ("objective.noise_offset_probability", 0, 1),
+    ("rollout.max_step_offset", 1), ("rollout.shift", 1e-3), ("rollout.probability", 0, 1), ("rollout.ramp_steps", 0),
+    ("rollout.min_time", 0, 1), ("rollout.perturbation", 0),
+    ("rollout.reflexflow.direction", 0), ("rollout.reflexflow.frequency", 0),
     ("ema.decay", 0, 1), ("ema.update_interval", 1),
     ("validation.every_n_steps", 0), ("validation.num_images", 1), ("validation.num_inference_steps", 1),
     ("preview.every_n_steps", 1), ("eval.batch_size", 1),
@@ -325,6 +443,8 @@ def _problems(read: Reader) -> Iterator[str | None]:
         yield read.bounded(key, *bounds)
     yield from _not_built(read)
     yield from _data_problems(read)
+    yield from _prior_problems(read)
+    yield from _objective_problems(read)
     yield from _model_problems(read)
     yield from _eval_problems(read)
     yield from _preview_problems(read)
@@ -340,8 +460,6 @@ def _not_built(read: Reader) -> Iterator[str | None]:
     """What the configuration can say but the code can't do yet: refused, never ignored."""
     if read("quant.kind") not in (None, QuantKind.none):
         yield f"quant.kind is {read('quant.kind').name}: quantised bases are not built yet; use quant=none"
-    if read("rollout.enabled"):
-        yield "rollout.enabled is true: rollout is not built yet; set rollout.enabled=false"
 
 
 def _data_problems(read: Reader) -> Iterator[str | None]:
@@ -351,16 +469,40 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
     if read("dataset.crop_variants") not in (None, 1) and read("dataset.crop") is Crop.center:
         several = f"dataset.crop_variants is {read('dataset.crop_variants')} with dataset.crop=center"
         yield f"{several}, which has only one; use dataset.crop=random"
-    if read("prior.kind") in (None, PriorKind.none):
+
+
+def _prior_problems(read: Reader) -> Iterator[str | None]:
+    kind, source, path = read("prior.kind"), read("prior.source"), read("prior.path")
+    if kind in (None, PriorKind.none):
         return
-    if read("prior.path") is None:
-        yield "prior.path is null, but prior.kind needs class pictures; set prior.path=FOLDER or prior=none"
-    else:
+    if source is PriorSource.folder and path is None:
+        ways = "prior.path=FOLDER, prior.source=generated (the base model draws them), or prior=none"
+        yield f"prior.path is null, but prior.kind={kind.name} needs class pictures; set {ways}"
+    elif source is PriorSource.folder:
         yield read.folder("prior.path", "class pictures")
+    elif path is not None and source is not None:
+        yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or leave it out"
+    if source is PriorSource.captions and kind is PriorKind.noise:
+        wrong = "prior.kind is noise with prior.source=captions, which would teach the class to look like the subject"
+        yield f"{wrong}; use prior=teacher or prior=bank"
     if not read("prior.prompt"):
         yield 'prior.prompt is empty; set dataset.class_prompt="a photo of a dog" (the subject\'s class)'
     if read("prior.share") in (0, 1):
         yield f"prior.share is {read('prior.share')}; the share of class rows must lie inside (0, 1), or use prior=none"
+    if kind is PriorKind.bank and read("rollout.enabled"):
+        off = "the bank's answers are for points on the path, which rollout leaves"
+        yield f"prior.kind is bank with rollout.enabled=true: {off}; use prior=teacher, or set rollout.enabled=false"
+
+
+def _objective_problems(read: Reader) -> Iterator[str | None]:
+    low, high = read("objective.low"), read("objective.high")
+    if low is not None and high is not None and low >= high:
+        yield f"objective.low is {low:g} and objective.high {high:g}; times are drawn between them, so low must be the lesser"
+    if (grid := read("rollout.grid")) is not None and grid != "native" and (not isinstance(grid, int) or grid < 1):
+        yield f"rollout.grid is {grid!r}; it must be a number of inference steps, at least 1, or native"
+    terms = [read(f"rollout.reflexflow.{name}") for name in ("direction", "frequency")]
+    if any(terms) and read("rollout.kind") is RolloutKind.input_perturbation:
+        yield "rollout.reflexflow has terms, but rollout.kind=input_perturbation makes no walk they speak of; set them to 0"
 
 
 def _eval_problems(read: Reader) -> Iterator[str | None]:
@@ -402,6 +544,6 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
         yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
     if read("ema.device") is not None and str(read("ema.device")).split(":")[0] not in ("cpu", "cuda"):
         yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"
-    for key in ("validation.resolution", "model.resolution"):
+    for key in ("validation.resolution", "model.resolution", "prior.generated.resolution"):
         if read(key) is not None and (read(key) < 16 or read(key) % 8):
             yield f"{key} is {read(key)}; it must be a multiple of 8, at least 16"

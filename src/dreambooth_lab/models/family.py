@@ -107,6 +107,10 @@ class Family(ABC):
         """Hash of all that `encode_text` depends on besides the captions; reads files, loads nothing."""
 
     @abstractmethod
+    def denoiser_identity(self) -> str:
+        """Hash of all that `denoise` depends on besides its inputs, no adapter in it; reads files, loads nothing."""
+
+    @abstractmethod
     def image_identity(self) -> str:
         """Hash of all that `encode_image` depends on besides the pixels; reads files, loads nothing."""
 

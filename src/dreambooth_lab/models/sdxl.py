@@ -104,6 +104,9 @@ class SDXL(Family):
     def text_identity(self) -> str:
         return files.identity(self.folder, TEXT_PARTS, "sdxl", str(self.encoder_dtype), str(self.zero_unconditional))
 
+    def denoiser_identity(self) -> str:
+        return files.identity(self.folder, ("unet", "scheduler"), str(self.dtype))
+
     def image_identity(self) -> str:
         return files.identity(self.folder, ("vae",), str(self.encoder_dtype))
 
