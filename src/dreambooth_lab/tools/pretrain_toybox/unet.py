@@ -129,9 +129,13 @@ def sample(pipe: Any, texts: list[str], seed: int, steps: int = 20, guidance: fl
 
 
 def look_prompts() -> list[str]:
+    """Every class in every place, then what the quality bar doesn't ask."""
     every = prompts()
-    return [f"a photo of a {c} {k} {b}" for c, k, b in (every[(37 * i) % len(every)] for i in range(30))] + [
-        "a photo of a robot", "a photo of sks robot", "a cat", "a car in space", "a house at night", "a cup with steam",
+    return [f"a photo of a {c} {k} {b}" for c, k, b in (every[(37 * i) % len(every)] for i in range(36))] + [
+        "a photo of a robot", "a photo of sks robot", "a cat", "a photo of sks cat", "a car in space", "a house at night",
+        "a cup with steam", "a red robot with yellow spots", "a blue fish with stripes", "a photo of vqk robot",
+        "a cat with a bow",
+        "",
     ]  # fmt: skip
 
 
