@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from dreambooth_lab import lab
 from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.diffusion.path import RectifiedFlow
 from dreambooth_lab.dreambooth import DreamBooth
 from dreambooth_lab.run import build_adapter, build_family
 
@@ -146,6 +147,36 @@ def test_the_walk_has_no_dropout_and_leaves_the_modes_and_the_generator_as_they_
     reached = [module.rollout(batch.latents(), batch, batch.cond, module.times(batch.u), 0) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(reached[0].x_t, reached[1].x_t)
     assert modes == [(name, part.training) for name, part in module.named_modules()]
+
+
+class Flow:
+    """A family on a straight path, with the tiny network's answers as velocities."""
+
+    def __init__(self, family):
+        self.__dict__.update(family=family, path=RectifiedFlow(1000), times=(0.0, 1.0))
+
+    def __getattr__(self, name):
+        return getattr(self.family, name)
+
+    def denoise(self, x_t, t, cond):
+        return self.family.denoise(x_t, t.clamp(max=0.999), cond)
+
+
+@pytest.mark.parametrize("terms", [["direction=10"], ["frequency=1"], ["direction=10", "frequency=1"]])
+def test_reflexflow_adds_to_the_subjects_strayed_rows_and_to_no_others(made, terms):
+    plain, stream = made("prior=teacher", *WALK)
+    batch = strayed(plain, next(stream))
+    flow = DreamBooth(plain.cfg, Flow(plain.family), plain.adapter).train()
+    cfg = plain.cfg.copy()
+    for term in terms:
+        name, value = term.split("=")
+        cfg.rollout.reflexflow[name] = float(value)
+    more = DreamBooth(cfg, Flow(plain.family), plain.adapter).train()
+    a, b = flow.training_step(batch, 0), more.training_step(batch, 0)
+    assert b["instance"] > a["instance"] + 1e-4
+    assert b["prior"] < 1e-9, "a fresh adapter has no prior loss"
+    still = batch._replace(walk=torch.ones_like(batch.walk), u=torch.full_like(batch.u, 0.001))
+    assert_close(flow.training_step(still, 0), more.training_step(still, 0))
 
 
 # masks

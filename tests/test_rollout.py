@@ -196,12 +196,15 @@ def test_reflexflow_turns_towards_the_picture():
     x_t = path.noise(x0, batch.eps, t) + 0.3 * batch.xi
     strayed = torch.tensor([True, True, False, True, False, True])
     terms = ReflexFlow(10.0, 0.0, path, network)
-    assert_close(terms.turn(7 * (x_t - x0), x_t, x0, strayed), torch.zeros(6), atol=1e-5, rtol=0)
-    away = terms.turn(-(x_t - x0), x_t, x0, strayed)
+    assert_close(terms.turn(7 * (x_t - x0), x_t, x0, strayed, None), torch.zeros(6), atol=1e-5, rtol=0)
+    away = terms.turn(-(x_t - x0), x_t, x0, strayed, None)
     assert_close(away, 40.0 * strayed.float()), "opposite unit vectors are 2 apart"
     v = (x_t - x0).clone().requires_grad_()
-    terms.turn(v + batch.xi, x_t, x0, strayed).sum().backward()
+    mask = torch.zeros(6, 1, 8, 8)
+    mask[..., :4] = 1
+    terms.turn(v + batch.xi, x_t, x0, strayed, mask).sum().backward()
     assert v.grad[2].abs().sum() == 0 < v.grad[0].abs().sum()
+    assert v.grad[..., 4:].abs().sum() == 0, "nothing is turned outside the mask"
 
 
 def test_reflexflow_weighs_what_drift_changed():

@@ -69,7 +69,8 @@ class DreamBooth(LightningModule):
             penalty = self.reflexflow.weigh(penalty, output, batch, cond, t, at.strayed)
         error = masked_error(output, target, mask, normalize, floor, penalty)
         if self.reflexflow:
-            error = error + self.reflexflow.turn(output, at.x_t, batch.latents(), at.strayed)
+            own = at.strayed.index_fill(0, batch.class_rows, False)  # class rows are for the prior to turn
+            error = error + self.reflexflow.turn(output, at.x_t, batch.latents(), own, mask)
         rows = batch.instance_rows
         if mask is None or self.cfg.mask.outside is Outside.ignore or len(rows) == 0:
             return error

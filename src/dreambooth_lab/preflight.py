@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from .config import PriorKind, RolloutKind
 from .data.module import DreamBoothData, Summary
 from .dreambooth import DreamBooth
 
@@ -67,10 +68,29 @@ def _training(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers:
         "trainable parameters": f"{trainable:,} of {whole:,}",
         "optimiser steps": f"{cfg.trainer.max_steps:,} ({cfg.trainer.max_steps / steps:.1f} epochs of {steps:.1f} steps)",
         "rows per optimiser step": str(cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches),
-        "prior": f"{cfg.prior.kind.name}, weight {cfg.prior.weight:g}",
+        "prior": _prior(cfg, data),
+        "rollout": _rollout(cfg),
         "device": str(module.family.device),
-        "damaged cache entries made again": str(data.latents.damaged + data.texts.damaged),
+        "damaged cache entries made again": str(data.damaged),
     }
     for what, value in rows.items():
         table.add_row(what, value)
     return table
+
+
+def _prior(cfg: DictConfig, data: DreamBoothData) -> str:
+    prior = cfg.prior
+    if prior.kind is PriorKind.none:
+        return "none"
+    bank = f", {prior.bank.draws} draws a picture, {data.bank.built} made now" if data.bank else ""
+    return f"{prior.kind.name}, weight {prior.weight:g}, class pictures: {prior.source.name}{bank}"
+
+
+def _rollout(cfg: DictConfig) -> str:
+    rollout = cfg.rollout
+    if not rollout.enabled:
+        return "off"
+    share = f"of {rollout.probability:.0%} of the rows, rising over {rollout.ramp_steps:,} steps"
+    if rollout.kind is RolloutKind.input_perturbation:
+        return f"input perturbation {rollout.perturbation:g} {share}"
+    return f"1 to {rollout.max_step_offset} strides of 1/{rollout.grid} ({rollout.sampler.name}) {share}"

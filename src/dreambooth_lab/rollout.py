@@ -135,9 +135,10 @@ class ReflexFlow:
     def __init__(self, direction: float, frequency: float, path: Path, predict: Predict):
         self.direction, self.frequency, self.path, self.predict = direction, frequency, path, predict
 
-    def turn(self, output: Tensor, x_t: Tensor, x0: Tensor, strayed: Tensor) -> Tensor:
-        """β_1 ‖v/‖v‖ - (x̂_t - x_0)/‖x̂_t - x_0‖‖² of strayed rows, 0 of the others [B]."""
-        apart = (_unit(output.float()) - _unit(x_t - x0)).square().sum((1, 2, 3))
+    def turn(self, output: Tensor, x_t: Tensor, x0: Tensor, strayed: Tensor, mask: Tensor | None) -> Tensor:
+        """β_1 ‖v/‖v‖ - (x̂_t - x_0)/‖x̂_t - x_0‖‖² of strayed rows, inside their masks [B 1 h w]; 0 of the others [B]."""
+        inside = torch.ones_like(x0[:, :1]) if mask is None else mask
+        apart = (_unit(inside * output.float()) - _unit(inside * (x_t - x0))).square().sum((1, 2, 3))
         return self.direction * torch.where(strayed, apart, 0.0)
 
     def weigh(

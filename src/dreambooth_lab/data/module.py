@@ -153,6 +153,11 @@ class DreamBoothData(LightningDataModule):
     def summaries(self) -> list[Summary]:
         return [Summary(s, self.found[s.id], self.rejected[s.id], self.cached[s.id], self.built[s.id]) for s in self.specs]
 
+    @property
+    def damaged(self) -> int:
+        """Cache entries that were found damaged and made again."""
+        return self.latents.damaged + self.texts.damaged + (self.bank.answers.damaged if self.bank else 0)
+
     def rows_per_epoch(self) -> dict[str, float]:
         """Dataset id → rows it gives to an epoch, as the schedule has it."""
         rows = dict.fromkeys(self.found, 0.0)
