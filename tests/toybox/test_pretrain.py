@@ -34,9 +34,7 @@ class Memory:
         views = [latents.view(i) for i in range(40)]
         self.views = {s: [v for v in views if v.size == s][:n] for s in BUCKETS}
         random = torch.Generator().manual_seed(0)
-        self.latents = {
-            (h, w): torch.randn(len(self.views[h, w]), 16, h // 8, w // 8, generator=random) for h, w in BUCKETS
-        }
+        self.latents = {(h, w): torch.randn(len(self.views[h, w]), 16, h // 8, w // 8, generator=random) for h, w in BUCKETS}
         self.share = np.array([0.6, 0.2, 0.2])
 
 

@@ -121,11 +121,11 @@ def pipeline(nets: Any, vae: Any) -> Any:
     return pipe
 
 
-def sample(pipe: Any, texts: list[str], seed: int, steps: int = 20, guidance: float = 4.0) -> Tensor:
-    """Pictures [n 3 h w], -1 … 1; each prompt has its own noise."""
+def sample(pipe: Any, texts: list[str], seed: int, steps: int = 20, guidance: float = 4.0, **size: int) -> Tensor:
+    """Pictures [n 3 h w], -1 … 1; each prompt has its own noise. `size`: height and width, the pipeline's without."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-    out = pipe(texts, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt").images
-    return out.float() * 2 - 1
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": noise, "output_type": "pt"}
+    return pipe(texts, **options, **size).images.float() * 2 - 1
 
 
 def look_prompts() -> list[str]:

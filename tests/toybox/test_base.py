@@ -1,0 +1,77 @@
+"""The shipped base: it opens with no options, knows the world, and stays small."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPModel, CLIPProcessor
+
+from dreambooth_lab.tools.pretrain_toybox.judge import chosen, draw_all, score
+from dreambooth_lab.tools.pretrain_toybox.scorer import choices
+from dreambooth_lab.tools.pretrain_toybox.unet import sample
+from dreambooth_lab.toybox import base_folder
+from dreambooth_lab.toybox.evaluator import Evaluator
+from dreambooth_lab.toybox.subjects import subject_photos
+from dreambooth_lab.toybox.tokenizer import build_tokenizer
+from dreambooth_lab.toybox.world import SUBJECTS
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = StableDiffusionXLPipeline.from_pretrained(base_folder())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    return Evaluator.load(base_folder() / "evaluator")
+
+
+def test_it_opens_in_one_type_with_the_worlds_tokenizer(pipe):
+    assert {m.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {torch.float32}
+    assert pipe.tokenizer("a photo of sks robot").input_ids == build_tokenizer()("a photo of sks robot").input_ids
+
+
+def test_everything_together_stays_under_14_megabytes():
+    files = [p for p in base_folder().rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 14_000_000
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".md"}
+
+
+def test_it_draws_what_is_asked(pipe, evaluator):
+    class Few:
+        batch, steps, guidance, first_seed = 12, 12, 4.0, 0
+
+    asked = chosen(12, seed=1)
+    seen = score(evaluator, draw_all(pipe, asked, Few), asked)
+    assert seen["class"] > 0.8 and seen["colour"] > 0.8 and seen["background"] > 0.8
+
+
+def test_it_draws_the_other_shapes_it_was_trained_on(pipe, evaluator):
+    for height, width in ((96, 160), (160, 96)):
+        pictures = sample(pipe, ["a photo of a green fish in the snow"], 0, steps=8, height=height, width=width)
+        assert pictures.shape == (1, 3, height, width)
+
+
+def test_latents_have_unit_variance_under_the_scaling_factor(pipe):
+    from dreambooth_lab.tools.pretrain_toybox.vae import held_out
+
+    with torch.no_grad():
+        z = pipe.vae.encode(held_out(32)[0]).latent_dist.mean * pipe.vae.config.scaling_factor
+    assert z.mean().abs() < 0.1 and 0.9 < z.std() < 1.1
+
+
+def test_photos_of_one_subject_are_alike_and_of_two_are_not(evaluator):
+    from dreambooth_lab.tools.pretrain_toybox.pictures import tensors
+
+    photos = {name: tensors([p.image for p in subject_photos(name, 4)]) for name in SUBJECTS}
+    for name, own in photos.items():
+        assert evaluator.similarity(own, own).mean() > 0.8
+        assert all(evaluator.similarity(own, other).mean() < 0.6 for rest, other in photos.items() if rest != name)
+
+
+@pytest.mark.skipif(not (base_folder() / "scorer").exists(), reason="this base has no scorer")
+def test_the_scorer_opens_as_a_clip_and_tells_prompts_apart():
+    folder = base_folder() / "scorer"
+    assert CLIPModel.from_pretrained(folder).dtype == torch.float32 and CLIPProcessor.from_pretrained(folder)
+    assert min(choices(folder, n=32).values()) > 0.7
