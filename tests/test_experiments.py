@@ -1,4 +1,5 @@
 import pytest
+
 from dreambooth_lab import lab
 from dreambooth_lab.config import check, conf_dir
 from dreambooth_lab.run import run
