@@ -50,11 +50,11 @@ class Kind:
 
     def step(self) -> None:
         batch = self._deep(next(self.stream)) if self.module.cfg.rollout.enabled else next(self.stream)
-        run = self._walk_rows if self.row_by_row else lambda b: None
-        self.seconds.append(_seconds(lambda: (run(batch), self._train(batch)), self.module.family.device))
+        self.seconds.append(_seconds(lambda: self._train(batch), self.module.family.device))
 
     def _train(self, batch: Batch) -> None:
         if self.row_by_row:
+            self._walk_rows(batch)
             batch = batch._replace(walk=torch.ones_like(batch.walk))  # the walk is done already
         self.module.training_step(batch, 0)["loss"].backward()
         self.module.zero_grad()
@@ -73,7 +73,7 @@ class Kind:
             self.module.rollout(x0[row], one, batch.cond.take(row), t[row], 0)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
     if device.type == "cpu":
         start = time.process_time()
         work()
