@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dreambooth_lab import lab
@@ -163,13 +161,12 @@ def test_the_seed_projects_own_example_ramps_up():
     assert_close(shares, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0], atol=0.03, rtol=0)
 
 
-@settings(deadline=None)
-@given(st.integers(0, 2000), st.integers(0, 2000))
-def test_a_row_that_rolls_out_goes_on_doing_so_as_the_ramp_rises(a, b):
+def test_a_row_that_rolls_out_goes_on_doing_so_as_the_ramp_rises():
     draws = torch.rand(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    made = walk(config("rollout.ramp_steps=1000"), PATHS["flow"])
-    early, late = (made.lengths(draws, torch.full((64,), 0.4, dtype=torch.float64), step) for step in sorted((a, b)))
-    assert ((early == 0) | (early == late)).all()
+    made, t = walk(config("rollout.ramp_steps=1000"), PATHS["flow"]), torch.full((64,), 0.4, dtype=torch.float64)
+    lengths = torch.stack([made.lengths(draws, t, step) for step in range(0, 2000, 50)])
+    before, after = lengths[:-1], lengths[1:]
+    assert ((before == 0) | (before == after)).all() and (before != after).any()
 
 
 @every_path

@@ -73,7 +73,7 @@ class Kind:
             self.module.rollout(x0[row], one, batch.cond.take(row), t[row], 0)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
     if device.type == "cpu":
         start = time.process_time()
         work()
