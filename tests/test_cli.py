@@ -116,7 +116,7 @@ def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model=sdxl", "quant=int8", "rollout.enabled=true", "dataset.path=."], "quant.kind is int8"),
+        (["model=sdxl", "quant=int8", "rollout.enabled=true", "dataset.path=."], "rollout.enabled is true"),
         (["dataset.path=.", "model.pretrained=nobody/nothing"], "model.pretrained is 'nobody/nothing'"),
         (["resume=."], "is not a run folder"),
     ],

@@ -36,9 +36,26 @@ class Dtype(Enum):
     float16 = "float16"
 
 
+SIMPLETUNER_QUANT = {  # its spelling → ours
+    "no_change": "none", "int8-quanto": "int8", "int4-quanto": "int4", "int2-quanto": "int2", "fp8-quanto": "fp8",
+    "int8-torchao": "int8_torchao", "int4-torchao": "int4_torchao", "fp8-torchao": "fp8_torchao", "nf4-bnb": "nf4",
+}  # fmt: skip
+
+
 class QuantKind(Enum):
+    """Bits, and the library where it isn't optimum-quanto."""
+
     none = "none"
     int8 = "int8"
+    int4 = "int4"
+    int2 = "int2"
+    fp8 = "fp8"
+    int8_torchao = "int8_torchao"
+    int4_torchao = "int4_torchao"
+    fp8_torchao = "fp8_torchao"
+    nf4 = "nf4"
+
+    vars().update(SIMPLETUNER_QUANT)  # a second name for the same value is an alias
 
 
 class Crop(Enum):
@@ -85,6 +102,9 @@ class AdapterConfig:
 @dataclass
 class QuantConfig:
     kind: QuantKind
+    text_encoder_1: QuantKind
+    text_encoder_2: QuantKind
+    cache: bool
 
 
 @dataclass
@@ -212,6 +232,8 @@ class ExperimentFolder(SearchPathPlugin):
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+for theirs, ours in SIMPLETUNER_QUANT.items():
+    ConfigStore.instance().store(group="quant", name=theirs, node={"defaults": [ours]})
 Plugins.instance().register(ExperimentFolder)
 OmegaConf.register_new_resolver("package", lambda path: str(Path(__file__).resolve().parent / path), replace=True)
 
@@ -299,8 +321,6 @@ def _problems(read: Reader) -> Iterator[str | None]:
 
 def _not_built(read: Reader) -> Iterator[str | None]:
     """What the configuration can say but the code can't do yet: refused, never ignored."""
-    if read("quant.kind") not in (None, QuantKind.none):
-        yield f"quant.kind is {read('quant.kind').name}: quantised bases are not built yet; use quant=none"
     if read("rollout.enabled"):
         yield "rollout.enabled is true: rollout is not built yet; set rollout.enabled=false"
 

@@ -27,6 +27,7 @@ from .draw import Purpose
 from .dreambooth import DreamBooth
 from .embedding import TokenEmbedding, rare_word
 from .models.family import Family
+from .quant import Quantiser, require
 from .runfolder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,11 @@ def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
     family: Family = build(cfg.model)
     family.device = _device(cfg.trainer.accelerator)
+    kinds = {family.denoiser_part: cfg.quant.kind}
+    kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1)}
+    for kind in kinds.values():
+        require(kind, family.device)
+    family.quantiser = Quantiser(kinds, Path(cfg.cache).expanduser() / "quant" if cfg.quant.cache else None)
     return family
 
 
