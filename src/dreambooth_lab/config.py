@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -71,7 +72,9 @@ class PriorKind(Enum):
 
 class Schedule(Enum):
     constant = "constant"
+    linear = "linear"
     cosine = "cosine"
+    restarts = "restarts"
 
 
 @dataclass
@@ -87,13 +90,25 @@ class ModelConfig:
 
 
 @dataclass
+class BlockConfig:
+    match: str
+    rank: int | None
+    lr_ratio: float
+
+
+@dataclass
 class AdapterConfig:
     _target_: str
+    algorithm: str
     rank: int
     alpha: float
     dropout: float
     parts: list[str]
     targets: list[str]
+    blocks: list[BlockConfig]
+    init_from: str | None
+    options: dict[str, Any]
+    preset: str | None
     train_token: bool
     token: str | None
     token_lr_ratio: float
@@ -172,11 +187,12 @@ class ValidationConfig:
 class OptimizerConfig:
     _target_: str
     lr: float
-    betas: list[float]
-    eps: float
     weight_decay: float
+    options: dict[str, Any]
     schedule: Schedule
     warmup_steps: int
+    cycles: int
+    lora_plus_ratio: float
 
 
 @dataclass
@@ -298,7 +314,7 @@ BOUNDS: tuple[tuple[Any, ...], ...] = (
     ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1),
     ("ema.decay", 0, 1), ("ema.update_interval", 1),
     ("validation.every_n_steps", 0), ("validation.num_images", 1), ("validation.num_inference_steps", 1),
-    ("optimizer.lr", 0), ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0),
+    ("optimizer.lr", 0), ("optimizer.cycles", 1), ("optimizer.lora_plus_ratio", 1e-3), ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0),
     ("trainer.max_steps", 1), ("trainer.accumulate_grad_batches", 1), ("trainer.gradient_clip_norm", 0),
     ("trainer.log_every_n_steps", 1), ("checkpoint.every_n_steps", 1), ("seed", 0, 2**31 - 1),
 )  # fmt: skip
@@ -311,6 +327,8 @@ def _problems(read: Reader) -> Iterator[str | None]:
     yield from _not_built(read)
     yield from _data_problems(read)
     yield from _model_problems(read)
+    yield from _adapter_problems(read)
+    yield from _optimizer_problems(read)
     if read("preflight") not in (None, "run", "only"):
         yield f"preflight is {read('preflight')!r}; it must be run, or only (stop before training)"
     if read("resume") is not None:
@@ -323,6 +341,63 @@ def _not_built(read: Reader) -> Iterator[str | None]:
     """What the configuration can say but the code can't do yet: refused, never ignored."""
     if read("rollout.enabled"):
         yield "rollout.enabled is true: rollout is not built yet; set rollout.enabled=false"
+
+
+def _optimizer_problems(read: Reader) -> Iterator[str | None]:
+    target, schedule = str(read("optimizer._target_")), read("optimizer.schedule")
+    library = target.partition(".")[0]
+    if read("optimizer._target_") is not None and not find_spec(library):
+        yield f"optimizer._target_ is {target!r}, but {library} is not installed; pip install 'dreambooth-lab[optimizers]'"
+    free = "schedulefree" in target
+    if free and schedule not in (None, Schedule.constant):
+        yield f"optimizer.schedule is {schedule.name} with a schedule-free optimiser; use optimizer.schedule=constant"
+    if free and read("ema.enabled"):
+        yield "ema.enabled is true with a schedule-free optimiser, which averages by itself; set ema.enabled=false"
+    if read("optimizer.cycles") not in (None, 1) and schedule is not Schedule.restarts:
+        yield f"optimizer.cycles is {read('optimizer.cycles')}, which only schedule=restarts has; set optimizer.schedule=restarts"
+    if read("optimizer.lora_plus_ratio") not in (None, 1.0) and read("adapter.algorithm") not in (None, "lora", "dora", "locon"):
+        said = f"optimizer.lora_plus_ratio is {read('optimizer.lora_plus_ratio')} with adapter.algorithm={read('adapter.algorithm')}"
+        yield f"{said}, which has no A and B; use lora, dora or locon, or set it to 1"
+
+
+PEFT, ON_QUANTISED = ("lora", "dora"), ("lora", "dora", "locon", "loha", "lokr")
+NOT_LYCORIS = {"full": "takes the base's weights away: use adapter=full", "dylora": "can't be loaded again", "ia3": "can't be loaded",
+               "tlora": "fails on padded convolutions"}  # fmt: skip
+
+
+def _adapter_problems(read: Reader) -> Iterator[str | None]:
+    """Pairs that can't work, each with its reason: what the libraries would do instead is fail late, or something else."""
+    algorithm, target = read("adapter.algorithm"), str(read("adapter._target_"))
+    options = read("adapter.options") or {}
+    decomposed = algorithm == "dora" or options.get("use_dora") or options.get("dora_wd") or options.get("weight_decompose")
+    low, kind = read("model.dtype") not in (None, Dtype.float32), read("quant.kind") or QuantKind.none
+    dtype = f"model.dtype is {read('model.dtype').name}" if low else ""
+    if target.endswith(".LoRA") and algorithm not in PEFT:
+        yield f"adapter.algorithm is {algorithm!r}; peft's are lora and dora; see adapter=lokr for LyCORIS"
+    if target.endswith(".Lycoris") and algorithm in NOT_LYCORIS:
+        yield f"adapter.algorithm is {algorithm!r}, which LyCORIS {NOT_LYCORIS[algorithm]}"
+    if target.endswith(".Lycoris") and options.get("use_scalar"):
+        yield "adapter.options.use_scalar is true: LyCORIS folds the scalar into its files, so a run can't go on; leave it out"
+    if target.endswith(".Lycoris") and decomposed and low:
+        yield f"adapter.options has weight decomposition and {dtype}, which LyCORIS can't mix; set model.dtype=float32 or adapter=dora"
+    if read("adapter.preset") is not None and not target.endswith(".Lycoris"):
+        yield f"adapter.preset is {read('adapter.preset')!r}, which only LyCORIS has; use adapter=lokr, or adapter.preset=null"
+    if str(options.get("init_lora_weights", "")).lower().startswith("pissa"):
+        yield "adapter.options.init_lora_weights is pissa, which rewrites the base: the prior's teacher would not be the base model"
+    if algorithm == "full" and low:
+        yield f"{dtype} with adapter=full, where small updates are lost; set model.dtype=float32"
+    place = read("adapter.init_from")
+    if place is not None and not Path(place).expanduser().exists():
+        yield f"adapter.init_from is {place!r}, which does not exist; give an export folder of a run, or a file of one"
+    if kind is QuantKind.none:
+        return
+    if algorithm not in (None, *ON_QUANTISED):
+        yield f"quant.kind is {kind.name} with adapter.algorithm={algorithm}, which needs the weights themselves; use quant=none"
+    if algorithm in ON_QUANTISED and target.endswith(".Lycoris") and decomposed:
+        yield f"quant.kind is {kind.name}, on which LyCORIS drops weight decomposition without a word; use adapter=dora or quant=none"
+    quanto = kind in (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
+    if target.endswith(".LoRA") and decomposed and quanto and low:
+        yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; set model.dtype=float32, or quant=int8_torchao"
 
 
 def _data_problems(read: Reader) -> Iterator[str | None]:
@@ -349,7 +424,7 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
     if place and (place.startswith((".", "/", "~")) or place.count("/") > 1) and not Path(place).expanduser().is_dir():
         absent = f"model.pretrained is {place!r}, a folder that does not exist"
         yield f"{absent}; give a diffusers folder or a hub id such as owner/name"
-    if not read("adapter.parts") and not read("adapter.targets"):
+    if not read("adapter.parts") and not read("adapter.targets") and not read("adapter.preset") and read("adapter.algorithm") != "full":
         yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
     if read("ema.device") is not None and str(read("ema.device")).split(":")[0] not in ("cpu", "cuda"):
         yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig
 
 from . import draw, preflight, report
-from .adapter import LoRA
+from .adapter import Adapter
 from .callbacks.checkpoint import Checkpoints
 from .callbacks.ema import Ema
 from .callbacks.export import Export
@@ -72,7 +72,7 @@ def build(node: DictConfig, *but: str) -> Any:
     return get_class(node._target_)(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
 
 
-def build_adapter(cfg: DictConfig) -> LoRA:
+def build_adapter(cfg: DictConfig) -> Adapter:
     """The adapter, not yet attached; what the group says of the token is `learned_word`'s."""
     return build(cfg.adapter, "train_token", "token", "token_lr_ratio")
 
@@ -121,7 +121,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, step
         Bar(metrics) if cfg.trainer.progress else None,
         ema,
         Validation(cfg.validation, data, folder) if cfg.validation.every_n_steps else None,
-        Export(folder, ema),
+        Export(cfg, folder, ema),
         Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
     ]
     trainer = Trainer(

@@ -80,10 +80,6 @@ class Family(ABC):
         """The diffusers pipeline from this family's files, as a user would load it: no adapter in it."""
 
     @abstractmethod
-    def save_lora(self, folder: Folder, layers: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write `pytorch_lora_weights.safetensors` as `load_lora_weights` reads it."""
-
-    @abstractmethod
     def save_token(self, folder: Folder, rows: Sequence[Tensor]) -> None:
         """Write `learned_embeds.safetensors` with one embedding per text encoder, as textual inversion files have them."""
 

@@ -39,6 +39,7 @@ class SDXL(Family):
     learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+        "convolution": ("re:.*resnets\\..*\\.(conv1|conv2|conv_shortcut)", "re:.*samplers\\..*\\.conv"),
     }
 
     denoiser_part = "unet"
@@ -183,13 +184,6 @@ class SDXL(Family):
             self.folder, torch_dtype=self.dtype, add_watermarker=False, use_safetensors=True,
             variant=files.weight_variant(self.folder / "unet", self.variant),
         )  # fmt: skip
-
-    def save_lora(self, folder: Folder, layers: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        from diffusers import StableDiffusionXLPipeline
-
-        StableDiffusionXLPipeline.save_lora_weights(
-            folder, unet_lora_layers=dict(layers), unet_lora_adapter_metadata=dict(metadata)
-        )
 
     def save_token(self, folder: Folder, rows: Sequence[Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
