@@ -356,7 +356,9 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
     if read("optimizer.cycles") not in (None, 1) and schedule is not Schedule.restarts:
         yield f"optimizer.cycles is {read('optimizer.cycles')}, which only schedule=restarts has; set optimizer.schedule=restarts"
     if read("optimizer.lora_plus_ratio") not in (None, 1.0) and read("adapter.algorithm") not in (None, "lora", "dora", "locon"):
-        said = f"optimizer.lora_plus_ratio is {read('optimizer.lora_plus_ratio')} with adapter.algorithm={read('adapter.algorithm')}"
+        said = (
+            f"optimizer.lora_plus_ratio is {read('optimizer.lora_plus_ratio')} with adapter.algorithm={read('adapter.algorithm')}"
+        )
         yield f"{said}, which has no A and B; use lora, dora or locon, or set it to 1"
 
 
@@ -424,7 +426,12 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
     if place and (place.startswith((".", "/", "~")) or place.count("/") > 1) and not Path(place).expanduser().is_dir():
         absent = f"model.pretrained is {place!r}, a folder that does not exist"
         yield f"{absent}; give a diffusers folder or a hub id such as owner/name"
-    if not read("adapter.parts") and not read("adapter.targets") and not read("adapter.preset") and read("adapter.algorithm") != "full":
+    if (
+        not read("adapter.parts")
+        and not read("adapter.targets")
+        and not read("adapter.preset")
+        and read("adapter.algorithm") != "full"
+    ):
         yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
     if read("ema.device") is not None and str(read("ema.device")).split(":")[0] not in ("cpu", "cuda"):
         yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from itertools import product
 
@@ -11,12 +12,19 @@ from torch.testing import assert_close
 
 from dreambooth_lab import lab
 from dreambooth_lab.batch import Cond
-from dreambooth_lab.config import ConfigError, QuantKind, check
+from dreambooth_lab.config import ConfigError, Dtype, QuantKind, check
 from dreambooth_lab.dreambooth import DreamBooth
 from dreambooth_lab.run import build_adapter, build_family
 
 ADAPTERS = ("lora", "dora", "locon", "loha", "lokr", "oft", "full")
-LIBRARIES = {"torchao": "torchao", "nf4": "bitsandbytes", "int8": "optimum", "int4": "optimum", "int2": "optimum", "fp8": "optimum"}
+LIBRARIES = {
+    "torchao": "torchao",
+    "nf4": "bitsandbytes",
+    "int8": "optimum",
+    "int4": "optimum",
+    "int2": "optimum",
+    "fp8": "optimum",
+}
 CELLS = list(product(ADAPTERS, [kind.name for kind in QuantKind], ["float32", "bfloat16"]))
 
 
@@ -31,9 +39,18 @@ def works(adapter: str, kind: str, dtype: str) -> bool:
     return True
 
 
-def compose(tiny_sdxl, *words):
+@cache
+def composed(tiny_sdxl, adapter):
     return lab.compose("model=sdxl", f"model.pretrained={tiny_sdxl}", "model.resolution=64", "dataset=folder", "dataset.path=.",
-                       "quant.cache=false", "adapter.rank=4", "adapter.alpha=3", "trainer.accelerator=cpu", *words)  # fmt: skip
+                       "quant.cache=false", f"adapter={adapter}", "adapter.rank=4", "adapter.alpha=3",
+                       "trainer.accelerator=cpu")  # fmt: skip
+
+
+def compose(tiny_sdxl, adapter, kind="none", dtype="float32"):
+    """Composing takes longer than a cell, so an adapter's cells share it."""
+    cfg = composed(tiny_sdxl, adapter).copy()
+    cfg.quant.kind, cfg.model.dtype = QuantKind[kind], Dtype[dtype]
+    return cfg
 
 
 def build(cfg, seed=0):
@@ -53,7 +70,7 @@ def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, ti
     for library in [LIBRARIES[kind.rpartition("_")[2]]] if kind != "none" else []:
         if not find_spec(library):
             pytest.skip(f"{library} is not installed")
-    cfg = compose(tiny_sdxl, f"adapter={adapter}", f"quant={kind}", f"model.dtype={dtype}")
+    cfg = compose(tiny_sdxl, adapter, kind, dtype)
     check(cfg)
     module, layers = build(cfg)
     ask = question()
@@ -88,4 +105,4 @@ def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, ti
 @pytest.mark.parametrize(("adapter", "kind", "dtype"), [cell for cell in CELLS if not works(*cell)])
 def test_the_other_cells_are_refused_with_their_reason(adapter, kind, dtype, tiny_sdxl):
     with pytest.raises(ConfigError, match=r"full|needs the weights themselves|can't mix|small updates"):
-        check(compose(tiny_sdxl, f"adapter={adapter}", f"quant={kind}", f"model.dtype={dtype}"))
+        check(compose(tiny_sdxl, adapter, kind, dtype))

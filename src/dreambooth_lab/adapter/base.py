@@ -72,6 +72,10 @@ class Adapter(ABC):
         self.init_from = str(folder)
         self.attach(getattr(pipeline, part), learns, 0)
 
+    @abstractmethod
+    def strengthen(self, pipeline: Any, strength: float) -> None:
+        """Scale the update of an adapter that `load_into` placed; 0 is the base model, 1 what was trained."""
+
     def outside(self) -> nn.Module | None:
         """Holds the parameters that are not the model's own; None when all are."""
         return None

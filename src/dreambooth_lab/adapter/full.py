@@ -27,7 +27,9 @@ class Full(Adapter):
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         low = {str(p.dtype) for p in self.learning.values() if p.dtype is not torch.float32}
         if low:
-            raise ConfigError(f"adapter=full trains weights in {', '.join(low)}, which loses small updates; set model.dtype=float32")
+            raise ConfigError(
+                f"adapter=full trains weights in {', '.join(low)}, which loses small updates; set model.dtype=float32"
+            )
         self.reference = {name: p.detach().clone() for name, p in self.learning.items()}
         if self.init_from:
             self._continue(Path(self.init_from))
@@ -46,6 +48,11 @@ class Full(Adapter):
 
     def load_into(self, pipeline: Any, part: str, folder: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
         super().load_into(pipeline, part, folder / part, learns)
+
+    def strengthen(self, pipeline: Any, strength: float) -> None:
+        self.trained = self.__dict__.get("trained") or {name: p.detach().clone() for name, p in self.learning.items()}
+        for name, parameter in self.learning.items():
+            parameter.data = torch.lerp(self.reference[name], self.trained[name], strength)
 
     @contextmanager
     def base(self) -> Iterator[None]:

@@ -65,6 +65,9 @@ class LoRA(Adapter):
     def load_into(self, pipeline: Any, part: str, folder: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
         pipeline.load_lora_weights(folder)
 
+    def strengthen(self, pipeline: Any, strength: float) -> None:
+        pipeline.set_adapters(pipeline.get_active_adapters(), strength)
+
     @contextmanager
     def base(self) -> Iterator[None]:
         from peft.tuners.tuners_utils import BaseTunerLayer

@@ -78,7 +78,12 @@ class Lycoris(Adapter):
     def _arguments(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The library's arguments and its preset, from our keys or from a file of its own."""
         options = {SPELLING.get(key, key): value for key, value in self.options.items()}
-        arguments = {"network_module": self.algorithm, "lora_dim": self.rank, "alpha": self.alpha, "dropout": self.dropout} | options
+        arguments = {
+            "network_module": self.algorithm,
+            "lora_dim": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+        } | options
         arguments = {"conv_lora_dim": arguments["lora_dim"], "conv_alpha": arguments["alpha"]} | arguments
         if self.preset and self.preset.endswith(".json"):
             said = json.loads(Path(self.preset).expanduser().read_text(encoding="utf-8"))
@@ -114,6 +119,9 @@ class Lycoris(Adapter):
     def lr_ratio(self, parameter: str) -> float:
         name = parameter.removeprefix("outside.").split(BETWEEN)[0]
         return super().lr_ratio(self.named[name])
+
+    def strengthen(self, pipeline: Any, strength: float) -> None:
+        self.network.set_multiplier(strength)
 
     @contextmanager
     def base(self) -> Iterator[None]:
