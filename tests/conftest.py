@@ -38,7 +38,8 @@ def class_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tiny_sdxl: Path, photos: Path, class_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of a run of seconds on the tiny model: teacher prior, two buckets."""
     return [
-        "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", "model.resolution=64",
+        "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", "model.tae=null",
+        "model.resolution=64",
         "dataset=folder", f"dataset.path={photos}",
         'dataset.instance_prompt="a photo of sks dog"', 'dataset.class_prompt="a photo of a dog"',
         "dataset.batch_size=2", "prior=teacher", f"prior.path={class_photos}", "adapter.rank=4",

@@ -40,11 +40,19 @@ def kill_at(step: int, words: list[str], cwd: Path) -> None:
     process.wait()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path):
+ROLLOUT = ["rollout.enabled=true", "rollout.sampler=unipc", "rollout.ramp_steps=20", "rollout.ramp_shape=cosine",
+           "objective.weight=min_snr", "objective.loss=huber", "objective.noise_offset=0.1"]  # fmt: skip
+BANK = ["prior=bank", "prior.path=null", "prior.source=generated", "prior.generated.count=2", "prior.bank.draws=2",
+        "prior.generated.num_inference_steps=2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ROLLOUT, BANK], ids=["plain", "rollout", "bank"])
+def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, more):
     """Dropout, accumulation, clipping, cosine, EMA, validation: killed between checkpoints, in mid-accumulation."""
     words = [
         *small, "adapter.dropout=0.3", "trainer.accumulate_grad_batches=2", "optimizer.schedule=cosine", "trainer.max_steps=40",
         "checkpoint.every_n_steps=3", "validation.every_n_steps=10", "dataset.flip=true", "dataset.caption_dropout=0.2",
+        *more,
     ]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
@@ -116,7 +124,7 @@ def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model=sdxl", "quant=int8", "rollout.enabled=true", "dataset.path=."], "rollout.enabled is true"),
+        (["model=sdxl", "quant=int8", "adapter=full", "dataset.path=."], "needs the weights themselves"),
         (["dataset.path=.", "model.pretrained=nobody/nothing"], "model.pretrained is 'nobody/nothing'"),
         (["resume=."], "is not a run folder"),
     ],

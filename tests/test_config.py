@@ -34,13 +34,13 @@ def test_a_good_config_passes(photos):
 
 def test_all_problems_come_at_once():
     text = problems(
-        "rollout.enabled=true",
+        "rollout.grid=0",
         "+dataset.bathc_size=2",
         "adapter.rank=0",
         "adapter.alpha=1",
         "prior=teacher",
     )
-    for said in ("dataset.path has no value", "rollout.enabled is true", "did you mean dataset.batch_size",
+    for said in ("dataset.path has no value", "rollout.grid is 0", "did you mean dataset.batch_size",
                  "adapter.rank is 0; it must be at least 1", "prior.path is null", "prior.prompt is empty"):  # fmt: skip
         assert said in text
     assert text.startswith("6 problem(s)")
@@ -69,10 +69,34 @@ def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
         ("+model.foo=1", "model.foo is not a key"),
         ("++typo=1", "typo is not a key"),
         ("seed=-1", "seed is -1"),
+        ("rollout.grid=nativ", "rollout.grid is 'nativ'; it must be a number of inference steps, at least 1, or native"),
+        ("rollout.probability=1.5", "rollout.probability is 1.5; it must be between 0 and 1"),
+        ("objective.low=1", "objective.low is 1 and objective.high 1"),
+        ("objective.gamma=0", "objective.gamma is 0"),
+        ("mask.drop_probability=2", "mask.drop_probability is 2"),
     ],
 )
 def test_bad_values_are_refused_with_their_key(override, said):
     assert said in problems("dataset.path=.", override)
+
+
+CLASS = 'dataset.class_prompt="a photo of a dog"'
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prior=teacher"], "set prior.path=FOLDER, prior.source=generated"),
+        (["prior=teacher", "prior.source=generated", "prior.path=."], "which prior.source=generated does not read"),
+        (["prior=noise", "prior.source=captions"], "would teach the class to look like the subject"),
+        (["prior=bank", "prior.path=.", "rollout.enabled=true"], "use prior=teacher, or set rollout.enabled=false"),
+        (["prior=bank", "prior.path=.", "prior.bank.draws=0"], "prior.bank.draws is 0; it must be at least 1"),
+        (["rollout.kind=input_perturbation", "rollout.reflexflow.direction=1"], "makes no walk they speak of"),
+        (["prior.generated.resolution=100"], "prior.generated.resolution is 100; it must be a multiple of 8"),
+    ],
+)
+def test_contradictions_are_refused_with_a_way_out(words, said):
+    assert said in problems("dataset.path=.", CLASS, *words)
 
 
 def test_help_is_instant_and_loads_no_torch():

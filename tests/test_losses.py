@@ -1,9 +1,19 @@
+import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from dreambooth_lab.losses import masked_error, preserve_prior
+from dreambooth_lab.config import HuberSchedule, Weight
+from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePreserving
+from dreambooth_lab.losses import huber_width, masked_error, outside_error, preserve_prior, pseudo_huber, squared, time_weight
+
+NOISE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+EPS, V = (VariancePreserving(NOISE.alphas_cumprod, kind) for kind in Prediction)
+FLOW = RectifiedFlow(1000)
+NATIVE = torch.tensor([0, 1, 20, 250, 500, 900, 999])
 
 
 def pair(seed=0, rows=3):
@@ -59,3 +69,69 @@ def test_each_term_is_the_mean_of_its_own_rows(split, weight):
 def test_a_term_without_rows_is_zero():
     total, instance, prior = preserve_prior(torch.tensor([2.0]), rows(), rows(0), 0.5)
     assert (total, instance, prior) == (1.0, 0.0, 2.0)
+
+
+def test_a_mask_of_zeros_has_no_error_rather_than_none_that_is_a_number():
+    output, target = pair()
+    mask = torch.ones(3, 1, 8, 8)
+    mask[1] = 0
+    error = masked_error(output, target, mask, True, 0.0)
+    assert error.isfinite().all() and error[1] == 0 < error[0]
+
+
+def test_inside_and_outside_are_all_of_it():
+    output, target = pair()
+    mask = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    whole = masked_error(output, target, mask, False, 0.2) + outside_error(output, target, mask, 0.2)
+    assert_close(whole, masked_error(output, target, None, False, 0.0))
+    assert outside_error(output, target, torch.ones(3, 1, 8, 8), 0.0).abs().max() == 0
+
+
+def test_min_snr_is_its_closed_form():
+    snr, t = compute_snr(NOISE, NATIVE), EPS.time(NATIVE)
+    least = snr.clamp(max=5.0)
+    assert_close(time_weight(Weight.min_snr, 5.0, EPS, t), least / snr, rtol=1e-4, atol=1e-6)
+    assert_close(time_weight(Weight.min_snr, 5.0, V, t), least / (snr + 1), rtol=1e-4, atol=1e-6)
+    t = torch.tensor([0.05, 0.3, 0.7, 1.0], dtype=torch.float64)
+    assert_close(
+        time_weight(Weight.min_snr, 5.0, FLOW, t), torch.minimum(((1 - t) / t) ** 2, torch.tensor(5.0)).mul(t**2).float()
+    )
+
+
+def test_the_other_weights_are_their_closed_forms():
+    snr, t = compute_snr(NOISE, NATIVE), EPS.time(NATIVE)
+    assert_close(time_weight(Weight.soft_min_snr, 5.0, EPS, t), 5.0 / (snr + 5.0), rtol=1e-4, atol=1e-6)
+    assert_close(time_weight(Weight.debiased, 5.0, EPS, t), snr.rsqrt(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(time_weight(Weight.none, 5.0, EPS, t), torch.ones(7))
+
+
+@pytest.mark.parametrize("kind", [w for w in Weight if w is not Weight.none], ids=lambda w: w.value)
+@pytest.mark.parametrize("path", [EPS, V, FLOW], ids=["epsilon", "v", "flow"])
+def test_a_weight_means_the_same_whatever_the_network_predicts(path, kind):
+    """The weighted error of the answer is w(SNR) times the squared error of x_0, for all three."""
+    output, target = pair(rows=5)
+    x_t, t = pair(1, 5)[0], torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+    x0_error = (path.split(output, x_t, t)[0] - path.split(target, x_t, t)[0]).square().mean((1, 2, 3))
+    weighted = masked_error(output, target, None, True, 0.0) * time_weight(kind, 5.0, path, t)
+    snr = path.snr(t)
+    in_data = {Weight.min_snr: snr.clamp(max=5.0), Weight.soft_min_snr: 5 * snr / (snr + 5), Weight.debiased: snr.sqrt()}[kind]
+    assert_close(weighted, (in_data * x0_error).float(), rtol=1e-3, atol=1e-5)
+
+
+def test_pseudo_huber_is_square_near_zero_and_straight_far_out():
+    c = torch.tensor(0.1).view(1, 1, 1, 1)
+    d = torch.tensor([1e-3, 100.0]).view(2, 1, 1, 1)
+    near, far = pseudo_huber(d, c).flatten()
+    assert_close(near, torch.tensor(1e-6), rtol=1e-2, atol=1e-8)
+    assert_close(far, torch.tensor(2 * 0.1 * 100.0), rtol=1e-2, atol=0)
+    wide = pseudo_huber(torch.tensor([0.7]).double(), torch.tensor(1e4).double())
+    assert_close(wide, squared(torch.tensor([0.7]).double()), rtol=1e-6, atol=0)
+
+
+def test_the_huber_schedule_is_wide_at_data_and_narrow_at_noise():
+    snr = EPS.snr(EPS.time(NATIVE))
+    width = huber_width(HuberSchedule.snr, 0.1, snr).flatten()
+    sigmas = ((1 - NOISE.alphas_cumprod) / NOISE.alphas_cumprod).sqrt()[NATIVE]
+    assert_close(width, (1 - 0.1) / (1 + sigmas) ** 2 + 0.1, rtol=1e-4, atol=1e-6)
+    assert (width.diff() < 0).all() and width.shape == (7,)
+    assert (huber_width(HuberSchedule.constant, 0.1, snr) == 0.1).all()

@@ -51,11 +51,14 @@ class Batch(NamedTuple):
     z: Tensor  # [B C h w] N(0,1): the posterior's noise
     eps: Tensor  # [B C h w] N(0,1): ε
     u: Tensor  # [B] U[0,1): becomes t
+    walk: Tensor  # [B 2] U[0,1): whether a row rolls out, and how far
+    xi: Tensor | None  # [B C h w] N(0,1): input perturbation, if it is on
     cond: Cond
     captions: tuple[str, ...]  # B of them, as drawn
     instance_rows: Tensor  # [≤B] positions of the subject's rows
     class_rows: Tensor  # [≤B] positions of the class rows
     mask: Tensor | None  # [B 1 h w] in [0,1], or no masks at all
+    taught: Tensor | None  # [class rows, C h w], the base model's answers from the bank, if there is one
 
     def latents(self) -> Tensor:
         """x_0 drawn from the cached posterior [B C h w]."""

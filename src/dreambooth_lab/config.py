@@ -6,6 +6,7 @@ Python says what is legal, YAML says what is chosen, so the dataclasses carry no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
@@ -68,6 +69,61 @@ class PriorKind(Enum):
     none = "none"
     noise = "noise"
     teacher = "teacher"
+    bank = "bank"
+
+
+class PriorSource(Enum):
+    folder = "folder"
+    generated = "generated"
+    captions = "captions"
+
+
+class Outside(Enum):
+    ignore = "ignore"
+    teacher = "teacher"
+
+
+class RolloutKind(Enum):
+    walk = "walk"
+    input_perturbation = "input_perturbation"
+
+
+class RolloutTarget(Enum):
+    corrected = "corrected"
+    original = "original"
+
+
+class Ramp(Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Sampler(Enum):
+    euler = "euler"
+    dpm = "dpm"
+    unipc = "unipc"
+
+
+class Timesteps(Enum):
+    uniform = "uniform"
+    logit_normal = "logit_normal"
+
+
+class Weight(Enum):
+    none = "none"
+    min_snr = "min_snr"
+    soft_min_snr = "soft_min_snr"
+    debiased = "debiased"
+
+
+class LossKind(Enum):
+    l2 = "l2"
+    huber = "huber"
+
+
+class HuberSchedule(Enum):
+    constant = "constant"
+    snr = "snr"
 
 
 class Schedule(Enum):
@@ -85,6 +141,7 @@ class ModelConfig:
     variant: str | None
     dtype: Dtype
     encoder_dtype: Dtype
+    tae: str | None
     resolution: int
     gradient_checkpointing: bool
 
@@ -140,27 +197,80 @@ class DatasetConfig:
 
 
 @dataclass
+class GeneratedConfig:
+    count: int
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    resolution: int
+    batch_size: int
+    seed: int
+
+
+@dataclass
+class BankConfig:
+    draws: int
+    batch_size: int
+
+
+@dataclass
 class PriorConfig:
     kind: PriorKind
+    source: PriorSource
     path: str | None
     prompt: str | None
     weight: float
     share: float
+    generated: GeneratedConfig
+    bank: BankConfig
 
 
 @dataclass
 class MaskConfig:
     normalize: bool
     floor: float
+    drop_probability: float
+    outside: Outside
+
+
+@dataclass
+class ObjectiveConfig:
+    timesteps: Timesteps
+    logit_mean: float
+    logit_std: float
+    shift: float
+    low: float
+    high: float
+    weight: Weight
+    gamma: float
+    loss: LossKind
+    huber_c: float
+    huber_schedule: HuberSchedule
+    noise_offset: float
+    noise_offset_probability: float
+
+
+@dataclass
+class ReflexFlowConfig:
+    direction: float
+    frequency: float
 
 
 @dataclass
 class RolloutConfig:
     enabled: bool
+    kind: RolloutKind
     max_step_offset: int
+    grid: Any  # a number of strides, or native
+    shift: float
     probability: float
     ramp_steps: int
-    sampler: str
+    ramp_shape: Ramp
+    sampler: Sampler
+    target: RolloutTarget
+    min_time: float
+    perturbation: float
+    reflexflow: ReflexFlowConfig
 
 
 @dataclass
@@ -181,6 +291,37 @@ class ValidationConfig:
     guidance_scale: float
     seed: int
     resolution: int
+
+
+@dataclass
+class EvalConfig:
+    clip_model: str | None
+    dino_model: str | None
+    batch_size: int
+
+
+class ReceiverKind(Enum):
+    raw = "raw"
+    discord = "discord"
+
+
+@dataclass
+class ReceiverConfig:
+    kind: ReceiverKind
+    url: str | None
+    url_env: str | None
+    token_env: str | None
+
+
+@dataclass
+class WebhookConfig:
+    receivers: dict[str, ReceiverConfig]
+
+
+@dataclass
+class PreviewConfig:
+    enabled: bool
+    every_n_steps: int
 
 
 @dataclass
@@ -225,9 +366,13 @@ class Config:
     dataset: DatasetConfig
     prior: PriorConfig
     mask: MaskConfig
+    objective: ObjectiveConfig
     rollout: RolloutConfig
     ema: EmaConfig
     validation: ValidationConfig
+    eval: EvalConfig
+    preview: PreviewConfig
+    webhook: WebhookConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
@@ -265,7 +410,7 @@ def check(cfg: DictConfig) -> None:
 def anchor(cfg: DictConfig) -> DictConfig:
     """The same configuration with its local paths made absolute, so that it means the same from any folder."""
     anchored = cfg.copy()
-    for key in ("dataset.path", "prior.path", "cache", "model.pretrained"):
+    for key in ("dataset.path", "prior.path", "cache", "model.pretrained", "model.tae", "eval.clip_model", "eval.dino_model"):
         value = None if OmegaConf.is_missing(cfg, key) else OmegaConf.select(cfg, key)
         if value and (key == "cache" or Path(value).expanduser().exists()):
             OmegaConf.update(anchored, key, str(Path(value).expanduser().resolve()))
@@ -311,10 +456,21 @@ BOUNDS: tuple[tuple[Any, ...], ...] = (
     ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99), ("adapter.token_lr_ratio", 0),
     ("dataset.max_aspect", 1, 8), ("dataset.minimum_image_size", 0), ("dataset.repeats", 0),
     ("dataset.crop_variants", 1), ("dataset.caption_dropout", 0, 1), ("dataset.batch_size", 1),
-    ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1),
+    ("prior.weight", 0), ("prior.share", 0, 1), ("mask.floor", 0, 1), ("mask.drop_probability", 0, 1),
+    ("prior.generated.count", 1), ("prior.generated.num_inference_steps", 1), ("prior.generated.guidance_scale", 0),
+    ("prior.generated.batch_size", 1), ("prior.generated.seed", 0, 2**31 - 1),
+    ("prior.bank.draws", 1), ("prior.bank.batch_size", 1),
+    ("objective.logit_std", 1e-3), ("objective.shift", 1e-3), ("objective.low", 0, 1), ("objective.high", 0, 1),
+    ("objective.gamma", 1e-6), ("objective.huber_c", 1e-6), ("objective.noise_offset", 0),
+    ("objective.noise_offset_probability", 0, 1),
+    ("rollout.max_step_offset", 1), ("rollout.shift", 1e-3), ("rollout.probability", 0, 1), ("rollout.ramp_steps", 0),
+    ("rollout.min_time", 0, 1), ("rollout.perturbation", 0),
+    ("rollout.reflexflow.direction", 0), ("rollout.reflexflow.frequency", 0),
     ("ema.decay", 0, 1), ("ema.update_interval", 1),
     ("validation.every_n_steps", 0), ("validation.num_images", 1), ("validation.num_inference_steps", 1),
-    ("optimizer.lr", 0), ("optimizer.cycles", 1), ("optimizer.lora_plus_ratio", 1e-3), ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0),
+    ("preview.every_n_steps", 1), ("eval.batch_size", 1),
+    ("optimizer.lr", 0), ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0),
+    ("optimizer.cycles", 1), ("optimizer.lora_plus_ratio", 1e-3),
     ("trainer.max_steps", 1), ("trainer.accumulate_grad_batches", 1), ("trainer.gradient_clip_norm", 0),
     ("trainer.log_every_n_steps", 1), ("checkpoint.every_n_steps", 1), ("seed", 0, 2**31 - 1),
 )  # fmt: skip
@@ -324,23 +480,20 @@ def _problems(read: Reader) -> Iterator[str | None]:
     """Everything that types can't say."""
     for key, *bounds in BOUNDS:
         yield read.bounded(key, *bounds)
-    yield from _not_built(read)
     yield from _data_problems(read)
+    yield from _prior_problems(read)
+    yield from _objective_problems(read)
     yield from _model_problems(read)
     yield from _adapter_problems(read)
     yield from _optimizer_problems(read)
+    yield from _eval_problems(read)
+    yield from _preview_problems(read)
     if read("preflight") not in (None, "run", "only"):
         yield f"preflight is {read('preflight')!r}; it must be run, or only (stop before training)"
     if read("resume") is not None:
         yield read.folder("resume", "an earlier run of this project")
     if not str(read("name") or "x").replace("-", "").replace("_", "").isalnum():
         yield f"name is {read('name')!r}; it names a folder, so only letters, digits, - and _ are allowed"
-
-
-def _not_built(read: Reader) -> Iterator[str | None]:
-    """What the configuration can say but the code can't do yet: refused, never ignored."""
-    if read("rollout.enabled"):
-        yield "rollout.enabled is true: rollout is not built yet; set rollout.enabled=false"
 
 
 def _optimizer_problems(read: Reader) -> Iterator[str | None]:
@@ -363,8 +516,12 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
 
 
 PEFT, ON_QUANTISED = ("lora", "dora"), ("lora", "dora", "locon", "loha", "lokr")
-NOT_LYCORIS = {"full": "takes the base's weights away: use adapter=full", "dylora": "can't be loaded again", "ia3": "can't be loaded",
-               "tlora": "fails on padded convolutions"}  # fmt: skip
+NOT_LYCORIS = {
+    "full": "takes the base's weights away for: use adapter=full",
+    "dylora": "can't load again",
+    "ia3": "can't load again",
+    "tlora": "can't put on padded convolutions",
+}
 
 
 def _adapter_problems(read: Reader) -> Iterator[str | None]:
@@ -381,11 +538,11 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
     if target.endswith(".Lycoris") and options.get("use_scalar"):
         yield "adapter.options.use_scalar is true: LyCORIS folds the scalar into its files, so a run can't go on; leave it out"
     if target.endswith(".Lycoris") and decomposed and low:
-        yield f"adapter.options has weight decomposition and {dtype}, which LyCORIS can't mix; set model.dtype=float32 or adapter=dora"
+        yield f"adapter.options has weight decomposition and {dtype}, which LyCORIS can't mix; use float32 or adapter=dora"
     if read("adapter.preset") is not None and not target.endswith(".Lycoris"):
         yield f"adapter.preset is {read('adapter.preset')!r}, which only LyCORIS has; use adapter=lokr, or adapter.preset=null"
     if str(options.get("init_lora_weights", "")).lower().startswith("pissa"):
-        yield "adapter.options.init_lora_weights is pissa, which rewrites the base: the prior's teacher would not be the base model"
+        yield "adapter.options.init_lora_weights is pissa, which rewrites the base; the prior's teacher needs it"
     if algorithm == "full" and low:
         yield f"{dtype} with adapter=full, where small updates are lost; set model.dtype=float32"
     place = read("adapter.init_from")
@@ -394,12 +551,12 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
     if kind is QuantKind.none:
         return
     if algorithm not in (None, *ON_QUANTISED):
-        yield f"quant.kind is {kind.name} with adapter.algorithm={algorithm}, which needs the weights themselves; use quant=none"
+        yield f"quant.kind is {kind.name}, but adapter={algorithm} needs the weights themselves; use quant=none"
     if algorithm in ON_QUANTISED and target.endswith(".Lycoris") and decomposed:
-        yield f"quant.kind is {kind.name}, on which LyCORIS drops weight decomposition without a word; use adapter=dora or quant=none"
+        yield f"quant.kind is {kind.name}, where LyCORIS silently drops weight decomposition; use adapter=dora or quant=none"
     quanto = kind in (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
     if target.endswith(".LoRA") and decomposed and quanto and low:
-        yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; set model.dtype=float32, or quant=int8_torchao"
+        yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; use model.dtype=float32 or quant=int8_torchao"
 
 
 def _data_problems(read: Reader) -> Iterator[str | None]:
@@ -409,22 +566,76 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
     if read("dataset.crop_variants") not in (None, 1) and read("dataset.crop") is Crop.center:
         several = f"dataset.crop_variants is {read('dataset.crop_variants')} with dataset.crop=center"
         yield f"{several}, which has only one; use dataset.crop=random"
-    if read("prior.kind") in (None, PriorKind.none):
+
+
+def _prior_problems(read: Reader) -> Iterator[str | None]:
+    kind, source, path = read("prior.kind"), read("prior.source"), read("prior.path")
+    if kind in (None, PriorKind.none):
         return
-    if read("prior.path") is None:
-        yield "prior.path is null, but prior.kind needs class pictures; set prior.path=FOLDER or prior=none"
-    else:
+    if source is PriorSource.folder and path is None:
+        ways = "prior.path=FOLDER, prior.source=generated (the base model draws them), or prior=none"
+        yield f"prior.path is null, but prior.kind={kind.name} needs class pictures; set {ways}"
+    elif source is PriorSource.folder:
         yield read.folder("prior.path", "class pictures")
+    elif path is not None and source is not None:
+        yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or leave it out"
+    if source is PriorSource.captions and kind is PriorKind.noise:
+        wrong = "prior.kind is noise with prior.source=captions, which would teach the class to look like the subject"
+        yield f"{wrong}; use prior=teacher or prior=bank"
     if not read("prior.prompt"):
         yield 'prior.prompt is empty; set dataset.class_prompt="a photo of a dog" (the subject\'s class)'
     if read("prior.share") in (0, 1):
         yield f"prior.share is {read('prior.share')}; the share of class rows must lie inside (0, 1), or use prior=none"
+    if kind is PriorKind.bank and read("rollout.enabled"):
+        off = "the bank's answers are for points on the path, which rollout leaves"
+        yield f"prior.kind is bank with rollout.enabled=true: {off}; use prior=teacher, or set rollout.enabled=false"
+
+
+def _objective_problems(read: Reader) -> Iterator[str | None]:
+    low, high = read("objective.low"), read("objective.high")
+    if low is not None and high is not None and low >= high:
+        yield f"objective.low is {low:g} and objective.high {high:g}; times are drawn between them, so low must be the lesser"
+    if (grid := read("rollout.grid")) is not None and grid != "native" and (not isinstance(grid, int) or grid < 1):
+        yield f"rollout.grid is {grid!r}; it must be a number of inference steps, at least 1, or native"
+    terms = [read(f"rollout.reflexflow.{name}") for name in ("direction", "frequency")]
+    if any(terms) and read("rollout.kind") is RolloutKind.input_perturbation:
+        yield "rollout.reflexflow has terms, but rollout.kind=input_perturbation makes no walk they speak of; set them to 0"
+
+
+def _eval_problems(read: Reader) -> Iterator[str | None]:
+    for key in ("eval.clip_model", "eval.dino_model"):
+        if read(key) and not read("validation.every_n_steps"):
+            yield f"{key} is set, but validation.every_n_steps is 0, so there are no pictures to score; set it, or eval=none"
+        if _is_absent_folder(read(key)):
+            yield f"{key} is {read(key)!r}, a folder that does not exist; give a folder, a hub id, or null"
+
+
+def _preview_problems(read: Reader) -> Iterator[str | None]:
+    receivers = read("webhook.receivers") or {}
+    if read("preview.enabled") and not read("validation.every_n_steps"):
+        yield "preview.enabled is true, but validation.every_n_steps is 0, so nothing is drawn; set it, or preview.enabled=false"
+    if read("preview.enabled") and not receivers:
+        yield "preview.enabled is true, but nobody receives previews; choose webhook=raw or discord, or preview.enabled=false"
+    for name, receiver in receivers.items():
+        key = f"webhook.receivers.{name}"
+        for field in ("url_env", "token_env"):
+            if receiver[field] and not os.environ.get(receiver[field]):
+                unset = f"{key}.{field} is {receiver[field]!r}, an environment variable that is not set"
+                yield f"{unset}; export it, or choose webhook=none"
+        address = receiver.url or os.environ.get(receiver.url_env or "", "http://")
+        if not address.startswith(("http://", "https://")) or not (receiver.url or receiver.url_env):
+            yield f"{key} has no http(s) address; set {key}.url, or {key}.url_env to a variable that holds one"
+
+
+def _is_absent_folder(place: str | None) -> bool:
+    """Whether a model's place can only be a folder, and isn't there; owner/name may be a hub id."""
+    looks_local = bool(place) and (str(place).startswith((".", "/", "~")) or str(place).count("/") > 1)
+    return looks_local and not Path(str(place)).expanduser().is_dir()
 
 
 def _model_problems(read: Reader) -> Iterator[str | None]:
-    place = read("model.pretrained")
-    if place and (place.startswith((".", "/", "~")) or place.count("/") > 1) and not Path(place).expanduser().is_dir():
-        absent = f"model.pretrained is {place!r}, a folder that does not exist"
+    if _is_absent_folder(read("model.pretrained")):
+        absent = f"model.pretrained is {read('model.pretrained')!r}, a folder that does not exist"
         yield f"{absent}; give a diffusers folder or a hub id such as owner/name"
     if (
         not read("adapter.parts")
@@ -435,6 +646,6 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
         yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
     if read("ema.device") is not None and str(read("ema.device")).split(":")[0] not in ("cpu", "cuda"):
         yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"
-    for key in ("validation.resolution", "model.resolution"):
+    for key in ("validation.resolution", "model.resolution", "prior.generated.resolution"):
         if read(key) is not None and (read(key) < 16 or read(key) % 8):
             yield f"{key} is {read(key)}; it must be a multiple of 8, at least 16"

@@ -29,6 +29,13 @@ class Purpose(IntEnum):
     POSTERIOR = 8  # the VAE posterior's own noise
     ADAPTER_INIT = 9
     STEP = 10  # torch's global generator during one step (adapter dropout)
+    ROLLOUT = 11  # whether a row rolls out, and how far
+    PERTURBATION = 12  # ξ of input perturbation
+    NOISE_OFFSET = 13  # whether ε has an offset
+    OFFSET_VALUE = 14  # and which
+    MASK_DROP = 15
+    BANK = 16  # which of a picture's fixed draws
+    CLASS_PICTURE = 17  # the noise a class picture is made from
 
 
 def generator(seed: int, index: int, purpose: Purpose) -> np.random.Generator:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from math import cos, pi
 from typing import Any
 
@@ -16,13 +18,14 @@ from torch import Tensor
 from . import draw
 from .adapter import Adapter
 from .batch import Batch, Cond
-from .config import Schedule
-from .diffusion import time
+from .config import LossKind, Outside, Schedule
+from .diffusion.time import build_times
 from .draw import Purpose
 from .embedding import TokenEmbedding
-from .losses import masked_error, preserve_prior
+from .losses import Penalty, huber_width, masked_error, outside_error, preserve_prior, pseudo_huber, squared, time_weight
 from .models.family import Family
-from .prior import build_prior
+from .prior import Teacher, build_prior
+from .rollout import Reached, build_reflexflow, build_rollout
 
 
 class DreamBooth(LightningModule):
@@ -38,21 +41,62 @@ class DreamBooth(LightningModule):
         self.cfg, self.family, self.adapter = cfg, family, adapter
         self.denoiser, self.outside, self.token = family.denoiser, adapter.outside(), token
         self.path = family.path
-        self.prior = build_prior(cfg.prior.kind, family.denoise, adapter.base)
+        self.times = build_times(cfg.objective, family.times)
+        self.teacher = Teacher(family.denoise, adapter.base)
+        self.prior = build_prior(cfg.prior.kind, self.teacher)
+        self.rollout = build_rollout(cfg.rollout, self.path, family.times[1], self.predict, self.at_rest)
+        self.reflexflow = build_reflexflow(cfg.rollout, self.path, self.predict)
 
     def training_step(self, batch: Batch, _: int) -> dict[str, Tensor]:
-        x0, eps = batch.latents(), batch.eps  #              [B C h w]  sample
-        t = time.uniform(batch.u, *self.family.times)  #     [B]
-        x_t = self.path.noise(x0, eps, t)  #                 [B C h w]  α_t x_0 + σ_t ε
-        output = self.predict(x_t, t, self.told(batch))
-        target = self.path.target(x0, eps, t)
-        target = self.prior(target, batch, x_t, t)  #        the class rows' own answer
-        error = masked_error(output, target, batch.mask, self.cfg.mask.normalize, self.cfg.mask.floor)  # [B]
+        x0, cond = batch.latents(), self.told(batch)
+        t = self.times(batch.u)  #                                                       [B]        when
+        at = self.rollout(x0, batch, cond, t, self.global_step)  #                       [B C h w]  x_t, by ε or by the model
+        output = self.predict(at.x_t, t, cond)
+        target = self.path.target(x0, at.eps, t)
+        target = self.prior(target, batch, at.x_t, t)  #                                            the class rows' own answer
+        error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
         loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, self.cfg.prior.weight)
         parts = {"total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
         parts |= {"instance": instance.detach()} if len(batch.instance_rows) else {}
         parts |= {"prior": prior.detach()} if len(batch.class_rows) else {}
         return {"loss": loss, **parts}  # what has no rows has no value, rather than 0
+
+    def error(self, output: Tensor, target: Tensor, batch: Batch, cond: Cond, t: Tensor, at: Reached) -> Tensor:
+        """Each row's error inside its mask, outside it if that is asked for, and of a strayed velocity [B]."""
+        mask, normalize, floor = batch.mask, self.cfg.mask.normalize, self.cfg.mask.floor
+        penalty = self.penalty(t)
+        if self.reflexflow:
+            penalty = self.reflexflow.weigh(penalty, output, batch, cond, t, at.strayed)
+        error = masked_error(output, target, mask, normalize, floor, penalty)
+        if self.reflexflow:
+            error = error + self.reflexflow.turn(output, at.x_t, batch.latents(), at.strayed)
+        rows = batch.instance_rows
+        if mask is None or self.cfg.mask.outside is Outside.ignore or len(rows) == 0:
+            return error
+        taught = self.teacher.answer(batch, at.x_t, t, rows)
+        return error.index_add(0, rows, outside_error(output[rows], taught, mask[rows], floor, self.penalty(t[rows])))
+
+    def penalty(self, t: Tensor) -> Penalty:
+        """The error of an element, for rows at these times."""
+        cfg = self.cfg.objective
+        if cfg.loss is LossKind.l2:
+            return squared
+        return partial(pseudo_huber, c=huber_width(cfg.huber_schedule, cfg.huber_c, self.path.snr(t)))
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Weight of each row by its time [B]."""
+        return time_weight(self.cfg.objective.weight, self.cfg.objective.gamma, self.path, t)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, no dropout; after, every part is in the mode it was in."""
+        before = [(part, part.training) for part in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for part, training in before:
+                part.training = training
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.family.denoise(x_t, t, cond)

@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
+from .config import HuberSchedule, Weight
+from .diffusion.path import Path
 
-def masked_error(output: Tensor, target: Tensor, mask: Tensor | None, normalize: bool, floor: float) -> Tensor:
-    """Squared error per row, weighted over the latent grid [B].
+Penalty = Callable[[Tensor], Tensor]  # difference → error, element by element
 
-    With weights w = floor + (1 - floor)·mask: mean(w (output - target)²), divided by mean(w) when `normalize`, so that a
-    small subject weighs as much as a large one. Without masks, and with a mask of ones, it is the plain mean.
+
+def squared(difference: Tensor) -> Tensor:
+    """d²."""
+    return difference.square()
+
+
+def pseudo_huber(difference: Tensor, c: Tensor) -> Tensor:
+    """2c (√(d² + c²) - c): d² near 0, 2c |d| far out, so one odd pixel pulls less (Song & Dhariwal 2023, §3.3).
+
+    Args:
+        c: width of the quadratic part, [B 1 1 1].
+    """
+    return 2 * c * (torch.sqrt(difference.square() + c.square()) - c)
+
+
+def huber_width(schedule: HuberSchedule, c: float, snr: Tensor) -> Tensor:
+    """c per row [B 1 1 1]: constant, or c + (1 - c) / (1 + σ/α)², wide at data and narrow at noise (Khrapov et al. 2024)."""
+    constant = torch.full_like(snr, c)
+    width = constant if schedule is HuberSchedule.constant else c + (1 - c) / (1 + snr.rsqrt()).square()
+    return width.float().view(-1, 1, 1, 1)
+
+
+def masked_error(
+    output: Tensor, target: Tensor, mask: Tensor | None, normalize: bool, floor: float, penalty: Penalty = squared
+) -> Tensor:
+    """Error per row, weighted over the latent grid [B].
+
+    With weights w = floor + (1 - floor)·mask: mean(w · penalty(output - target)), divided by mean(w) when `normalize`, so that
+    a small subject weighs as much as a large one. Without masks, and with a mask of ones, it is the plain mean; a mask of
+    zeros without floor gives 0.
 
     Args:
         output, target: [B C h w].
         mask: [B 1 h w] in [0, 1], or None.
         floor: least weight outside the mask, in [0, 1].
     """
-    error = (output.float() - target.float()).square()
+    error = penalty(output.float() - target.float())
     if mask is None:
         return error.mean((1, 2, 3))
     weight = floor + (1 - floor) * mask  # [B 1 h w]
-    area = weight.mean((1, 2, 3)) if normalize else 1.0
+    area = weight.mean((1, 2, 3)).clamp(min=torch.finfo(weight.dtype).tiny) if normalize else 1.0
     return (error * weight).mean((1, 2, 3)) / area
+
+
+def outside_error(output: Tensor, taught: Tensor, mask: Tensor, floor: float, penalty: Penalty = squared) -> Tensor:
+    """What `masked_error` leaves out, held to the base model's answer: mean((1 - w) · penalty(output - taught)) [B]."""
+    weight = (1 - floor) * (1 - mask)  # [B 1 h w]
+    return (penalty(output.float() - taught.float()) * weight).mean((1, 2, 3))
 
 
 def preserve_prior(error: Tensor, instance_rows: Tensor, class_rows: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,3 +75,32 @@ def preserve_prior(error: Tensor, instance_rows: Tensor, class_rows: Tensor, wei
     instance = error[instance_rows].sum() / max(len(instance_rows), 1)
     prior = error[class_rows].sum() / max(len(class_rows), 1)
     return instance + weight * prior, instance, prior
+
+
+def min_snr(snr: Tensor, gamma: float) -> Tensor:
+    """min(SNR, γ) (Hang et al. 2023, eq. 8)."""
+    return snr.clamp(max=gamma)
+
+
+def soft_min_snr(snr: Tensor, gamma: float) -> Tensor:
+    """SNR γ / (SNR + γ), min-SNR without its corner (Crowson et al. 2024, eq. 16)."""
+    return snr * gamma / (snr + gamma)
+
+
+def debiased(snr: Tensor, gamma: float) -> Tensor:
+    """√SNR: 1/√SNR on the error of ε (Yu et al. 2023); γ plays no part."""
+    return snr.sqrt()
+
+
+IN_DATA = {Weight.min_snr: min_snr, Weight.soft_min_snr: soft_min_snr, Weight.debiased: debiased}
+
+
+def time_weight(kind: Weight, gamma: float, path: Path, t: Tensor) -> Tensor:
+    """Weight of each row's error [B], float32.
+
+    The papers weigh the error of x_0 by w(SNR); the network's own error is `path.gain` times smaller or larger, so its weight is
+    w · gain. For min-SNR that is min(SNR, γ) / SNR on ε, min(SNR, γ) / (SNR + 1) on v, min(SNR, γ) t² on a velocity.
+    """
+    if kind is Weight.none:
+        return torch.ones_like(t, dtype=torch.float32)
+    return (IN_DATA[kind](path.snr(t), gamma) * path.gain(t)).float()

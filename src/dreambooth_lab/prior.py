@@ -42,10 +42,24 @@ class Teacher:
         rows = batch.class_rows
         if len(rows) == 0:
             return target
+        return target.index_copy(0, rows, self.answer(batch, x_t, t, rows).to(target.dtype))
+
+    def answer(self, batch: Batch, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """The base model's answer for some rows, without gradient."""
         with torch.no_grad(), self.base():
-            taught = self.predict(x_t[rows], t[rows], batch.cond.take(rows))
-        return target.index_copy(0, rows, taught.to(target.dtype))
+            return self.predict(x_t[rows], t[rows], batch.cond.take(rows))
 
 
-def build_prior(kind: PriorKind, predict: Predict, base: Callable[[], AbstractContextManager[None]]) -> Prior:
-    return Teacher(predict, base) if kind is PriorKind.teacher else Noise()
+class Banked:
+    """Class rows regress to the base model's answer at their own (x_t, t, cond), which came with the batch."""
+
+    def __call__(self, target: Tensor, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
+        if batch.taught is None or len(batch.class_rows) == 0:
+            return target
+        return target.index_copy(0, batch.class_rows, batch.taught.to(target.dtype))
+
+
+def build_prior(kind: PriorKind, teacher: Teacher) -> Prior:
+    if kind is PriorKind.teacher:
+        return teacher
+    return Banked() if kind is PriorKind.bank else Noise()

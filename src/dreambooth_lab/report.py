@@ -11,6 +11,7 @@ from string import Template
 from omegaconf import OmegaConf
 from PIL import Image
 
+from .callbacks.scores import changes, read_scores
 from .runfolder import RunFolder
 
 Series = list[tuple[int, float]]
@@ -29,6 +30,7 @@ svg{width:100%;height:auto;background:#fafafa} .thin{stroke:#9db8d6;fill:none} .
 <p>$prompt: $steps optimiser steps.</p>
 <h2>Pictures</h2>$pictures
 <h2>Loss</h2>$curves
+<h2>What changed</h2>$changes
 <h2>Last values</h2><table>$values</table>
 <h2>Before training</h2><pre>$preflight</pre>
 <h2>Use it</h2><pre>$usage</pre>
@@ -65,6 +67,7 @@ def write(folder: RunFolder) -> None:
         steps=f"{steps:,}",
         pictures=_pictures(folder, list(cfg.validation.prompts)),
         curves="".join(_curve(name, values) for name, values in series.items() if "loss" in name),
+        changes=_changes(folder),
         values="".join(f"<tr><td>{escape(name)}</td><td>{v[-1][1]:.6g}</td></tr>" for name, v in series.items()),
         preflight=escape(folder.preflight.read_text(encoding="utf-8")),
         usage=escape(usage),
@@ -97,6 +100,18 @@ def before_after(folder: RunFolder, prompts: int) -> Image.Image:
     sheet.paste(first, (0, 0))
     sheet.paste(last, (first.width + gap, 0))
     return sheet
+
+
+def _changes(folder: RunFolder) -> str:
+    """Each metric before and after, with the 95 % interval of the paired change."""
+    rows = "".join(
+        f"<tr><td>{escape(c.metric)}</td><td>{c.first:.3f}</td><td>{c.last:.3f}</td>"
+        f"<td>{c.last - c.first:+.3f}</td><td>{c.low:+.3f} to {c.high:+.3f}</td></tr>"
+        for c in changes(read_scores(folder))
+    )
+    head = "<tr><th>metric</th><th>step 0</th><th>last</th><th>change</th><th>95 % interval</th></tr>"
+    note = "Paired by prompt and noise; the interval covers pictures, not training seeds."
+    return f"<table>{head}{rows}</table><p>{note}</p>" if rows else "<p>Nothing was scored: choose eval=paper or eval=toybox.</p>"
 
 
 def _step(stem: str) -> str:

@@ -19,14 +19,18 @@ from .callbacks.checkpoint import Checkpoints
 from .callbacks.ema import Ema
 from .callbacks.export import Export
 from .callbacks.metrics import MetricsFile, StepMetrics
+from .callbacks.preview import Previews
 from .callbacks.progress import Bar
+from .callbacks.scores import Scores
 from .callbacks.validation import Validation
+from .callbacks.webhook import Sender, build_receiver
 from .config import ConfigError
 from .data.module import DreamBoothData
 from .draw import Purpose
 from .dreambooth import DreamBooth
 from .embedding import TokenEmbedding, rare_word
 from .models.family import Family
+from .models.judges import Clip, Dino, Judge
 from .quant import Quantiser, require
 from .runfolder import RunFolder
 
@@ -55,7 +59,7 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     preflight.show(cfg, data, module, layers, folder.preflight)
     if cfg.preflight == "only":
         return {}
-    trainer, metrics = build_trainer(cfg, folder, data, start[1] if start else 0)
+    trainer, metrics = build_trainer(cfg, folder, data, family, start[1] if start else 0)
     try:
         trainer.fit(module, data, ckpt_path=start[0] if start else None, weights_only=True)
     except SystemExit:
@@ -112,7 +116,29 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda", 0) if accelerator != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
-def build_trainer(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, step: int) -> tuple[Trainer, StepMetrics]:
+def build_validation(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family) -> Validation:
+    """Pictures while it trains, and their way to the webhooks if there are any."""
+    receivers = [build_receiver(str(label), receiver) for label, receiver in cfg.webhook.receivers.items()]
+    if cfg.preview.enabled:
+        family.preview(torch.zeros(1, family.channels, 8, 8))  # what can't be decoded is refused now, not at the first picture
+    previews = Previews(cfg.preview, Sender(receivers), family, folder.root.name) if receivers else None
+    return Validation(cfg.validation, data, folder, previews, build_scores(cfg, folder, data, family.device))
+
+
+def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, device: torch.device) -> Scores | None:
+    """The judges that the configuration names, if any; they stay in memory for the run."""
+    make = {"device": device, "batch_size": cfg.eval.batch_size}
+    clip = Clip(cfg.eval.clip_model, "eval.clip_model", **make) if cfg.eval.clip_model else None
+    dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
+    judges: dict[str, Judge] = {name: judge for name, judge in {"clip_i": clip, "dino": dino}.items() if judge}
+    if not judges:
+        return None
+    return Scores(folder, clip, judges, data.photos(), cfg.dataset.instance_prompt, cfg.dataset.class_prompt)
+
+
+def build_trainer(
+    cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int
+) -> tuple[Trainer, StepMetrics]:
     """The Trainer with every callback, checkpoints last."""
     metrics = StepMetrics(cfg.trainer.log_every_n_steps)
     ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
@@ -120,7 +146,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, step
         metrics,
         Bar(metrics) if cfg.trainer.progress else None,
         ema,
-        Validation(cfg.validation, data, folder) if cfg.validation.every_n_steps else None,
+        build_validation(cfg, folder, data, family) if cfg.validation.every_n_steps else None,
         Export(cfg, folder, ema),
         Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
     ]

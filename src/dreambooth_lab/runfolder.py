@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from .config import Config, ConfigError, conf_dir
 
 CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "cache",
-              "validation", "checkpoint", "logger", "resume", "runs", "name", "preflight")  # fmt: skip
+              "validation", "eval", "preview", "webhook", "checkpoint", "logger", "resume", "runs", "name",
+              "preflight")  # fmt: skip
 METRICS_HEADER = ["step", "name", "value"]
 PACKAGES = (
     "torch",
@@ -46,6 +47,7 @@ class RunFolder:
         self.environment = self.root / "environment.json"
         self.preflight = self.root / "preflight.txt"
         self.metrics = self.root / "metrics.csv"
+        self.scores = self.root / "scores.csv"
         self.pictures = self.root / "pictures"
         self.before_after = self.pictures / "before_after.png"
         self.checkpoints = self.root / "checkpoints"

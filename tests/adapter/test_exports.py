@@ -39,7 +39,7 @@ save_file({"y": unet.eval()(x["x"], x["t"], x["states"], added_cond_kwargs=added
 
 @pytest.mark.parametrize(
     ("adapter", "how"),
-    [("lora", "diffusers"), ("lora", "kohya"), ("lora", "peft"), ("dora", "diffusers"), ("dora", "kohya"), ("dora", "peft"),
+    [("lora", "diffusers"), ("lora", "kohya"), ("lora", "peft"), ("dora", "diffusers"), ("dora", "peft"),
      ("locon", "lycoris"), ("loha", "lycoris"), ("lokr", "lycoris"), ("full", "full")],
 )  # fmt: skip
 def test_an_export_answers_the_same_without_us(adapter, how, tiny_sdxl, tmp_path):

@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError
@@ -46,25 +47,45 @@ def test_every_instance_bucket_has_class_company(prepared):
     assert all(bucket.classes for bucket in data.schedule.buckets)
 
 
-def test_draws_do_not_depend_on_the_batch_size_or_on_ranks(prepared, photos, tmp_path):
+@pytest.mark.parametrize("words", [["prior=teacher"], ["prior=bank"]], ids=["teacher", "bank"])
+def test_draws_do_not_depend_on_the_batch_size_the_ranks_or_the_workers(prepared, photos, tmp_path, words):
     one = tmp_path / "one-bucket"
     one.mkdir()
     for name in ("00.png", "01.png", "02.png"):
         shutil.copy(photos / name, one / name)
+    random = ["dataset.flip=true", "dataset.caption_dropout=0.3", "objective.noise_offset=0.1", "prior.bank.draws=3"]
+    random += ["rollout.enabled=true", "rollout.kind=input_perturbation"] if "prior=teacher" in words else []
 
-    def rows(batch_size, ranks=1):
-        data = prepared(f"dataset.path={one}", f"dataset.batch_size={batch_size}")
+    def rows(batch_size, ranks=1, workers=0):
+        data = prepared(f"dataset.path={one}", f"dataset.batch_size={batch_size}", *random, *words)
         flat = {}
         for rank in range(ranks):
-            for batch in batches(data, 16 // (batch_size * ranks), rank, ranks):
+            stream = Samples(data, data._schedule(ranks), 0, rank, ranks)
+            loader = iter(DataLoader(stream, batch_size=None, collate_fn=lambda b: b, num_workers=workers))
+            for batch in (next(loader) for _ in range(16 // (batch_size * ranks))):
+                classes = batch.class_rows.tolist()
                 for i, n in enumerate(batch.sample.tolist()):
-                    flat[n] = (batch.latents()[i], batch.eps[i], batch.u[i], batch.cond.states[i], batch.cond.size[i])
+                    told = (batch.cond.states[i], batch.cond.size[i], batch.u[i], batch.walk[i])
+                    more = [] if batch.xi is None else [batch.xi[i]]
+                    more += [batch.taught[classes.index(i)]] if batch.taught is not None and i in classes else []
+                    flat[n] = (batch.latents()[i], batch.eps[i], *told, *more)
         return flat
 
     reference = rows(1)
-    for other in (rows(2), rows(4), rows(2, ranks=2)):
+    for other in (rows(2), rows(4), rows(2, workers=2), rows(2, ranks=2), rows(1, ranks=2, workers=2)):
         assert other.keys() == reference.keys()
         assert all(torch.equal(a, b) for n in reference for a, b in zip(reference[n], other[n], strict=True))
+
+
+def test_workers_keep_the_order_and_go_on_from_any_batch(prepared):
+    data = prepared()
+
+    def order(workers):
+        stream = Samples(data, data.schedule, 5, 0, 1)
+        loader = iter(DataLoader(stream, batch_size=None, collate_fn=lambda b: b, num_workers=workers))
+        return [next(loader).sample.tolist() for _ in range(9)]
+
+    assert order(0) == order(2) == [[2 * n, 2 * n + 1] for n in range(5, 14)]
 
 
 def test_posterior_noise_is_fresh_and_two_passes_differ(prepared):

@@ -19,7 +19,7 @@ CAPTIONS = ["a photo of sks dog", ""]
 
 
 def load(folder, dtype=Dtype.float32, checkpointing=False) -> SDXL:
-    return SDXL(str(folder), None, None, dtype, Dtype.float32, 64, checkpointing)
+    return SDXL(str(folder), None, None, dtype, Dtype.float32, None, 64, checkpointing)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_identity_follows_the_weights_and_the_precision(tiny_sdxl, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     assert copy.image_identity() != base.image_identity() and copy.text_identity() == base.text_identity()
-    lower = SDXL(str(tiny_sdxl), None, None, Dtype.float32, Dtype.bfloat16, 64, False)
+    lower = SDXL(str(tiny_sdxl), None, None, Dtype.float32, Dtype.bfloat16, None, 64, False)
     assert lower.text_identity() != base.text_identity()
 
 
@@ -134,6 +134,18 @@ def test_v_prediction_and_other_channel_counts_are_read_from_the_files(tmp_path)
 def test_a_long_caption_is_said_not_cut_in_silence(family, caplog):
     family.encode_text(["word " * 60])
     assert "of which the text encoder reads the first 77" in caplog.text
+
+
+def test_previews_come_from_the_small_decoder(tiny_sdxl, tmp_path):
+    small = tiny.tae(4)
+    small.save_pretrained(tmp_path / "tae")
+    family = SDXL(str(tiny_sdxl), None, None, Dtype.float32, Dtype.float32, str(tmp_path / "tae"), 64, False)
+    assert_close(family.preview(noisy()), small.eval().decode(noisy()).sample)
+    assert family.preview(noisy()).shape == (2, 3, 64, 64)
+    family.tae = str(tmp_path / "none")
+    del family._preview_decoder
+    with pytest.raises(ConfigError, match=r"model\.tae is .*none.*; set model\.tae"):
+        family.preview(noisy())
 
 
 @pytest.mark.parametrize("place", ["stranger/no-such-model", "empty"])

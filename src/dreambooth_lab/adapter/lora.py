@@ -95,18 +95,23 @@ class LoRA(Adapter):
         return {key: sorted(v) if isinstance(v, set) else v for key, v in configs[NAME].to_dict().items()}
 
     def export(self, folder: Path, weights: Mapping[str, Tensor], part: str, header: Mapping[str, str]) -> list[Path]:
-        """`pytorch_lora_weights.safetensors` (diffusers), `peft/`, and `kohya.safetensors` (ComfyUI, A1111, sd-scripts)."""
+        """`pytorch_lora_weights.safetensors` (diffusers), `peft/`, and for LoRA `kohya.safetensors` (ComfyUI, A1111, sd-scripts).
+
+        DoRA gets no kohya file: diffusers' reading of one does not give the same answer.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         layers, said = self.layers(weights), self.metadata()
         prefixed = json.dumps({f"{part}.{key}": value for key, value in said.items()}, sort_keys=True)
-        files = [folder / DIFFUSERS_FILE, folder / KOHYA_FILE, folder / PEFT_FOLDER / "adapter_model.safetensors"]
-        files[-1].parent.mkdir(exist_ok=True)
+        files = [folder / DIFFUSERS_FILE, folder / PEFT_FOLDER / "adapter_model.safetensors"]
+        files[1].parent.mkdir(exist_ok=True)
         plain = {"format": "pt", **header}
         save_file({f"{part}.{k}": v for k, v in layers.items()}, files[0], plain | {"lora_adapter_metadata": prefixed})
-        save_file(kohya.convert(layers, self._alphas()), files[1], plain | kohya.header(self.rank, self.alpha, self.algorithm))
-        save_file({f"base_model.model.{k}": v for k, v in layers.items()}, files[2], plain)
-        config = files[2].with_name("adapter_config.json")
+        save_file({f"base_model.model.{k}": v for k, v in layers.items()}, files[1], plain)
+        config = files[1].with_name("adapter_config.json")
         config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if self.algorithm == "lora":
+            files.append(folder / KOHYA_FILE)
+            save_file(kohya.convert(layers, self._alphas()), files[-1], plain | kohya.header(self.rank, self.alpha))
         return [*files, config]
 
     def _alphas(self) -> dict[str, float]:

@@ -24,8 +24,8 @@ SCALED_TWICE = ("loha", "lokr")  # the library's merge is wrong for them unless 
 SPELLING = {"linear_dim": "lora_dim", "linear_alpha": "alpha", "conv_dim": "conv_lora_dim", "dora_wd": "weight_decompose",
             "wd_on_output": "wd_on_out", "algo": "network_module"}  # fmt: skip
 BARE: dict[str, Any] = {
-    "enable_conv": True, "target_module": [], "target_name": [], "module_algo_map": {}, "name_algo_map": {}, "lora_prefix": "lycoris",
-    "use_fnmatch": False, "exclude_name": [],
+    "enable_conv": True, "target_module": [], "target_name": [], "module_algo_map": {}, "name_algo_map": {},
+    "lora_prefix": "lycoris", "use_fnmatch": False, "exclude_name": [],
 }  # fmt: skip
 _lock = threading.Lock()
 

@@ -14,6 +14,8 @@ from ..batch import Text
 from ..data.module import DreamBoothData
 from ..dreambooth import DreamBooth
 from ..runfolder import RunFolder
+from .preview import Previews
+from .scores import Scores
 
 
 class Validation(Callback):
@@ -23,43 +25,59 @@ class Validation(Callback):
     touched: generators are its own, and the global one and the module's mode are put back.
     """
 
-    def __init__(self, cfg: DictConfig, data: DreamBoothData, folder: RunFolder):
-        self.cfg, self.data, self.folder = cfg, data, folder
+    def __init__(
+        self, cfg: DictConfig, data: DreamBoothData, folder: RunFolder, previews: Previews | None, scores: Scores | None
+    ):
+        self.cfg, self.data, self.folder, self.previews, self.scores = cfg, data, folder, previews, scores
         self.step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
-            self._paint(0, pl_module)
+            self._paint(0, trainer, pl_module)
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step != self.step and (step % self.cfg.every_n_steps == 0 or step == trainer.max_steps):
-            self._paint(step, pl_module)
+            self._paint(step, trainer, pl_module)
         self.step = step
 
-    def _paint(self, step: int, module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.previews:
+            self.previews.close()
+
+    def _paint(self, step: int, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, DreamBooth)
         was_training = module.training
         module.eval()
         with torch.random.fork_rng():
-            rows = [self._pictures(module, prompt) for prompt in self.cfg.prompts]
+            rows = [self._pictures(module, prompt, step) for prompt in self.cfg.prompts]
         module.train(was_training)
         save(self.folder.pictures, step, rows)
+        if self.scores:
+            values = self.scores(step, self.cfg.prompts, rows)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
 
     def _text(self, module: DreamBooth, prompt: str) -> Text:
         if module.token and module.token.occurs_in(prompt):
             return module.family.encode_text([prompt])  # its meaning is still being learned
         return self.data.text(prompt)
 
-    def _pictures(self, module: DreamBooth, prompt: str) -> list[Image.Image]:
+    def _pictures(self, module: DreamBooth, prompt: str, step: int) -> list[Image.Image]:
         n = self.cfg.num_images
-        seeds = [torch.Generator().manual_seed(self.cfg.seed + i) for i in range(n)]
-        return module.family.generate(
+        seeds = range(self.cfg.seed, self.cfg.seed + n)
+        facts = {"prompt": prompt, "training_step": step, "total_steps": self.cfg.num_inference_steps}
+        pictures = module.family.generate(
             _rows(self._text(module, prompt), n), _rows(self.data.text(self.cfg.negative_prompt), n),
-            height=self.cfg.resolution, width=self.cfg.resolution, generator=seeds,
-            num_inference_steps=self.cfg.num_inference_steps, guidance_scale=self.cfg.guidance_scale,
+            height=self.cfg.resolution, width=self.cfg.resolution,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.cfg.num_inference_steps,
+            guidance_scale=self.cfg.guidance_scale,
+            on_step=self.previews.on_step(facts, seeds) if self.previews else None,
         )  # fmt: skip
+        if self.previews:
+            self.previews.done(pictures, facts, seeds)
+        return pictures
 
 
 def _rows(text: Text, n: int) -> Text:

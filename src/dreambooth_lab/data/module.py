@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
+from PIL import Image
 from rich.progress import track
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .. import draw
 from ..batch import Batch, Text, stack_text
-from ..config import ConfigError
+from ..config import ConfigError, PriorKind, RolloutKind
+from ..diffusion.time import build_times
 from ..draw import Purpose
 from ..models.family import Family
-from . import cache, geometry, source
+from . import cache, choices, geometry, source
+from .bank import Bank, Item
+from .classes import class_folder
 from .entry import Entry, collect
 from .sampler import Bucket, Row, Schedule
 from .source import Rejected
@@ -58,7 +62,7 @@ class DreamBoothData(LightningDataModule):
         Raises:
             ConfigError: a dataset has no usable picture; lists what was rejected.
         """
-        self.specs = specs(self.cfg)
+        self.specs = specs(self.cfg, class_folder(self.cfg, self.family))
         self.image_identity, self.text_identity = self.family.image_identity(), self.family.text_identity()
         self._encode_texts()
         collected = collect(self.specs, self.family.stride)
@@ -68,6 +72,7 @@ class DreamBoothData(LightningDataModule):
         self.entries = self._encode_images(collected.entries)
         self._refuse_empty()
         self.keys = [entry.keys(self.image_identity) for entry in self.entries]
+        self.bank = self._fill_bank() if self.cfg.prior.kind is PriorKind.bank else None
         self.schedule = self._schedule(world_size=1)
         self.family.release_encoders()
 
@@ -113,6 +118,16 @@ class DreamBoothData(LightningDataModule):
             self.latents.write(key, {"mean": mean[0], "std": std[0]})
             self.built[entry.spec.id] += 1
 
+    def _fill_bank(self) -> Bank:
+        caption, times = self.cfg.prior.prompt, build_times(self.cfg.objective, self.family.times)
+        bank = Bank(self.cfg, self.family, self.latents, caption, self.text(caption), times)
+        mine = [i for i, entry in enumerate(self.entries) if entry.spec.is_class]
+        bank.fill([self._item(i, which) for i in mine for which in range(len(self.entries[i].variants))])
+        return bank
+
+    def _item(self, entry: int, which: int) -> Item:
+        return Item(self.keys[entry][which], self.entries[entry].variants[which].size())
+
     def _refuse_empty(self) -> None:
         usable = {entry.spec.id for entry in self.entries}
         for spec in self.specs:
@@ -147,6 +162,11 @@ class DreamBoothData(LightningDataModule):
                     rows[self.entries[i].spec.id] += total * part / len(entries)
         return rows
 
+    def photos(self) -> list[Image.Image]:
+        """The subject's photos, upright and whole, each once."""
+        unique = {entry.picture.path: entry.picture for entry in self.entries if not entry.spec.is_class}
+        return [Image.fromarray(source.read(picture).permute(1, 2, 0).numpy()) for picture in unique.values()]
+
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer: Any = self.trainer
         schedule = self._schedule(trainer.world_size)
@@ -165,30 +185,44 @@ class DreamBoothData(LightningDataModule):
         seed = self.cfg.seed
         entries = [self.entries[row.entry] for row in rows]
         captions = tuple(self._caption(row, entry) for row, entry in zip(rows, entries, strict=True))
+        samples = [row.sample for row in rows]
         posteriors, sizes = [], []
+        keyed, times, taught = [], [], []  # what x_0, ε and t are drawn by: the sample, or a fixed draw of the bank
         for row, entry in zip(rows, entries, strict=True):
             which = int(draw.uniform(seed, row.sample, Purpose.VARIANT) * len(entry.variants))
             posteriors.append(self.latents.read(self.keys[row.entry][which]))
             sizes.append(entry.variants[which].size())
+            if self.bank and entry.spec.is_class:
+                item, number = self._item(row.entry, which), self.bank.pick(row.sample)
+                keyed.append(self.bank.index(item, number))
+                times.append(self.bank.u(item, number))
+                taught.append(self.bank.read(item, number))
+            else:
+                keyed.append(row.sample)
+                times.append(draw.uniform(seed, row.sample, Purpose.TIME))
         mean = torch.stack([p["mean"] for p in posteriors])
         shape = tuple(mean.shape[1:])
 
-        def noise(purpose: Purpose) -> torch.Tensor:
-            return torch.stack([draw.normal(seed, row.sample, purpose, shape) for row in rows])
+        def normal(purpose: Purpose, indices: list[int]) -> torch.Tensor:
+            return torch.stack([draw.normal(seed, index, purpose, shape) for index in indices])
 
+        perturbed = self.cfg.rollout.enabled and self.cfg.rollout.kind is RolloutKind.input_perturbation
         is_class = torch.tensor([entry.spec.is_class for entry in entries])
         return Batch(
-            sample=torch.tensor([row.sample for row in rows]),
+            sample=torch.tensor(samples),
             mean=mean,
             std=torch.stack([p["std"] for p in posteriors]),
-            z=noise(Purpose.POSTERIOR),
-            eps=noise(Purpose.NOISE),
-            u=torch.tensor([draw.uniform(seed, row.sample, Purpose.TIME) for row in rows], dtype=torch.float64),
+            z=normal(Purpose.POSTERIOR, keyed),
+            eps=torch.stack([choices.noise(self.cfg, index, shape) for index in keyed]),
+            u=torch.tensor(times, dtype=torch.float64),
+            walk=choices.walk(self.cfg, samples),
+            xi=normal(Purpose.PERTURBATION, samples) if perturbed else None,
             cond=self.family.cond(stack_text([self.text(caption) for caption in captions]), sizes),
             captions=captions,
             instance_rows=(~is_class).nonzero()[:, 0],
             class_rows=is_class.nonzero()[:, 0],
-            mask=None,
+            mask=choices.drop_masks(self.cfg, samples, None),
+            taught=torch.stack(taught) if taught else None,
         )
 
     def _caption(self, row: Row, entry: Entry) -> str:
@@ -205,7 +239,9 @@ class Samples(IterableDataset[Batch]):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
-        for number in count(self.start):
+        worker = get_worker_info()  # batch n is worker n's, modulo their number: the loader takes turns, so order stays
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in count(self.start + first, stride):
             yield self.data.build(self.schedule.batch(number)[self.rank :: self.world_size])
 
 

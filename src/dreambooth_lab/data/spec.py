@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from ..config import Crop, PriorKind
+from ..config import Crop
 
 
 class DatasetSpec(NamedTuple):
@@ -24,12 +24,12 @@ class DatasetSpec(NamedTuple):
     mirror: bool
 
 
-def specs(cfg: DictConfig) -> list[DatasetSpec]:
-    """The subject's photos at each resolution, then the class pictures at each resolution."""
+def specs(cfg: DictConfig, classes: Path | None) -> list[DatasetSpec]:
+    """The subject's photos at each resolution, then the class pictures, in a folder of theirs, at each resolution."""
     data, prior = cfg.dataset, cfg.prior
     kinds = [("instance", data.path, data.instance_prompt, False)]
-    if prior.kind is not PriorKind.none:
-        kinds.append(("class", prior.path, prior.prompt, True))
+    if classes is not None:
+        kinds.append(("class", classes, prior.prompt, True))
     crops = data.crop_variants if data.crop is Crop.random else 0
     return [
         DatasetSpec(

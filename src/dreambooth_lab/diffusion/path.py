@@ -21,9 +21,16 @@ class Prediction(Enum):
 class Path(ABC):
     """The noising path of a model family. Times are [B]; samples [B C h w]."""
 
+    straight: bool  # x_t moves at the constant velocity ε - x_0
+    num_steps: int  # N of the network's own clock
+
     @abstractmethod
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """α_t and σ_t, each [B 1 1 1]."""
+    def exact_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α_t and σ_t in float64 [B]."""
+
+    @abstractmethod
+    def gain(self, t: Tensor) -> Tensor:
+        """By what a squared error of the network's answer becomes a squared error of the x_0 it implies [B], float64."""
 
     @abstractmethod
     def native(self, t: Tensor) -> Tensor:
@@ -37,10 +44,25 @@ class Path(ABC):
     def split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The (x_0, ε) that an answer at x_t implies."""
 
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α_t and σ_t as samples take them: float32 [B 1 1 1]."""
+        alpha, sigma = self.exact_scales(t)
+        return alpha.float().view(-1, 1, 1, 1), sigma.float().view(-1, 1, 1, 1)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio α² / σ² in float64 [B]."""
+        alpha, sigma = self.exact_scales(t)
+        return (alpha / sigma).square()
+
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = α_t x_0 + σ_t ε."""
         alpha, sigma = self.scales(t)
         return alpha * x0 + sigma * eps
+
+    def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The ε that separates x_t from x_0: (x_t - α_t x_0) / σ_t."""
+        alpha, sigma = self.scales(t)
+        return (x_t - alpha * x0) / sigma
 
     def step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The deterministic first-order step from t to s ≤ t, per row: DDIM (Song et al. 2021, eq. 12 with η = 0), which
@@ -56,13 +78,12 @@ class VariancePreserving(Path):
         prediction: ε, or v = α ε - σ x_0 (Salimans & Ho 2022).
     """
 
+    straight = False
+
     def __init__(self, alphas_cumprod: Tensor, prediction: Prediction):
         self.alphas_cumprod = torch.cat([alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])  # [-1]: data
         self.prediction = prediction
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.alphas_cumprod) - 1
+        self.num_steps = len(alphas_cumprod)
 
     def native(self, t: Tensor) -> Tensor:
         return (t.double() * self.num_steps).floor().long().clamp(-1, self.num_steps - 1)
@@ -71,10 +92,14 @@ class VariancePreserving(Path):
         """The t in the middle of a native step; the inverse of `native`."""
         return (native.double() + 0.5) / self.num_steps
 
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def exact_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         self.alphas_cumprod = self.alphas_cumprod.to(t.device)
-        alpha_bar = self.alphas_cumprod[self.native(t)].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        alpha_bar = self.alphas_cumprod[self.native(t)]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def gain(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.exact_scales(t)
+        return (sigma / alpha).square() if self.prediction is Prediction.epsilon else sigma.square()
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         if self.prediction is Prediction.epsilon:
@@ -96,15 +121,20 @@ class RectifiedFlow(Path):
         num_steps: N of the network's clock, which reads t N.
     """
 
+    straight = True
+
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
 
     def native(self, t: Tensor) -> Tensor:
         return t * self.num_steps
 
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        sigma = t.clamp(min=0).view(-1, 1, 1, 1)
+    def exact_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = t.double().clamp(min=0)
         return 1 - sigma, sigma
+
+    def gain(self, t: Tensor) -> Tensor:
+        return t.double().square()
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - x0

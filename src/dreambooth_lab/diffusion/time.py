@@ -1,10 +1,64 @@
-"""Where t is drawn: maps from u ~ U[0,1) to t in [0, 1)."""
+"""Where t is drawn: u ~ U[0,1) → t in [low, high), through the inverse of t's distribution, so that one u serves them all."""
 
 from __future__ import annotations
 
+import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
+from ..config import ConfigError, Timesteps
 
-def uniform(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """t ~ U[low, high), the part of the path a model was trained on [B]."""
-    return low + (high - low) * u
+
+def shift(t: Tensor, s: float) -> Tensor:
+    """t' = s t / (1 + (s - 1) t): s > 1 moves times towards noise (Esser et al. 2024, eq. 23); 1/s undoes it."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
+    """t = sigmoid(m + s z) with z ~ N(0,1) made from u (Esser et al. 2024, eq. 19)."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
+def logit_normal_cdf(t: Tensor, mean: float, std: float) -> Tensor:
+    """The u that `logit_normal` takes to t."""
+    return torch.special.ndtr((torch.logit(t) - mean) / std)
+
+
+class Times:
+    """The distribution of training times: uniform or logit-normal, then shifted, then limited to a range (the distribution
+    given that t lies in it, not a clamp).
+
+    Args:
+        mean, std: of the logit-normal.
+        shift: 1 for none.
+        low, high: the range, inside [0, 1].
+    """
+
+    def __init__(self, kind: Timesteps, mean: float, std: float, shift: float, low: float, high: float):
+        self.kind, self.mean, self.std, self.shift = kind, mean, std, shift
+        ends = self._share_below(torch.tensor([low, high], dtype=torch.float64))
+        self.first, self.last = ends.tolist()
+
+    def __call__(self, u: Tensor) -> Tensor:
+        u = self.first + (self.last - self.first) * u.double()
+        base = logit_normal(u, self.mean, self.std) if self.kind is Timesteps.logit_normal else u
+        return shift(base, self.shift)
+
+    def _share_below(self, t: Tensor) -> Tensor:
+        base = shift(t, 1 / self.shift).clamp(0, 1)  # rounding may leave the interval
+        return logit_normal_cdf(base, self.mean, self.std) if self.kind is Timesteps.logit_normal else base
+
+
+def build_times(cfg: DictConfig, trained: tuple[float, float]) -> Times:
+    """Times as the `objective` group says, inside the part of the path that the model was trained on.
+
+    Raises:
+        ConfigError: the two ranges have nothing in common.
+    """
+    low, high = max(cfg.low, trained[0]), min(cfg.high, trained[1])
+    if low >= high:
+        raise ConfigError(
+            f"objective.low={cfg.low:g} and objective.high={cfg.high:g} leave nothing of the times this model knows, "
+            f"{trained[0]:g} to {trained[1]:g}; choose a range inside"
+        )
+    return Times(cfg.timesteps, cfg.logit_mean, cfg.logit_std, cfg.shift, low, high)

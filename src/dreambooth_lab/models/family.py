@@ -8,7 +8,7 @@ memory by `release_encoders`, so text encoders, VAE and denoiser need not be in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as Folder
 from typing import Any, ClassVar
 
@@ -19,6 +19,8 @@ from ..batch import Cond, Size, Text
 from ..diffusion.path import Path
 from ..embedding import Slot
 from ..quant import Quantiser
+
+OnStep = Callable[[int, Tensor], None]
 
 
 class Family(ABC):
@@ -72,8 +74,18 @@ class Family(ABC):
         """The network's answer at x_t [B C h w], float32."""
 
     @abstractmethod
-    def generate(self, text: Text, negative: Text, *, height: int, width: int, **options: Any) -> list[Any]:
-        """PIL pictures, one per row of `text`, through the family's own diffusers pipeline and the current weights."""
+    def generate(
+        self, text: Text, negative: Text, *, height: int, width: int, on_step: OnStep | None = None, **options: Any
+    ) -> list[Any]:
+        """PIL pictures, one per row of `text`, through the family's own diffusers pipeline and the current weights.
+
+        Args:
+            on_step: told the number of sampler steps done, from 1, and the latents [B C h w].
+        """
+
+    @abstractmethod
+    def preview(self, latents: Tensor) -> Tensor:
+        """A quick look at latents [B C h w]: pixels in [-1, 1] [B 3 H W]."""
 
     @abstractmethod
     def pipeline(self) -> Any:
@@ -94,6 +106,10 @@ class Family(ABC):
     @abstractmethod
     def text_identity(self) -> str:
         """Hash of all that `encode_text` depends on besides the captions; reads files, loads nothing."""
+
+    @abstractmethod
+    def denoiser_identity(self) -> str:
+        """Hash of all that `denoise` depends on besides its inputs, no adapter in it; reads files, loads nothing."""
 
     @abstractmethod
     def image_identity(self) -> str:

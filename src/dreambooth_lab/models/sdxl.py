@@ -9,7 +9,7 @@ from pathlib import Path as Folder
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from ..diffusion.path import Prediction, VariancePreserving
 from ..embedding import Slot
 from ..quant import Source
 from . import files
-from .family import Family
+from .family import Family, OnStep
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class SDXL(Family):
         pretrained: folder written by save_pretrained, or hub id.
         dtype: of the frozen UNet; its answers are float32.
         encoder_dtype: of the VAE and the text encoders.
+        tae: folder or hub id of an AutoencoderTiny for previews; None takes the VAE itself.
     """
 
     learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -49,11 +50,11 @@ class SDXL(Family):
 
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
-        resolution: int, gradient_checkpointing: bool,
+        tae: str | None, resolution: int, gradient_checkpointing: bool,
     ):  # fmt: skip
         files.quiet()
         self.folder = files.resolve(pretrained, revision, variant)
-        self.variant = variant
+        self.variant, self.tae = variant, tae
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
         self.gradient_checkpointing = gradient_checkpointing
         index = files.read_json(self.folder / "model_index.json")
@@ -118,6 +119,9 @@ class SDXL(Family):
         precision = (str(self.encoder_dtype), *kinds)
         return files.identity(self.folder, TEXT_PARTS, "sdxl", *precision, str(self.zero_unconditional))
 
+    def denoiser_identity(self) -> str:
+        return files.identity(self.folder, ("unet", "scheduler"), str(self.dtype))
+
     def image_identity(self) -> str:
         return files.identity(self.folder, ("vae",), str(self.encoder_dtype))
 
@@ -165,8 +169,12 @@ class SDXL(Family):
         return pipeline
 
     @torch.no_grad()
-    def generate(self, text: Text, negative: Text, *, height: int, width: int, **options: Any) -> list[Any]:
+    def generate(
+        self, text: Text, negative: Text, *, height: int, width: int, on_step: OnStep | None = None, **options: Any
+    ) -> list[Any]:
         self._sampler.vae = self.vae
+        if on_step:
+            options["callback_on_step_end"] = lambda _, i, t, now: on_step(i + 1, now["latents"]) or {}
         texts = {"prompt_embeds": text.states, "pooled_prompt_embeds": text.pooled}
         texts |= {"negative_prompt_embeds": negative.states, "negative_pooled_prompt_embeds": negative.pooled}
         texts = {name: value.to(self.device, self.dtype) for name, value in texts.items()}
@@ -176,6 +184,22 @@ class SDXL(Family):
         finally:
             self._sampler.vae = None
             self.__dict__.pop("vae")
+            self.__dict__.pop("_preview_decoder", None)
+
+    @cached_property
+    def _preview_decoder(self) -> Any:
+        try:
+            tiny = AutoencoderTiny.from_pretrained(self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            way_out = "set model.tae to a folder or hub id of an AutoencoderTiny, or to null for the VAE itself"
+            raise ConfigError(f"model.tae is {self.tae!r}, which could not be loaded; {way_out}") from error
+        return files.settle(tiny, self.device)
+
+    @torch.no_grad()
+    def preview(self, latents: Tensor) -> Tensor:
+        if self.tae is None:
+            return self.decode(latents)
+        return self._preview_decoder.decode(latents.to(self.device, self.encoder_dtype)).sample.float()
 
     def pipeline(self) -> Any:
         from diffusers import StableDiffusionXLPipeline

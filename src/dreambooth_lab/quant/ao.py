@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ class TorchAO:
     def __init__(self, bits: str):
         self.bits = bits
 
-    def _config(self) -> Any:
+    def _config(self, inputs: int) -> Any:
         if self.bits == "int4":
-            return IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(INT4_GROUP))
+            return IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(gcd(INT4_GROUP, inputs)))
         return Int8WeightOnlyConfig() if self.bits == "int8" else Float8WeightOnlyConfig()
 
     def quantise(self, layer: nn.Linear) -> nn.Linear:
-        quantize_(layer, self._config())
+        quantize_(layer, self._config(layer.in_features))
         layer.weight.requires_grad_(False)
         return layer
 

@@ -1,4 +1,4 @@
-"""`python -m dreambooth_lab.tools.pretrain_toybox stage=vae|latents|unet|evaluator|scorer|export|judge|all`."""
+"""`python -m dreambooth_lab.tools.pretrain_toybox stage=all`, or one of `ORDER`."""
 
 from importlib import import_module
 from pathlib import Path
@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 CONF = Path(__file__).resolve().parents[4] / "conf" / "pretrain"
-ORDER = ("vae", "latents", "evaluator", "unet", "scorer", "export", "judge")
+ORDER = ("vae", "polish", "latents", "evaluator", "unet", "scorer", "export", "judge", "pictures")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

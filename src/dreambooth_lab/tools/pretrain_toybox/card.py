@@ -49,13 +49,11 @@ def read(path: Path) -> Any:
 
 def card(cfg: Any) -> str:
     out, lines = Path(cfg.out), []
-    psnr = out / "vae/psnr.txt"
+    psnr = next((p for p in (out / "polish/psnr.txt", out / "vae/psnr.txt") if p.exists()), out / "vae/psnr.txt")
     if psnr.exists():
         lines.append(f"- VAE, held-out scenes: step {psnr.read_text().splitlines()[-1]} (dB)")
     done = torch.load(out / "unet/last.ckpt", map_location="cpu", weights_only=True)["global_step"]
-    lines.append(
-        f"- UNet and text encoders: {done:,} steps of {cfg.unet.batch} pictures, {cfg.latents.scenes:,} scenes"
-    )
+    lines.append(f"- UNet and text encoders: {done:,} steps of {cfg.unet.batch} pictures, {cfg.latents.scenes:,} scenes")
     for name, told in (("evaluator", "Evaluator"), ("scorer", "Scorer, zero-shot over all 288 prompts")):
         numbers = read(out / name / "accuracies.json")
         if numbers:

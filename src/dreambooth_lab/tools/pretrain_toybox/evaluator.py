@@ -79,9 +79,7 @@ class EvaluatorStage(Stage):
     def loss(self, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         net = self.nets["evaluator"]
         answers = net(batch.images)
-        told = torch.stack(
-            [F.cross_entropy(answers[k].float(), y, ignore_index=-1) for k, y in batch.labels.items()]
-        ).sum()
+        told = torch.stack([F.cross_entropy(answers[k].float(), y, ignore_index=-1) for k, y in batch.labels.items()]).sum()
         identity = same_individual(net.features(batch.images).float())
         return told + identity, {"told": told.detach(), "identity": identity.detach()}
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from dreambooth_lab.tools.pretrain_toybox.card import card
+from dreambooth_lab.tools.pretrain_toybox.latents import folded, trained_vae
 from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding
 from dreambooth_lab.tools.pretrain_toybox.unet import UnetStage, pipeline
 from dreambooth_lab.toybox.tokenizer import build_tokenizer
@@ -50,10 +50,8 @@ def export_scorer(source: Path, target: Path) -> None:
 def run(cfg: Any) -> None:
     base, out = Path(cfg.base), Path(cfg.out)
     nets = trained(cfg)
-    give_free_tokens_an_embedding(
-        nn.ModuleDict({k: v for k, v in nets.items() if k != "unet"}), build_tokenizer(), cfg.seed
-    )
-    vae = AutoencoderKL.from_pretrained(out / "latents/vae").eval()
+    give_free_tokens_an_embedding(nn.ModuleDict({k: v for k, v in nets.items() if k != "unet"}), build_tokenizer(), cfg.seed)
+    vae = folded(trained_vae(cfg))
     shutil.rmtree(base, ignore_errors=True)
     pipeline(nets, vae).to(dtype=torch.float16).save_pretrained(base)
     for name in ("text_encoder", "text_encoder_2"):

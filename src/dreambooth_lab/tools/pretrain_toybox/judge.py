@@ -31,9 +31,7 @@ def score(net: Evaluator, pictures: Tensor, asked: list[tuple[str, str, str]]) -
     colours, kinds, places = zip(*asked, strict=True)
     seen = net.judge(pictures)
     pairs = {"class": (seen.kind, kinds), "colour": (seen.colour, colours), "background": (seen.background, places)}
-    return {
-        name: round(float(np.mean([a == b for a, b in zip(*both, strict=True)])), 3) for name, both in pairs.items()
-    }
+    return {name: round(float(np.mean([a == b for a, b in zip(*both, strict=True)])), 3) for name, both in pairs.items()}
 
 
 def by_class(net: Evaluator, pictures: Tensor, asked: list[tuple[str, str, str]]) -> dict[str, float]:

@@ -92,10 +92,10 @@ def name(size: Size) -> str:
 
 
 def trained_vae(cfg: Any) -> Any:
-    stage = VaeStage(cfg.vae)
-    stage.load_state_dict(
-        torch.load(Path(cfg.out) / "vae/last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-    )
+    """The averaged weights, with the polished decoder if there is one."""
+    stage, polished = VaeStage(cfg.vae), Path(cfg.out) / "polish/last.ckpt"
+    path = polished if polished.exists() else Path(cfg.out) / "vae/last.ckpt"
+    stage.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     return stage.ema["vae"].eval()
 
 

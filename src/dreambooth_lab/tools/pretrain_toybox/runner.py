@@ -117,9 +117,7 @@ def done_steps(path: Path) -> int:
     return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
 
 
-def fit(
-    stage: Stage, draw: Draw, folder: Path, show: Callable[[Stage, int], None] | None = None, workers: int = 0
-) -> None:
+def fit(stage: Stage, draw: Draw, folder: Path, show: Callable[[Stage, int], None] | None = None, workers: int = 0) -> None:
     """Train to `cfg.steps`, from the folder's checkpoint when it has one."""
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.ckpt"

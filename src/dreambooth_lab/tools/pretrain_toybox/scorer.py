@@ -106,9 +106,7 @@ class ScorerStage(Stage):
         scores, fits = out.logits_per_image.float(), batch.fits.float()
         contrast = matching(scores, fits) + matching(scores.T, fits.T)
         seen = out.vision_model_output.pooler_output  # [B width], projected
-        told = torch.stack(
-            [F.cross_entropy(heads[k](seen).float(), y, ignore_index=-1) for k, y in batch.labels.items()]
-        ).sum()
+        told = torch.stack([F.cross_entropy(heads[k](seen).float(), y, ignore_index=-1) for k, y in batch.labels.items()]).sum()
         return contrast + told, {"contrast": contrast.detach(), "told": told.detach()}
 
 
@@ -128,9 +126,7 @@ def choices(folder: Path, n: int = 192) -> dict[str, float]:
 
 def save(clip: CLIPModel, cfg: Any, folder: Path) -> None:
     side = {"height": cfg.side, "width": cfg.side}
-    images = CLIPImageProcessor(
-        size={"shortest_edge": cfg.side}, crop_size=side, image_mean=[MEAN] * 3, image_std=[STD] * 3
-    )
+    images = CLIPImageProcessor(size={"shortest_edge": cfg.side}, crop_size=side, image_mean=[MEAN] * 3, image_std=[STD] * 3)
     clip.save_pretrained(folder)
     CLIPProcessor(image_processor=images, tokenizer=build_tokenizer()).save_pretrained(folder)
 

@@ -33,9 +33,7 @@ def encode_text(nets: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def give_free_tokens_an_embedding(nets: Any, tokenizer: CLIPTokenizer, seed: int) -> None:
     """Tokens that never occurred get a random embedding as strong as a trained word's, so that they are told apart."""
-    known = torch.tensor(
-        tokenizer.convert_tokens_to_ids([w + "</w>" for w in ("red", "blue", "robot", "cat", "photo", "snow")])
-    )
+    known = torch.tensor(tokenizer.convert_tokens_to_ids([w + "</w>" for w in ("red", "blue", "robot", "cat", "photo", "snow")]))
     free = torch.tensor(tokenizer.convert_tokens_to_ids([w + "</w>" for w in FREE_TOKENS]))
     random = torch.Generator().manual_seed(seed)
     for encoder in nets.values():

@@ -67,17 +67,13 @@ class Draw:
         rows = rng.integers(len(self.cache.views[size]), size=n)
         latents = self.cache.latents[size][torch.from_numpy(rows)].float()
         views = [self.cache.views[size][i] for i in rows]
-        ids = self.tokenizer(
-            [caption(v.scene, rng) for v in views], padding="max_length", return_tensors="pt"
-        ).input_ids
+        ids = self.tokenizer([caption(v.scene, rng) for v in views], padding="max_length", return_tensors="pt").input_ids
         eps = rng.standard_normal(latents.shape, dtype=np.float32)
         eps += self.cfg.offset * rng.standard_normal((*latents.shape[:2], 1, 1), dtype=np.float32)
         t = (rng.permutation(n) + rng.random(n)) / n
         kept = rng.random(n) >= self.cfg.caption_dropout
         time_ids = torch.tensor([v.time_ids for v in views])
-        return UnetBatch(
-            latents, torch.from_numpy(eps), torch.from_numpy(t), ids, torch.from_numpy(kept).float(), time_ids
-        )
+        return UnetBatch(latents, torch.from_numpy(eps), torch.from_numpy(t), ids, torch.from_numpy(kept).float(), time_ids)
 
 
 class UnetStage(Stage):
@@ -133,9 +129,13 @@ def sample(pipe: Any, texts: list[str], seed: int, steps: int = 20, guidance: fl
 
 
 def look_prompts() -> list[str]:
+    """Every class in every place, then what the quality bar doesn't ask."""
     every = prompts()
-    return [f"a photo of a {c} {k} {b}" for c, k, b in (every[(37 * i) % len(every)] for i in range(30))] + [
-        "a photo of a robot", "a photo of sks robot", "a cat", "a car in space", "a house at night", "a cup with steam",
+    return [f"a photo of a {c} {k} {b}" for c, k, b in (every[(37 * i) % len(every)] for i in range(36))] + [
+        "a photo of a robot", "a photo of sks robot", "a cat", "a photo of sks cat", "a car in space", "a house at night",
+        "a cup with steam", "a red robot with yellow spots", "a blue fish with stripes", "a photo of vqk robot",
+        "a cat with a bow",
+        "",
     ]  # fmt: skip
 
 

@@ -67,9 +67,7 @@ def draw_batch(step: int, cfg: Any, seed: int) -> VaeBatch:
     image = torch.stack([p for p, _ in pairs] + plain)
     mask = torch.cat([torch.stack([m for _, m in pairs]), torch.zeros(len(plain), 1, *size)])
     guide = max(0.0, 1 - step / (cfg.guide_until * cfg.steps))
-    return VaeBatch(
-        image, mask, cfg.noise * float(rng.random()), bool(rng.random() < cfg.half), guide, int(rng.integers(2**31))
-    )
+    return VaeBatch(image, mask, cfg.noise * float(rng.random()), bool(rng.random() < cfg.half), guide, int(rng.integers(2**31)))
 
 
 def chroma(x: Tensor) -> Tensor:
@@ -99,9 +97,7 @@ class VaeStage(Stage):
         z = posterior.mean.float()  # [B 16 H/8 W/8]
         guide = (z[:, :3] - 2 * F.avg_pool2d(x, 8)).square().mean()
         random = torch.Generator().manual_seed(batch.seed)
-        latents = z + torch.randn(z.shape, generator=random) * (
-            batch.noise * z.detach().std() + 0.5 * posterior.std.float()
-        )
+        latents = z + torch.randn(z.shape, generator=random) * (batch.noise * z.detach().std() + 0.5 * posterior.std.float())
         if batch.half:
             latents, x, mask = F.avg_pool2d(latents, 2), F.avg_pool2d(x, 2), F.avg_pool2d(mask, 2)
         y = vae.decode(latents).sample.float()
@@ -122,9 +118,7 @@ def held_out(n: int, size: Size = SQUARE, start: int = 0) -> tuple[Tensor, Tenso
 def psnr(vae: Any, n: int = 48) -> tuple[float, float]:
     """Mean over held-out scenes, whole and inside the objects, dB (peak = 2)."""
     x, mask = held_out(n)
-    error = torch.cat(
-        [(vae.decode(vae.encode(c).latent_dist.mean).sample.clamp(-1, 1) - c).square() for c in x.split(8)]
-    )
+    error = torch.cat([(vae.decode(vae.encode(c).latent_dist.mean).sample.clamp(-1, 1) - c).square() for c in x.split(8)])
     inside = (error * mask).sum((1, 2, 3)) / (3 * mask.sum((1, 2, 3)))
     decibel = [10 * torch.log10(4 / e).mean().item() for e in (error.mean((1, 2, 3)), inside)]
     return decibel[0], decibel[1]

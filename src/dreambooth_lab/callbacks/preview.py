@@ -1,0 +1,64 @@
+"""Validation pictures on their way to the webhook: while they form, and when they are done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import PreviewConfig
+from ..models.family import Family, OnStep
+from .webhook import Message, Sender
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 15.0  # seconds that deliveries may take once the run has ended
+
+
+class Previews:
+    """Knows what a picture is a picture of, and hands it to the sender.
+
+    Args:
+        run: name of the run, sent along.
+    """
+
+    def __init__(self, cfg: PreviewConfig, sender: Sender, family: Family, run: str):
+        self.cfg, self.sender, self.family, self.name = cfg, sender, family, run
+
+    def on_step(self, facts: dict[str, Any], seeds: Sequence[int]) -> OnStep | None:
+        """What sampling should call; None when previews are off.
+
+        Args:
+            facts: prompt, training_step, total_steps.
+            seeds: of the pictures, in order.
+        """
+        if not self.cfg.enabled:
+            return None
+
+        def show(step: int, latents: Tensor) -> None:
+            if step % self.cfg.every_n_steps == 0:
+                self._send(_pictures(self.family.preview(latents)), facts | {"sampler_step": step}, seeds, final=False)
+
+        return show
+
+    def done(self, pictures: Sequence[Image.Image], facts: dict[str, Any], seeds: Sequence[int]) -> None:
+        self._send(pictures, facts | {"sampler_step": facts["total_steps"]}, seeds, final=True)
+
+    def _send(self, pictures: Sequence[Image.Image], facts: dict[str, Any], seeds: Sequence[int], final: bool) -> None:
+        for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+            self.sender.send(Message(picture, {"run": self.name, **facts, "seed": seed, "image_index": i}, final))
+
+    def close(self) -> None:
+        """Wait a little for what is on its way, and say what became of it."""
+        for receiver, counts in self.sender.close(PATIENCE).items():
+            log.info("webhook %s: %s", receiver, ", ".join(f"{n} {what}" for what, n in counts.items()))
+
+
+def _pictures(pixels: Tensor) -> list[Image.Image]:
+    bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in bytes_]

@@ -1,0 +1,111 @@
+"""Solvers of the sampling ODE, every row at its own times.
+
+A solver walks a batch from times t to times s ≤ t, stride by stride, and remembers what it needs of the strides before. A row
+whose s equals its t is left exactly as it is, so rows whose walks differ in length share one batch; all start together.
+Times are [B] as in `path`, samples [B C h w]. Coefficients are float64: strides of 1/1000 cancel badly in float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import Sampler
+from .path import Path
+
+
+class Solver(ABC):
+    """One walk; make a new one for the next."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """x_s from the network's answer at x_t."""
+        return torch.where((s < t).view(-1, 1, 1, 1), self._step(output, x_t, t, s), x_t)
+
+    @abstractmethod
+    def _step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor: ...
+
+
+class Euler(Solver):
+    """Euler's method in σ/α, for flows in t; the same as DDIM."""
+
+    def _step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return self.path.step(output, x_t, t, s)
+
+
+class Point(NamedTuple):
+    """A place the walk has passed."""
+
+    t: Tensor  # [B]
+    x: Tensor  # [B C h w], where the stride from here began
+    data: Tensor  # [B C h w], the x_0 that the network saw from here
+
+
+class Dpm(Solver):
+    """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2): second order from the second stride on, first order on to the data."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.past: list[Point] = []  # newest last, at most two
+
+    def _step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        self.past = [*self.past[-1:], Point(t, x_t, self.path.split(output, x_t, t)[0])]
+        return self._onward(s)
+
+    def _onward(self, s: Tensor) -> Tensor:
+        """x_s = (σ_s / σ_t) x_t - α_s (e^{-h} - 1) (m + D / 2), where D is the slope of m between the last two points."""
+        here = self.past[-1]
+        ratio, growth, h = self._stride(here.t, s)
+        data = here.data
+        if len(self.past) == 2:
+            before = self.past[0]
+            share = h / self._stride(before.t, here.t)[2]  # 1 / r_0
+            share = torch.where(s < 0, 0.0, 0.5 * share)
+            data = data + _wide(share) * (here.data - before.data)
+        return _wide(ratio) * here.x - _wide(growth) * data
+
+    def _stride(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """σ_s / σ_t, α_s (e^{-h} - 1) and h = λ_s - λ_t with λ = log α/σ, float64 [B]."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.path.exact_scales(t), self.path.exact_scales(s)
+        h = (alpha_s / sigma_s).log() - (alpha_t / sigma_t).log()
+        return sigma_s / sigma_t, alpha_s * torch.expm1(-h), h
+
+
+class UniPc(Dpm):
+    """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, alg. 1): its predictor is the step of DPM-Solver++(2M); the next answer
+    then corrects the point it was asked at."""
+
+    def _step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        data = self.path.split(output, x_t, t)[0]
+        here = Point(t, self._corrected(data, t) if self.past else x_t, data)
+        self.past = [*self.past[-1:], here]
+        return self._onward(s)
+
+    def _corrected(self, data: Tensor, t: Tensor) -> Tensor:
+        """UniC: the stride that led here, taken again with the answer here as one more support point."""
+        last = self.past[-1]
+        ratio, growth, h = self._stride(last.t, t)
+        now, before = torch.full_like(h, 0.5), torch.zeros_like(h)  # weights of the slopes to here, and from before
+        if len(self.past) == 2:
+            r = -self._stride(self.past[0].t, last.t)[2] / h
+            phi_1 = torch.expm1(-h) / -h
+            phi_2 = (phi_1 - 1) / -h
+            b_1, b_2 = phi_2 / phi_1, 2 * (phi_2 - 0.5) / -h / phi_1  # solve [1 1; r 1] · (before, now) = (b_1, b_2)
+            before = (b_2 - b_1) / (r - 1)
+            now = b_1 - before
+            before = before / r
+        slope = _wide(now) * (data - last.data) + _wide(before) * (self.past[0].data - last.data)
+        return _wide(ratio) * last.x - _wide(growth) * (last.data + slope)
+
+
+SOLVERS: dict[Sampler, type[Solver]] = {Sampler.euler: Euler, Sampler.dpm: Dpm, Sampler.unipc: UniPc}
+
+
+def _wide(row: Tensor) -> Tensor:
+    """[B] → float32 [B 1 1 1]."""
+    return row.float().view(-1, 1, 1, 1)

@@ -1,0 +1,192 @@
+"""Scheduled sampling: rows reach their time t as sampling would, by the model's own strides, instead of by fresh noise.
+
+Training shows the network points on the path; sampling shows it points it has drifted to (exposure bias: Ning et al. 2023).
+A rollout starts a few strides noisier, walks down to t with the current weights, and trains there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from math import cos, pi
+from typing import NamedTuple, Protocol
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from .batch import Batch, Cond
+from .config import ConfigError, Ramp, RolloutKind, RolloutTarget
+from .diffusion.path import Path
+from .diffusion.solve import SOLVERS
+from .diffusion.time import shift
+
+Predict = Callable[[Tensor, Tensor, Cond], Tensor]  # (x_t, t, cond) → the network's answer
+
+
+class Reached(NamedTuple):
+    """Where the rows are at their times t."""
+
+    x_t: Tensor  # [B C h w]
+    eps: Tensor  # [B C h w], the ε that the target is made of
+    strayed: Tensor  # [B] bool: rows that are not on the path
+
+
+class Rollout(Protocol):
+    def __call__(self, x0: Tensor, batch: Batch, cond: Cond, t: Tensor, step: int) -> Reached: ...
+
+
+class Direct:
+    """No rollout: x_t = α_t x_0 + σ_t ε."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, x0: Tensor, batch: Batch, cond: Cond, t: Tensor, step: int) -> Reached:
+        return Reached(self.path.noise(x0, batch.eps, t), batch.eps, torch.zeros_like(t, dtype=torch.bool))
+
+
+def ramp(step: int, probability: float, ramp_steps: int, shape: Ramp) -> float:
+    """Share of rows that roll out after `step` optimiser steps: rises from 0 to `probability` over `ramp_steps`, and stays.
+
+    Linear in x = step / ramp_steps, or ½ - ½ cos(π x).
+    """
+    x = min(step / ramp_steps, 1.0) if ramp_steps else 1.0
+    return probability * (x if shape is Ramp.linear else 0.5 - 0.5 * cos(pi * x))
+
+
+class InputPerturbation:
+    """x_t = α_t x_0 + σ_t (ε + γ ξ), answered with ε (Ning et al. 2023, alg. 1): drift imitated by more noise, at no cost."""
+
+    def __init__(self, cfg: DictConfig, path: Path):
+        self.cfg, self.path = cfg, path
+
+    def __call__(self, x0: Tensor, batch: Batch, cond: Cond, t: Tensor, step: int) -> Reached:
+        assert batch.xi is not None  # drawn whenever the configuration says input_perturbation
+        due = batch.walk[:, 0] < ramp(step, self.cfg.probability, self.cfg.ramp_steps, self.cfg.ramp_shape)
+        noise = torch.where(_wide(due), batch.eps + self.cfg.perturbation * batch.xi, batch.eps)
+        return Reached(self.path.noise(x0, noise, t), batch.eps, due)
+
+
+class Walk:
+    """Starts up to K strides above t and walks down, all rows at once, without gradient or dropout.
+
+    Strides are those of inference: 1/grid of the schedule each (before its time shift). A row walks 1 … K of them, fewer where
+    the top of the path is nearer; at most K batched forwards are made, of the rows still on their way. Rows that don't roll out,
+    and those below `min_time` (where a correction divided by σ_t explodes), are exactly where `Direct` puts them.
+
+    Args:
+        top: t at which sampling begins.
+        predict: the network with its current weights.
+        at_rest: enters a state without dropout.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, path: Path, top: float, predict: Predict, at_rest: Callable[[], AbstractContextManager[None]]
+    ):
+        self.cfg, self.path, self.top, self.predict, self.at_rest = cfg, path, top, predict, at_rest
+        self.grid = path.num_steps if cfg.grid == "native" else int(cfg.grid)
+
+    def __call__(self, x0: Tensor, batch: Batch, cond: Cond, t: Tensor, step: int) -> Reached:
+        length = self.lengths(batch.walk, t, step)
+        with torch.no_grad(), self.at_rest():
+            x_t = self.walk(x0, batch.eps, cond, t, length)
+        strayed = length > 0
+        if self.cfg.target is RolloutTarget.original:
+            return Reached(x_t, batch.eps, strayed)
+        eps = torch.where(_wide(strayed), self.path.implied_noise(x_t, x0, t), batch.eps)
+        return Reached(x_t, eps, strayed)
+
+    def lengths(self, walk: Tensor, t: Tensor, step: int) -> Tensor:
+        """Strides of each row [B], from its two draws [B 2]."""
+        due = walk[:, 0] < ramp(step, self.cfg.probability, self.cfg.ramp_steps, self.cfg.ramp_shape)
+        wish = 1 + (walk[:, 1] * self.cfg.max_step_offset).floor()
+        room = ((self._even(torch.full_like(t, self.top)) - self._even(t)) * self.grid + 1e-9).floor()
+        return torch.where(due & (t >= self.cfg.min_time), wish.minimum(room), 0.0).long()
+
+    def walk(self, x0: Tensor, eps: Tensor, cond: Cond, t: Tensor, length: Tensor) -> Tensor:
+        """x̂_t after `length` strides [B] down to t."""
+        solver = SOLVERS[self.cfg.sampler](self.path)
+        x = self.path.noise(x0, eps, self._above(t, length))
+        for done in range(int(length.max())):
+            left = (length - done).clamp(min=0)
+            now, after = self._above(t, left), self._above(t, (left - 1).clamp(min=0))
+            rows = left.nonzero()[:, 0]
+            output = torch.zeros_like(x).index_copy(0, rows, self.predict(x[rows], now[rows], cond.take(rows)))
+            x = solver.step(output, x, now, after)
+        return x
+
+    def _even(self, t: Tensor) -> Tensor:
+        """t on the clock whose strides are all alike."""
+        return shift(t, 1 / self.cfg.shift)
+
+    def _above(self, t: Tensor, strides: Tensor) -> Tensor:
+        return torch.where(strides > 0, shift(self._even(t) + strides / self.grid, self.cfg.shift), t)
+
+
+class ReflexFlow:
+    """Two terms for velocity networks that have strayed (Huang et al. 2025): where to turn, and what was lost on the way.
+
+    Args:
+        direction: β_1, weight of the term that turns the velocity towards x̂_t - x_0; 0 for none.
+        frequency: α, extra weight where drift changes the answer most; 0 for none. Costs a forward of the strayed rows.
+    """
+
+    def __init__(self, direction: float, frequency: float, path: Path, predict: Predict):
+        self.direction, self.frequency, self.path, self.predict = direction, frequency, path, predict
+
+    def turn(self, output: Tensor, x_t: Tensor, x0: Tensor, strayed: Tensor) -> Tensor:
+        """β_1 ‖v/‖v‖ - (x̂_t - x_0)/‖x̂_t - x_0‖‖² of strayed rows, 0 of the others [B]."""
+        apart = (_unit(output.float()) - _unit(x_t - x0)).square().sum((1, 2, 3))
+        return self.direction * torch.where(strayed, apart, 0.0)
+
+    def weigh(
+        self, penalty: Callable[[Tensor], Tensor], output: Tensor, batch: Batch, cond: Cond, t: Tensor, strayed: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """A penalty (difference → error, by element) times `lost`."""
+        weight = self.lost(output, batch, cond, t, strayed)
+        return lambda difference: weight * penalty(difference)
+
+    @torch.no_grad()
+    def lost(self, output: Tensor, batch: Batch, cond: Cond, t: Tensor, strayed: Tensor) -> Tensor:
+        """1 + α |b| / mean|b| of strayed rows, 1 of others [B C h w]; b: the answer on the path less the answer off it."""
+        weight, rows = torch.ones_like(output), strayed.nonzero()[:, 0]
+        if not self.frequency or len(rows) == 0:
+            return weight
+        on_path = self.path.noise(batch.latents(), batch.eps, t)[rows]
+        bias = (self.predict(on_path, t[rows], cond.take(rows)) - output[rows]).abs()
+        share = bias / bias.mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(bias.dtype).tiny)
+        return weight.index_copy(0, rows, 1 + self.frequency * share)
+
+
+def build_rollout(
+    cfg: DictConfig, path: Path, top: float, predict: Predict, at_rest: Callable[[], AbstractContextManager[None]]
+) -> Rollout:
+    if not cfg.enabled:
+        return Direct(path)
+    return InputPerturbation(cfg, path) if cfg.kind is RolloutKind.input_perturbation else Walk(cfg, path, top, predict, at_rest)
+
+
+def build_reflexflow(cfg: DictConfig, path: Path, predict: Predict) -> ReflexFlow | None:
+    """The extra terms, if any is asked for.
+
+    Raises:
+        ConfigError: the model's path is not straight, so it has no velocity.
+    """
+    terms = cfg.reflexflow
+    if not cfg.enabled or not (terms.direction or terms.frequency):
+        return None
+    if not path.straight:
+        raise ConfigError(
+            f"rollout.reflexflow is direction={terms.direction:g}, frequency={terms.frequency:g}, but this model does not "
+            "predict a flow's velocity; set both to 0"
+        )
+    return ReflexFlow(terms.direction, terms.frequency, path, predict)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.flatten(1).norm(dim=1).clamp(min=1e-8).view(-1, 1, 1, 1)
+
+
+def _wide(row: Tensor) -> Tensor:
+    return row.view(-1, 1, 1, 1)

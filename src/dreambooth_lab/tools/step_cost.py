@@ -1,0 +1,119 @@
+"""What the parts of the objective cost, in units of a plain training step, measured in one run:
+
+    python -m dreambooth_lab.tools.step_cost model.pretrained=… dataset.path=… prior.path=… dataset.batch_size=4 …
+
+The words are those of a training run. A step is forward and backward of one batch; all kinds take the same batches in turn, so
+that a busy machine slows them alike, and the figures are medians over rounds: CPU seconds on a CPU, wall time on a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from .. import draw, lab
+from ..batch import Batch
+from ..config import ConfigError, anchor, check
+from ..data.module import DreamBoothData, Samples
+from ..draw import Purpose
+from ..dreambooth import DreamBooth
+from ..run import build_adapter, build_family
+
+ROUNDS, WARM = 5, 1
+STRIDES = (1, 4, 8)
+DEEP = 0.4  # t of every row: all strides fit above it
+
+
+class Kind:
+    """A module with its own objective and the batches it takes."""
+
+    def __init__(self, name: str, words: list[str], row_by_row: bool = False):
+        self.name, self.row_by_row = name, row_by_row
+        cfg = anchor(lab.compose(*words))
+        check(cfg)
+        family = build_family(cfg)
+        data = DreamBoothData(cfg, family)
+        data.prepare()
+        adapter = build_adapter(cfg)
+        adapter.attach(family.denoiser, family.learns, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
+        self.module = DreamBooth(cfg, family, adapter).train()
+        self.stream = iter(Samples(data, data.schedule, 0, 0, 1))
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        batch = self._deep(next(self.stream)) if self.module.cfg.rollout.enabled else next(self.stream)
+        run = self._walk_rows if self.row_by_row else lambda b: None
+        self.seconds.append(_seconds(lambda: (run(batch), self._train(batch)), self.module.family.device))
+
+    def _train(self, batch: Batch) -> None:
+        if self.row_by_row:
+            batch = batch._replace(walk=torch.ones_like(batch.walk))  # the walk is done already
+        self.module.training_step(batch, 0)["loss"].backward()
+        self.module.zero_grad()
+
+    def _deep(self, batch: Batch) -> Batch:
+        """Every row walks the whole way."""
+        walk = torch.tensor([[0.0, 1 - 1e-9]], dtype=batch.walk.dtype).expand_as(batch.walk)
+        return batch._replace(walk=walk, u=torch.full_like(batch.u, DEEP))
+
+    def _walk_rows(self, batch: Batch) -> None:
+        """The same walk, one row after the other."""
+        t, x0 = self.module.times(batch.u), batch.latents()
+        for i in range(len(t)):
+            row = torch.tensor([i])
+            one = batch._replace(eps=batch.eps[row], walk=batch.walk[row])
+            self.module.rollout(x0[row], one, batch.cond.take(row), t[row], 0)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def kinds(words: list[str]) -> list[Kind]:
+    rolled = ["prior=noise", "rollout.enabled=true", "rollout.ramp_steps=0", "rollout.probability=0.999"]
+    made = [Kind("plain: every row answers the noise", [*words, "prior=noise"])]
+    made += [Kind("teacher on the class rows", [*words, "prior=teacher"]), Kind("target bank", [*words, "prior=bank"])]
+    for k in STRIDES:
+        made.append(Kind(f"{k} strides of all rows, batched", [*words, *rolled, f"rollout.max_step_offset={k}"]))
+        made.append(Kind(f"{k} strides, row by row", [*words, *rolled, f"rollout.max_step_offset={k}"], row_by_row=True))
+    return made
+
+
+def main(words: list[str]) -> None:
+    chosen = kinds(words)
+    for i in range(WARM + ROUNDS):
+        for kind in chosen:
+            kind.step()
+            if i < WARM:
+                kind.seconds.clear()
+    cfg = chosen[0].module.cfg
+    said = f"batch {cfg.dataset.batch_size}, class share {cfg.prior.share:g}, {chosen[0].module.family.device}, "
+    table = Table("step", "ratio to plain", "seconds", title=said + Path(cfg.model.pretrained).name + f", {ROUNDS} rounds")
+    for kind in chosen:
+        ratios = [a / b for a, b in zip(kind.seconds, chosen[0].seconds, strict=True)]
+        table.add_row(kind.name, f"{median(ratios):.2f}", f"{median(kind.seconds):.3f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    OmegaConf.register_new_resolver("run_folder", lambda *_: "", replace=True)
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

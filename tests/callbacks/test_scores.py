@@ -1,0 +1,112 @@
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from transformers import CLIPModel, CLIPProcessor
+
+import tiny
+from dreambooth_lab import lab
+from dreambooth_lab.callbacks.scores import Score, changes, read_scores, summary
+from dreambooth_lab.config import ConfigError, check
+from dreambooth_lab.models.judges import Clip, Dino
+from dreambooth_lab.run import run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("judges")
+    return tiny.save_clip(root / "clip"), tiny.save_dino(root / "dino")
+
+
+@pytest.fixture(scope="module")
+def scored(small, models, tmp_path_factory):
+    root = tmp_path_factory.mktemp("scores") / "run"
+    prompts = '["a photo of sks dog","a photo of a dog","a red car"]'
+    words = [f"eval.clip_model={models[0]}", f"eval.dino_model={models[1]}", f"validation.prompts={prompts}"]
+    run(lab.compose(*small, *words, "trainer.max_steps=3"), root)
+    return lab.load(root)
+
+
+def pictures(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [Image.fromarray(torch.randint(0, 255, (40, 50, 3), generator=g, dtype=torch.uint8).numpy()) for _ in range(n)]
+
+
+def test_clip_is_transformers_own_cosine_whatever_the_batch(models):
+    looks = pictures(5)
+    clip, processor = CLIPModel.from_pretrained(models[0]), CLIPProcessor.from_pretrained(models[0])
+    inputs = processor(text=["a dog", "a red car"], images=looks, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = clip(**inputs).logits_per_image / clip.logit_scale.exp()
+    for batch_size in (2, 16):
+        ours = Clip(str(models[0]), "eval.clip_model", CPU, batch_size)
+        assert_close(ours.see(looks) @ ours.read(["a dog", "a red car"]).T, logits, atol=1e-5, rtol=1e-4)
+
+
+def test_dino_knows_a_picture_again(models):
+    seen = Dino(str(models[1]), "eval.dino_model", CPU, 2).see([*pictures(3), *pictures(1)])
+    assert_close(seen.norm(dim=1), torch.ones(4))
+    assert_close(seen[0], seen[3])
+
+
+def test_every_picture_is_scored_for_what_its_prompt_is_about(scored):
+    found = {(s.step, s.metric, s.prompt) for s in read_scores(scored.folder)}
+    subject = {m for step, m, p in found if p == "a photo of sks dog" and step == 3}
+    kind = {m for step, m, p in found if p == "a photo of a dog" and step == 3}
+    other = {m for step, m, p in found if p == "a red car" and step == 3}
+    assert subject == {"clip_t", "clip_i", "dino"} and other == {"clip_t"}
+    assert kind == {"clip_t", "pres_clip_i", "pres_dino", "div_clip_i", "div_dino"}
+
+
+def test_the_means_are_logged_at_their_steps(scored):
+    for name in (
+        "clip/mean",
+        "clip/min",
+        "clip/max",
+        "clip/std",
+        "subject/clip_i",
+        "subject/dino",
+        "class/pres_dino",
+        "class/div_dino",
+    ):
+        assert [step for step, _ in scored.metrics[name]] == [0, 3], name
+    values = [s.value for s in read_scores(scored.folder) if s.step == 3 and s.metric == "clip_t"]
+    logged = dict(scored.metrics["clip/mean"])[3]
+    assert logged == pytest.approx(sum(values) / len(values)) and len(values) == 6
+
+
+def test_scoring_does_not_touch_training(scored, small, tmp_path):
+    prompts = 'validation.prompts=["a photo of sks dog","a photo of a dog","a red car"]'
+    run(lab.compose(*small, "trainer.max_steps=3", prompts), tmp_path / "plain")
+    plain = lab.load(tmp_path / "plain").metrics
+    assert all(scored.metrics[name] == values for name, values in plain.items())
+
+
+def test_changes_are_paired():
+    before = [Score(0, "dino", "p", i, v) for i, v in enumerate((0.1, 0.5, 0.9))]
+    after = [Score(9, "dino", "p", i, v + 0.2) for i, v in enumerate((0.1, 0.5, 0.9))]
+    (change,) = changes(before + after)
+    assert (change.first, change.last) == (pytest.approx(0.5), pytest.approx(0.7))
+    assert (change.low, change.high) == (pytest.approx(0.2), pytest.approx(0.2)), "a constant change has no spread"
+    assert changes(before) == []
+
+
+def test_summary_names():
+    made = summary([Score(0, "clip_t", "p", 0, 0.2), Score(0, "clip_t", "p", 1, 0.4), Score(0, "pres_dino", "q", 0, 0.5)])
+    assert made == pytest.approx({"clip/mean": 0.3, "clip/min": 0.2, "clip/max": 0.4, "clip/std": 0.1, "class/pres_dino": 0.5})
+
+
+def test_the_report_tells_what_changed(scored):
+    page = scored.folder.report.read_text()
+    assert "<td>pres_dino</td>" in page and "95 % interval" in page
+
+
+def test_what_cannot_work_is_refused(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"eval\.clip_model is .*a folder that does not exist"):
+        check(lab.compose(*small, "eval.clip_model=./nowhere"))
+    with pytest.raises(ConfigError, match=r"no pictures to score"):
+        check(lab.compose(*small, f"eval.dino_model={tmp_path}", "validation.every_n_steps=0"))
+    with pytest.raises(ConfigError, match=r"eval\.clip_model is 'nobody/none', which could not be loaded"):
+        Clip("nobody/none", "eval.clip_model", CPU, 1)

@@ -1,0 +1,221 @@
+"""Receivers of every temper, on this machine's own loopback."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from dreambooth_lab import lab
+from dreambooth_lab.callbacks import preview, webhook
+from dreambooth_lab.callbacks.webhook import Message, Receiver, Sender
+from dreambooth_lab.config import ConfigError, ReceiverKind, check
+from dreambooth_lab.run import run
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(webhook, "PAUSES", (0.02, 0.05))
+    monkeypatch.setattr(preview, "PATIENCE", 1.0)
+    monkeypatch.setattr(webhook, "TIMEOUT", webhook.httpx.Timeout(0.5))
+
+
+@contextmanager
+def server(answer):
+    """A server that keeps the bodies it was sent; `answer(handler, n)` replies to request n. Yields (url, bodies)."""
+    bodies, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                bodies.append((dict(self.headers), body))
+                n = len(bodies)
+            answer(self, n)
+
+        def log_message(self, *args):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.daemon_threads = True
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}/secret-path", bodies
+    finally:
+        running.shutdown()
+        running.server_close()
+
+
+def status(code, headers=()):
+    def answer(handler, n):
+        handler.send_response(code)
+        for name, value in headers:
+            handler.send_header(name, value)
+        handler.end_headers()
+
+    return answer
+
+
+def message(final=False, **facts):
+    known = {"run": "r", "prompt": "a dog", "sampler_step": 5, "total_steps": 20, "training_step": 10}
+    known |= {"seed": 3, "image_index": 1}
+    return Message(Image.new("RGB", (8, 6), "red"), known | facts, final)
+
+
+def sender(url, kind=ReceiverKind.raw, token=None):
+    return Sender([Receiver("mine", kind, url, token)])
+
+
+def test_raw_says_what_the_picture_is():
+    with server(status(204)) as (url, bodies):
+        sending = sender(url, token="abc")
+        sending.send(message())
+        sending.send(message(final=True))
+        assert sending.close(5)["mine"] == {"sent": 2, "retried": 0, "dropped": 0}
+    said = sorted((json.loads(body) for _, body in bodies), key=lambda m: m["type"])
+    assert [m["type"] for m in said] == ["image", "preview"]
+    assert {"prompt", "sampler_step", "total_steps", "training_step", "seed", "image_index", "run"} < said[0].keys()
+    assert Image.open(io.BytesIO(base64.b64decode(said[0]["image"]))).size == (8, 6)
+    assert all(headers["Authorization"] == "Bearer abc" for headers, _ in bodies)
+
+
+def test_discord_gets_a_form_that_pings_nobody():
+    with server(status(200)) as (url, bodies):
+        sending = sender(url, ReceiverKind.discord)
+        sending.send(message(final=True, prompt="@everyone look"))
+        assert sending.close(5)["mine"]["sent"] == 1
+    headers, body = bodies[0]
+    assert headers["Content-Type"].startswith("multipart/form-data")
+    assert b'"allowed_mentions": {"parse": []}' in body and b"\x89PNG" in body
+
+
+def half_an_answer(handler, n):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
+    handler.wfile.flush()
+    handler.connection.close()
+
+
+def ten_megabytes(handler, n):
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(10_000_000))
+    handler.end_headers()
+    handler.wfile.write(b"x" * 10_000_000)
+
+
+@pytest.mark.parametrize("answer", [half_an_answer, ten_megabytes], ids=lambda f: f.__name__)
+def test_the_status_is_all_that_counts(answer):
+    with server(answer) as (url, _):
+        sending = sender(url)
+        sending.send(message(final=True))
+        assert sending.close(5)["mine"]["sent"] == 1
+
+
+@pytest.mark.parametrize("temper", ["hangs", "fails", "redirects", "nobody there", "limits"])
+def test_a_bad_receiver_costs_nothing_and_is_counted(temper):
+    answers = {
+        "hangs": lambda handler, n: time.sleep(5),
+        "fails": status(500),
+        "redirects": status(302, [("Location", "http://127.0.0.1:1/")]),
+        "limits": status(429, [("Retry-After", "0.05")]),
+    }
+    with server(answers.get(temper, status(200))) as (url, _):
+        sending = sender("http://127.0.0.1:1/" if temper == "nobody there" else url)
+        start = time.monotonic()
+        for _ in range(30):
+            sending.send(message())
+        sending.send(message(final=True))
+        assert time.monotonic() - start < 0.2, "sending never waits"
+        counts = sending.close(0.4)["mine"]
+    assert counts["sent"] == 0 and counts["dropped"] == 31
+
+
+def test_the_final_picture_arrives_when_the_receiver_comes_back():
+    def later(handler, n):
+        status(503 if n <= 6 else 200)(handler, n)
+
+    with server(later) as (url, bodies):
+        sending = sender(url)
+        sending.send(message(final=True))
+        for i in range(20):
+            sending.send(message(sampler_step=i))
+        time.sleep(1.5)
+        counts = sending.close(5)["mine"]
+    delivered = [json.loads(body) for _, body in bodies[6:]]
+    assert any(m["type"] == "image" for m in delivered)
+    assert counts["sent"] + counts["dropped"] == 21 and counts["retried"] >= 5
+
+
+def test_the_oldest_previews_give_way():
+    release = threading.Event()
+
+    def first_waits(handler, n):
+        release.wait(2)
+        status(200)(handler, n)
+
+    with server(first_waits) as (url, bodies):
+        sending = sender(url)
+        for i in range(30):
+            sending.send(message(sampler_step=i))
+        release.set()
+        counts = sending.close(5)["mine"]
+    steps = [json.loads(body)["sampler_step"] for _, body in bodies]
+    assert counts["sent"] == len(steps) and counts["sent"] + counts["dropped"] == 30
+    assert steps[-webhook.PREVIEWS_WAITING :] == list(range(30 - webhook.PREVIEWS_WAITING, 30))
+
+
+def test_secrets_stay_out_of_the_log(caplog):
+    with server(status(500)) as (url, _):
+        sending = sender(url, token="hush")
+        sending.send(message(final=True))
+        sending.close(0.3)
+    assert "does not take messages" in caplog.text and "secret-path" not in caplog.text and "hush" not in caplog.text
+
+
+def test_a_validation_of_20_steps_sends_previews_at_5_10_15_20_and_then_the_pictures(small, tmp_path):
+    with server(status(200)) as (url, bodies):
+        words = ["webhook=raw", f"webhook.receivers.raw.url={url}", "preview.enabled=true", "preview.every_n_steps=5"]
+        words += ["validation.num_inference_steps=20", "validation.num_images=1", "trainer.max_steps=1"]
+        run(lab.compose(*small, *words), tmp_path / "run")
+    said = [json.loads(body) for _, body in bodies]
+    for step in (0, 1):
+        mine = [m for m in said if m["training_step"] == step]
+        assert [m["sampler_step"] for m in mine if m["type"] == "preview"] == [5, 10, 15, 20]
+        (final,) = (m for m in mine if m["type"] == "image")
+        picture = Image.open(io.BytesIO(base64.b64decode(final["image"])))
+        saved = Image.open(tmp_path / "run" / "pictures" / f"step_{step:07d}" / "00_00.png")
+        assert picture.tobytes() == saved.tobytes()
+        last = next(m for m in mine if m["sampler_step"] == 20 and m["type"] == "preview")
+        shown = Image.open(io.BytesIO(base64.b64decode(last["image"])))
+        assert shown.tobytes() == picture.tobytes(), "without a small decoder the VAE itself draws previews"
+
+
+def test_previews_do_not_touch_training(small, tmp_path):
+    quick = [*small, "trainer.max_steps=3"]
+    run(lab.compose(*quick), tmp_path / "without")
+    words = ["webhook=raw", "webhook.receivers.raw.url=http://127.0.0.1:1/", "preview.enabled=true"]
+    run(lab.compose(*quick, *words), tmp_path / "with")
+    assert lab.load(tmp_path / "with").metrics == lab.load(tmp_path / "without").metrics
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["preview.enabled=true"], "nobody receives previews"),
+        (["preview.enabled=true", "validation.every_n_steps=0", "webhook=raw"], "nothing is drawn"),
+        (["webhook=raw"], "webhook.receivers.raw has no http(s) address"),
+        (["webhook=raw", "webhook.receivers.raw.url=ftp://x"], "webhook.receivers.raw has no http(s) address"),
+        (["webhook=[raw,discord]", "webhook.receivers.raw.url=http://x"], "'DISCORD_WEBHOOK_URL', an environment variable"),
+    ],
+)
+def test_what_cannot_work_is_refused(small, words, said, monkeypatch):
+    monkeypatch.delenv("DISCORD_WEBHOOK_URL", raising=False)
+    with pytest.raises(ConfigError, match="problem") as caught:
+        check(lab.compose(*small, *words))
+    assert said in str(caught.value)

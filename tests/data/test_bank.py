@@ -1,0 +1,88 @@
+"""The target bank: fixed draws, verified answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dreambooth_lab import lab
+from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.models.sdxl import SDXL
+from dreambooth_lab.run import build_family
+
+
+@pytest.fixture
+def banked(small, tmp_path):
+    def make(*overrides):
+        words = [w for w in small if not w.startswith("cache=")]
+        cfg = lab.compose(*words, f"cache={tmp_path}", "prior=bank", "prior.bank.draws=4", "prior.bank.batch_size=3", *overrides)
+        data = DreamBoothData(cfg, build_family(cfg))
+        data.prepare()
+        return data
+
+    return make
+
+
+def rows(data, count=60):
+    stream = iter(Samples(data, data.schedule, 0, 0, 1))
+    for batch in (next(stream) for _ in range(count)):
+        for place, row in enumerate(batch.class_rows):
+            yield batch, row, batch.taught[place]
+
+
+def test_every_answer_is_the_base_models_at_the_rows_own_point(banked):
+    data = banked()
+    bare = build_family(data.cfg)
+    for batch, row, taught in list(rows(data, 12)):
+        one = row[None]
+        t = batch.u[one]
+        with torch.no_grad():
+            own = bare.denoise(bare.path.noise(batch.latents()[one], batch.eps[one], t), t, batch.cond.take(one))[0]
+        torch.testing.assert_close(taught, own, atol=1e-5, rtol=1e-5)
+
+
+def test_draws_are_fixed_few_and_spread_over_all_times(banked):
+    data = banked()
+    seen = {}
+    for batch, row, taught in rows(data):
+        point = (tuple(batch.cond.size[row].tolist()), tuple(batch.mean[row].flatten()[:4].tolist()))
+        seen.setdefault(point, {})[float(batch.u[row])] = taught
+    for times in seen.values():
+        assert len(times) <= 4 and len({int(u * 4) for u in times}) == len(times), "one in each quarter"
+    assert max(len(times) for times in seen.values()) == 4
+
+
+def test_a_second_start_asks_the_network_nothing(banked, monkeypatch):
+    first = banked()
+    assert first.bank.built > 0
+    monkeypatch.setattr(SDXL, "_load", lambda *a: pytest.fail("weights were loaded"))
+    assert banked().bank.built == 0
+
+
+def test_a_damaged_answer_is_noticed_and_made_again(banked):
+    first = banked()
+    before = [taught for *_, taught in rows(first, 8)]
+    path = next(first.bank.answers.folder.rglob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    again = banked()
+    assert again.bank.built == 1 and again.bank.answers.damaged == 1
+    assert all(torch.equal(a, b) for a, (*_, b) in zip(before, rows(again, 8), strict=True))
+
+
+@pytest.mark.parametrize("change", ["prior.bank.draws=5", "seed=1", "objective.shift=2", "objective.noise_offset=0.1",
+                                    "prior.prompt=a cat", "model.dtype=bfloat16"])  # fmt: skip
+def test_what_answers_depend_on_makes_them_anew(banked, change):
+    first = banked()
+    other = banked(change)
+    assert other.bank.built >= first.bank.built
+
+
+def test_instance_rows_are_drawn_as_without_a_bank(banked):
+    def instances(data):
+        stream = iter(Samples(data, data.schedule, 0, 0, 1))
+        return [(b.eps[r], b.u[r], b.z[r]) for b in (next(stream) for _ in range(10)) for r in b.instance_rows]
+
+    for a, b in zip(instances(banked()), instances(banked("prior.kind=noise")), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,117 @@
+"""Class pictures that the base model draws, and the photos under the class prompt."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth_lab import lab
+from dreambooth_lab.data.classes import class_folder, generate
+from dreambooth_lab.data.module import DreamBoothData
+from dreambooth_lab.models.sdxl import SDXL
+from dreambooth_lab.run import build_family
+
+
+@pytest.fixture
+def setting(small, tmp_path):
+    def make(*overrides):
+        words = [w for w in small if not w.startswith(("prior.path", "cache="))]
+        few = ["prior.source=generated", "prior.generated.count=3", "prior.generated.batch_size=2"]
+        cfg = lab.compose(*words, *few, "prior.generated.num_inference_steps=2", f"cache={tmp_path}", *overrides)
+        return cfg, build_family(cfg)
+
+    return make
+
+
+def pictures(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+def test_they_are_what_the_pipeline_draws_of_the_class_prompt(setting):
+    cfg, family = setting("prior.generated.negative_prompt=blurry")
+    drawn = Image.open(sorted(generate(cfg, family).iterdir())[2])
+    from dreambooth_lab import draw
+    from dreambooth_lab.draw import Purpose
+
+    seed = draw.torch_seed(0, 2, Purpose.CLASS_PICTURE)
+    text, negative = family.encode_text(["a photo of a dog"]), family.encode_text(["blurry"])
+    own = family.generate(text, negative, height=64, width=64, num_inference_steps=2, guidance_scale=5.0,
+                          generator=torch.Generator().manual_seed(seed))[0]  # fmt: skip
+    assert drawn.size == (64, 64) and drawn.tobytes() == own.tobytes()
+
+
+def test_a_picture_does_not_depend_on_the_batch_it_is_drawn_in(setting, tmp_path):
+    """But for the last bits, in which kernels differ between batch sizes."""
+
+    def levels(size):
+        folder = generate(*setting(f"cache={tmp_path / size}", f"prior.generated.batch_size={size}"))
+        return np.stack([np.asarray(Image.open(path), dtype=int) for path in sorted(folder.iterdir())])
+
+    whole, single = levels("3"), levels("1")
+    assert abs(whole - single).max() <= 1
+    assert abs(whole - whole[[1, 2, 0]]).mean() > 5, "and they are different pictures"
+
+
+def test_a_second_run_draws_nothing_and_a_longer_one_only_the_rest(setting, monkeypatch):
+    first = pictures(generate(*setting()))
+    counted, real = [], SDXL.generate
+    monkeypatch.setattr(
+        SDXL, "generate", lambda self, text, *a, **k: counted.append(len(text.pooled)) or real(self, text, *a, **k)
+    )
+    assert pictures(generate(*setting())) == first and not counted
+    more = pictures(generate(*setting("prior.generated.count=5")))
+    assert more[:3] == first and len(more) == 5 and sum(counted) == 2
+    assert pictures(generate(*setting("prior.generated.count=2"))) == first[:2]
+
+
+def test_one_that_was_broken_off_goes_on(setting, monkeypatch):
+    cfg, family = setting("prior.generated.count=5")
+    whole = pictures(generate(cfg, family))
+    shutil.rmtree(Path(cfg.cache) / "class_pictures")
+    real, calls = SDXL.generate, []
+
+    def breaks(self, *args, **options):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(SDXL, "generate", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        generate(cfg, family)
+    kept = list((Path(cfg.cache) / "class_pictures").rglob("*.png"))
+    assert len(kept) == 2
+    monkeypatch.setattr(SDXL, "generate", real)
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    assert pictures(generate(cfg, family)) == whole
+    assert times == {path: path.stat().st_mtime_ns for path in kept}, "what was drawn is kept"
+
+
+@pytest.mark.parametrize("change", ["prior.generated.guidance_scale=2", "prior.generated.negative_prompt=x",
+                                    "prior.prompt=a cat", "prior.generated.seed=1"])  # fmt: skip
+def test_other_wishes_are_other_pictures(setting, change):
+    assert pictures(generate(*setting())) != pictures(generate(*setting(change)))
+
+
+def test_a_run_trains_on_them(setting):
+    cfg, family = setting()
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    assert {s.spec.id: s.found for s in data.summaries()}["class-64px"] == 3
+    assert all(bucket.classes for bucket in data.schedule.buckets)
+
+
+def test_captions_are_the_photos_under_the_class_prompt(setting, photos):
+    cfg, family = setting("prior.source=captions")
+    assert class_folder(cfg, family) == photos
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    mine = {e.picture.name for e in data.entries if e.spec.is_class}
+    assert mine == {e.picture.name for e in data.entries if not e.spec.is_class}
+    assert sum(s.built for s in data.summaries()) <= len({k for keys in data.keys for k in keys}), "their latents are shared"
+    assert {e.spec.prompt for e in data.entries if e.spec.is_class} == {"a photo of a dog"}

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError, Timesteps
+from dreambooth_lab.diffusion.time import Times, build_times, logit_normal, logit_normal_cdf, shift
+
+U = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+
+
+def test_uniform_over_everything_is_u_itself():
+    assert torch.equal(Times(Timesteps.uniform, 0.0, 1.0, 1.0, 0.0, 1.0)(U), U)
+
+
+@given(st.floats(0.1, 8), st.floats(0, 1))
+def test_a_shift_is_undone_by_its_inverse_and_keeps_the_ends(s, t):
+    t = torch.tensor([t, 0.0, 1.0], dtype=torch.float64)
+    assert_close(shift(shift(t, s), 1 / s), t)
+    assert_close(shift(t, s)[1:], t[1:])
+
+
+def test_a_shift_of_three_is_sd3s():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    plain, shifted = FlowMatchEulerDiscreteScheduler(shift=1.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert_close(shift(plain.sigmas, 3.0), shifted.sigmas)
+
+
+def test_logit_normal_has_its_moments_and_its_cdf():
+    t = logit_normal(U, -0.5, 0.8)
+    z = torch.logit(t)
+    assert_close(z.mean(), torch.tensor(-0.5, dtype=torch.float64), atol=1e-3, rtol=0)
+    assert_close(z.std(), torch.tensor(0.8, dtype=torch.float64), atol=1e-3, rtol=0)
+    assert_close(logit_normal_cdf(t, -0.5, 0.8), U)
+
+
+@pytest.mark.parametrize("kind", Timesteps, ids=lambda k: k.value)
+@pytest.mark.parametrize("s", [1.0, 3.0])
+def test_a_range_leaves_the_distribution_inside_it_as_it_was(kind, s):
+    whole, limited = Times(kind, 0.3, 1.2, s, 0.0, 1.0)(U), Times(kind, 0.3, 1.2, s, 0.2, 0.7)(U)
+    assert limited.min() >= 0.2 - 1e-9 and limited.max() <= 0.7 + 1e-9
+    inside = whole[(whole >= 0.2) & (whole < 0.7)]
+    for q in (0.1, 0.5, 0.9):
+        assert_close(limited.quantile(q), inside.quantile(q), atol=1e-3, rtol=0)
+
+
+def test_more_u_is_more_noise_so_that_pairs_stay_comparable():
+    for kind in Timesteps:
+        assert (Times(kind, 0.0, 1.0, 2.0, 0.1, 0.9)(U).diff() >= 0).all()
+
+
+def test_a_range_outside_what_the_model_knows_is_refused():
+    cfg = lab.compose("objective.low=0.5").objective
+    assert build_times(cfg, (0.0, 0.8))(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.5, 0.8])
+    with pytest.raises(ConfigError, match=r"objective\.low=0\.5 .* leave nothing of the times this model knows, 0 to 0\.2"):
+        build_times(cfg, (0.0, 0.2))

@@ -1,0 +1,29 @@
+import pytest
+from dreambooth_lab import lab
+from dreambooth_lab.config import check, conf_dir
+from dreambooth_lab.run import run
+from dreambooth_lab.toybox import base_folder
+
+EXPERIMENTS = sorted((conf_dir().parent / "experiments" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_a_pinned_experiment_says_why_and_composes(path):
+    head = path.read_text().split("defaults:")[0]
+    assert all(f"# {word}" in head for word in ("Question:", "Cost:", "Expected:"))
+    check(lab.compose(f"experiment={path.stem}"))
+
+
+def test_the_embedded_model_fits_its_package():
+    files = [path for path in base_folder().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 14_000_000
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}
+
+
+def test_the_demo_runs(tmp_path):
+    quick = ["trainer.max_steps=2", "validation.num_images=2", "validation.num_inference_steps=2", "trainer.progress=false"]
+    run(lab.compose("experiment=demo", *quick, f"cache={tmp_path / 'cache'}"), tmp_path / "run")
+    done = lab.load(tmp_path / "run")
+    assert sorted(done.pictures) == [0, 2] and done.folder.before_after.is_file()
+    assert (done.folder.export / "learned_embeds.safetensors").is_file()
+    assert {"subject/clip_i", "class/pres_clip_i", "train/loss_prior"} < done.metrics.keys()

@@ -1,0 +1,215 @@
+"""Prior, masks, rollout and weights together, in the training step, on a tiny SDXL."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dreambooth_lab import lab
+from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.dreambooth import DreamBooth
+from dreambooth_lab.run import build_adapter, build_family
+
+WALK = ["rollout.enabled=true", "rollout.ramp_steps=0", "rollout.max_step_offset=3"]
+
+
+@pytest.fixture
+def made(small):
+    def make(*overrides):
+        cfg = lab.compose(*small, *overrides)
+        family = build_family(cfg)
+        data = DreamBoothData(cfg, family)
+        data.prepare()
+        adapter = build_adapter(cfg)
+        adapter.attach(family.denoiser, family.learns, seed=0)
+        module = DreamBooth(cfg, family, adapter).train()
+        return module, iter(Samples(data, data.schedule, 0, 0, 1))
+
+    return make
+
+
+def move(module, scale=0.05):
+    """Give the adapter weights as after training."""
+    generator = torch.Generator().manual_seed(5)
+    for p in module.learning().values():
+        p.data += scale * torch.randn(p.shape, generator=generator)
+
+
+def strayed(module, batch):
+    """A batch whose every row rolls out, well inside the path."""
+    return batch._replace(u=torch.full_like(batch.u, 0.4), walk=torch.tensor([[0.0, 0.99]] * len(batch.u)))
+
+
+def gradients(module, batch):
+    module.zero_grad()
+    module.training_step(batch, 0)["loss"].backward()
+    return [p.grad.clone() for p in module.learning().values()]
+
+
+# prior preservation
+
+
+@pytest.mark.parametrize("words", [["prior=teacher"], ["prior=teacher", *WALK], ["prior=bank"],
+                                   ["prior=bank", "objective.noise_offset=0.1", "objective.shift=3"],
+                                   ["prior=teacher", "objective.weight=min_snr", "objective.loss=huber"]])  # fmt: skip
+def test_a_fresh_adapter_has_no_prior_loss(made, words):
+    module, stream = made(*words)
+    for _ in range(4):
+        losses = module.training_step(next(stream), 0)
+        assert losses["prior"] < 1e-9 < losses["instance"]
+
+
+def test_the_teacher_sees_the_rolled_out_sample(made):
+    module, stream = made("prior=teacher", *WALK)
+    move(module, 0.2)
+    batch = strayed(module, next(stream))
+    at = module.rollout(batch.latents(), batch, batch.cond, module.times(batch.u), 0)
+    off = (at.x_t - module.path.noise(batch.latents(), batch.eps, module.times(batch.u)))[batch.class_rows]
+    assert at.strayed.all() and off.abs().max() > 1e-3
+    seen = []
+    real = module.teacher.predict
+    module.teacher.predict = lambda x, *rest: seen.append(x) or real(x, *rest)
+    module.training_step(batch, 0)
+    assert len(seen) == 1 and torch.equal(seen[0], at.x_t[batch.class_rows])
+
+
+def test_the_bank_is_the_teacher_without_its_forward(made, monkeypatch):
+    banked, stream = made("prior=bank")
+    taught, _ = made("prior=teacher")
+    move(banked), move(taught)
+    for _ in range(4):
+        batch = next(stream)
+        assert len(batch.class_rows)
+        a, b = banked.training_step(batch, 0), taught.training_step(batch, 0)
+        assert_close(a, b, atol=1e-6, rtol=1e-5)
+        assert a["prior"] > 1e-6
+    monkeypatch.setattr(type(banked.adapter), "base", lambda self: pytest.fail("the base model was run"))
+    banked.training_step(next(stream), 0)
+
+
+@pytest.mark.parametrize("words", [[], WALK, ["objective.weight=min_snr", "objective.loss=huber"]])
+def test_a_zero_weight_is_training_without_class_rows(made, words):
+    module, stream = made("prior.weight=0", *words)
+    move(module)
+    batch = next(stream)
+    rows = batch.instance_rows
+    alone = batch._replace(**{name: getattr(batch, name)[rows] for name in ("sample", "mean", "std", "z", "eps", "u", "walk")},
+                           cond=batch.cond.take(rows), instance_rows=torch.arange(len(rows)), class_rows=rows[:0])  # fmt: skip
+    for a, b in zip(gradients(module, batch), gradients(module, alone), strict=True):
+        assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["min_snr", "soft_min_snr", "debiased"])
+def test_each_rows_weight_follows_the_row(made, kind):
+    module, stream = made(f"objective.weight={kind}", "prior=noise")
+    move(module)
+    batch = next(stream)._replace(u=torch.tensor([0.05, 0.9], dtype=torch.float64))
+    plain, _ = made("prior=noise")
+    move(plain)
+    weights = module.weight(module.times(batch.u))
+    assert weights.max() > 1.5 * weights.min()
+    for name, rows in (("instance", batch.instance_rows), ("prior", batch.class_rows)):
+        expected = plain.training_step(batch, 0)[name] * weights[rows].mean()
+        assert_close(module.training_step(batch, 0)[name], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("words", [["prior=teacher"], ["prior=bank"], ["prior=teacher", *WALK],
+                                   ["prior=noise", "rollout.enabled=true", "rollout.kind=input_perturbation"]])  # fmt: skip
+def test_gradients_reach_the_adapter_and_nothing_else(made, words):
+    module, stream = made(*words)
+    move(module)
+    module.training_step(next(stream), 0)["loss"].backward()
+    learning = module.learning()
+    assert all((p.grad is not None) == (name in learning) for name, p in module.named_parameters())
+
+
+# rollout
+
+
+def test_rollout_that_never_happens_is_training_without_it_to_the_bit(made):
+    plain, stream = made()
+    batch = next(stream)
+    rolled, _ = made(*WALK, "rollout.probability=0")
+    move(plain), move(rolled)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(plain, batch), gradients(rolled, batch), strict=True))
+
+
+def test_the_walk_has_no_dropout_and_leaves_the_modes_and_the_generator_as_they_were(made):
+    module, stream = made(*WALK, "adapter.dropout=0.5")
+    move(module, 0.2)
+    batch = strayed(module, next(stream))
+    modes = [(name, part.training) for name, part in module.named_modules()]
+    dropouts = [part for part in module.modules() if isinstance(part, torch.nn.Dropout) and part.p == 0.5]
+    assert dropouts and all(part.training for part in dropouts)
+    state = torch.get_rng_state()
+    reached = [module.rollout(batch.latents(), batch, batch.cond, module.times(batch.u), 0) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(reached[0].x_t, reached[1].x_t)
+    assert modes == [(name, part.training) for name, part in module.named_modules()]
+
+
+# masks
+
+
+def halves(batch):
+    mask = torch.zeros(len(batch.sample), 1, *batch.eps.shape[2:])
+    mask[..., : mask.shape[-1] // 2] = 1
+    return mask
+
+
+@pytest.mark.parametrize("outside", ["ignore", "teacher"])
+def test_a_mask_of_ones_is_the_plain_loss(made, outside):
+    module, stream = made(f"mask.outside={outside}")
+    move(module)
+    batch = next(stream)
+    masked = batch._replace(mask=torch.ones_like(batch.eps[:, :1]))
+    assert_close(module.training_step(masked, 0), module.training_step(batch, 0))
+
+
+def test_outside_the_mask_the_base_model_is_kept(made):
+    ignoring, stream = made("mask.outside=ignore", "prior=none")
+    keeping, _ = made("mask.outside=teacher", "prior=none")
+    batch = next(stream)
+    batch = batch._replace(mask=halves(batch))
+    assert_close(keeping.training_step(batch, 0), ignoring.training_step(batch, 0)), "a fresh adapter has not left it"
+    move(ignoring), move(keeping)
+    apart = keeping.training_step(batch, 0)["loss"] - ignoring.training_step(batch, 0)["loss"]
+    t = keeping.times(batch.u)
+    x_t = keeping.path.noise(batch.latents(), batch.eps, t)
+    with torch.no_grad():
+        student = keeping.predict(x_t, t, batch.cond)
+        with keeping.adapter.base():
+            base = keeping.predict(x_t, t, batch.cond)
+    expected = ((student - base).square() * (1 - batch.mask)).mean((1, 2, 3)).mean()
+    assert expected > 1e-5
+    assert_close(apart.detach(), expected, atol=1e-6, rtol=1e-3)
+
+
+def test_what_lies_outside_the_mask_is_not_learned(made):
+    module, stream = made("prior=none")
+    move(module)
+    batch = next(stream)
+    batch = batch._replace(mask=halves(batch))
+    inside = batch.mask.bool().expand_as(batch.eps)
+    other = batch._replace(eps=batch.eps)
+    t = module.times(batch.u)
+    x_t = module.path.noise(batch.latents(), batch.eps, t)
+    output = module.predict(x_t, t, batch.cond)
+    loss = module.training_step(other, 0)["loss"]
+    assert_close(loss, (output - batch.eps).square()[inside].mean(), rtol=1e-4, atol=1e-6)
+
+
+# the other choices
+
+
+def test_huber_pulls_less_on_outliers(made):
+    module, stream = made("objective.loss=huber", "objective.huber_schedule=constant", "objective.huber_c=0.01", "prior=none")
+    plain, _ = made("prior=none")
+    batch = next(stream)
+    assert 0 < module.training_step(batch, 0)["loss"] < 0.2 * plain.training_step(batch, 0)["loss"]
+
+
+def test_times_are_the_objectives(made):
+    module, stream = made("objective.low=0.4", "objective.high=0.6", "objective.timesteps=logit_normal", "objective.shift=2")
+    t = torch.cat([module.times(next(stream).u) for _ in range(20)])
+    assert 0.4 <= t.min() < t.max() <= 0.6
