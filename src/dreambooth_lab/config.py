@@ -553,10 +553,10 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
     if algorithm not in (None, *ON_QUANTISED):
         yield f"quant.kind is {kind.name}, but adapter={algorithm} needs the weights themselves; use quant=none"
     if algorithm in ON_QUANTISED and target.endswith(".Lycoris") and decomposed:
-        yield f"quant.kind is {kind.name}, where LyCORIS silently drops weight decomposition; use adapter=dora or quant=none"
+        yield f"quant.kind is {kind.name}, where LyCORIS silently drops dora_wd; use adapter=dora or quant=none"
     quanto = kind in (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
     if target.endswith(".LoRA") and decomposed and quanto and low:
-        yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; use model.dtype=float32 or quant=int8_torchao"
+        yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; use float32 or quant=int8_torchao"
 
 
 def _data_problems(read: Reader) -> Iterator[str | None]:

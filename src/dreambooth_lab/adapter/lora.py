@@ -53,7 +53,7 @@ class LoRA(Adapter):
 
         path = path / DIFFUSERS_FILE if path.is_dir() else path
         saved = {".".join(name.split(".")[1:]): tensor for name, tensor in load_file(path).items()}  # less "unet."
-        result = set_peft_model_state_dict(self.model, saved, adapter_name=NAME)
+        result: Any = set_peft_model_state_dict(self.model, saved, adapter_name=NAME)
         strange = list(result.unexpected_keys)
         absent = [name for name in result.missing_keys if "lora_" in name]
         if strange or absent:

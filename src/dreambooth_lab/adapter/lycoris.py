@@ -163,6 +163,6 @@ def _named(preset: str) -> dict[str, Any]:
 
 
 def _is_quantised(layer: nn.Module) -> bool:
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     plain: Sequence[type] = (Tensor, nn.Parameter)
     return isinstance(layer, nn.Linear) and (type(weight) not in plain or type(weight.data) is not Tensor)
