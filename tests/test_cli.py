@@ -124,7 +124,7 @@ def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model=sdxl", "quant=int8", "rollout.enabled=true", "dataset.path=."], "quant.kind is int8"),
+        (["model=sdxl", "quant=int8", "adapter=full", "dataset.path=."], "needs the weights themselves"),
         (["dataset.path=.", "model.pretrained=nobody/nothing"], "model.pretrained is 'nobody/nothing'"),
         (["resume=."], "is not a run folder"),
     ],

@@ -119,7 +119,7 @@ def test_the_default_targets_are_attention_and_feed_forward(made):
 
 def test_a_target_that_matches_nothing_names_its_neighbours(tiny_sdxl, small):
     unet = build_family(lab.compose(*small)).denoiser
-    with pytest.raises(ConfigError, match=r"'to_qq' matches no linear layer of the model; near: .*to_q"):
+    with pytest.raises(ConfigError, match=r"'to_qq' matches no layer of the model; near: .*to_q"):
         match(unet, ["to_qq"])
     with pytest.raises(ConfigError, match=r"adapter.parts has \['attn'\]; this model family names"):
         LoRA(4, 4.0, 0.0, ["attn"], []).attach(unet, {"attention": ("to_q",)}, 0)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -37,9 +38,26 @@ class Dtype(Enum):
     float16 = "float16"
 
 
+SIMPLETUNER_QUANT = {  # its spelling → ours
+    "no_change": "none", "int8-quanto": "int8", "int4-quanto": "int4", "int2-quanto": "int2", "fp8-quanto": "fp8",
+    "int8-torchao": "int8_torchao", "int4-torchao": "int4_torchao", "fp8-torchao": "fp8_torchao", "nf4-bnb": "nf4",
+}  # fmt: skip
+
+
 class QuantKind(Enum):
+    """Bits, and the library where it isn't optimum-quanto."""
+
     none = "none"
     int8 = "int8"
+    int4 = "int4"
+    int2 = "int2"
+    fp8 = "fp8"
+    int8_torchao = "int8_torchao"
+    int4_torchao = "int4_torchao"
+    fp8_torchao = "fp8_torchao"
+    nf4 = "nf4"
+
+    vars().update(SIMPLETUNER_QUANT)  # a second name for the same value is an alias
 
 
 class Crop(Enum):
@@ -110,7 +128,9 @@ class HuberSchedule(Enum):
 
 class Schedule(Enum):
     constant = "constant"
+    linear = "linear"
     cosine = "cosine"
+    restarts = "restarts"
 
 
 @dataclass
@@ -127,13 +147,25 @@ class ModelConfig:
 
 
 @dataclass
+class BlockConfig:
+    match: str
+    rank: int | None
+    lr_ratio: float
+
+
+@dataclass
 class AdapterConfig:
     _target_: str
+    algorithm: str
     rank: int
     alpha: float
     dropout: float
     parts: list[str]
     targets: list[str]
+    blocks: list[BlockConfig]
+    init_from: str | None
+    options: dict[str, Any]
+    preset: str | None
     train_token: bool
     token: str | None
     token_lr_ratio: float
@@ -142,6 +174,9 @@ class AdapterConfig:
 @dataclass
 class QuantConfig:
     kind: QuantKind
+    text_encoder_1: QuantKind
+    text_encoder_2: QuantKind
+    cache: bool
 
 
 @dataclass
@@ -293,11 +328,12 @@ class PreviewConfig:
 class OptimizerConfig:
     _target_: str
     lr: float
-    betas: list[float]
-    eps: float
     weight_decay: float
+    options: dict[str, Any]
     schedule: Schedule
     warmup_steps: int
+    cycles: int
+    lora_plus_ratio: float
 
 
 @dataclass
@@ -357,6 +393,8 @@ class ExperimentFolder(SearchPathPlugin):
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+for theirs, ours in SIMPLETUNER_QUANT.items():
+    ConfigStore.instance().store(group="quant", name=theirs, node={"defaults": [ours]})
 Plugins.instance().register(ExperimentFolder)
 OmegaConf.register_new_resolver("package", lambda path: str(Path(__file__).resolve().parent / path), replace=True)
 
@@ -432,6 +470,7 @@ BOUNDS: tuple[tuple[Any, ...], ...] = (
     ("validation.every_n_steps", 0), ("validation.num_images", 1), ("validation.num_inference_steps", 1),
     ("preview.every_n_steps", 1), ("eval.batch_size", 1),
     ("optimizer.lr", 0), ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0),
+    ("optimizer.cycles", 1), ("optimizer.lora_plus_ratio", 1e-3),
     ("trainer.max_steps", 1), ("trainer.accumulate_grad_batches", 1), ("trainer.gradient_clip_norm", 0),
     ("trainer.log_every_n_steps", 1), ("checkpoint.every_n_steps", 1), ("seed", 0, 2**31 - 1),
 )  # fmt: skip
@@ -441,11 +480,12 @@ def _problems(read: Reader) -> Iterator[str | None]:
     """Everything that types can't say."""
     for key, *bounds in BOUNDS:
         yield read.bounded(key, *bounds)
-    yield from _not_built(read)
     yield from _data_problems(read)
     yield from _prior_problems(read)
     yield from _objective_problems(read)
     yield from _model_problems(read)
+    yield from _adapter_problems(read)
+    yield from _optimizer_problems(read)
     yield from _eval_problems(read)
     yield from _preview_problems(read)
     if read("preflight") not in (None, "run", "only"):
@@ -456,10 +496,67 @@ def _problems(read: Reader) -> Iterator[str | None]:
         yield f"name is {read('name')!r}; it names a folder, so only letters, digits, - and _ are allowed"
 
 
-def _not_built(read: Reader) -> Iterator[str | None]:
-    """What the configuration can say but the code can't do yet: refused, never ignored."""
-    if read("quant.kind") not in (None, QuantKind.none):
-        yield f"quant.kind is {read('quant.kind').name}: quantised bases are not built yet; use quant=none"
+def _optimizer_problems(read: Reader) -> Iterator[str | None]:
+    target, schedule = str(read("optimizer._target_")), read("optimizer.schedule")
+    library = target.partition(".")[0]
+    if read("optimizer._target_") is not None and not find_spec(library):
+        yield f"optimizer._target_ is {target!r}, but {library} is not installed; pip install 'dreambooth-lab[optimizers]'"
+    free = "schedulefree" in target
+    if free and schedule not in (None, Schedule.constant):
+        yield f"optimizer.schedule is {schedule.name} with a schedule-free optimiser; use optimizer.schedule=constant"
+    if free and read("ema.enabled"):
+        yield "ema.enabled is true with a schedule-free optimiser, which averages by itself; set ema.enabled=false"
+    if read("optimizer.cycles") not in (None, 1) and schedule is not Schedule.restarts:
+        yield f"optimizer.cycles is {read('optimizer.cycles')}, which only schedule=restarts has; set optimizer.schedule=restarts"
+    if read("optimizer.lora_plus_ratio") not in (None, 1.0) and read("adapter.algorithm") not in (None, "lora", "dora", "locon"):
+        said = (
+            f"optimizer.lora_plus_ratio is {read('optimizer.lora_plus_ratio')} with adapter.algorithm={read('adapter.algorithm')}"
+        )
+        yield f"{said}, which has no A and B; use lora, dora or locon, or set it to 1"
+
+
+PEFT, ON_QUANTISED = ("lora", "dora"), ("lora", "dora", "locon", "loha", "lokr")
+NOT_LYCORIS = {
+    "full": "takes the base's weights away for: use adapter=full",
+    "dylora": "can't load again",
+    "ia3": "can't load again",
+    "tlora": "can't put on padded convolutions",
+}
+
+
+def _adapter_problems(read: Reader) -> Iterator[str | None]:
+    """Pairs that can't work, each with its reason: what the libraries would do instead is fail late, or something else."""
+    algorithm, target = read("adapter.algorithm"), str(read("adapter._target_"))
+    options = read("adapter.options") or {}
+    decomposed = algorithm == "dora" or options.get("use_dora") or options.get("dora_wd") or options.get("weight_decompose")
+    low, kind = read("model.dtype") not in (None, Dtype.float32), read("quant.kind") or QuantKind.none
+    dtype = f"model.dtype is {read('model.dtype').name}" if low else ""
+    if target.endswith(".LoRA") and algorithm not in PEFT:
+        yield f"adapter.algorithm is {algorithm!r}; peft's are lora and dora; see adapter=lokr for LyCORIS"
+    if target.endswith(".Lycoris") and algorithm in NOT_LYCORIS:
+        yield f"adapter.algorithm is {algorithm!r}, which LyCORIS {NOT_LYCORIS[algorithm]}"
+    if target.endswith(".Lycoris") and options.get("use_scalar"):
+        yield "adapter.options.use_scalar is true: LyCORIS folds the scalar into its files, so a run can't go on; leave it out"
+    if target.endswith(".Lycoris") and decomposed and low:
+        yield f"adapter.options has weight decomposition and {dtype}, which LyCORIS can't mix; use float32 or adapter=dora"
+    if read("adapter.preset") is not None and not target.endswith(".Lycoris"):
+        yield f"adapter.preset is {read('adapter.preset')!r}, which only LyCORIS has; use adapter=lokr, or adapter.preset=null"
+    if str(options.get("init_lora_weights", "")).lower().startswith("pissa"):
+        yield "adapter.options.init_lora_weights is pissa, which rewrites the base; the prior's teacher needs it"
+    if algorithm == "full" and low:
+        yield f"{dtype} with adapter=full, where small updates are lost; set model.dtype=float32"
+    place = read("adapter.init_from")
+    if place is not None and not Path(place).expanduser().exists():
+        yield f"adapter.init_from is {place!r}, which does not exist; give an export folder of a run, or a file of one"
+    if kind is QuantKind.none:
+        return
+    if algorithm not in (None, *ON_QUANTISED):
+        yield f"quant.kind is {kind.name}, but adapter={algorithm} needs the weights themselves; use quant=none"
+    if algorithm in ON_QUANTISED and target.endswith(".Lycoris") and decomposed:
+        yield f"quant.kind is {kind.name}, where LyCORIS silently drops dora_wd; use adapter=dora or quant=none"
+    quanto = kind in (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
+    if target.endswith(".LoRA") and decomposed and quanto and low:
+        yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; use float32 or quant=int8_torchao"
 
 
 def _data_problems(read: Reader) -> Iterator[str | None]:
@@ -540,7 +637,12 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
     if _is_absent_folder(read("model.pretrained")):
         absent = f"model.pretrained is {read('model.pretrained')!r}, a folder that does not exist"
         yield f"{absent}; give a diffusers folder or a hub id such as owner/name"
-    if not read("adapter.parts") and not read("adapter.targets"):
+    if (
+        not read("adapter.parts")
+        and not read("adapter.targets")
+        and not read("adapter.preset")
+        and read("adapter.algorithm") != "full"
+    ):
         yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
     if read("ema.device") is not None and str(read("ema.device")).split(":")[0] not in ("cpu", "cuda"):
         yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"

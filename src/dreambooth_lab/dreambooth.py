@@ -12,11 +12,11 @@ import torch
 from hydra.utils import get_class
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
 from . import draw
-from .adapter import LoRA
+from .adapter import Adapter
 from .batch import Batch, Cond
 from .config import LossKind, Outside, Schedule
 from .diffusion.time import build_times
@@ -36,10 +36,10 @@ class DreamBooth(LightningModule):
 
     strict_loading = False  # checkpoints hold what learns, nothing else
 
-    def __init__(self, cfg: DictConfig, family: Family, adapter: LoRA, token: TokenEmbedding | None = None):
+    def __init__(self, cfg: DictConfig, family: Family, adapter: Adapter, token: TokenEmbedding | None = None):
         super().__init__()
         self.cfg, self.family, self.adapter = cfg, family, adapter
-        self.denoiser, self.token = family.denoiser, token
+        self.denoiser, self.outside, self.token = family.denoiser, adapter.outside(), token
         self.path = family.path
         self.times = build_times(cfg.objective, family.times)
         self.teacher = Teacher(family.denoise, adapter.base)
@@ -118,16 +118,35 @@ class DreamBooth(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         cfg = self.cfg.optimizer
-        groups: list[dict[str, Any]] = [{"params": [p for p in self.denoiser.parameters() if p.requires_grad]}]
+        rated: dict[float, list[Tensor]] = {}
+        for name, parameter in self.learning().items():
+            if not name.startswith("token."):
+                plus = cfg.lora_plus_ratio if "lora_B" in name or "lora_up" in name else 1.0
+                rated.setdefault(self.adapter.lr_ratio(name) * plus, []).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": group, "lr": cfg.lr * ratio} for ratio, group in sorted(rated.items())]
         if self.token:  # decay would pull the token's meaning to nothing
             rate = cfg.lr * self.cfg.adapter.token_lr_ratio
             groups.append({"params": list(self.token.parameters()), "lr": rate, "weight_decay": 0.0})
-        optimizer = get_class(cfg._target_)(
-            groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
-        )  # fmt: skip
-        share = learning_rate(cfg.schedule, cfg.warmup_steps, self.cfg.trainer.max_steps)
+        options = {str(key): tuple(v) if isinstance(v, ListConfig) else v for key, v in cfg.options.items()}
+        optimizer = get_class(cfg._target_)(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, **options)
+        share = learning_rate(cfg.schedule, cfg.warmup_steps, self.cfg.trainer.max_steps, cfg.cycles)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self.train()
+
+    def train(self, mode: bool = True) -> DreamBooth:
+        """Schedule-free optimisers keep two points: the one that trains, and the average that is looked at."""
+        super().train(mode)
+        turn = getattr(self._optimizer(), "train" if mode else "eval", None)
+        if turn:
+            turn()
+        return self
+
+    def _optimizer(self) -> Any:
+        trainer = self._trainer
+        return trainer.optimizers[0] if trainer and trainer.optimizers else None
 
     def learning(self) -> dict[str, Tensor]:
         """The trainable parameters by name."""
@@ -138,14 +157,19 @@ class DreamBooth(LightningModule):
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in learning}
 
 
-def learning_rate(schedule: Schedule, warmup: int, total: int) -> Callable[[int], float]:
-    """Share of the peak rate by optimiser step: linear warm-up from 1/warmup, then constant, or half a cosine to 0."""
+def learning_rate(schedule: Schedule, warmup: int, total: int, cycles: int = 1) -> Callable[[int], float]:
+    """Share of the peak rate by optimiser step: linear warm-up from 1/warmup, then constant, a line to 0, half a cosine to 0,
+    or `cycles` half cosines that each start at the peak."""
 
     def share(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         if schedule is Schedule.constant:
             return 1.0
-        return 0.5 + 0.5 * cos(pi * min((step - warmup) / max(total - warmup, 1), 1.0))
+        done = min((step - warmup) / max(total - warmup, 1), 1.0)
+        if schedule is Schedule.linear:
+            return 1.0 - done
+        turns = cycles if schedule is Schedule.restarts and done < 1 else 1
+        return 0.5 + 0.5 * cos(pi * (done * turns % 1 if turns > 1 else done))
 
     return share

@@ -56,15 +56,15 @@ class Run:
         Raises:
             ConfigError: the run has not finished, or kept no average.
         """
-        from .run import build_family, learned_word
+        from .run import build_adapter, build_family, learned_word
 
         export = self.folder.export / "ema" if ema else self.folder.export
-        if not (export / "pytorch_lora_weights.safetensors").is_file():
+        if not export.is_dir():
             way_out = "it ran without ema.enabled=true" if ema else f"finish it with resume={self.folder.root}"
             raise ConfigError(f"{str(self.folder.root)!r} has no exported {'average' if ema else 'adapter'}; {way_out}")
         family = build_family(self.config)
         pipeline = family.pipeline()
-        pipeline.load_lora_weights(export)
+        build_adapter(self.config).load_into(pipeline, family.denoiser_part, export, family.learns)
         word = learned_word(self.config)
         if word:
             family.load_token(pipeline, export, word)

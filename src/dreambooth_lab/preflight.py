@@ -11,6 +11,7 @@ from rich.table import Table
 from .config import PriorKind, RolloutKind
 from .data.module import DreamBoothData, Summary
 from .dreambooth import DreamBooth
+from .quant import Quantised
 
 
 def show(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list[str], path: Path) -> None:
@@ -60,7 +61,8 @@ def _buckets(data: DreamBoothData) -> Table:
 def _training(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list[str]) -> Table:
     table = _table("Training", "what", "value")
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in module.denoiser.parameters())
+    base = module.family.quantiser.done.get(module.family.denoiser_part)
+    whole = base.parameters if base else sum(p.numel() for p in module.denoiser.parameters())
     steps = data.schedule.batches_per_epoch / cfg.trainer.accumulate_grad_batches
     rows = {
         "base model": cfg.model.pretrained,
@@ -70,6 +72,7 @@ def _training(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers:
         "rows per optimiser step": str(cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches),
         "prior": _prior(cfg, data),
         "rollout": _rollout(cfg),
+        **{f"{part} in {done.kind.value}": _quantised(done) for part, done in module.family.quantiser.done.items()},
         "device": str(module.family.device),
         "damaged cache entries made again": str(data.damaged),
     }
@@ -94,3 +97,16 @@ def _rollout(cfg: DictConfig) -> str:
     if rollout.kind is RolloutKind.input_perturbation:
         return f"input perturbation {rollout.perturbation:g} {share}"
     return f"1 to {rollout.max_step_offset} strides of 1/{rollout.grid} ({rollout.sampler.name}) {share}"
+
+
+def _quantised(done: Quantised) -> str:
+    return (
+        f"{done.layers} layers, {done.weights_size / done.weights:.2f} bytes a weight; whole {done.size / 2**20:,.1f} MiB, "
+        f"{done.size / done.parameters:.2f} bytes a parameter; {'from the cache' if done.cached else 'made'} in "
+        f"{done.seconds:.1f} s; {len(done.left)} left alone: {', '.join(_tails(done.left)) or 'none'}"
+    )
+
+
+def _tails(names: tuple[str, ...]) -> list[str]:
+    """Last components of layer names, each once."""
+    return sorted({name.rpartition(".")[2] for name in names})

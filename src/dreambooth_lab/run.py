@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig
 
 from . import draw, preflight, report
-from .adapter import LoRA
+from .adapter import Adapter
 from .callbacks.checkpoint import Checkpoints
 from .callbacks.ema import Ema
 from .callbacks.export import Export
@@ -31,6 +31,7 @@ from .dreambooth import DreamBooth
 from .embedding import TokenEmbedding, rare_word
 from .models.family import Family
 from .models.judges import Clip, Dino, Judge
+from .quant import Quantiser, require
 from .runfolder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def build(node: DictConfig, *but: str) -> Any:
     return get_class(node._target_)(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
 
 
-def build_adapter(cfg: DictConfig) -> LoRA:
+def build_adapter(cfg: DictConfig) -> Adapter:
     """The adapter, not yet attached; what the group says of the token is `learned_word`'s."""
     return build(cfg.adapter, "train_token", "token", "token_lr_ratio")
 
@@ -101,6 +102,11 @@ def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
     family: Family = build(cfg.model)
     family.device = _device(cfg.trainer.accelerator)
+    kinds = {family.denoiser_part: cfg.quant.kind}
+    kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1)}
+    for kind in kinds.values():
+        require(kind, family.device)
+    family.quantiser = Quantiser(kinds, Path(cfg.cache).expanduser() / "quant" if cfg.quant.cache else None)
     return family
 
 
@@ -141,7 +147,7 @@ def build_trainer(
         Bar(metrics) if cfg.trainer.progress else None,
         ema,
         build_validation(cfg, folder, data, family) if cfg.validation.every_n_steps else None,
-        Export(folder, ema),
+        Export(cfg, folder, ema),
         Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
     ]
     trainer = Trainer(

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from importlib import metadata
@@ -21,7 +22,20 @@ CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progres
               "validation", "eval", "preview", "webhook", "checkpoint", "logger", "resume", "runs", "name",
               "preflight")  # fmt: skip
 METRICS_HEADER = ["step", "name", "value"]
-PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "transformers", "peft", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "diffusers",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "lycoris-lora",
+    "optimum-quanto",
+    "torchao",
+    "bitsandbytes",
+)
 
 
 class RunFolder:
@@ -75,7 +89,7 @@ class RunFolder:
                 "device": device,
                 "platform": platform.platform(),
                 "python": platform.python_version(),
-                "packages": {name: metadata.version(name) for name in PACKAGES},
+                "packages": _versions(),
             }
         )
         self.environment.write_text(json.dumps(starts, indent=2) + "\n")
@@ -140,6 +154,15 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Any:
             yield from _differences(old[key], new[key], path + ".")
         elif old[key] != new[key]:
             yield path, old[key], new[key]
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed; some are extras."""
+    there = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            there[name] = metadata.version(name)
+    return there
 
 
 def _commit() -> str | None:

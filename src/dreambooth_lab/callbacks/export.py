@@ -1,35 +1,84 @@
-"""The trained adapter in the form other tools load."""
+"""What was trained, in the forms other tools load."""
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from .. import __version__
 from ..dreambooth import DreamBooth
 from ..runfolder import RunFolder
+from .card import card
 from .ema import Ema
 
-PREFIX = "denoiser."  # of the module's parameter names
+OWNERS = ("denoiser.", "outside.")  # of the module's parameter names
 
 
 class Export(Callback):
-    """When training ends: `export/pytorch_lora_weights.safetensors`, `learned_embeds.safetensors` if the token was learned,
-    and the averaged ones in `export/ema/`.
+    """At every checkpoint and when training ends: `export/` with the adapter's files, `learned_embeds.safetensors` if the token
+    was learned, a model card, and the averaged ones in `export/ema/`. The folder is replaced as a whole.
 
     Args:
         ema: the run's average, or None.
     """
 
-    def __init__(self, folder: RunFolder, ema: Ema | None):
-        self.folder, self.ema = folder, ema
+    def __init__(self, cfg: DictConfig, folder: RunFolder, ema: Ema | None):
+        self.cfg, self.folder, self.ema = cfg, folder, ema
+        self.step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step != self.step and step % self.cfg.checkpoint.every_n_steps == 0 and step != trainer.max_steps:
+            self._write(pl_module, step)
+        self.step = step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DreamBooth)
-        adapter, family = pl_module.adapter, pl_module.family
-        learned = {self.folder.export: pl_module.learning()}
+        self._write(pl_module, trainer.global_step)
+
+    def _write(self, module: LightningModule, step: int) -> None:
+        assert isinstance(module, DreamBooth)
+        was_training = module.training
+        module.eval()
+        aside, old = (self.folder.export.with_name(f"export.{name}") for name in ("new", "old"))
+        shutil.rmtree(aside, ignore_errors=True)
+        learned: dict[Path, Mapping[str, Tensor]] = {aside: module.learning()}
         if self.ema:
-            learned[self.folder.export / "ema"] = self.ema.shadow
+            learned[aside / "ema"] = self.ema.shadow
         for folder, weights in learned.items():
-            own = {name.removeprefix(PREFIX): weight for name, weight in weights.items() if name.startswith(PREFIX)}
-            family.save_lora(folder, adapter.layers(own), adapter.metadata())
-            if pl_module.token:
-                family.save_token(folder, [w for name, w in weights.items() if name.startswith("token.")])
+            self._write_one(folder, module, weights, step)
+        if self.folder.export.exists():
+            self.folder.export.rename(old)
+        aside.rename(self.folder.export)
+        shutil.rmtree(old, ignore_errors=True)
+        module.train(was_training)
+
+    def _write_one(self, folder: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int) -> None:
+        own = {name.removeprefix(owner): w for name, w in weights.items() for owner in OWNERS if name.startswith(owner)}
+        module.adapter.export(folder, own, module.family.denoiser_part, self._header(own, step))
+        if module.token:
+            module.family.save_token(folder, [w for name, w in weights.items() if name.startswith("token.")])
+        (folder / "README.md").write_text(card(self.cfg, self.folder, folder, step), encoding="utf-8")
+
+    def _header(self, weights: Mapping[str, Tensor], step: int) -> dict[str, str]:
+        """Of every safetensors file: what made it."""
+        digest = hashlib.sha256()
+        for name in sorted(weights):
+            digest.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
+        return {
+            "base_model": self.cfg.model.pretrained,
+            "instance_prompt": self.cfg.dataset.instance_prompt,
+            "steps": str(step),
+            "made_by": f"dreambooth-lab {__version__}",
+            "weights_sha256": digest.hexdigest(),
+            "config": OmegaConf.to_yaml(self.cfg, resolve=True),
+        }

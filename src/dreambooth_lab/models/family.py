@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..batch import Cond, Size, Text
 from ..diffusion.path import Path
 from ..embedding import Slot
+from ..quant import Quantiser
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -32,7 +33,11 @@ class Family(ABC):
     times: tuple[float, float] = (0.0, 1.0)  # the part of the path it was trained on
     learns: ClassVar[Mapping[str, tuple[str, ...]]]  # part → endings of the layer names that receive adapters
     folder: Folder  # where its files lie
+    denoiser_part: str  # the denoiser's folder in a pipeline's
+    text_encoder_parts: tuple[str, ...]  # and the text encoders'
+    keeps: ClassVar[tuple[str, ...]]  # components of layer names that quantisation leaves alone
     device: torch.device = torch.device("cpu")
+    quantiser: Quantiser = Quantiser({}, None)  # which parts are kept in fewer bits
 
     @property
     @abstractmethod
@@ -85,10 +90,6 @@ class Family(ABC):
     @abstractmethod
     def pipeline(self) -> Any:
         """The diffusers pipeline from this family's files, as a user would load it: no adapter in it."""
-
-    @abstractmethod
-    def save_lora(self, folder: Folder, layers: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write `pytorch_lora_weights.safetensors` as `load_lora_weights` reads it."""
 
     @abstractmethod
     def save_token(self, folder: Folder, rows: Sequence[Tensor]) -> None:

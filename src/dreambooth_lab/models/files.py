@@ -78,6 +78,20 @@ def identity(folder: Path, parts: tuple[str, ...], *also: str) -> str:
     return digest.hexdigest()
 
 
+def weights(folder: Path, variant: str | None) -> tuple[Path, ...]:
+    """The settings and weight files of a component, in name order."""
+    stem = f"*.{variant}.safetensors" if variant else "*.safetensors"
+    return (folder / "config.json", *sorted(folder.glob(stem)))
+
+
+def hollow(kind: Any, folder: Path) -> nn.Module:
+    """A component's architecture without weights, on the meta device."""
+    with torch.device("meta"):
+        if kind.__module__.startswith("diffusers"):
+            return kind.from_config(kind.load_config(folder))
+        return kind(kind.config_class.from_pretrained(folder))
+
+
 def settle(model: nn.Module, device: torch.device) -> nn.Module:
     """Frozen, in evaluation mode, on its device, with every tensor in memory of its own.
 

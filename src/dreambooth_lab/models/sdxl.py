@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..batch import Cond, Text
-from ..config import ConfigError, Dtype
+from ..config import ConfigError, Dtype, QuantKind
 from ..diffusion.path import Prediction, VariancePreserving
 from ..embedding import Slot
+from ..quant import Source
 from . import files
 from .family import Family, OnStep
 
@@ -39,7 +40,13 @@ class SDXL(Family):
     learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+        "convolution": ("re:.*resnets\\..*\\.(conv1|conv2|conv_shortcut)", "re:.*samplers\\..*\\.conv"),
     }
+
+    denoiser_part = "unet"
+    text_encoder_parts = ("text_encoder", "text_encoder_2")
+    # Small, and everything passes through them: time, size and pooled text; the text encoder's last projection.
+    keeps: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection")
 
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
@@ -71,8 +78,14 @@ class SDXL(Family):
         name = {} if kind.__module__.startswith("diffusers") else {"dtype": dtype}
         variant = files.weight_variant(self.folder / part, self.variant)
         options = name or {"torch_dtype": dtype}
-        model = kind.from_pretrained(self.folder, subfolder=part, variant=variant, use_safetensors=True, **options)
-        return files.settle(model, self.device)
+
+        def read() -> nn.Module:
+            model = kind.from_pretrained(self.folder, subfolder=part, variant=variant, use_safetensors=True, **options)
+            return files.settle(model, self.device)
+
+        weights = files.weights(self.folder / part, variant)
+        source = Source(read, lambda: files.hollow(kind, self.folder / part), weights, dtype, self.device)
+        return self.quantiser.load(part, source, self.keeps)
 
     @cached_property
     def denoiser(self) -> nn.Module:
@@ -102,7 +115,9 @@ class SDXL(Family):
         self.__dict__.pop("text_encoders", None)
 
     def text_identity(self) -> str:
-        return files.identity(self.folder, TEXT_PARTS, "sdxl", str(self.encoder_dtype), str(self.zero_unconditional))
+        kinds = [kind.value for kind in map(self.quantiser.kind, TEXT_PARTS) if kind is not QuantKind.none]
+        precision = (str(self.encoder_dtype), *kinds)
+        return files.identity(self.folder, TEXT_PARTS, "sdxl", *precision, str(self.zero_unconditional))
 
     def denoiser_identity(self) -> str:
         return files.identity(self.folder, ("unet", "scheduler"), str(self.dtype))
@@ -164,7 +179,8 @@ class SDXL(Family):
         texts |= {"negative_prompt_embeds": negative.states, "negative_pooled_prompt_embeds": negative.pooled}
         texts = {name: value.to(self.device, self.dtype) for name, value in texts.items()}
         try:
-            return self._sampler(height=height, width=width, **texts, **options).images
+            latents = self._sampler(height=height, width=width, output_type="latent", **texts, **options).images
+            return self._sampler.image_processor.postprocess(self.decode(latents), output_type="pil")
         finally:
             self._sampler.vae = None
             self.__dict__.pop("vae")
@@ -192,13 +208,6 @@ class SDXL(Family):
             self.folder, torch_dtype=self.dtype, add_watermarker=False, use_safetensors=True,
             variant=files.weight_variant(self.folder / "unet", self.variant),
         )  # fmt: skip
-
-    def save_lora(self, folder: Folder, layers: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        from diffusers import StableDiffusionXLPipeline
-
-        StableDiffusionXLPipeline.save_lora_weights(
-            folder, unet_lora_layers=dict(layers), unet_lora_adapter_metadata=dict(metadata)
-        )
 
     def save_token(self, folder: Folder, rows: Sequence[Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,75 @@
+"""Full-rank training: the model's own weights learn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from .base import Adapter, swapped
+
+
+class Full(Adapter):
+    """Every weight of the model learns, or those of the chosen layers. A frozen copy of them stays beside the model, so that the
+    base model can still be asked exactly."""
+
+    def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
+        self.model = model
+        layers = self.layers_of(model, learns) if self.parts or self.targets else [""]
+        for layer in layers:
+            model.get_submodule(layer).requires_grad_(True)
+        self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        low = {str(p.dtype) for p in self.learning.values() if p.dtype is not torch.float32}
+        if low:
+            raise ConfigError(
+                f"adapter=full trains weights in {', '.join(low)}, which loses small updates; set model.dtype=float32"
+            )
+        self.reference = {name: p.detach().clone() for name, p in self.learning.items()}
+        if self.init_from:
+            self._continue(Path(self.init_from))
+        return layers if layers != [""] else [n for n, m in model.named_modules() if list(m.parameters(recurse=False))]
+
+    def _continue(self, path: Path) -> None:
+        folders = [path, *(child for child in path.glob("*/") if (child / "training.json").is_file())] if path.is_dir() else []
+        path = folders[-1] if folders else path
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        absent = [name for name in self.learning if name not in saved]
+        if absent:
+            raise ConfigError(f"adapter.init_from is {str(path)!r}, which lacks {len(absent)} weights ({', '.join(absent[:3])})")
+        for name, parameter in self.learning.items():
+            parameter.data.copy_(saved[name])
+
+    def load_into(self, pipeline: Any, part: str, folder: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
+        super().load_into(pipeline, part, folder / part, learns)
+
+    def strengthen(self, pipeline: Any, strength: float) -> None:
+        self.trained = self.__dict__.get("trained") or {name: p.detach().clone() for name, p in self.learning.items()}
+        for name, parameter in self.learning.items():
+            parameter.data = torch.lerp(self.reference[name], self.trained[name], strength)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        with swapped(self.learning, self.reference):
+            yield
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor], part: str, header: Mapping[str, str]) -> list[Path]:
+        """The whole denoiser as diffusers' `from_pretrained` reads it, in `PART/`."""
+        model: nn.Module = self.model
+        save = model.save_pretrained
+        assert callable(save)
+        with swapped(self.learning, weights):
+            save(folder / part, safe_serialization=True)
+        files = sorted((folder / part).glob("*.safetensors"))
+        for file in files:
+            save_file(load_file(file), file, {"format": "pt", **header})
+        note = folder / part / "training.json"
+        note.write_text(json.dumps(dict(header), indent=2) + "\n", encoding="utf-8")
+        return [*files, note]

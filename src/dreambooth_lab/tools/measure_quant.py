@@ -1,0 +1,57 @@
+"""How far each quantised base is off, and what it weighs: `python -m dreambooth_lab.tools.measure_quant [key=value …]`.
+
+Prints a Markdown table: relative error ‖quantised - full‖ / ‖full‖ of the denoiser's predictions at fixed noise over eight times,
+bytes for each quantised weight and for each parameter of the whole denoiser. The words configure the model, as for a run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from ..batch import Cond
+from ..config import QuantKind
+from ..lab import compose
+from ..models.family import Family
+from ..quant import Quantiser
+from ..run import build_family
+
+PROMPTS = ["a photo of a robot on the beach", "a photo of a dog"]
+TIMES = 8
+
+
+@torch.no_grad()
+def predictions(family: Family, cond: Cond, edge: int) -> Tensor:
+    """At fixed noise and times [TIMES·B C h w]."""
+    g = torch.Generator().manual_seed(0)
+    answers = []
+    for i in range(TIMES):
+        x = torch.randn(len(PROMPTS), family.channels, edge, edge, generator=g).to(family.device)
+        t = torch.full((len(PROMPTS),), (i + 0.5) / TIMES, device=family.device)
+        answers.append(family.denoise(x, t, Cond(*(part.to(family.device) for part in cond))))
+    return torch.cat(answers)
+
+
+def main() -> None:
+    cfg = compose("dataset.path=.", "quant=none", *sys.argv[1:])
+    family = build_family(cfg)
+    edge = cfg.model.resolution // family.factor
+    text = family.encode_text(PROMPTS)
+    cond = Cond(text.states, text.pooled, torch.full((len(PROMPTS), 6), float(cfg.model.resolution)))
+    family.release_encoders()
+    exact = predictions(family, cond, edge)
+    print("| quant | relative error | bytes a quantised weight | bytes a parameter, whole denoiser |\n|---|---|---|---|")
+    for kind in QuantKind:
+        if kind is QuantKind.none:
+            continue
+        other = build_family(cfg)
+        other.quantiser = Quantiser({other.denoiser_part: kind}, None)
+        error = (predictions(other, cond, edge) - exact).norm() / exact.norm()
+        done = other.quantiser.done[other.denoiser_part]
+        print(f"| `{kind.value}` | {error:.4f} | {done.weights_size / done.weights:.2f} | {done.size / done.parameters:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

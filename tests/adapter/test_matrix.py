@@ -1,0 +1,108 @@
+"""Every adapter on every base: forward, backward, three optimiser steps, save, load, the same prediction; or a refusal."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from itertools import product
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dreambooth_lab import lab
+from dreambooth_lab.batch import Cond
+from dreambooth_lab.config import ConfigError, Dtype, QuantKind, check
+from dreambooth_lab.dreambooth import DreamBooth
+from dreambooth_lab.run import build_adapter, build_family
+
+ADAPTERS = ("lora", "dora", "locon", "loha", "lokr", "oft", "full")
+LIBRARIES = {
+    "torchao": "torchao",
+    "nf4": "bitsandbytes",
+    "int8": "optimum",
+    "int4": "optimum",
+    "int2": "optimum",
+    "fp8": "optimum",
+}
+CELLS = list(product(ADAPTERS, [kind.name for kind in QuantKind], ["float32", "bfloat16"]))
+
+
+def works(adapter: str, kind: str, dtype: str) -> bool:
+    """The table that the README shows."""
+    if adapter == "full":
+        return kind == "none" and dtype == "float32"
+    if adapter == "oft":
+        return kind == "none"
+    if adapter == "dora" and dtype == "bfloat16":
+        return kind not in ("int8", "int4", "int2", "fp8")
+    return True
+
+
+@cache
+def composed(tiny_sdxl, adapter):
+    return lab.compose("model=sdxl", f"model.pretrained={tiny_sdxl}", "model.resolution=64", "dataset=folder", "dataset.path=.",
+                       "quant.cache=false", f"adapter={adapter}", "adapter.rank=4", "adapter.alpha=3",
+                       "trainer.accelerator=cpu")  # fmt: skip
+
+
+def compose(tiny_sdxl, adapter, kind="none", dtype="float32"):
+    """Composing takes longer than a cell, so an adapter's cells share it."""
+    cfg = composed(tiny_sdxl, adapter).copy()
+    cfg.quant.kind, cfg.model.dtype = QuantKind[kind], Dtype[dtype]
+    return cfg
+
+
+def build(cfg, seed=0):
+    family, adapter = build_family(cfg), build_adapter(cfg)
+    layers = adapter.attach(family.denoiser, family.learns, seed)
+    return DreamBooth(cfg, family, adapter).train(), layers
+
+
+def question():
+    g = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    return draw(2, 4, 8, 8), torch.tensor([0.2, 0.7]), Cond(draw(2, 77, 24), draw(2, 16), torch.full((2, 6), 64.0))
+
+
+@pytest.mark.parametrize(("adapter", "kind", "dtype"), [cell for cell in CELLS if works(*cell)])
+def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, tiny_sdxl, tmp_path):
+    for library in [LIBRARIES[kind.rpartition("_")[2]]] if kind != "none" else []:
+        if not find_spec(library):
+            pytest.skip(f"{library} is not installed")
+    cfg = compose(tiny_sdxl, adapter, kind, dtype)
+    check(cfg)
+    module, layers = build(cfg)
+    ask = question()
+    with torch.no_grad(), module.adapter.base():
+        base = module.predict(*ask)
+    learning = module.learning()
+    assert layers and learning and all(p.dtype is torch.float32 for p in learning.values())
+    optimizer = torch.optim.AdamW(learning.values(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (module.predict(*ask) - 1).square().mean().backward()
+        optimizer.step()
+    module.eval()
+    with torch.no_grad():
+        trained = module.predict(*ask)
+        with module.adapter.base():
+            assert torch.equal(module.predict(*ask), base), "without its adapter it is the base to the bit"
+    assert (trained - base).abs().max() > 1e-3, "it learned"
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    again, _ = build(cfg, seed=7)
+    again.load_state_dict(checkpoint["state_dict"], strict=False)
+    own = {name.partition(".")[2]: p for name, p in learning.items()}
+    module.adapter.export(tmp_path / "export", own, "unet", {"steps": "3"})
+    cfg.adapter.init_from = str(tmp_path / "export")
+    continued, _ = build(cfg, seed=8)
+    with torch.no_grad():
+        assert torch.equal(again.eval().predict(*ask), trained), "the checkpoint gives the same bits"
+        assert_close(continued.eval().predict(*ask), trained, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("adapter", "kind", "dtype"), [cell for cell in CELLS if not works(*cell)])
+def test_the_other_cells_are_refused_with_their_reason(adapter, kind, dtype, tiny_sdxl):
+    with pytest.raises(ConfigError, match=r"full|needs the weights themselves|can't mix|small updates"):
+        check(compose(tiny_sdxl, adapter, kind, dtype))

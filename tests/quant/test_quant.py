@@ -1,0 +1,128 @@
+"""Quantised models: what is quantised, how far off it is, and that the cache gives the same model."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError, QuantKind
+from dreambooth_lab.quant import Quantiser, Source, require
+from dreambooth_lab.quant.base import chosen
+from dreambooth_lab.run import build_family, run
+
+LIBRARY = {"torchao": "torchao", "nf4": "bitsandbytes"}
+# Largest relative error of a prediction, and bytes a weight at 1024 inputs, as the formats promise.
+PROMISE = {
+    QuantKind.int8: (0.01, 1.01), QuantKind.int4: (0.12, 0.57), QuantKind.int2: (0.6, 0.32), QuantKind.fp8: (0.05, 1.01),
+    QuantKind.int8_torchao: (0.01, 1.01), QuantKind.int4_torchao: (0.12, 1.17), QuantKind.fp8_torchao: (0.05, 1.01),
+    QuantKind.nf4: (0.15, 0.57),
+}  # fmt: skip
+
+
+def need(kind: QuantKind) -> None:
+    library = LIBRARY.get(kind.value.rpartition("_")[2], "optimum.quanto")
+    if not find_spec(library.partition(".")[0]) or not find_spec(library):
+        pytest.skip(f"{library} is not installed")
+
+
+def network(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 1024), nn.SiLU(), nn.Linear(1024, 256, bias=False), nn.Linear(256, 40)).to(dtype)
+
+
+def source(file: Path, dtype: torch.dtype, reads: list[int]) -> Source:
+    file.write_text("weights")
+
+    def read() -> nn.Module:
+        reads.append(1)
+        return network(dtype)
+
+    def hollow() -> nn.Module:
+        with torch.device("meta"):
+            return network(dtype)
+
+    return Source(read, hollow, (file,), dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", PROMISE, ids=lambda k: k.value)
+def test_a_kind_keeps_its_promise_and_the_cache_gives_the_same_bits(kind, dtype, tmp_path):
+    need(kind)
+    x, reads = torch.randn(6, 32).to(dtype), []
+    where = source(tmp_path / "weights", dtype, reads)
+    exact = network(dtype)(x).float()
+    first, second = Quantiser({"m": kind}, tmp_path / "c"), Quantiser({"m": kind}, tmp_path / "c")
+    made, kept = first.load("m", where, ["0"]), second.load("m", where, ["0"])
+    assert len(reads) == 1, "the second start reads no full-precision weights"
+    error, bytes_a_weight = PROMISE[kind]
+    with torch.no_grad():
+        answer = made(x).float()
+        assert torch.equal(answer, kept(x).float())
+    assert 1e-4 < (answer - exact).norm() / exact.norm() < error
+    done = second.done["m"]
+    assert done.cached and not first.done["m"].cached and done.layers == 2 and done.left == ("0",)
+    assert done.weights_size / done.weights <= bytes_a_weight
+    assert done._replace(seconds=0, cached=False) == first.done["m"]._replace(seconds=0)
+    assert type(kept[0]) is nn.Linear and kept[0].weight.dtype is dtype
+
+
+@pytest.mark.parametrize("kind", PROMISE, ids=lambda k: k.value)
+def test_gradients_pass_through_after_an_evaluation(kind, tmp_path):
+    """bitsandbytes once repacked its weights in evaluation so that training after it failed."""
+    need(kind)
+    model = Quantiser({"m": kind}, None).load("m", source(tmp_path / "w", torch.float32, []), [])
+    x = torch.randn(6, 32)
+    with torch.no_grad():
+        before = model.eval()(x)
+    y = x.clone().requires_grad_()
+    after = model.train()(y)
+    after.square().sum().backward()
+    assert torch.equal(before, after) and y.grad.abs().sum() > 0
+
+
+def test_other_weights_and_damage_are_noticed(tmp_path, caplog):
+    need(QuantKind.int8)
+    reads: list[int] = []
+    where = source(tmp_path / "weights", torch.float32, reads)
+    Quantiser({"m": QuantKind.int8}, tmp_path / "c").load("m", where, [])
+    (tmp_path / "weights").write_text("other weights")
+    Quantiser({"m": QuantKind.int8}, tmp_path / "c").load("m", where, [])
+    assert len(reads) == 2
+    for file in (tmp_path / "c").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    Quantiser({"m": QuantKind.int8}, tmp_path / "c").load("m", where, [])
+    assert len(reads) == 3 and "made again" in caplog.text
+
+
+def test_the_family_says_what_is_left_alone(tiny_sdxl):
+    family = build_family(lab.compose("model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32"))
+    names, left = chosen(family.denoiser, family.keeps)
+    assert {name.split(".")[0] for name in left if "time_emb_proj" not in name} == {"time_embedding", "add_embedding"}
+    assert all("attentions" in name for name in names) and len(names) > 20
+
+
+def test_simpletuners_spellings_are_the_same_kinds():
+    cfg = lab.compose("quant=nf4-bnb", "quant.text_encoder_1=no_change", "quant.text_encoder_2=int8-quanto")
+    assert (cfg.quant.kind, cfg.quant.text_encoder_1, cfg.quant.text_encoder_2) == (QuantKind.nf4, QuantKind.none, QuantKind.int8)
+
+
+def test_float8_on_an_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match=r"needs CUDA capability 8\.9; this device has 8\.6"):
+        require(QuantKind.fp8_torchao, torch.device("cuda"))
+    require(QuantKind.fp8_torchao, torch.device("cpu"))
+
+
+def test_a_run_on_int8_trains_and_its_second_start_reads_the_cache(small, tmp_path):
+    need(QuantKind.int8)
+    words = [*small, "quant=int8", "quant.text_encoder_2=int8", "validation.every_n_steps=0", f"cache={tmp_path / 'cache'}"]
+    for name, said in (("first", "made in"), ("second", "from the cache")):
+        run(lab.compose(*words), tmp_path / name)
+        text = " ".join(lab.load(tmp_path / name).folder.preflight.read_text().split())
+        assert "unet in int8" in text and said in text
+    assert lab.load(tmp_path / "first").metrics == lab.load(tmp_path / "second").metrics
