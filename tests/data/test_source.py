@@ -12,7 +12,7 @@ def look(folder):
 
 
 def read(picture):
-    return decode(picture.read(picture.name))
+    return decode(picture.source.read(picture.name))
 
 
 def picture(folder, name):

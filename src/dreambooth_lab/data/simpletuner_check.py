@@ -175,7 +175,7 @@ def file_problems(entries: list[Entry], cfg: DictConfig) -> Iterator[str]:
     if classes and cfg.prior.kind is PriorKind.none:
         yield (
             f"{', '.join(map(repr, classes))}: regularisation data needs a prior: add prior=teacher (the base model's own "
-            'answer, as SimpleTuner has it) or prior=noise; or say "disabled": true; or drop the flag to train them like any pictures'
+            'answer, as SimpleTuner has it) or prior=noise; or say "disabled": true; or drop the flag to train them as they are'
         )
     if pictures and len(classes) == len(pictures):
         yield "every picture entry is regularisation data; nothing shows the subject"

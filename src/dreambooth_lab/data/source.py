@@ -129,7 +129,8 @@ def head(data: bytes) -> Header:
     """
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112) in QUARTER_TURNS
+        told = image.format != "PNG" or b"eXIf" in data or b"Raw profile type exif" in data  # else asking decodes a whole PNG
+        turned = told and image.getexif().get(0x0112) in QUARTER_TURNS
         return Header((width, height) if turned else (height, width), digest(data), image.has_transparency_data)
 
 
