@@ -55,7 +55,7 @@ class Store:
         self.seals = self._load_seals()
         self.sealed: dict[str, Seal] = {}  # since the last saving
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def keys(self) -> Iterator[str]:
@@ -79,13 +79,29 @@ class Store:
     def drop(self, key: str) -> None:
         """Count a damaged entry, and remove it."""
         self.damaged += 1
-        self._path(key).unlink(missing_ok=True)
+        self.path(key).unlink(missing_ok=True)
         self.sealed.pop(key, None)
         self.seals.pop(key, None)
 
+    def remove(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+    def check(self, key: str) -> None:
+        """Read an entry whatever its seal says.
+
+        Raises:
+            Damaged: it is not what was written.
+        """
+        self._read(key)
+
+    def last_used(self, key: str) -> int:
+        """The day a run last asked for an entry, or that it was written, in days since 1970."""
+        known = self.seals.get(key)
+        return known[1] if known else int(self.path(key).stat().st_mtime // 86400)
+
     def _stamp(self, key: str) -> str | None:
         try:
-            stat = self._path(key).stat()
+            stat = self.path(key).stat()
         except OSError:
             return None
         return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
@@ -97,16 +113,16 @@ class Store:
             Damaged: the file is gone, cut short, or changed.
         """
         try:
-            with safe_open(self._path(key), "pt") as file:
+            with safe_open(self.path(key), "pt") as file:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 if (file.metadata() or {}).get("sha256") == _checksum(tensors):
                     return tensors
         except (SafetensorError, OSError) as error:
-            raise Damaged(f"{self._path(key)}: {error}") from error
-        raise Damaged(f"{self._path(key)}: its checksum is wrong")
+            raise Damaged(f"{self.path(key)}: {error}") from error
+        raise Damaged(f"{self.path(key)}: its checksum is wrong")
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        path = self._path(key)
+        path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
