@@ -648,7 +648,7 @@ def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
     if needs and not read("dataset.instance_prompt") and not read("dataset.prompts"):
         yield 'dataset.instance_prompt is empty; set dataset.instance_prompt="a photo of sks dog"'
     files = read("dataset.mask_from") is MaskFrom.files
-    if files and "mask_path" in (read("dataset") or {}) and read("dataset.mask_path") is None:
+    if files and read("dataset.mask_path") is None:
         yield "dataset.mask_from is files; it needs dataset.mask_path=FOLDER"
     if read("dataset.mask_path") is not None and not files:
         said = f"dataset.mask_path is {read('dataset.mask_path')!r}"
