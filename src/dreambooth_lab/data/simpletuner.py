@@ -167,7 +167,7 @@ def _spec(entry: Entry, entries: list[Entry], cfg: DictConfig, path: Path) -> Da
     return DatasetSpec(
         entry["id"], _where(entry, path), captions, _shaping(entry, cfg), is_class(entry), kind_of(entry) == "eval",
         entry.get("repeats") or 0, 1.0 if entry.get("probability") is None else entry["probability"],
-        masks=mask and Masks(MaskFrom.files, mask["id"], _where(mask, path)),
+        masks=Masks(MaskFrom.files, mask["id"], _where(mask, path)) if mask else None,
         most=entry.get("max_num_samples"), latents=entry.get("cache_dir_vae"), named=f"{entry['id']!r}: {place_key(entry)}",
     )  # fmt: skip
 

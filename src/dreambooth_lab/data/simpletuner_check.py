@@ -99,7 +99,7 @@ def _value_problem(key: Key, value: Any) -> str | None:
     if key.legal and value not in key.legal:
         near = get_close_matches(str(value), [str(v) for v in key.legal], n=1)
         return "it must be one of " + ", ".join(map(str, key.legal)) + (f"; did you mean {near[0]!r}?" if near else "")
-    if key.low is not None and not (value >= key.low):
+    if key.low is not None and isinstance(value, int | float) and not value >= key.low:
         return f"it must be at least {key.low:g}"
     return None
 
