@@ -424,7 +424,14 @@ def anchor(cfg: DictConfig) -> DictConfig:
     """The same configuration with its local paths made absolute, so that it means the same from any folder."""
     anchored = cfg.copy()
     for key in (
-        "dataset.path", "dataset.mask_path", "prior.path", "cache", "model.pretrained", "model.tae", "eval.clip_model", "eval.dino_model",
+        "dataset.path",
+        "dataset.mask_path",
+        "prior.path",
+        "cache",
+        "model.pretrained",
+        "model.tae",
+        "eval.clip_model",
+        "eval.dino_model",
     ):
         value = None if OmegaConf.is_missing(cfg, key) else OmegaConf.select(cfg, key)
         if value and (key == "cache" or Path(value).expanduser().exists()):
