@@ -13,9 +13,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth_lab.config import ConfigError, anchor, check, conf_dir
+from dreambooth_lab.data.simpletuner import first_prompt
+from dreambooth_lab.data.spec import plan
 from dreambooth_lab.runfolder import RunFolder, new_folder, take_up
 
 OmegaConf.register_new_resolver("run_folder", new_folder, replace=True)
+OmegaConf.register_new_resolver("dataset_file_prompt", first_prompt, replace=True)
 
 
 def job(cfg: DictConfig) -> dict[str, float]:
@@ -25,6 +28,7 @@ def job(cfg: DictConfig) -> dict[str, float]:
     if cfg.resume is not None:
         cfg = take_up(cfg, list(hydra_cfg.overrides.task))
     check(cfg)
+    plan(cfg)  # a wrong dataset file is refused before torch and the rest load
     from dreambooth_lab.run import run  # torch and the rest load here
 
     try:

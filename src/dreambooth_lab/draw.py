@@ -36,6 +36,9 @@ class Purpose(IntEnum):
     MASK_DROP = 15
     BANK = 16  # which of a picture's fixed draws
     CLASS_PICTURE = 17  # the noise a class picture is made from
+    CAPTION = 20  # which of a picture's captions
+    ASPECT = 21  # which of several aspects a picture is cropped to
+    SUBSET = 22  # which pictures of a dataset that may give only some
 
 
 def generator(seed: int, index: int, purpose: Purpose) -> np.random.Generator:

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .config import ConfigError, conf_dir
+from .data.simpletuner import first_prompt
 from .runfolder import RunFolder, new_folder
 
 
@@ -102,6 +103,7 @@ def compose(*overrides: str) -> DictConfig:
     from hydra import initialize_config_dir
 
     OmegaConf.register_new_resolver("run_folder", new_folder, replace=True)
+    OmegaConf.register_new_resolver("dataset_file_prompt", first_prompt, replace=True)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return hydra_compose("config", overrides=list(overrides))
 

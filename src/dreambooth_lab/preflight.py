@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from . import memory
 from .config import PriorKind, RolloutKind
 from .data.module import DreamBoothData, Summary
 from .dreambooth import DreamBooth
@@ -16,7 +17,10 @@ from .quant import Quantised
 
 def show(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list[str], path: Path) -> None:
     """Print what is about to run, and write the same to `path`."""
-    tables = [_datasets(data), _rejected(data.summaries()), _buckets(data), _training(cfg, data, module, layers)]
+    tables = [
+        _datasets(data), _rejected(data.summaries()), _notices(data), _buckets(data), _training(cfg, data, module, layers),
+        _memory(cfg, data, module),
+    ]  # fmt: skip
     with path.open("w", encoding="utf-8") as file:
         for console in (Console(), Console(file=file, width=120)):
             for table in tables:
@@ -32,13 +36,22 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _datasets(data: DreamBoothData) -> Table:
-    table = _table("Datasets", "dataset", "found", "rejected", "rows/epoch", "share", "cached", "encoded")
+    columns = ("dataset", "use", "found", "rejected", "buckets", "masks", "rows/epoch", "share", "cached", "encoded")
+    table = _table("Datasets", *columns)
     rows = data.rows_per_epoch()
     total = sum(rows.values())
     for s in data.summaries():
+        use = "eval" if s.spec.is_eval else "class" if s.spec.is_class else "instance"
         mine = rows[s.spec.id]
-        cells = (s.spec.id, s.found, len(s.rejected), f"{mine:.1f}", f"{mine / total:.0%}", s.cached, s.built)
-        table.add_row(*map(str, cells))
+        shares = (f"{mine:.1f}", f"{mine / total:.0%}")
+        table.add_row(*map(str, (s.spec.id, use, s.found, len(s.rejected), s.buckets, s.masks, *shares, s.cached, s.built)))
+    return table
+
+
+def _notices(data: DreamBoothData) -> Table:
+    table = _table("Notices", "what was said but changes nothing here")
+    for notice in data.notices:
+        table.add_row(notice)
     return table
 
 
@@ -51,10 +64,12 @@ def _rejected(summaries: list[Summary]) -> Table:
 
 
 def _buckets(data: DreamBoothData) -> Table:
-    table = _table("Buckets", "width × height", "instance pictures", "class pictures")
+    table = _table("Buckets", "width × height", "instance pictures", "class pictures", "rows/epoch")
     for bucket in data.schedule.buckets:
         height, width = bucket.shape
-        table.add_row(f"{width} × {height}", str(len(bucket.instances)), str(len(bucket.classes)))
+        rows = sum(group.rows for group in bucket.groups)
+        cells = (len(bucket.instances), len(bucket.classes), f"{rows:.1f}")
+        table.add_row(f"{width} × {height}", *map(str, cells))
     return table
 
 
@@ -74,6 +89,7 @@ def _training(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers:
         "rollout": _rollout(cfg),
         **{f"{part} in {done.kind.value}": _quantised(done) for part, done in module.family.quantiser.done.items()},
         "device": str(module.family.device),
+        "pictures read": f"{data.scanned} (the others are as the last scan found them)",
         "damaged cache entries made again": str(data.damaged),
     }
     for what, value in rows.items():
@@ -110,3 +126,14 @@ def _quantised(done: Quantised) -> str:
 def _tails(names: tuple[str, ...]) -> list[str]:
     """Last components of layer names, each once."""
     return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _memory(cfg: DictConfig, data: DreamBoothData, module: DreamBooth) -> Table:
+    table = _table("Memory of the device, estimated", "for", "MiB")
+    largest = max((bucket.shape for bucket in data.schedule.buckets), key=lambda shape: shape[0] * shape[1])
+    average = bool(cfg.ema.enabled and cfg.ema.device != "cpu")
+    parts = memory.estimate(module, data.text(""), largest, cfg.dataset.batch_size, average)
+    for what, size in parts.items():
+        table.add_row(what, f"{size / 2**20:,.0f}")
+    table.add_row("together", f"{sum(parts.values()) / 2**20:,.0f}")
+    return table

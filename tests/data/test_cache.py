@@ -1,10 +1,15 @@
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from dreambooth_lab.data.cache import Store, key
+from dreambooth_lab.data.cache import Damaged, Store, key
+from dreambooth_lab.tools import cache as tool
 
 VALUE = {"mean": torch.arange(12.0).view(3, 4), "std": torch.ones(3, 4)}
 
@@ -22,7 +27,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_damage_is_noticed_counted_and_healed(tmp_path, damage):
     store = Store(tmp_path, "latents")
     store.write("ab12", VALUE)
-    path = store._path("ab12")
+    path = store.path("ab12")
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes({"truncate": data[:-5], "flip": data, "empty": b"", "garbage": b"\xff" * 40}[damage])
@@ -47,3 +52,79 @@ def test_two_processes_build_one_cache(tmp_path):
     assert [process.wait(120) for process in running] == [0, 0]
     store = Store(tmp_path, "latents")
     assert all(store.intact(f"aa{i}") and (store.read(f"aa{i}")["x"] == i).all() for i in range(5))
+
+
+def test_a_sealed_entry_is_not_read_again_until_its_file_changes(tmp_path, monkeypatch):
+    store = Store(tmp_path, "latents")
+    store.write("ab12", VALUE)
+    assert store.intact("ab12")
+    store.save_seals()
+    later = Store(tmp_path, "latents")
+    monkeypatch.setattr(later, "_read", lambda key: pytest.fail("an entry was read"))
+    assert later.intact("ab12")
+    data = bytearray(store.path("ab12").read_bytes())
+    data[-3] ^= 1
+    store.path("ab12").write_bytes(data)
+    os.utime(store.path("ab12"), ns=(0, 0))  # times of content can be set by hand
+    changed = Store(tmp_path, "latents")
+    assert not changed.intact("ab12") and changed.damaged == 1
+
+
+def test_every_read_checks_what_it_reads(tmp_path):
+    store = Store(tmp_path, "latents")
+    store.write("ab12", VALUE)
+    data = bytearray(store.path("ab12").read_bytes())
+    data[-3] ^= 1
+    store.path("ab12").write_bytes(data)
+    for missing in ("ab12", "cd34"):
+        with pytest.raises(Damaged):
+            store.read(missing)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', "{", '{"ab12": ["x", "y"]}'])
+def test_damaged_seals_only_cost_a_reading(tmp_path, text):
+    Store(tmp_path, "latents").write("ab12", VALUE)
+    (tmp_path / "latents/seals.json").write_text(text)
+    store = Store(tmp_path, "latents")
+    assert store.intact("ab12")
+    store.save_seals()
+    assert "ab12" in json.loads((tmp_path / "latents/seals.json").read_text())
+
+
+def test_a_killed_writer_leaves_whole_entries_only(tmp_path):
+    code = (
+        "import torch, sys; from pathlib import Path; from dreambooth_lab.data.cache import Store\n"
+        "s = Store(Path(sys.argv[1]), 'latents')\n"
+        "for i in range(10**6): s.write(f'{i % 256:02x}{i}', {'x': torch.full((200_000,), float(i))})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    store = Store(tmp_path, "latents")
+    deadline = time.monotonic() + 120
+    while len(list(store.keys())) < 12:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    keys = list(store.keys())
+    assert len(keys) >= 12 and all(store.intact(key) for key in keys) and store.damaged == 0
+
+
+def test_the_tool_counts_verifies_and_prunes(tmp_path, capsys):
+    store = Store(tmp_path, "latents")
+    for i in range(4):
+        store.write(f"aa{i}", VALUE)
+    store.path("aa0").write_bytes(b"x")
+    assert tool.main(["stats", str(tmp_path)]) == 0 and "4" in capsys.readouterr().out
+    assert tool.main(["verify", str(tmp_path), "--dry-run"]) == 1 and store.path("aa0").exists()
+    assert tool.main(["verify", str(tmp_path)]) == 1 and not store.path("aa0").exists()
+    assert tool.main(["verify", str(tmp_path)]) == 0
+    old = store.path("aa1")
+    os.utime(old, (0, 0))
+    left = old.parent / "x.part"
+    left.touch()
+    os.utime(left, (0, 0))
+    assert tool.main(["prune", str(tmp_path), "--unused-days", "30", "--dry-run"]) == 0 and old.exists()
+    assert tool.main(["prune", str(tmp_path), "--unused-days", "30"]) == 0
+    assert list(store.keys()) == ["aa2", "aa3"] and not left.exists()
+    assert tool.main(["prune", str(tmp_path), "--max-gb", "0"]) == 0 and not list(store.keys())
+    assert tool.main(["stats", str(tmp_path / "none")]) == 2

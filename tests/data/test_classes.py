@@ -114,4 +114,4 @@ def test_captions_are_the_photos_under_the_class_prompt(setting, photos):
     mine = {e.picture.name for e in data.entries if e.spec.is_class}
     assert mine == {e.picture.name for e in data.entries if not e.spec.is_class}
     assert sum(s.built for s in data.summaries()) <= len({k for keys in data.keys for k in keys}), "their latents are shared"
-    assert {e.spec.prompt for e in data.entries if e.spec.is_class} == {"a photo of a dog"}
+    assert {e.captions for e in data.entries if e.spec.is_class} == {("a photo of a dog",)}

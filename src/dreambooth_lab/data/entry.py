@@ -1,17 +1,23 @@
-"""From dataset records to entries: one picture at one shape, with its cached variants."""
+"""From dataset records to entries: one picture at one shape, with its captions, its mask and its cached variants."""
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 from .. import draw
+from ..config import ConfigError, Crop, MaskFrom
 from ..draw import Purpose
-from . import cache, geometry
+from . import cache, geometry, mask
+from .caption import NoCaption, captions
 from .geometry import HW, Geometry
-from .source import Picture, Rejected, scan
-from .spec import DatasetSpec
+from .mask import Mask
+from .scan import Memory, Scanned, scan
+from .source import Picture, Rejected, open_source
+from .spec import DatasetSpec, Where
 
-CENTRE = (0.5, 0.5)
+PLACES = {Crop.center: (0.5, 0.5), Crop.corner: (0.0, 0.0)}
 
 
 class Entry(NamedTuple):
@@ -21,48 +27,140 @@ class Entry(NamedTuple):
     picture: Picture
     shape: HW
     variants: tuple[Geometry, ...]  # crops, each once mirrored if the dataset says so
+    captions: tuple[str, ...]
+    mask: Mask | None
+    weight: float  # rows in an epoch
 
-    def keys(self, encoder: str) -> tuple[str, ...]:
-        """Cache keys of the variants' latents under an image encoder's identity."""
-        return tuple(cache.key("latents", self.picture.digest, repr(variant), encoder) for variant in self.variants)
+    def key(self, which: int, encoder: str) -> str:
+        """Cache key of a variant's latents under an image encoder's identity."""
+        return cache.key("latents", self.picture.digest, repr(self.variants[which]), encoder)
 
 
 class Collected(NamedTuple):
     entries: list[Entry]
     found: dict[str, int]  # dataset id → pictures found, usable or not
     rejected: dict[str, list[Rejected]]  # dataset id → pictures that can't be used
+    read: int  # pictures that had to be read for it
+    problems: list[str]  # what the user must mend
+    notices: list[str]
 
 
-def collect(specs: list[DatasetSpec], stride: int) -> Collected:
-    """Scan every dataset and give its pictures shapes.
+class Collector:
+    """Scans every dataset once and gives its pictures shapes.
 
-    Class pictures take the nearest of the shapes that the subject's photos have at their resolution, and a shape that
-    none is nearest to takes them all, so every bucket has company for its instance rows.
+    Args:
+        stride: sides of shapes are multiples of it.
+        root: the cache folder, for what scans remember.
     """
-    entries: list[Entry] = []
-    found, rejected = {}, {}
-    for spec in specs:
-        pictures, rejected[spec.id] = scan(spec.path, spec.minimum_image_size)
-        found[spec.id] = len(pictures) + len(rejected[spec.id])
-        own = [(p, geometry.bucket_shape(p.size, spec.resolution, stride, spec.max_aspect)) for p in pictures]
-        if spec.is_class:
-            taken = {e.shape for e in entries if not e.spec.is_class and e.spec.resolution == spec.resolution}
-            own = _share_shapes(own, sorted(taken)) if taken else own
-        entries += [Entry(spec, picture, shape, _variants(spec, picture, shape)) for picture, shape in own]
-    return Collected(entries, found, rejected)
+
+    def __init__(self, stride: int, root: Path):
+        self.stride, self.root = stride, root
+        self.memory = Memory(root / "scans")
+        self.scans: dict[Where, Scanned | ConfigError] = {}
+        self.done = Collected([], {}, {}, 0, [], [])
+
+    def collect(self, specs: list[DatasetSpec]) -> Collected:
+        for spec in specs:
+            scanned = self._scan(spec.where)
+            self.done.found[spec.id], self.done.rejected[spec.id] = 0, []
+            if isinstance(scanned, ConfigError):
+                self.done.problems.append(f"{spec.named} is {scanned}")
+                continue
+            self.done.found[spec.id] = len(scanned.pictures) + len(scanned.rejected)
+            self.done.rejected[spec.id] += scanned.rejected
+            usable = self._usable(spec, scanned.pictures)
+            if not spec.is_eval:
+                self._add(spec, scanned, usable)
+        read = sum(s.read for s in self.scans.values() if isinstance(s, Scanned))
+        return self.done._replace(read=read, problems=list(dict.fromkeys(self.done.problems)))
+
+    def _scan(self, where: Where) -> Scanned | ConfigError:
+        if where not in self.scans:
+            try:
+                self.scans[where] = scan(open_source(where, str(self.root / "spool")), self.memory)
+            except ConfigError as error:
+                self.scans[where] = error
+        return self.scans[where]
+
+    def _usable(self, spec: DatasetSpec, pictures: list[Picture]) -> list[Picture]:
+        """Those that no rule of the dataset rejects."""
+        usable, rejected = [], self.done.rejected[spec.id]
+        for picture in pictures:
+            reason = geometry.reason_against(picture.size, spec.shaping, self.stride)
+            if reason is None:
+                usable.append(picture)
+            else:
+                rejected.append(Rejected(picture.name, reason))
+        if spec.most is None or len(usable) <= spec.most:
+            return usable
+        order = draw.permutation(_number(spec.id), 0, Purpose.SUBSET, len(usable)).tolist()
+        chosen = set(order[: spec.most])
+        rejected += [Rejected(p.name, f"beyond max_num_samples={spec.most}") for i, p in enumerate(usable) if i not in chosen]
+        return [p for i, p in enumerate(usable) if i in chosen]
+
+    def _add(self, spec: DatasetSpec, scanned: Scanned, pictures: list[Picture]) -> None:
+        masks = self._masks(spec, scanned, pictures)
+        shapes = {p: geometry.target(p.size, spec.shaping, self.stride, _aspect_draws(spec, p)) for p in pictures}
+        pairs = [(p, shape, len(shapes[p])) for p in pictures for shape in shapes[p]]
+        if spec.share_shapes:
+            resolution = (spec.shaping.resolution, spec.shaping.unit)
+            theirs = [e for e in self.done.entries if not e.spec.is_class]
+            taken = {e.shape for e in theirs if (e.spec.shaping.resolution, e.spec.shaping.unit) == resolution}
+            pairs = _share_shapes(pairs, sorted(taken)) if taken else pairs
+        for picture, shape, among in pairs:
+            try:
+                said = captions(picture, spec.captions)
+            except NoCaption as error:
+                self.done.problems.append(f"{spec.id}: {picture.name}: {error}")
+                continue
+            weight = (spec.repeats + 1) * spec.probability / among
+            variants = _variants(spec, picture, shape)
+            self.done.entries.append(Entry(spec, picture, shape, variants, said, masks.get(picture.name), weight))
+
+    def _masks(self, spec: DatasetSpec, scanned: Scanned, pictures: list[Picture]) -> dict[str, Mask]:
+        if spec.masks is None:
+            return {}
+        if spec.masks.kind is MaskFrom.alpha:
+            pairs = mask.of_alpha(pictures)
+        else:
+            assert spec.masks.where is not None
+            files = self._scan(spec.masks.where)
+            if isinstance(files, ConfigError):
+                self.done.problems.append(f"masks {spec.masks.id!r}: {files}")
+                return {}
+            known = {p.stem for p in scanned.pictures} | {mask.source.stem(r.name) for r in scanned.rejected}
+            pairs = mask.pair(pictures, known, files, spec.masks.where.path)
+        self.done.problems.extend(pairs.problems)
+        self.done.notices.extend(n for n in pairs.notices if n not in self.done.notices)
+        return pairs.masks
 
 
-def _share_shapes(own: list[tuple[Picture, HW]], taken: list[HW]) -> list[tuple[Picture, HW]]:
-    near = [(picture, geometry.nearest_shape(shape, taken)) for picture, shape in own]
-    lonely = set(taken) - {shape for _, shape in near}
-    return near + [(picture, shape) for shape in sorted(lonely) for picture, _ in own]
+def _share_shapes(own: list[tuple[Picture, HW, int]], taken: list[HW]) -> list[tuple[Picture, HW, int]]:
+    """Class pictures take the nearest of the shapes that the subject's photos have at their resolution, and a shape that
+    none is nearest to takes them all, so every bucket has company for its instance rows."""
+    near = [(picture, geometry.nearest_shape(shape, taken), among) for picture, shape, among in own]
+    lonely = set(taken) - {shape for _, shape, _ in near}
+    return list(dict.fromkeys(near)) + [(picture, shape, 1) for shape in sorted(lonely) for picture, _, _ in own]
+
+
+def _number(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+
+
+def _aspect_draws(spec: DatasetSpec, picture: Picture) -> tuple[float, ...]:
+    random = draw.generator(int(picture.digest[:15], 16), 0, Purpose.ASPECT)
+    return tuple(random.random(spec.shaping.variants).tolist())
 
 
 def _variants(spec: DatasetSpec, picture: Picture, shape: HW) -> tuple[Geometry, ...]:
-    """The centre crop, or crops whose places are a function of the picture's own bytes."""
-    places = [CENTRE]
-    if spec.crops:
+    """The one crop, or random crops whose places are a function of the picture's own bytes."""
+    rule = spec.shaping
+    if rule.place is Crop.random:
         random = draw.generator(int(picture.digest[:15], 16), 0, Purpose.CROP)
-        places = [tuple(random.random(2)) for _ in range(spec.crops)]
-    mirrors = (False, True) if spec.mirror else (False,)
-    return tuple(geometry.place(picture.size, shape, at, mirror) for at in places for mirror in mirrors)
+        places = [tuple(random.random(2).tolist()) for _ in range(rule.variants)]
+    else:
+        places = [PLACES[rule.place]]
+    least = geometry.shrunk(picture.size, rule)
+    mirrors = (False, True) if rule.mirror else (False,)
+    made = (geometry.place(picture.size, shape, at, mirror, least) for at in places for mirror in mirrors)
+    return tuple(dict.fromkeys(made))

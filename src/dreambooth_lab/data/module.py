@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -12,24 +11,26 @@ import torch
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
 from PIL import Image
-from rich.progress import track
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .. import draw
 from ..batch import Batch, Text, stack_text
-from ..config import ConfigError, PriorKind, RolloutKind
+from ..config import ConfigError, DatasetType, PriorKind, RolloutKind
 from ..diffusion.time import build_times
 from ..draw import Purpose
 from ..models.family import Family
-from . import cache, choices, geometry, source
+from . import cache, choices, source, spec
 from .bank import Bank, Item
 from .classes import class_folder
-from .entry import Entry, collect
-from .sampler import Bucket, Row, Schedule
+from .entry import Collector, Entry
+from .fill import Encoder, Failed, Stores, fill_latents, fill_masks, fill_texts, heal, missing
+from .geometry import HW
+from .sampler import Bucket, Group, Row, Schedule
 from .source import Rejected
-from .spec import DatasetSpec, specs
+from .spec import DatasetSpec
 
-log = logging.getLogger(__name__)
+MOST_LISTED = 40  # problems shown at once
 
 
 class Summary(NamedTuple):
@@ -40,6 +41,8 @@ class Summary(NamedTuple):
     rejected: list[Rejected]
     cached: int  # latents that were there already
     built: int
+    buckets: int
+    masks: int
 
 
 class DreamBoothData(LightningDataModule):
@@ -52,35 +55,40 @@ class DreamBoothData(LightningDataModule):
     def __init__(self, cfg: DictConfig, family: Family):
         super().__init__()
         self.cfg, self.family = cfg, family
-        root = Path(cfg.cache).expanduser()
-        self.latents, self.texts = cache.Store(root, "latents"), cache.Store(root, "text")
+        self.stores = Stores(Path(cfg.cache).expanduser())
         self.start = 0  # number of the first batch to come
 
     def prepare(self) -> None:
         """Scan the datasets, fill the caches, lay out the buckets.
 
         Raises:
-            ConfigError: a dataset has no usable picture; lists what was rejected.
+            ConfigError: lists everything that must be mended: datasets without a usable picture, missing captions, masks.
         """
-        self.specs = specs(self.cfg, class_folder(self.cfg, self.family))
-        self.image_identity, self.text_identity = self.family.image_identity(), self.family.text_identity()
-        self._encode_texts()
-        collected = collect(self.specs, self.family.stride)
-        self.found, self.rejected = collected.found, collected.rejected
-        self.cached = dict.fromkeys(self.found, 0)
-        self.built = dict.fromkeys(self.found, 0)
-        self.entries = self._encode_images(collected.entries)
-        self._refuse_empty()
-        self.keys = [entry.keys(self.image_identity) for entry in self.entries]
+        from_file = self.cfg.dataset.type is DatasetType.simpletuner
+        plan = spec.plan(self.cfg, None if from_file else class_folder(self.cfg, self.family))
+        self.specs, self.notices = plan.specs, list(plan.notices)
+        self.stores.place_texts(plan.texts)
+        self.encoder = Encoder(self.family, self.family.image_identity())
+        self.text_identity = self.family.text_identity()
+        collected = Collector(self.family.stride, self.stores.root).collect(self.specs)
+        self.found, self.rejected, self.scanned = collected.found, collected.rejected, collected.read
+        self.notices += collected.notices
+        entries, problems = fill_masks(self.stores, collected.entries, self.family.factor)
+        self._refuse(collected.problems + problems, entries)
+        self._fill_texts(entries)
+        self.entries = self._fill_latents(entries)
+        self._refuse([], self.entries)
+        count = [range(len(entry.variants)) for entry in self.entries]
+        self.keys = [[e.key(i, self.encoder.identity) for i in n] for e, n in zip(self.entries, count, strict=True)]
         self.bank = self._fill_bank() if self.cfg.prior.kind is PriorKind.bank else None
         self.schedule = self._schedule(world_size=1)
-        self.family.release_encoders()
+        self.stores.save_seals()
 
-    def _encode_texts(self) -> None:
-        captions = {spec.prompt for spec in self.specs} | {"", self.cfg.validation.negative_prompt}
-        captions |= set(self.cfg.validation.prompts)
-        for caption in sorted(c for c in captions if not self.texts.intact(self._text_key(c))):
-            self.texts.write(self._text_key(caption), self.family.encode_text([caption])._asdict())
+    def _fill_texts(self, entries: list[Entry]) -> None:
+        said = {caption for entry in entries for caption in entry.captions}
+        said |= {"", self.cfg.validation.negative_prompt, *self.cfg.validation.prompts}
+        keys = {caption: self._text_key(caption) for caption in said}
+        fill_texts(self.stores, self.family, keys, self.cfg.trainer.progress)
         self.family.release_encoders()
 
     def _text_key(self, caption: str) -> str:
@@ -88,39 +96,37 @@ class DreamBoothData(LightningDataModule):
 
     def text(self, caption: str) -> Text:
         """A caption's cached embedding ([1 L D], [1 P]); it was among the run's prompts."""
-        return Text(**self.texts.read(self._text_key(caption)))
-
-    def _encode_images(self, entries: list[Entry]) -> list[Entry]:
-        """Fill the latent cache; pictures that turn out to be unreadable join the rejected."""
-        fresh = [e for e in entries if not self._is_cached(e)]
-        if fresh:
-            for entry in track(fresh, "encoding pictures", disable=not self.cfg.trainer.progress):
-                self._encode(entry)
-        lost = {(spec, item.name) for spec, items in self.rejected.items() for item in items}
-        return [e for e in entries if (e.spec.id, e.picture.name) not in lost]
-
-    def _is_cached(self, entry: Entry) -> bool:
-        there = [self.latents.intact(key) for key in entry.keys(self.image_identity)]
-        self.cached[entry.spec.id] += sum(there)
-        return all(there)
-
-    def _encode(self, entry: Entry) -> None:
+        key = self._text_key(caption)
         try:
-            pixels = source.read(entry.picture)
-        except (OSError, SyntaxError, ValueError) as error:
-            self.rejected[entry.spec.id].append(Rejected(entry.picture.name, f"can't be decoded: {error}"))
-            return
-        for variant, key in zip(entry.variants, entry.keys(self.image_identity), strict=True):
-            if self.latents.intact(key):
-                continue
-            picture = geometry.apply(variant, pixels)[None].float() / 127.5 - 1
-            mean, std = self.family.encode_image(picture)
-            self.latents.write(key, {"mean": mean[0], "std": std[0]})
-            self.built[entry.spec.id] += 1
+            return Text(**self.stores.texts.read(key))
+        except cache.Damaged:
+            self.stores.texts.drop(key)
+            fill_texts(self.stores, self.family, {caption: key}, False)
+            self.family.release_encoders()
+            return Text(**self.stores.texts.read(key))
+
+    def _fill_latents(self, entries: list[Entry]) -> list[Entry]:
+        """Fill the latent cache; pictures that turn out to be unreadable join the rejected."""
+        self.cached, self.built = dict.fromkeys(self.found, 0), dict.fromkeys(self.found, 0)
+        fresh, lost = [], set()
+        for entry in entries:
+            lacking = missing(self.stores, entry, self.encoder)
+            self.cached[entry.spec.id] += len(entry.variants) - len(lacking)
+            fresh += [entry] if lacking else []
+        for done in fill_latents(self.stores, fresh, self.encoder, self.cfg.trainer.progress):
+            if isinstance(done, Failed):
+                where = (done.entry.spec.id, done.entry.picture.name)
+                if where not in lost:
+                    self.rejected[where[0]].append(Rejected(where[1], done.reason))
+                lost.add(where)
+            else:
+                self.built[done.entry.spec.id] += done.variants
+        self.family.release_encoders()
+        return [e for e in entries if (e.spec.id, e.picture.name) not in lost]
 
     def _fill_bank(self) -> Bank:
         caption, times = self.cfg.prior.prompt, build_times(self.cfg.objective, self.family.times)
-        bank = Bank(self.cfg, self.family, self.latents, caption, self.text(caption), times)
+        bank = Bank(self.cfg, self.family, self.stores.placed[None], caption, self.text(caption), times)
         mine = [i for i, entry in enumerate(self.entries) if entry.spec.is_class]
         bank.fill([self._item(i, which) for i in mine for which in range(len(self.entries[i].variants))])
         return bank
@@ -128,49 +134,71 @@ class DreamBoothData(LightningDataModule):
     def _item(self, entry: int, which: int) -> Item:
         return Item(self.keys[entry][which], self.entries[entry].variants[which].size())
 
-    def _refuse_empty(self) -> None:
-        usable = {entry.spec.id for entry in self.entries}
-        for spec in self.specs:
-            if spec.id not in usable:
-                reasons = "; ".join(f"{r.name}: {r.reason}" for r in self.rejected[spec.id]) or "no picture files"
-                key = "prior.path" if spec.is_class else "dataset.path"
-                raise ConfigError(f"{key} is {str(spec.path)!r}, which has no usable picture ({reasons})")
+    def _refuse(self, problems: list[str], entries: list[Entry]) -> None:
+        usable = {entry.spec.id for entry in entries}
+        said = list(problems)
+        for one in self.specs:
+            if one.id in usable or any(p.startswith((one.named, f"{one.id}:")) for p in said):
+                continue
+            reasons = "; ".join(f"{r.name}: {r.reason}" for r in self.rejected[one.id][:MOST_LISTED]) or "no picture files"
+            if not one.is_eval:
+                said.append(f"{one.named} is {one.where.path!r}, which has no usable picture ({reasons})")
+        if not said and not any(entry.weight for entry in entries):
+            said.append("no dataset has rows to give; set a probability above 0")
+        if len(said) == 1:
+            raise ConfigError(said[0])
+        if said:
+            more = [f"and {len(said) - MOST_LISTED} more"] if len(said) > MOST_LISTED else []
+            raise ConfigError(f"{len(said)} problem(s) in the data:\n" + "\n".join(f"  - {p}" for p in said[:MOST_LISTED] + more))
 
     def _schedule(self, world_size: int) -> Schedule:
-        shapes = sorted({entry.shape for entry in self.entries if not entry.spec.is_class})
-        where = [(i, entry.shape, entry.spec.is_class) for i, entry in enumerate(self.entries)]
-        buckets = [
-            Bucket(
-                shape,
-                tuple(i for i, s, is_class in where if s == shape and not is_class),
-                tuple(i for i, s, is_class in where if s == shape and is_class),
-            )
-            for shape in shapes
-        ]
-        data = self.cfg.dataset
-        return Schedule(buckets, data.repeats + 1, data.batch_size * world_size, self.cfg.prior.share, self.cfg.seed)
+        together: dict[HW, dict[str, list[int]]] = {}
+        for i, entry in enumerate(self.entries):
+            if entry.weight > 0:
+                together.setdefault(entry.shape, {}).setdefault(entry.spec.id, []).append(i)
+        buckets = [Bucket(shape, self._groups(together[shape])) for shape in sorted(together)]
+        return Schedule(buckets, self.cfg.dataset.batch_size * world_size, self.cfg.seed)
+
+    def _groups(self, sets: dict[str, list[int]]) -> tuple[Group, ...]:
+        """One group per dataset; where class pictures share the photos' shapes, their rows are `prior.share` of a bucket's."""
+        made = [Group(tuple(own), sum(self.entries[i].weight for i in own), self.entries[own[0]].spec.is_class)
+                for own in sets.values()]  # fmt: skip
+        sharing = [self.entries[group.entries[0]].spec.share_shapes for group in made]
+        share, theirs = self.cfg.prior.share, sum(group.rows for group in made if not group.is_class)
+        together = sum(group.rows for group, shares in zip(made, sharing, strict=True) if shares)
+        return tuple(
+            group._replace(rows=theirs * share / (1 - share) * group.rows / together) if shares and theirs else group
+            for group, shares in zip(made, sharing, strict=True)
+        )
 
     def summaries(self) -> list[Summary]:
-        return [Summary(s, self.found[s.id], self.rejected[s.id], self.cached[s.id], self.built[s.id]) for s in self.specs]
+        made = []
+        for one in self.specs:
+            own = [entry for entry in self.entries if entry.spec.id == one.id]
+            masks = len({entry.picture.name for entry in own if entry.mask})
+            shapes = len({entry.shape for entry in own})
+            of = one.id
+            made.append(Summary(one, self.found[of], self.rejected[of], self.cached[of], self.built[of], shapes, masks))
+        return made
 
     @property
     def damaged(self) -> int:
         """Cache entries that were found damaged and made again."""
-        return self.latents.damaged + self.texts.damaged + (self.bank.answers.damaged if self.bank else 0)
+        return self.stores.damaged + (self.bank.answers.damaged if self.bank else 0)
 
     def rows_per_epoch(self) -> dict[str, float]:
         """Dataset id → rows it gives to an epoch, as the schedule has it."""
         rows = dict.fromkeys(self.found, 0.0)
-        for bucket, total, share in zip(self.schedule.buckets, self.schedule.rows, self.schedule.shares, strict=True):
-            for entries, part in ((bucket.instances, 1 - share), (bucket.classes, share)):
-                for i in entries:
-                    rows[self.entries[i].spec.id] += total * part / len(entries)
+        for bucket in self.schedule.buckets:
+            for group in bucket.groups:
+                rows[self.entries[group.entries[0]].spec.id] += group.rows
         return rows
 
     def photos(self) -> list[Image.Image]:
         """The subject's photos, upright and whole, each once."""
-        unique = {entry.picture.path: entry.picture for entry in self.entries if not entry.spec.is_class}
-        return [Image.fromarray(source.read(picture).permute(1, 2, 0).numpy()) for picture in unique.values()]
+        own = (entry.picture for entry in self.entries if not entry.spec.is_class)
+        unique = {(picture.source.root, picture.name): picture for picture in own}.values()
+        return [Image.fromarray(source.decode(p.source.read(p.name)).permute(1, 2, 0).numpy()) for p in unique]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer: Any = self.trainer
@@ -191,11 +219,12 @@ class DreamBoothData(LightningDataModule):
         entries = [self.entries[row.entry] for row in rows]
         captions = tuple(self._caption(row, entry) for row, entry in zip(rows, entries, strict=True))
         samples = [row.sample for row in rows]
-        posteriors, sizes = [], []
+        posteriors, sizes, masks = [], [], []
         keyed, times, taught = [], [], []  # what x_0, ε and t are drawn by: the sample, or a fixed draw of the bank
         for row, entry in zip(rows, entries, strict=True):
             which = int(draw.uniform(seed, row.sample, Purpose.VARIANT) * len(entry.variants))
-            posteriors.append(self.latents.read(self.keys[row.entry][which]))
+            posteriors.append(self._posterior(entry, which))
+            masks.append(self._mask(entry, which))
             sizes.append(entry.variants[which].size())
             if self.bank and entry.spec.is_class:
                 item, number = self._item(row.entry, which), self.bank.pick(row.sample)
@@ -226,14 +255,44 @@ class DreamBoothData(LightningDataModule):
             captions=captions,
             instance_rows=(~is_class).nonzero()[:, 0],
             class_rows=is_class.nonzero()[:, 0],
-            mask=choices.drop_masks(self.cfg, samples, None),
+            mask=choices.drop_masks(self.cfg, samples, _stack_masks(masks, mean)),
             taught=torch.stack(taught) if taught else None,
         )
 
+    def _posterior(self, entry: Entry, which: int) -> dict[str, Tensor]:
+        """Cached mean and std [C h w]; a damaged entry is made again."""
+        key = entry.key(which, self.encoder.identity)
+        try:
+            return self.stores.latents(entry).read(key)
+        except cache.Damaged:
+            heal(self.stores, entry, which, self.encoder)
+            return self.stores.latents(entry).read(key)
+
+    def _mask(self, entry: Entry, which: int) -> Tensor | None:
+        """Cached mask [1 h w] in [0, 1]; a damaged one is made again."""
+        if entry.mask is None:
+            return None
+        key = entry.mask.key(entry.variants[which], self.family.factor)
+        try:
+            return self.stores.masks.read(key)["mask"]
+        except cache.Damaged:
+            self.stores.masks.drop(key)
+            fill_masks(self.stores, [entry], self.family.factor)
+            return self.stores.masks.read(key)["mask"]
+
     def _caption(self, row: Row, entry: Entry) -> str:
-        """Dropped for a share of the instance rows; class rows keep theirs, which is what they preserve."""
-        drop = draw.uniform(self.cfg.seed, row.sample, Purpose.CAPTION_DROPOUT) < self.cfg.dataset.caption_dropout
-        return "" if drop and not entry.spec.is_class else entry.spec.prompt
+        """One of the picture's; dropped for a share of the instance rows, while class rows keep what they preserve."""
+        seed = self.cfg.seed
+        if not entry.spec.is_class and draw.uniform(seed, row.sample, Purpose.CAPTION_DROPOUT) < self.cfg.dataset.caption_dropout:
+            return ""
+        return entry.captions[int(draw.uniform(seed, row.sample, Purpose.CAPTION) * len(entry.captions))]
+
+
+def _stack_masks(masks: list[Tensor | None], like: Tensor) -> Tensor | None:
+    """[B 1 h w], ones where a row has none; None if no row has one."""
+    if all(mask is None for mask in masks):
+        return None
+    return torch.stack([torch.ones_like(like[0, :1]) if mask is None else mask for mask in masks])
 
 
 class Samples(IterableDataset[Batch]):

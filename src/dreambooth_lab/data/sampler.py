@@ -1,9 +1,10 @@
 """Which picture is sample n: an endless schedule that is a function of (seed, n) alone.
 
-Pictures of one shape form a bucket. Each bucket is an endless stream of rows: passes over its instance pictures, each pass
-in a fresh order, with class rows strewn in evenly at their share. A batch is the next rows of one bucket's stream, so no
-picture is dropped, none is padded, and over time each is seen equally often, whatever the batch size. Within an epoch
-every bucket comes as often as it takes to show its rows once, in random order.
+Pictures of one shape form a bucket; in it, those of one dataset form a group with its number of rows an epoch. Each group
+is an endless stream of passes over its pictures, each pass in a fresh order, and a bucket is its groups' streams strewn
+evenly into one. A batch is the next rows of one bucket, so no picture is dropped, none is padded, however few a bucket has,
+and over time each comes as often as its dataset asks, whatever the batch size. Within an epoch every bucket comes as often
+as it takes to show its rows once, in random order.
 """
 
 from __future__ import annotations
@@ -17,12 +18,27 @@ from ..draw import Purpose
 from .geometry import HW
 
 
+class Group(NamedTuple):
+    """Positions of one dataset's entries of one shape."""
+
+    entries: tuple[int, ...]
+    rows: float  # in an epoch, above 0
+    is_class: bool
+
+
 class Bucket(NamedTuple):
-    """Positions of the entries of one shape."""
+    """All entries of one shape."""
 
     shape: HW
-    instances: tuple[int, ...]
-    classes: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def instances(self) -> tuple[int, ...]:
+        return tuple(i for group in self.groups if not group.is_class for i in group.entries)
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        return tuple(i for group in self.groups if group.is_class for i in group.entries)
 
 
 class Row(NamedTuple):
@@ -34,31 +50,28 @@ class Schedule:
     """Batches of rows by number.
 
     Args:
-        buckets: each with at least one instance entry.
-        passes: how often an epoch shows each instance entry.
+        buckets: each with at least one group.
         batch_size: rows of a batch, over all ranks.
-        share: of class rows among all rows, in buckets that have class entries.
     """
 
-    def __init__(self, buckets: list[Bucket], passes: int, batch_size: int, share: float, seed: int):
+    def __init__(self, buckets: list[Bucket], batch_size: int, seed: int):
         self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
-        self.shares = [share if bucket.classes else 0.0 for bucket in buckets]
-        self.rows = [passes * len(bucket.instances) / (1 - part) for bucket, part in zip(buckets, self.shares, strict=True)]
+        self.rows = [sum(group.rows for group in bucket.groups) for bucket in buckets]
+        self.later = [_shares([group.rows for group in bucket.groups]) for bucket in buckets]
+        self.first = [sum(len(b.groups) for b in buckets[:i]) for i in range(len(buckets) + 1)]  # numbers of the groups
         self._order = lru_cache(maxsize=64)(self._epoch_order)
-        self._shuffled = lru_cache(maxsize=4 * len(buckets) + 64)(self._permutation)
+        self._shuffled = lru_cache(maxsize=4 * self.first[-1] + 64)(self._permutation)
 
     @property
     def batches_per_epoch(self) -> float:
-        """Mean number of batches in which every instance entry comes `passes` times."""
+        """Mean number of batches in which every group gives its rows."""
         return sum(self.rows) / self.batch_size
 
     def batch(self, number: int) -> list[Row]:
         epoch = self._epoch_of(number)
         bucket, ordinal = self._order(epoch)[number - self._before(epoch)]
         first = ordinal * self.batch_size
-        return [
-            Row(number * self.batch_size + i, self._entry(bucket, first + i)) for i in range(self.batch_size)
-        ]  # fmt: skip
+        return [Row(number * self.batch_size + i, self._entry(bucket, first + i)) for i in range(self.batch_size)]
 
     def _bucket_batches(self, bucket: int, epochs: int) -> int:
         """Batches of a bucket in the first `epochs` epochs: rounded up, so every picture comes in the first."""
@@ -85,14 +98,19 @@ class Schedule:
 
     def _entry(self, bucket: int, position: int) -> int:
         """The entry at a position of a bucket's stream."""
-        share = self.shares[bucket]
-        before, after = floor(position * share + 1e-9), floor((position + 1) * share + 1e-9)
-        is_class = after > before
-        entries = self.buckets[bucket].classes if is_class else self.buckets[bucket].instances
-        lap, place = divmod(before if is_class else position - before, len(entries))
-        return entries[self._shuffled(bucket, lap, is_class)[place]]
+        for number, share in enumerate(self.later[bucket]):
+            before, after = floor(position * share + 1e-9), floor((position + 1) * share + 1e-9)
+            if after == before:  # this group's turn, not that of a later one
+                entries = self.buckets[bucket].groups[number].entries
+                lap, place = divmod(position - before, len(entries))
+                return entries[self._shuffled(self.first[bucket] + number, lap, len(entries))[place]]
+            position = before
+        raise AssertionError("the last group has no later ones")
 
-    def _permutation(self, bucket: int, lap: int, is_class: bool) -> list[int]:
-        entries = self.buckets[bucket].classes if is_class else self.buckets[bucket].instances
-        index = (lap * len(self.buckets) + bucket) * 2 + is_class
-        return draw.permutation(self.seed, index, Purpose.ORDER, len(entries)).tolist()
+    def _permutation(self, group: int, lap: int, n: int) -> list[int]:
+        return draw.permutation(self.seed, lap * self.first[-1] + group, Purpose.ORDER, n).tolist()
+
+
+def _shares(rows: list[float]) -> list[float]:
+    """For each group, the share of those after it among it and them."""
+    return [sum(rows[i + 1 :]) / sum(rows[i:]) for i in range(len(rows))]

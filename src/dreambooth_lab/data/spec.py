@@ -1,4 +1,4 @@
-"""What each dataset is: one typed record, whatever the configuration group it came from."""
+"""What each dataset is: one typed record, whatever it came from. Imports no torch: a wrong one is refused at once."""
 
 from __future__ import annotations
 
@@ -7,42 +7,137 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from ..config import Crop
+from ..config import CaptionKind, Crop, CropAspect, DatasetType, MaskFrom, PriorKind, PriorSource, ResolutionType
+
+
+class Where(NamedTuple):
+    """Where pictures come from."""
+
+    type: DatasetType
+    path: str  # a folder, a URL of fsspec's, a table, or a dataset of the hub
+    image_column: str = "image"
+    caption_columns: tuple[str, ...] = ()
+    root: str | None = None  # what a table's relative paths are relative to; None: the table's own folder
+    split: str = "train"
+    streaming: bool = False
+
+
+class Shaping(NamedTuple):
+    """How a picture's size becomes the size it is trained at. Sizes are in the unit of `unit`."""
+
+    resolution: float
+    unit: ResolutionType = ResolutionType.pixel_area
+    minimum: float = 0
+    maximum: float | None = None
+    downsample: float | None = None  # what larger pictures than `maximum` are shrunk to before the crop
+    aspect: CropAspect = CropAspect.preserve
+    aspects: tuple[float, ...] = ()  # width / height, for closest and random
+    place: Crop = Crop.center
+    variants: int = 1  # cached crops, where they are random
+    mirror: bool = False
+    max_aspect: float = 4.0  # longest : shortest side; beyond it the picture is cropped
+    least_aspect: float | None = None  # width / height; beyond these the picture is rejected
+    most_aspect: float | None = None
+    max_upscale: float | None = None
+
+
+class Captions(NamedTuple):
+    """What a picture's captions are; of several, each sample draws one."""
+
+    kind: CaptionKind
+    prompts: tuple[str, ...] = ()
+    prepend: bool = False
+    only_prompt: bool = False
+    whole_file: bool = False  # a text file is one caption, rather than one a line
+
+
+class Masks(NamedTuple):
+    """Where masks come from."""
+
+    kind: MaskFrom
+    id: str  # of the dataset that holds them
+    where: Where | None  # None: the pictures' own alpha channel
 
 
 class DatasetSpec(NamedTuple):
-    """Pictures of one folder at one resolution."""
+    """Pictures of one place, shaped and captioned in one way."""
 
     id: str
-    path: Path
-    prompt: str
-    is_class: bool
-    resolution: int  # px; the area trained on is its square
-    max_aspect: float
-    minimum_image_size: int
-    crops: int  # cached random crops per picture; 0 is the one in the centre
-    mirror: bool
+    where: Where
+    captions: Captions
+    shaping: Shaping
+    is_class: bool = False
+    is_eval: bool = False  # never trained on
+    repeats: int = 0  # extra passes per epoch
+    probability: float = 1.0  # multiplies the rows of an epoch
+    share_shapes: bool = False  # class pictures take the shapes that the subject's photos have
+    masks: Masks | None = None
+    most: int | None = None  # at most so many pictures, chosen by id
+    latents: str | None = None  # a cache folder of its own
+    named: str = "dataset.path"  # how the user said where, for messages
 
 
-def specs(cfg: DictConfig, classes: Path | None) -> list[DatasetSpec]:
-    """The subject's photos at each resolution, then the class pictures, in a folder of theirs, at each resolution."""
+class DataPlan(NamedTuple):
+    """Everything a run's dataset description says."""
+
+    specs: list[DatasetSpec]
+    notices: list[str]  # what was said but has no meaning here
+    texts: str | None = None  # a cache folder for text embeddings of its own
+
+
+def plan(cfg: DictConfig, classes: Path | None = None) -> DataPlan:
+    """The datasets of a checked configuration.
+
+    Args:
+        classes: the folder of class pictures, where they are not a dataset file's.
+
+    Raises:
+        ConfigError: a dataset file is wrong; lists everything that is.
+    """
+    if cfg.dataset.type is DatasetType.simpletuner:
+        from .simpletuner import read
+
+        return read(Path(cfg.dataset.path).expanduser(), cfg)
+    return DataPlan(_own(cfg, classes), [])
+
+
+def _own(cfg: DictConfig, classes: Path | None) -> list[DatasetSpec]:
+    """The subject's photos at each resolution, then the class pictures at each resolution."""
     data, prior = cfg.dataset, cfg.prior
-    kinds = [("instance", data.path, data.instance_prompt, False)]
-    if classes is not None:
-        kinds.append(("class", classes, prior.prompt, True))
-    crops = data.crop_variants if data.crop is Crop.random else 0
-    return [
-        DatasetSpec(
-            f"{kind}-{edge}px",
-            Path(path),
-            prompt,
-            is_class,
-            edge,
-            data.max_aspect,
-            data.minimum_image_size,
-            crops,
-            data.flip,
+    columns = (data.caption_column,) if data.caption_column else ()
+    where = Where(data.type, str(data.path), data.image_column, columns, None, data.split, data.streaming)
+    prompts = tuple(data.prompts) or (data.instance_prompt,)
+    captions = Captions(data.caption, prompts, data.prepend_instance_prompt, data.only_instance_prompt)
+    made = [DatasetSpec("instance", where, captions, _shaping(cfg, 0), repeats=data.repeats, masks=_masks(cfg))]
+    if prior.kind is not PriorKind.none and (classes or prior.source is PriorSource.captions):
+        said = Captions(CaptionKind.instanceprompt, (prior.prompt,))
+        place = where if prior.source is PriorSource.captions else Where(DatasetType.folder, str(classes))
+        made.append(
+            DatasetSpec("class", place, said, _shaping(cfg, 0), True, share_shapes=True, named="prior.path", repeats=data.repeats)
         )
-        for kind, path, prompt, is_class in kinds
+    return [
+        spec._replace(id=f"{spec.id}-{edge:g}{_suffix(data.resolution_type)}", shaping=_shaping(cfg, edge))
+        for spec in made
         for edge in data.resolutions
     ]
+
+
+def _suffix(unit: ResolutionType) -> str:
+    return "mp" if unit is ResolutionType.area else "px"
+
+
+def _masks(cfg: DictConfig) -> Masks | None:
+    data = cfg.dataset
+    if data.mask_from is MaskFrom.none:
+        return None
+    files = data.mask_from is MaskFrom.files
+    return Masks(data.mask_from, "masks", Where(DatasetType.folder, str(data.mask_path)) if files else None)
+
+
+def _shaping(cfg: DictConfig, resolution: float) -> Shaping:
+    data = cfg.dataset
+    return Shaping(
+        resolution, data.resolution_type, data.minimum_image_size, data.maximum_image_size, data.target_downsample_size,
+        data.crop_aspect, tuple(data.crop_aspects), data.crop, data.crop_variants, data.flip, data.max_aspect,
+        max_upscale=data.max_upscale,
+    )  # fmt: skip

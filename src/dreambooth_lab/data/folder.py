@@ -1,0 +1,123 @@
+"""Pictures below a folder: of this machine, or of anything fsspec opens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError
+from .source import OTHER_PICTURES, SUFFIXES, Item, local_stamp, stem
+
+EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp",
+          "https": "aiohttp", "sftp": "paramiko", "ssh": "paramiko"}  # fmt: skip
+
+
+def judge(name: str) -> str | None:
+    """Whether a file counts as a picture: "" if it does, why it can't be used if it only looks like one, None if not."""
+    suffix = Path(name).suffix.lower()
+    if suffix in SUFFIXES:
+        return ""
+    return f"{suffix} files can't be read here; convert it to PNG or JPEG" if suffix in OTHER_PICTURES else None
+
+
+class Folder:
+    """A folder of this machine, searched through. Links are followed; a link back to where one came from is not."""
+
+    def __init__(self, path: str):
+        self.path = Path(path).expanduser().resolve()
+        self.root = str(self.path)
+
+    def items(self) -> Iterator[Item]:
+        if not self.path.is_dir():
+            state = "is a file" if self.path.exists() else "does not exist"
+            raise ConfigError(f"{str(self.path)!r} {state}; it must be a folder with pictures")
+        found = list(self._walk(self.path, "", frozenset()))
+        yield from sorted(found, key=lambda item: item.name)
+
+    def _walk(self, folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[Item]:
+        try:
+            own = folder.stat()
+            if (own.st_dev, own.st_ino) in above:
+                return
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            yield Item(prefix or ".", "", (), f"the folder can't be read: {error.strerror}")
+            return
+        for entry in entries:
+            name = prefix + entry.name
+            try:
+                if entry.is_dir():
+                    yield from self._walk(Path(entry.path), name + "/", above | {(own.st_dev, own.st_ino)})
+                elif (why := judge(entry.name)) is not None:
+                    yield self._item(entry, name, why or None)
+            except OSError as error:
+                yield Item(name, "", (), f"can't be read: {error.strerror}")
+
+    def _item(self, entry: os.DirEntry[str], name: str, why: str | None) -> Item:
+        stat = entry.stat()
+        if not entry.is_file():
+            return Item(name, "", (), "is no regular file")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            return Item(ascii(name), "", (), "its name is not valid text; rename it")
+        return Item(name, local_stamp(stat), (), why)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def text(self, name: str) -> str | None:
+        path = self.path / f"{stem(name)}.txt"
+        return path.read_text(encoding="utf-8-sig") if path.is_file() else None
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it.
+
+    Raises:
+        ConfigError: the protocol is unknown, or its package is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        package = EXTRAS.get(url.split("://")[0])
+        way_out = f"pip install {package}" if package else "see fsspec's list of protocols"
+        raise ConfigError(f"{url!r} can't be opened ({error}); {way_out}") from error
+
+
+class Remote:
+    """A folder behind a URL (s3://bucket/photos, gs://…, memory://…), through fsspec."""
+
+    def __init__(self, url: str):
+        self.root = url.rstrip("/")
+        self.files, self.path = filesystem(self.root)
+
+    def items(self) -> Iterator[Item]:
+        try:
+            found = self.files.find(self.path, detail=True)
+        except Exception as error:  # every protocol has its own
+            raise ConfigError(f"{self.root!r} can't be listed ({type(error).__name__}: {error})") from error
+        if not found:
+            raise ConfigError(f"{self.root!r} is empty or does not exist; give the URL of a folder with pictures")
+        for path in sorted(found):
+            name = path[len(self.path) :].lstrip("/")
+            if (why := judge(name)) is not None:
+                yield Item(name, _stamp(found[path]), (), why or None)
+
+    def read(self, name: str) -> bytes:
+        return self.files.cat_file(f"{self.path}/{name}")
+
+    def text(self, name: str) -> str | None:
+        path = f"{self.path}/{stem(name)}.txt"
+        return self.files.cat_file(path).decode("utf-8-sig") if self.files.exists(path) else None
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    """Size and version of a remote file; "" if the protocol tells no version."""
+    tells = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
+    version = next((info[key] for key in tells if info.get(key)), None)
+    return f"{info.get('size')}:{version}" if version else ""

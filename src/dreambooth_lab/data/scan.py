@@ -1,0 +1,113 @@
+"""Scanning a source: headers and hashes of its pictures, remembered, so that an unchanged picture is read once, ever."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .source import LOCAL, UNREADABLE, Item, Picture, Rejected, Source, head
+
+VERSION = 1  # of what is remembered
+SETTLED = 2.0  # seconds a file must have been left alone before its time stamp is believed
+SAVE_EVERY = 2000  # pictures read between two savings
+
+
+class Scanned(NamedTuple):
+    pictures: list[Picture]
+    rejected: list[Rejected]
+    read: int  # pictures that had to be read
+
+
+class Memory:
+    """What earlier scans learned: source and name → stamp and header. One file a source; damage only costs a new scan.
+
+    Args:
+        folder: where the files lie, made if absent.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def _path(self, source: Source) -> Path:
+        return self.folder / f"{hashlib.sha256(source.root.encode()).hexdigest()}.json"
+
+    def load(self, source: Source) -> dict[str, list[Any]]:
+        try:
+            data = json.loads(self._path(source).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        whole = isinstance(data, dict) and data.get("version") == VERSION and data.get("sum") == _sum(data.get("pictures"))
+        return data["pictures"] if whole else {}
+
+    def save(self, source: Source, pictures: dict[str, list[Any]]) -> None:
+        path = self._path(source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"version": VERSION, "root": source.root, "sum": _sum(pictures), "pictures": pictures}, file)
+        Path(aside).replace(path)
+
+
+def _sum(pictures: Any) -> str:
+    return hashlib.sha256(json.dumps(pictures, sort_keys=True).encode()).hexdigest()
+
+
+def scan(source: Source, memory: Memory) -> Scanned:
+    """All pictures of a source in name order, and those that can't be used, each with its reason.
+
+    Raises:
+        ConfigError: the source can't be listed.
+    """
+    known = memory.load(source)
+    kept: dict[str, list[Any]] = {}
+    pictures, rejected = [], []
+    read = 0
+    for item in source.items():
+        if item.problem:
+            rejected.append(Rejected(item.name, item.problem))
+            continue
+        fact = known.get(item.name)
+        if not item.stamp or fact is None or fact[0] != item.stamp:
+            fact = [item.stamp, *_look(source, item)]
+            read += 1
+            if read % SAVE_EVERY == 0:
+                memory.save(source, known | kept)
+        if _settled(item.stamp):
+            kept[item.name] = fact
+        _, height, width, digest, alpha, problem = fact
+        if problem:
+            rejected.append(Rejected(item.name, problem))
+        else:
+            pictures.append(Picture(source, item.name, (height, width), digest, alpha, item.captions))
+    if read or kept.keys() != known.keys():
+        memory.save(source, kept)
+    return Scanned(pictures, rejected, read)
+
+
+def _look(source: Source, item: Item) -> tuple[int, int, str, bool, str | None]:
+    try:
+        data = source.read(item.name)
+        if not data:
+            return 0, 0, "", False, "can't be read: the file is empty"
+        header = head(data)
+    except UNREADABLE as error:
+        return 0, 0, "", False, f"can't be read: {_first_line(error)}"
+    return *header.size, header.digest, header.alpha, None
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "it is no picture of a known kind" if "cannot identify image file" in text else text
+
+
+def _settled(stamp: str) -> bool:
+    """Whether a stamp may be believed later: a local file may change again within the clock's grain of its last change."""
+    if not stamp.startswith(LOCAL):
+        return bool(stamp)
+    changed = int(stamp.removeprefix(LOCAL).split(":")[0]) / 1e9
+    return not 0 <= time.time() - changed <= SETTLED

@@ -1,0 +1,130 @@
+"""What is made again when something changes: exactly what depends on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import tiny
+from dreambooth_lab import lab
+from dreambooth_lab.data.cache import Store
+from dreambooth_lab.data.module import DreamBoothData
+from dreambooth_lab.models.sdxl import SDXL
+from dreambooth_lab.run import build_family
+
+
+@pytest.fixture
+def counted(small, photos, tiny_sdxl, tmp_path, monkeypatch):
+    """Prepares data and tells (pictures encoded, captions encoded)."""
+    own, model = shutil.copytree(photos, tmp_path / "own"), shutil.copytree(tiny_sdxl, tmp_path / "model")
+    counts = {"images": 0, "texts": 0}
+    image, text = SDXL.encode_image, SDXL.encode_text
+
+    def encode_image(self, pixels):
+        counts["images"] += len(pixels)
+        return image(self, pixels)
+
+    def encode_text(self, captions):
+        counts["texts"] += len(captions)
+        return text(self, captions)
+
+    monkeypatch.setattr(SDXL, "encode_image", encode_image)
+    monkeypatch.setattr(SDXL, "encode_text", encode_text)
+    base = [w for w in small if not w.startswith(("dataset.path", "model.pretrained", "prior", "cache"))]
+
+    def make(*overrides):
+        counts.update(images=0, texts=0)
+        words = [*base, f"dataset.path={own}", f"model.pretrained={model}", f"cache={tmp_path / 'cache'}", *overrides]
+        cfg = lab.compose(*words)
+        data = DreamBoothData(cfg, build_family(cfg))
+        data.prepare()
+        return counts["images"], counts["texts"]
+
+    make.own, make.model, make.cache = own, model, tmp_path / "cache"
+    return make
+
+
+def test_each_change_makes_again_what_depends_on_it_and_nothing_else(counted):
+    assert counted() == (5, 2)  # the prompt and the empty one
+    assert counted() == (0, 0)
+    with Image.open(counted.own / "01.png") as image:
+        image.rotate(180).save(counted.own / "01.png")
+    assert counted() == (1, 0), "one picture's bytes"
+    assert counted("dataset.resolutions=[96]") == (5, 0), "the resolution"
+    assert counted("dataset.resolutions=[64,96]") == (0, 0), "both are there now"
+    assert counted("dataset.crop_aspect=square") == (2, 0), "the crop's shape, of the two tall ones"
+    assert counted("dataset.crop_aspect=square", "dataset.crop=corner") == (2, 0), "the crop's place"
+    assert counted("dataset.flip=true") == (5, 0), "mirrored ones join"
+    assert counted('dataset.instance_prompt="a photo of zwx dog"') == (0, 1), "the caption"
+    assert counted("model.encoder_dtype=bfloat16") == (5, 2), "the encoders' precision"
+    assert counted() == (0, 0), "nothing of before is lost"
+    file = next((counted.model / "vae").glob("*.safetensors"))
+    weights = load_file(file)
+    save_file({name: w + 1e-3 if name == "encoder.conv_in.weight" else w for name, w in weights.items()}, file)
+    assert counted() == (5, 0), "the VAE's weights"
+
+
+def test_corruption_is_noticed_and_healed(counted):
+    counted()
+    store = Store(counted.cache, "latents")
+    first, second, third = list(store.keys())[:3]
+    store.path(first).write_bytes(store.path(first).read_bytes()[:-9])
+    store.path(second).write_bytes(b"")
+    store.path(third).unlink()
+    assert counted() == (3, 0) and counted() == (0, 0)
+
+
+def test_damage_after_the_start_is_healed_at_the_reading(small, photos, tmp_path):
+    own = shutil.copytree(photos, tmp_path / "own")
+    words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
+    cfg = lab.compose(*words, f"dataset.path={own}", f"cache={tmp_path / 'cache'}")
+    data = DreamBoothData(cfg, build_family(cfg))
+    data.prepare()
+    expected = [data.build(data.schedule.batch(n)) for n in range(4)]
+    for store in data.stores.all():
+        store.read.cache_clear()
+        for key in list(store.keys()):
+            store.path(key).write_bytes(store.path(key).read_bytes()[:-1] + b"\xff")
+    again = [data.build(data.schedule.batch(n)) for n in range(4)]
+    for a, b in zip(expected, again, strict=True):
+        assert torch.equal(a.latents(), b.latents()) and torch.equal(a.cond.states, b.cond.states)
+    assert data.stores.damaged > 0
+
+
+BUILD = """
+import sys, time
+from dreambooth_lab import lab
+from dreambooth_lab.data.module import DreamBoothData
+from dreambooth_lab.run import build_family
+cfg = lab.compose(*sys.argv[1:])
+DreamBoothData(cfg, build_family(cfg)).prepare()
+"""
+
+
+@pytest.mark.parametrize("after", [1, 6])
+def test_killing_the_build_leaves_a_usable_cache(small, tmp_path, after):
+    own = tiny.save_photos(tmp_path / "own", [(300 + i, 300) for i in range(24)])
+    words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
+    words += [f"dataset.path={own}", f"cache={tmp_path / 'cache'}", "dataset.resolutions=[256]"]
+    process = subprocess.Popen([sys.executable, "-c", BUILD, *words])
+    store, deadline = Store(tmp_path / "cache", "latents"), time.monotonic() + 300
+    while len(list(store.keys())) < after:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    there = len(list(store.keys()))
+    cfg = lab.compose(*words)
+    data = DreamBoothData(cfg, build_family(cfg))
+    data.prepare()
+    (summary,) = data.summaries()
+    assert (summary.cached, summary.built) == (there, 24 - there) and data.stores.damaged == 0

@@ -1,0 +1,198 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import samples
+import tiny
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError, Crop, CropAspect, check
+from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.data.spec import plan
+from dreambooth_lab.run import build_family
+
+
+def config(path, *overrides):
+    return lab.compose("dataset=simpletuner", f"dataset.path={path}", *overrides)
+
+
+def specs(path, *overrides):
+    return plan(config(path, *overrides)).specs
+
+
+@pytest.fixture
+def of_file(small, tmp_path):
+    """Prepared data of a dataset file on the tiny model."""
+    words = [w for w in small if not w.startswith(("dataset", "prior", "cache"))]
+
+    def make(path, *overrides):
+        cfg = config(path, *words, f"cache={tmp_path / 'cache'}", *overrides)
+        check(cfg)
+        data = DreamBoothData(cfg, build_family(cfg))
+        data.prepare()
+        return data
+
+    return make
+
+
+@pytest.fixture
+def training(tmp_path):
+    """The samples' folders; pictures of their sizes are only headers' worth of work."""
+    root = tmp_path / "training"
+    tiny.save_photos(root / "datasets/test_datasets/dreambooth/deep", [(1024, 1300)])
+    mask = Image.new("L", (1024, 1300), 0)
+    mask.paste(255, (200, 200, 900, 900))
+    masks = root / "datasets/test_datasets/dreambooth_mask/deep"
+    masks.mkdir(parents=True)
+    mask.save(masks / "00.bmp")
+    tiny.save_photos(root / "datasets/subjectname", [(200, 200), (800, 800)])
+    tiny.save_photos(root / "datasets/regularisation", [(300, 300), (800, 800), (100, 100)], seed=1)
+    return root
+
+
+def test_the_masked_sample_runs_as_it_stands(of_file, training, tmp_path):
+    data = of_file(samples.write(tmp_path / "a.json", samples.MASKED, training))
+    assert [(e.picture.name, e.shape) for e in data.entries] == [("deep/00.png", (1024, 1024))]
+    (summary,) = data.summaries()
+    assert summary.masks == 1 and summary.found == 1
+    batch = data.build(data.schedule.batch(0))
+    assert tuple(batch.mask.shape) == (1, 1, 128, 128) and batch.mask.min() == 0 and batch.mask.max() == 1
+    assert list((training / "cache/vae/sdxl/dreambooth-data").rglob("*.safetensors")), "cache_dir_vae places the latents"
+    assert list((training / "cache/text/sdxl-base/masked_loss").rglob("*.safetensors")), "cache_dir places the texts"
+    assert data.cfg.validation.prompts == ["an dreambooth"]
+
+
+def test_the_subject_sample_runs_as_it_stands(of_file, training, tmp_path):
+    path = samples.write(tmp_path / "a.json", samples.SUBJECT, training)
+    data = of_file(path, "prior=teacher", "dataset.batch_size=4")
+    found = {s.spec.id: (s.found, len(s.rejected)) for s in data.summaries()}
+    assert found == {"subjectname-data-512px": (2, 0), "subjectname-data-1024px": (2, 1),
+                     "regularisation-data": (3, 1), "regularisation-data-1024px": (3, 2)}  # fmt: skip
+    assert any("minimum_image_size=768" in r.reason for s in data.summaries() for r in s.rejected)
+    rows = data.rows_per_epoch()
+    assert rows == {"subjectname-data-512px": 202, "subjectname-data-1024px": 101, "regularisation-data": 2,
+                    "regularisation-data-1024px": 1}  # fmt: skip
+    classes = [e for e in data.entries if e.spec.is_class]
+    assert {e.captions for e in classes} == {("a picture of a man",)}
+    mixed = [bucket for bucket in data.schedule.buckets if bucket.instances and bucket.classes]
+    assert mixed, "instance and class rows share buckets where shapes agree"
+
+
+def test_regularisation_without_a_prior_is_explained(training, tmp_path):
+    path = samples.write(tmp_path / "a.json", samples.SUBJECT, training)
+    with pytest.raises(ConfigError, match=r"'regularisation-data', 'regularisation-data-1024px': .* add prior=teacher"):
+        specs(path)
+    assert sum(s.is_class for s in specs(path, "prior=noise")) == 2
+
+
+def test_the_refiner_sample_has_nothing_to_train_on_and_says_so(training, tmp_path):
+    with pytest.raises(ConfigError, match="no entry has pictures to train on"):
+        specs(samples.write(tmp_path / "a.json", samples.REFINER, training))
+    with_pictures = [samples.entry(training), *json.loads(samples.REFINER)]
+    made = plan(config(samples.save(tmp_path / "b.json", *with_pictures)))
+    assert made.texts == "/training/text_cache/sdxl_refiner" and len(made.specs) == 1
+
+
+@pytest.mark.parametrize("spelling", ["is_regularisation_data", "is_regularization_data"])
+def test_both_spellings_mean_class_pictures(photos, tmp_path, spelling):
+    path = samples.save(tmp_path / "a.json", samples.entry(photos), samples.entry(photos, id="b", **{spelling: True}))
+    assert [s.is_class for s in specs(path, "prior=teacher")] == [False, True]
+
+
+def test_variables_are_expanded(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("PHOTOS", str(photos.parent))
+    path = samples.save(tmp_path / "a.json", samples.entry(photos, instance_data_dir="{env:PHOTOS}/" + photos.name))
+    assert specs(path)[0].where.path == str(photos)
+
+
+def test_every_key_says_what_it_says(photos, tmp_path):
+    one = samples.entry(
+        photos, repeats=3, probability=0.5, crop=True, crop_aspect="closest", crop_style="random", max_num_samples=2,
+        crop_aspect_buckets=[0.5, 1, 2], minimum_image_size=32, maximum_image_size=96, target_downsample_size=80,
+        minimum_aspect_ratio=0.4, maximum_aspect_ratio=2.5, max_upscale_threshold=3.0, cache_dir_vae="/tmp/x",
+        instance_prompt=["a", "b"], caption_strategy="textfile", prepend_instance_prompt=True,
+    )  # fmt: skip
+    (made,) = specs(samples.save(tmp_path / "a.json", one))
+    shaping = made.shaping
+    assert (made.repeats, made.probability, made.most, made.latents) == (3, 0.5, 2, "/tmp/x")
+    assert (shaping.aspect, shaping.place, shaping.aspects, shaping.variants) == (CropAspect.closest, Crop.random, (0.5, 1, 2), 4)
+    assert (shaping.minimum, shaping.maximum, shaping.downsample, shaping.max_upscale) == (32, 96, 80, 3)
+    assert (shaping.least_aspect, shaping.most_aspect) == (0.4, 2.5)
+    assert made.captions.prompts == ("a", "b") and made.captions.prepend
+
+
+def test_without_a_crop_the_bucket_keeps_the_pictures_aspect(photos, tmp_path):
+    for said in ({"crop": False}, {}, {"crop": False, "crop_style": "random", "crop_aspect": "square"}):
+        shaping = specs(samples.save(tmp_path / "a.json", samples.entry(photos, **said)))[0].shaping
+        assert (shaping.aspect, shaping.place) == (CropAspect.preserve, Crop.center)
+
+
+def test_what_has_no_meaning_is_said_once(photos, tmp_path):
+    path = samples.save(tmp_path / "a.json", samples.entry(photos, vae_batch_size=4, scan_for_errors=True),
+                        samples.entry(photos, id="b", disabled=True))  # fmt: skip
+    notices = plan(config(path)).notices
+    assert len(notices) == 3 and any("vae_batch_size has no meaning here" in n for n in notices)
+    assert any("'b' is disabled" in n for n in notices)
+
+
+def test_eval_sets_are_never_trained_on(of_file, photos, tmp_path):
+    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), samples.entry(photos, id="e", dataset_type="eval")))
+    assert {e.spec.id for e in data.entries} == {"photos"} and data.rows_per_epoch()["e"] == 0
+
+
+def test_one_folder_at_two_resolutions_with_one_cache_folder(of_file, photos, tmp_path):
+    """Equal cache folders for two resolutions collide in SimpleTuner; keys by content can't."""
+    both = [samples.entry(photos, id=f"p{e}", resolution=e, cache_dir_vae=str(tmp_path / "vae")) for e in (64, 128)]
+    data = of_file(samples.save(tmp_path / "a.json", *both))
+    stream = iter(Samples(data, data.schedule, 0, 0, 1))
+    shapes = {tuple(next(stream).mean.shape[2:]) for _ in range(40)}
+    assert {(8, 8), (16, 16)} <= shapes
+
+
+def test_probability_and_repeats_set_the_mixture(of_file, photos, class_photos, tmp_path):
+    path = samples.save(
+        tmp_path / "a.json", samples.entry(photos, repeats=1), samples.entry(class_photos, id="b", probability=0.5)
+    )
+    data = of_file(path, "dataset.batch_size=1")
+    assert data.rows_per_epoch() == {"photos": 10, "b": 1.5}
+    rows = [data.entries[data.schedule.batch(n)[0].entry].spec.id for n in range(230)]
+    assert abs(rows.count("b") - 30) <= 4
+
+
+def test_a_zero_probability_gives_no_rows(of_file, photos, tmp_path):
+    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), samples.entry(photos, id="b", probability=0)))
+    assert data.rows_per_epoch()["b"] == 0
+    with pytest.raises(ConfigError, match="probability above 0"):
+        of_file(samples.save(tmp_path / "b.json", samples.entry(photos, probability=0)))
+
+
+def test_list_prompts_are_drawn_by_sample(of_file, photos, tmp_path):
+    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos, instance_prompt=["one", "two"])))
+    said = [data._caption(data.schedule.batch(n)[0], data.entries[0]) for n in range(60)]
+    assert 15 < said.count("one") < 45 and set(said) == {"one", "two"}
+    assert said == [data._caption(data.schedule.batch(n)[0], data.entries[0]) for n in range(60)]
+
+
+def test_rows_without_a_mask_get_ones(of_file, photos, class_photos, tmp_path):
+    masks = tmp_path / "masks"
+    for file in photos.iterdir():
+        with Image.open(file) as image:
+            masks.mkdir(exist_ok=True)
+            Image.new("L", image.size, 128).save(masks / f"{file.stem}.jpg")
+    path = samples.save(
+        tmp_path / "a.json", samples.entry(photos, conditioning_data="m"),
+        samples.entry(masks, id="m", dataset_type="conditioning", conditioning_type="mask"),
+        samples.entry(class_photos, id="reg", is_regularisation_data=True, repeats=5),
+    )  # fmt: skip
+    data = of_file(path, "prior=teacher", "dataset.batch_size=4")
+    stream = iter(Samples(data, data.schedule, 0, 0, 1))
+    mixed = 0
+    for batch in (next(stream) for _ in range(20)):
+        if batch.mask is None:
+            assert not len(batch.instance_rows)
+            continue
+        mixed += bool(len(batch.class_rows))
+        assert torch.allclose(batch.mask[batch.instance_rows], torch.tensor(128 / 255))
+        assert (batch.mask[batch.class_rows] == 1).all()
+    assert mixed

@@ -1,0 +1,55 @@
+import pytest
+
+import tiny
+from dreambooth_lab.config import ConfigError, DatasetType
+from dreambooth_lab.data.caption import captions
+from dreambooth_lab.data.scan import Memory, scan
+from dreambooth_lab.data.source import open_source
+from dreambooth_lab.data.spec import CaptionKind, Captions, Where
+
+
+def look(where, tmp_path):
+    return scan(open_source(where, str(tmp_path / "spool")), Memory(tmp_path / "memory"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.save_photos(tmp_path / "photos", [(40, 30), (50, 20)])
+
+
+def test_a_csv_table(folder, tmp_path):
+    (folder / "t.csv").write_text(f'file,text\n00.png,"one, two"\n{folder}/01.png,ü\nfile://{folder}/00.png,again\n')
+    done = look(Where(DatasetType.table, str(folder / "t.csv"), "file", ("text",)), tmp_path)
+    assert [p.captions for p in done.pictures] == [("one, two",), ("ü",), ("again",)] and not done.rejected
+    assert done.pictures[0].digest == done.pictures[2].digest
+    rule = Captions(CaptionKind.column, ("sks",), prepend=True)
+    assert captions(done.pictures[0], rule) == ("sks one, two",)
+
+
+def test_a_parquet_table_with_lists_of_captions_beside_the_pictures(folder, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = {"name": ["00.png", "01.png"], "a": [["one", "two"], []], "b": ["three", None]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    done = look(Where(DatasetType.table, str(tmp_path / "t.parquet"), "name", ("a", "b"), str(folder)), tmp_path)
+    assert [p.captions for p in done.pictures] == [("one", "two", "three"), ()]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ConfigError, match="can't be read as parquet"):
+        look(Where(DatasetType.table, str(tmp_path / "bad.parquet"), "name"), tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hugging_face_dataset(folder, tmp_path, streaming):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [str(folder / "00.png"), str(folder / "01.png")], "text": ["one", "two"]}
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    made.save_to_disk(str(tmp_path / "saved"))
+    where = Where(DatasetType.huggingface, str(tmp_path / "saved"), "image", ("text",), streaming=streaming)
+    done = look(where, tmp_path)
+    assert [(p.size, p.captions) for p in done.pictures] == [((30, 40), ("one",)), ((20, 50), ("two",))]
+    assert done.pictures[0].source.read(done.pictures[0].name) == (folder / "00.png").read_bytes()
+    with pytest.raises(ConfigError, match=r"has no column 'img'; did you mean 'image'\?"):
+        look(where._replace(image_column="img"), tmp_path)
+    with pytest.raises(ConfigError, match="can't be loaded as a dataset"):
+        look(where._replace(path=str(tmp_path / "nowhere")), tmp_path)
