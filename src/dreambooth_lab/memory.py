@@ -6,8 +6,11 @@ constant and a part that grows with the area, and so what the largest bucket at 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .batch import Cond, Size, Text
 from .dreambooth import DreamBooth
@@ -24,7 +27,7 @@ def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size:
         average: whether an average of the weights lies on the device too.
     """
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in module.denoiser.parameters() if not p.requires_grad)
+    frozen = sum(s.nbytes() for p in module.denoiser.parameters() if not p.requires_grad for s in _storages(p))
     parts = {
         "frozen weights": frozen,
         "trainable weights": learning,
@@ -49,13 +52,11 @@ def activations(module: DreamBooth, text: Text, shape: tuple[int, int]) -> int:
 
 def _kept(module: DreamBooth, text: Text, side: int) -> int:
     """Bytes of tensors kept for the backward pass, weights aside, for a square of `side` latent cells."""
-    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    weights = {storage.data_ptr() for p in module.parameters() for storage in _storages(p)}
     seen: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
+        seen.update({s.data_ptr(): s.nbytes() for s in _storages(tensor) if s.data_ptr() not in weights})
         return tensor
 
     device = module.family.device
@@ -65,3 +66,12 @@ def _kept(module: DreamBooth, text: Text, side: int) -> int:
         answer = module.predict(x_t, torch.full((1,), 0.5, device=device), cond)
     del answer
     return sum(seen.values())
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Where a tensor's bytes lie; a quantised weight is a wrapper around several."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _storages(getattr(tensor, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from dreambooth_lab import lab
 from dreambooth_lab.data.module import DreamBoothData, Samples
@@ -68,7 +69,8 @@ def test_a_damaged_answer_is_noticed_and_made_again(banked):
     path.write_bytes(data)
     again = banked()
     assert again.bank.built == 1 and again.bank.answers.damaged == 1
-    assert all(torch.equal(a, b) for a, (*_, b) in zip(before, rows(again, 8), strict=True))
+    for a, (*_, b) in zip(before, rows(again, 8), strict=True):
+        assert_close(a, b)  # made in other company than before: equal but for rounding
 
 
 @pytest.mark.parametrize("change", ["prior.bank.draws=5", "seed=1", "objective.shift=2", "objective.noise_offset=0.1",

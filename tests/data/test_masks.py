@@ -20,7 +20,7 @@ def masked(small, tmp_path):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             picture.save(root / name)
 
-    words = [w for w in small if not w.startswith(("dataset.path", "prior", "cache"))]
+    words = [w for w in small if not w.startswith(("dataset=", "dataset.path", "prior", "cache"))]
 
     def make(*overrides):
         own = (f"dataset.path={folder}", f"dataset.mask_path={masks}", "dataset.batch_size=1")
