@@ -94,9 +94,7 @@ def space(image: Image.Image, rng: np.random.Generator, ground: float) -> None:
     draw = ImageDraw.Draw(image)
     x, y = rng.uniform(0.08, 0.92) * w, rng.uniform(0.08, 0.24) * h
     disc(draw, x, y, 0.11 * u, ((196, 120, 84), (160, 96, 150), (110, 140, 190))[rng.integers(3)])
-    draw.line(
-        [x - 0.17 * u, y + 0.05 * u, x + 0.17 * u, y - 0.05 * u], fill=(226, 206, 170), width=max(2, int(0.02 * u))
-    )
+    draw.line([x - 0.17 * u, y + 0.05 * u, x + 0.17 * u, y - 0.05 * u], fill=(226, 206, 170), width=max(2, int(0.02 * u)))
     for x, y in rng.uniform(0, 1, (22, 2)):
         disc(draw, x * w, y * h, 0.011 * u, (255, 255, 240))
 

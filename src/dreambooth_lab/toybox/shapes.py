@@ -128,9 +128,7 @@ def car(who: Individual) -> list[Part]:
         parts.append(poly([(0.03, -0.45), (0.03, -0.67), (0.16, -0.67), (0.29, -0.45)], GLASS))
         parts.append(box(-0.7, -0.45, 0.7, -0.13, main))
     elif who.variant == 1:  # van
-        parts.append(
-            poly([(-0.66, -0.78), (0.3, -0.78), (0.5, -0.48), (0.7, -0.42), (0.7, -0.13), (-0.66, -0.13)], main)
-        )
+        parts.append(poly([(-0.66, -0.78), (0.3, -0.78), (0.5, -0.48), (0.7, -0.42), (0.7, -0.13), (-0.66, -0.13)], main))
         parts.append(box(-0.56, -0.7, -0.16, -0.48, GLASS))
         parts.append(poly([(-0.06, -0.7), (0.24, -0.7), (0.38, -0.48), (-0.06, -0.48)], GLASS))
     else:  # beetle
@@ -169,9 +167,7 @@ def house(who: Individual) -> list[Part]:
 def cat(who: Individual) -> list[Part]:
     main, second = rgb(who.colour), rgb(who.second)
     wide, tall = ((0.27, 0.26), (0.34, 0.25), (0.22, 0.29))[who.variant]
-    parts = [
-        poly([(0.16, -0.1), (0.42, -0.12), (0.44, -0.42), (0.53, -0.42), (0.54, -0.02), (0.16, 0.0)], main)
-    ]  # tail
+    parts = [poly([(0.16, -0.1), (0.42, -0.12), (0.44, -0.42), (0.53, -0.42), (0.54, -0.02), (0.16, 0.0)], main)]  # tail
     parts.append(oval(0, -tall + 0.01, wide, tall, main))
     parts += pattern_parts(who.pattern, -0.72 * wide, -0.4, 0.72 * wide, -0.1, second)
     for s in (-1, 1):
@@ -233,9 +229,7 @@ def fish(who: Individual) -> list[Part]:
     parts += pattern_parts(who.pattern, -0.62 * long, y - 0.55 * tall, 0.26 * long, y + 0.55 * tall, second)
     parts += eye(0.58 * long, y - 0.2 * tall, 0.085)
     parts.append(
-        poly(
-            [(0.74 * long, y + 0.3 * tall), (0.93 * long, y + 0.2 * tall), (0.72 * long, y + 0.42 * tall)], BLACK, False
-        )
+        poly([(0.74 * long, y + 0.3 * tall), (0.93 * long, y + 0.2 * tall), (0.72 * long, y + 0.42 * tall)], BLACK, False)
     )
     return parts
 

@@ -70,9 +70,7 @@ def draw_individual(rng: np.random.Generator) -> Individual:
     while True:
         colour, second = rng.choice(list(COLOURS), 2, replace=False)
         kind, pattern = rng.choice(list(CLASSES)), rng.choice(PATTERNS, p=(0.5, 0.25, 0.25))
-        who = Individual(
-            str(kind), str(colour), str(second), int(rng.integers(VARIANTS)), str(pattern), bool(rng.random() < 0.5)
-        )
+        who = Individual(str(kind), str(colour), str(second), int(rng.integers(VARIANTS)), str(pattern), bool(rng.random() < 0.5))
         if who.look not in HELD_OUT_LOOKS:
             return who
 
