@@ -30,8 +30,8 @@ def show(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)
     return table
 
 
