@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dreambooth_lab.lab import Run, load
+from dreambooth_lab.models.judges import Clip
 from dreambooth_lab.toybox import base_folder
 from dreambooth_lab.toybox.evaluator import Evaluator
 from dreambooth_lab.toybox.shapes import CLASSES
@@ -45,25 +46,14 @@ class Judge:
     """The evaluator and scorer that ship with the embedded model."""
 
     def __init__(self) -> None:
-        from transformers import CLIPModel, CLIPProcessor
-
         self.evaluator = Evaluator.load(base_folder() / "evaluator")
-        self.clip = CLIPModel.from_pretrained(base_folder() / "scorer").eval()
-        self.processor = CLIPProcessor.from_pretrained(base_folder() / "scorer")
-
-    @torch.no_grad()
-    def clip_features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors [N D]."""
-        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
-        features: Any = self.clip.get_image_features(pixel_values=pixels)
-        vectors = features if isinstance(features, Tensor) else features.pooler_output
-        return torch.nn.functional.normalize(vectors, dim=-1)
+        self.clip = Clip(str(base_folder() / "scorer"), "the embedded scorer", torch.device("cpu"), batch_size=64)
 
     def score(self, prompt: str, pictures: Sequence[Image.Image], photos: Sequence[Image.Image]) -> Scores:
         seen = self.evaluator.judge(_tensor(pictures))
         kind = next((k for k in CLASSES if k in prompt.split()), None)
         place = next((b for b in BACKGROUNDS if b in prompt), None)
-        features, of_photos = self.clip_features(pictures), self.clip_features(photos)
+        features, of_photos = self.clip.see(pictures), self.clip.see(photos)
         alike = features @ features.T
         n = len(pictures)
         return Scores(
