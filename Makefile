@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 
 install: $(VENV)/.installed  ## a virtual environment with everything in it
 
-demo: install  ## teach the embedded model a robot from five photos, and look at it: two to three minutes after installing
+demo: install  ## teach the embedded model a robot from five photos, and look at it: about a minute after installing
 	$(BIN)/python -m dreambooth_lab experiment=demo
 	$(BIN)/python -m dreambooth_lab.tools.judge_toybox "$$(ls -d runs/*_demo | tail -n 1)"
 	@run="$$(ls -d runs/*_demo | tail -n 1)"; echo; echo "Look at:"; \
