@@ -8,6 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.testing import assert_close
 
+from dreambooth_lab.config import ConfigError
 from dreambooth_lab.tools.pretrain_toybox import latents, scorer, unet, vae
 from dreambooth_lab.tools.pretrain_toybox.runner import fit
 from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding, new_text_encoders
@@ -98,6 +99,14 @@ def test_folding_statistics_is_exact():
     assert_close(after.mean * vae.SDXL_SCALE, (before.mean - m) / s)
     assert_close(after.std * vae.SDXL_SCALE, before.std / s)
     assert_close(folded.decode(after.mean).sample, net.decode(before.mean).sample)
+
+
+def test_nothing_is_built_on_a_vae_that_loses_too_much():
+    torch.manual_seed(0)
+    net = vae.new_vae(config().vae).eval()
+    latents.gate(net, 0.0)
+    with pytest.raises(ConfigError, match=r"under latents.least_psnr=28.0; train it longer"):
+        latents.gate(net, 28.0)
 
 
 def test_views_tell_the_crop_they_show():

@@ -1,5 +1,13 @@
-"""`python -m dreambooth_lab.tools.pretrain_toybox stage=all`, or one of `ORDER`."""
+"""`python -m dreambooth_lab.tools.pretrain_toybox stage=all`, or one of `ORDER`.
 
+Each finished stage adds a line to `out`/times.jsonl: its wall seconds, CPU seconds (its workers' too) and peak memory.
+"""
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -10,6 +18,23 @@ CONF = Path(__file__).resolve().parents[4] / "conf" / "pretrain"
 ORDER = ("vae", "polish", "latents", "evaluator", "unet", "scorer", "export", "judge", "pictures")
 
 
+def cpu_seconds() -> float:
+    own, workers = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime
+
+
+@contextmanager
+def timed(stage: str, out: Path) -> Iterator[None]:
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    yield
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process so far
+    line = {"stage": stage, "wall_s": round(time.perf_counter() - wall), "cpu_s": round(cpu_seconds() - cpu), "peak_mb": peak}
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "times.jsonl").open("a") as f:
+        f.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     import torch
@@ -17,7 +42,8 @@ def main(cfg: DictConfig) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(cfg.threads)
     for stage in ORDER if cfg.stage == "all" else (cfg.stage,):
-        import_module(f"dreambooth_lab.tools.pretrain_toybox.{stage}").run(cfg)
+        with timed(stage, Path(cfg.out)):
+            import_module(f"dreambooth_lab.tools.pretrain_toybox.{stage}").run(cfg)
 
 
 if __name__ == "__main__":

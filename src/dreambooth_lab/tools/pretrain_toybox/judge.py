@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from dreambooth_lab.tools.pretrain_toybox.card import card
 from dreambooth_lab.tools.pretrain_toybox.runner import grid
 from dreambooth_lab.tools.pretrain_toybox.unet import sample
 from dreambooth_lab.toybox.evaluator import Evaluator
@@ -52,3 +53,5 @@ def run(cfg: Any) -> None:
     grid([row for row in pictures[:96].split(12) if len(row) == 12], out / "samples.png")
     (out / "judge.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+    if (Path(cfg.out) / "unet/last.ckpt").exists():  # the card tells these numbers too
+        (base / "README.md").write_text(card(cfg))

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dreambooth_lab.tools.pretrain_toybox.vae import SDXL_SCALE, VaeStage, held_out, to_tensor
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.tools.pretrain_toybox.vae import SDXL_SCALE, VaeStage, held_out, psnr, to_tensor
 from dreambooth_lab.toybox.world import BUCKETS, Scene, Size, render, scene
 
 
@@ -107,10 +108,19 @@ def folded(vae: Any, n: int = 384) -> Any:
     return fold(vae, z.mean((0, 2, 3)), z.std((0, 2, 3)))
 
 
+def gate(vae: Any, least: float) -> None:
+    """Nothing is built on an autoencoder that loses too much: raises `ConfigError` under `least` dB on held-out scenes."""
+    whole, _ = psnr(vae)
+    if whole < least:
+        out = "train it longer (vae.steps, polish.steps), or lower latents.least_psnr and say so"
+        raise ConfigError(f"the autoencoder keeps {whole:.2f} dB on held-out scenes, under latents.least_psnr={least}; {out}")
+
+
 def run(cfg: Any) -> None:
     torch.manual_seed(cfg.seed)
-    folder = Path(cfg.out) / "latents"
-    vae = folded(trained_vae(cfg))
+    folder, whole = Path(cfg.out) / "latents", trained_vae(cfg)
+    gate(whole, cfg.latents.least_psnr)
+    vae = folded(whole)
     vae.save_pretrained(folder / "vae")
     by_size: dict[Size, list[int]] = {size: [] for size in BUCKETS}
     for seed in range(cfg.latents.scenes):
