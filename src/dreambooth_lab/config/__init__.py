@@ -1,0 +1,75 @@
+"""What a run may say: the typed schema of `conf/`, and `check`, which reports every problem at once.
+
+Python says what is legal, YAML says what is chosen. Nothing here imports torch: `--help`, `--cfg job` and every refusal come in
+well under a second.
+"""
+
+from .check import (
+    ConfigError,
+    check,
+)
+from .choices import (
+    SIMPLETUNER_QUANT,
+    CaptionKind,
+    Crop,
+    CropAspect,
+    DatasetType,
+    Dtype,
+    HuberSchedule,
+    LossKind,
+    MaskFrom,
+    Outside,
+    PriorKind,
+    PriorSource,
+    QuantKind,
+    Ramp,
+    ReceiverKind,
+    ResolutionType,
+    RolloutKind,
+    RolloutTarget,
+    Sampler,
+    Schedule,
+    Timesteps,
+    Weight,
+)
+from .composing import (
+    anchor,
+    conf_dir,
+)
+from .schema import (
+    Config,
+    PreviewConfig,
+    ReceiverConfig,
+)
+
+__all__ = [
+    "SIMPLETUNER_QUANT",
+    "CaptionKind",
+    "Config",
+    "ConfigError",
+    "Crop",
+    "CropAspect",
+    "DatasetType",
+    "Dtype",
+    "HuberSchedule",
+    "LossKind",
+    "MaskFrom",
+    "Outside",
+    "PreviewConfig",
+    "PriorKind",
+    "PriorSource",
+    "QuantKind",
+    "Ramp",
+    "ReceiverConfig",
+    "ReceiverKind",
+    "ResolutionType",
+    "RolloutKind",
+    "RolloutTarget",
+    "Sampler",
+    "Schedule",
+    "Timesteps",
+    "Weight",
+    "anchor",
+    "check",
+    "conf_dir",
+]

@@ -1,0 +1,50 @@
+"""`check`: every problem of a composed configuration, reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from typing import get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from . import data_rules, learning_rules, watching_rules
+from .reader import Reader
+from .schema import Config
+
+
+class ConfigError(Exception):
+    """A problem the user can mend; its text names the key, the value and the way out."""
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise one `ConfigError` that lists every problem of a composed config; silent when there is none."""
+    absent = [f"{key} has no value; set {key}=…" for key in sorted(OmegaConf.missing_keys(cfg))]
+    found = absent + list(_strangers(cfg)) + [text for text in _problems(Reader(cfg)) if text]
+    if found:
+        raise ConfigError(f"{len(found)} problem(s) in the configuration:\n" + "\n".join(f"  - {p}" for p in found))
+
+
+def _strangers(node: DictConfig, schema: type = Config, prefix: str = "") -> Iterator[str]:
+    """Keys outside the schema, which `+key=…` adds without a word."""
+    legal = get_type_hints(schema)
+    for key in map(str, node):
+        if key not in legal:
+            near = get_close_matches(key, legal, n=1)
+            yield f"{prefix}{key} is not a key of this project" + (f"; did you mean {prefix}{near[0]}?" if near else "")
+        elif is_dataclass(legal[key]) and isinstance(child := node._get_node(key), DictConfig):
+            yield from _strangers(child, legal[key], f"{prefix}{key}.")
+
+
+def _problems(read: Reader) -> Iterator[str | None]:
+    """Everything that types can't say."""
+    for rules in (data_rules, learning_rules, watching_rules):
+        yield from rules.problems(read)
+    yield read.bounded("seed", 0, 2**31 - 1)
+    if read("preflight") not in (None, "run", "only"):
+        yield f"preflight is {read('preflight')!r}; it must be run, or only (stop before training)"
+    if read("resume") is not None:
+        yield read.folder("resume", "an earlier run of this project")
+    if not str(read("name") or "x").replace("-", "").replace("_", "").isalnum():
+        yield f"name is {read('name')!r}; it names a folder, so only letters, digits, - and _ are allowed"
