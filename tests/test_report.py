@@ -28,3 +28,7 @@ def test_what_users_type_is_escaped(folder):
 def test_the_curve_shows_the_values():
     drawn = report._curve("train/loss", [(1, 0.0), (2, 1.0), (4, 0.5)])
     assert "M250.0 210.0L500.0 10.0L1000.0 110.0" in drawn
+
+
+def test_the_page_says_what_it_took(folder):
+    assert re.search(r"<td>training</td><td>\d+\.\d</td><td>[\d,]+</td>", folder.report.read_text())

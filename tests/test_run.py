@@ -34,6 +34,12 @@ def test_a_run_leaves_everything_in_its_folder(done):
     assert {"train/loss_instance", "train/loss_prior", "train/lr"} < done.metrics.keys()
 
 
+def test_what_it_took_is_told_by_phase(done):
+    cost = done.folder.starts()[-1]["cost"]
+    assert list(cost) == ["photos, text and caches", "adapter and preflight", "training", "pictures", "saving"]
+    assert all(phase["memory_mib"] > 0 for phase in cost.values())
+
+
 def test_the_loss_is_the_sum_of_its_logged_parts(done):
     parts = [dict(done.metrics[f"train/{name}"]) for name in ("loss", "loss_instance", "loss_prior")]
     for step, total in parts[0].items():

@@ -32,6 +32,7 @@ svg{width:100%;height:auto;background:#fafafa} .thin{stroke:#9db8d6;fill:none} .
 <h2>Loss</h2>$curves
 <h2>What changed</h2>$changes
 <h2>Last values</h2><table>$values</table>
+<h2>What it took</h2>$cost
 <h2>Before training</h2><pre>$preflight</pre>
 <h2>Use it</h2><pre>$usage</pre>
 <h2>Configuration</h2><details><summary>config.yaml</summary><pre>$config</pre></details>
@@ -69,6 +70,7 @@ def write(folder: RunFolder) -> None:
         curves="".join(_curve(name, values) for name, values in series.items() if "loss" in name),
         changes=_changes(folder),
         values="".join(f"<tr><td>{escape(name)}</td><td>{v[-1][1]:.6g}</td></tr>" for name, v in series.items()),
+        cost=_cost(folder),
         preflight=escape(folder.preflight.read_text(encoding="utf-8")),
         usage=escape(usage),
         config=escape(OmegaConf.to_yaml(cfg)),
@@ -112,6 +114,18 @@ def _changes(folder: RunFolder) -> str:
     head = "<tr><th>metric</th><th>step 0</th><th>last</th><th>change</th><th>95 % interval</th></tr>"
     note = "Paired by prompt and noise; the interval covers pictures, not training seeds."
     return f"<table>{head}{rows}</table><p>{note}</p>" if rows else "<p>Nothing was scored: choose eval=paper or eval=toybox.</p>"
+
+
+def _cost(folder: RunFolder) -> str:
+    """Phases of every start that came to its end."""
+    rows = "".join(
+        f"<tr><td>{escape(start['started'])}</td><td>{escape(phase)}</td><td>{took['seconds']:.1f}</td>"
+        f"<td>{took['memory_mib']:,.0f}</td><td>{took['device_memory_mib'] or '-'}</td></tr>"
+        for start in folder.starts()
+        for phase, took in start.get("cost", {}).items()
+    )
+    head = "<tr><th>started</th><th>phase</th><th>seconds</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
+    return f"<table>{head}{rows}</table>" if rows else "<p>It has not come to its end yet.</p>"
 
 
 def _step(stem: str) -> str:

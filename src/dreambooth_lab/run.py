@@ -12,6 +12,7 @@ from hydra.utils import get_class
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig
+from rich.console import Console
 
 from . import draw, preflight, report
 from .adapter import Adapter
@@ -31,6 +32,7 @@ from .dreambooth import DreamBooth
 from .embedding import TokenEmbedding, rare_word
 from .models.family import Family
 from .models.judges import Clip, Dino, Judge
+from .phases import Phases
 from .quant import Quantiser, require
 from .runfolder import RunFolder
 
@@ -44,11 +46,28 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
         ConfigError: something the files or the machine can't give; nothing has been trained then.
     """
     _quiet_libraries()
-    folder = RunFolder(root)
+    folder, phases = RunFolder(root), Phases()
     start = folder.newest() if cfg.resume else None
     family = build_family(cfg)
-    data = DreamBoothData(cfg, family)
-    data.prepare()
+    with phases("photos, text and caches"):
+        data = DreamBoothData(cfg, family)
+        data.prepare()
+    with phases("adapter and preflight"):
+        module = build_module(cfg, family, data, folder)
+    if cfg.preflight == "only":
+        return {}
+    with phases("training"):
+        trainer, metrics = build_trainer(cfg, folder, data, family, start[1] if start else 0, phases)
+        fit(trainer, module, data, start[0] if start else None)
+    folder.save_cost(phases.cost())
+    report.write(folder)
+    Console().print(phases.table())
+    log.info("done: %s", folder.report)
+    return metrics.last
+
+
+def build_module(cfg: DictConfig, family: Family, data: DreamBoothData, folder: RunFolder) -> DreamBooth:
+    """The method with its adapter attached; what is about to run is shown, and written to the folder."""
     adapter = build_adapter(cfg)
     layers = adapter.attach(family.denoiser, family.learns, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
     word = learned_word(cfg)
@@ -57,18 +76,16 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     folder.save_config(cfg)
     folder.save_environment(str(family.device))
     preflight.show(cfg, data, module, layers, folder.preflight)
-    if cfg.preflight == "only":
-        return {}
-    trainer, metrics = build_trainer(cfg, folder, data, family, start[1] if start else 0)
+    return module
+
+
+def fit(trainer: Trainer, module: DreamBooth, data: DreamBoothData, checkpoint: Path | None) -> None:
     try:
-        trainer.fit(module, data, ckpt_path=start[0] if start else None, weights_only=True)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
         if trainer.interrupted:  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from None
         raise
-    report.write(folder)
-    log.info("done: %s", folder.report)
-    return metrics.last
 
 
 def build(node: DictConfig, *but: str) -> Any:
@@ -137,7 +154,7 @@ def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, devic
 
 
 def build_trainer(
-    cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int
+    cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, phases: Phases
 ) -> tuple[Trainer, StepMetrics]:
     """The Trainer with every callback, checkpoints last."""
     metrics = StepMetrics(cfg.trainer.log_every_n_steps)
@@ -154,7 +171,7 @@ def build_trainer(
         accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=1, precision="32-true",
         max_steps=cfg.trainer.max_steps, max_epochs=-1, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         gradient_clip_val=cfg.trainer.gradient_clip_norm or None, deterministic=cfg.trainer.deterministic,
-        callbacks=[c for c in callbacks if c], logger=_loggers(cfg, folder, step), default_root_dir=folder.root,
+        callbacks=[c for c in callbacks if c], logger=_loggers(cfg, folder, step), default_root_dir=folder.root, profiler=phases,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip

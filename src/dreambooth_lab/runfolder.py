@@ -78,9 +78,19 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, self.config, resolve=True)
 
+    def starts(self) -> list[dict[str, Any]]:
+        """Every start of the run: when, where, with which command and versions, and what it took if it came to its end."""
+        return json.loads(self.environment.read_text()) if self.environment.is_file() else []
+
+    def save_cost(self, cost: dict[str, dict[str, float]]) -> None:
+        """What the newest start took: phase → seconds, MiB."""
+        starts = self.starts()
+        starts[-1]["cost"] = cost
+        self.environment.write_text(json.dumps(starts, indent=2) + "\n")
+
     def save_environment(self, device: str) -> None:
-        """Append to the list of starts: when, where, with which command and versions."""
-        starts = json.loads(self.environment.read_text()) if self.environment.is_file() else []
+        """Append to the list of starts."""
+        starts = self.starts()
         starts.append(
             {
                 "started": datetime.now().astimezone().isoformat(timespec="seconds"),
