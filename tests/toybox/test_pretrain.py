@@ -1,14 +1,12 @@
 """The training stages on settings small enough for seconds."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch.testing import assert_close
 
-from dreambooth_lab.config import ConfigError
+from dreambooth_lab.config import ConfigError, conf_dir
 from dreambooth_lab.tools.pretrain_toybox import latents, scorer, unet, vae
 from dreambooth_lab.tools.pretrain_toybox.runner import fit
 from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding, new_text_encoders
@@ -18,14 +16,13 @@ from dreambooth_lab.toybox.evaluator import Evaluator
 from dreambooth_lab.toybox.tokenizer import build_tokenizer
 from dreambooth_lab.toybox.world import BUCKETS
 
-CONF = Path(__file__).parents[2] / "conf" / "pretrain"
 TINY_VAE = ["vae.channels=[8,8,8,8]", "vae.batch=4", "vae.workers=0", "vae.precision=32-true", "vae.warmup=2"]
 TINY_UNET = ["unet.channels=[16,16,16]", "unet.text_widths=[8,8]", "unet.heads=2", "unet.batch=4", "unet.warmup=2"]
 
 
 def config(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [*TINY_VAE, *TINY_UNET, *overrides])
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("pretrain_toybox", [*TINY_VAE, *TINY_UNET, *overrides])
 
 
 class Memory:

@@ -5,6 +5,7 @@ Each finished stage adds a line to `out`/times.jsonl: its wall seconds, CPU seco
 
 import json
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-CONF = Path(__file__).resolve().parents[4] / "conf" / "pretrain"
+from dreambooth_lab.config import ConfigError, conf_dir
+
 ORDER = ("vae", "polish", "latents", "evaluator", "unet", "scorer", "export", "judge", "pictures")
 
 
@@ -35,15 +37,20 @@ def timed(stage: str, out: Path) -> Iterator[None]:
     print(json.dumps(line), flush=True)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="pretrain_toybox")
 def main(cfg: DictConfig) -> None:
     import torch
 
     torch.set_flush_denormal(True)
     torch.set_num_threads(cfg.threads)
-    for stage in ORDER if cfg.stage == "all" else (cfg.stage,):
-        with timed(stage, Path(cfg.out)):
-            import_module(f"dreambooth_lab.tools.pretrain_toybox.{stage}").run(cfg)
+    if cfg.stage not in (*ORDER, "all"):
+        sys.exit(f"error: stage is {cfg.stage!r}; it must be all, or one of {', '.join(ORDER)}")
+    try:
+        for stage in ORDER if cfg.stage == "all" else (cfg.stage,):
+            with timed(stage, Path(cfg.out)):
+                import_module(f"dreambooth_lab.tools.pretrain_toybox.{stage}").run(cfg)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
