@@ -9,32 +9,22 @@ from typing import Any
 
 import torch
 from hydra.utils import get_class
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from rich.console import Console
 
 from . import draw, preflight, report
 from .adapter import Adapter
-from .callbacks.checkpoint import Checkpoints
-from .callbacks.ema import Ema
-from .callbacks.export import Export
-from .callbacks.metrics import MetricsFile, StepMetrics
-from .callbacks.preview import Previews
-from .callbacks.progress import Bar
-from .callbacks.scores import Scores
-from .callbacks.validation import Validation
-from .callbacks.webhook import Sender, build_receiver
-from .config import ConfigError
+from .config import ConfigError, rare_word, words
 from .data.module import DreamBoothData
 from .draw import Purpose
 from .dreambooth import DreamBooth
-from .embedding import TokenEmbedding, rare_word, words
+from .embedding import TokenEmbedding
 from .models.family import Family
-from .models.judges import Clip, Dino, Judge
 from .phases import Phases
 from .quant import Quantiser, require
 from .runfolder import RunFolder
+from .watching import Watchers, build_watchers
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +47,13 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     if cfg.preflight == "only":
         return {}
     with phases("training"):
-        trainer, metrics = build_trainer(cfg, folder, data, family, start[1] if start else 0, phases)
-        fit(trainer, module, data, start[0] if start else None)
+        watchers = build_watchers(cfg, folder, data, family, start[1] if start else 0)
+        fit(build_trainer(cfg, folder, watchers, phases), module, data, start[0] if start else None)
     folder.save_cost(phases.cost())
     report.write(folder)
     Console().print(phases.table())
     log.info("done: %s", folder.report)
-    return metrics.last
+    return watchers.metrics.last
 
 
 def build_module(cfg: DictConfig, family: Family, data: DreamBoothData, folder: RunFolder) -> DreamBooth:
@@ -133,56 +123,16 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda", 0) if accelerator != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
-def build_validation(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family) -> Validation:
-    """Pictures while it trains, and their way to the webhooks if there are any."""
-    receivers = [build_receiver(str(label), receiver) for label, receiver in cfg.webhook.receivers.items()]
-    if cfg.preview.enabled:
-        family.preview(torch.zeros(1, family.channels, 8, 8))  # what can't be decoded is refused now, not at the first picture
-    previews = Previews(cfg.preview, Sender(receivers), family, folder.root.name) if receivers else None
-    return Validation(cfg.validation, data, folder, previews, build_scores(cfg, folder, data, family.device))
-
-
-def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, device: torch.device) -> Scores | None:
-    """The judges that the configuration names, if any; they stay in memory for the run."""
-    make = {"device": device, "batch_size": cfg.eval.batch_size}
-    clip = Clip(cfg.eval.clip_model, "eval.clip_model", **make) if cfg.eval.clip_model else None
-    dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
-    judges: dict[str, Judge] = {name: judge for name, judge in {"clip_i": clip, "dino": dino}.items() if judge}
-    if not judges:
-        return None
-    return Scores(folder, clip, judges, data.photos(), cfg.dataset.instance_prompt, cfg.dataset.class_prompt)
-
-
-def build_trainer(
-    cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, phases: Phases
-) -> tuple[Trainer, StepMetrics]:
-    """The Trainer with every callback, checkpoints last."""
-    metrics = StepMetrics(cfg.trainer.log_every_n_steps)
-    ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
-    callbacks: list[Callback | None] = [
-        metrics,
-        Bar(metrics) if cfg.trainer.progress else None,
-        ema,
-        build_validation(cfg, folder, data, family) if cfg.validation.every_n_steps else None,
-        Export(cfg, folder, ema),
-        Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
-    ]
-    trainer = Trainer(
+def build_trainer(cfg: DictConfig, folder: RunFolder, watchers: Watchers, phases: Phases) -> Trainer:
+    """The Trainer, with all that watches it."""
+    return Trainer(
         accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=1, precision="32-true",
         max_steps=cfg.trainer.max_steps, max_epochs=-1, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         gradient_clip_val=cfg.trainer.gradient_clip_norm or None, deterministic=cfg.trainer.deterministic,
-        callbacks=[c for c in callbacks if c], logger=_loggers(cfg, folder, step), default_root_dir=folder.root, profiler=phases,
+        callbacks=watchers.callbacks, logger=watchers.loggers, default_root_dir=folder.root, profiler=phases,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip
-    return trainer, metrics
-
-
-def _loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]:
-    loggers: list[Logger] = [MetricsFile(folder, keep_to=step)]
-    if cfg.logger.tensorboard:
-        loggers.append(TensorBoardLogger(folder.root, name="tensorboard", version="", purge_step=step + 1))
-    return loggers
 
 
 def _quiet_libraries() -> None:

@@ -85,8 +85,8 @@ def test_scoring_does_not_touch_training(scored, small, tmp_path):
 
 
 def test_changes_are_paired():
-    before = [Score(0, "dino", "p", i, v) for i, v in enumerate((0.1, 0.5, 0.9))]
-    after = [Score(9, "dino", "p", i, v + 0.2) for i, v in enumerate((0.1, 0.5, 0.9))]
+    before = [Score(0, "live", "dino", "p", i, v) for i, v in enumerate((0.1, 0.5, 0.9))]
+    after = [Score(9, "live", "dino", "p", i, v + 0.2) for i, v in enumerate((0.1, 0.5, 0.9))]
     (change,) = changes(before + after)
     assert (change.first, change.last) == (pytest.approx(0.5), pytest.approx(0.7))
     assert (change.low, change.high) == (pytest.approx(0.2), pytest.approx(0.2)), "a constant change has no spread"
@@ -94,7 +94,13 @@ def test_changes_are_paired():
 
 
 def test_summary_names():
-    made = summary([Score(0, "clip_t", "p", 0, 0.2), Score(0, "clip_t", "p", 1, 0.4), Score(0, "pres_dino", "q", 0, 0.5)])
+    made = summary(
+        [
+            Score(0, "live", "clip_t", "p", 0, 0.2),
+            Score(0, "live", "clip_t", "p", 1, 0.4),
+            Score(0, "live", "pres_dino", "q", 0, 0.5),
+        ]
+    )
     assert made == pytest.approx({"clip/mean": 0.3, "clip/min": 0.2, "clip/max": 0.4, "clip/std": 0.1, "class/pres_dino": 0.5})
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from ..runfolder import RunFolder
 
 
-def card(cfg: DictConfig, run: RunFolder, folder: Path, step: int) -> str:
+def card(cfg: DictConfig, run: RunFolder, folder: Path, step: int, why: str) -> str:
     """README.md in the hub's form: base model, prompt, numbers, and the newest pictures, which are copied beside it."""
     values = {name: value for _, name, value in run.read_metrics()}
     numbers = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(values.items()))
@@ -29,7 +29,7 @@ tags: [dreambooth, {cfg.adapter.algorithm}, text-to-image]
 # {cfg.dataset.instance_prompt}
 
 {cfg.adapter.algorithm} of rank {cfg.adapter.rank}, {step:,} optimiser steps at {cfg.optimizer.lr:g}, seed {cfg.seed};
-base in {cfg.quant.kind.value if cfg.quant.kind.value != "none" else cfg.model.dtype.value}.
+base in {cfg.quant.kind.value if cfg.quant.kind.value != "none" else cfg.model.dtype.value}.{f" {why}" if why else ""}
 
 ## Pictures
 

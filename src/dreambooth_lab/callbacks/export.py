@@ -39,35 +39,40 @@ class Export(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step != self.step and step % self.cfg.checkpoint.every_n_steps == 0 and step != trainer.max_steps:
-            self._write(pl_module, step)
+            self.write(pl_module, step, self.folder.export)
         self.step = step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(pl_module, trainer.global_step)
+        self.write(pl_module, trainer.global_step, self.folder.export)
 
-    def _write(self, module: LightningModule, step: int) -> None:
+    def write(self, module: LightningModule, step: int, target: Path, why: str = "") -> None:
+        """Put the module's present weights into a folder, in place of what is there.
+
+        Args:
+            why: this step's are kept, for the card.
+        """
         assert isinstance(module, DreamBooth)
         was_training = module.training
         module.eval()
-        aside, old = (self.folder.export.with_name(f"export.{name}") for name in ("new", "old"))
+        aside, old = (target.with_name(f"{target.name}.{name}") for name in ("new", "old"))
         shutil.rmtree(aside, ignore_errors=True)
         learned: dict[Path, Mapping[str, Tensor]] = {aside: module.learning()}
         if self.ema:
-            learned[aside / "ema"] = self.ema.shadow
+            learned[aside / "ema"] = self.ema.average()
         for folder, weights in learned.items():
-            self._write_one(folder, module, weights, step)
-        if self.folder.export.exists():
-            self.folder.export.rename(old)
-        aside.rename(self.folder.export)
+            self._write_one(folder, module, weights, step, why)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         module.train(was_training)
 
-    def _write_one(self, folder: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int) -> None:
+    def _write_one(self, folder: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int, why: str) -> None:
         own = {name.removeprefix(owner): w for name, w in weights.items() for owner in OWNERS if name.startswith(owner)}
         module.adapter.export(folder, own, module.family.denoiser_part, self._header(own, step))
         if module.token:
             module.family.save_token(folder, [w for name, w in weights.items() if name.startswith("token.")])
-        (folder / "README.md").write_text(card(self.cfg, self.folder, folder, step), encoding="utf-8")
+        (folder / "README.md").write_text(card(self.cfg, self.folder, folder, step, why), encoding="utf-8")
 
     def _header(self, weights: Mapping[str, Tensor], step: int) -> dict[str, str]:
         """Of every safetensors file: what made it."""

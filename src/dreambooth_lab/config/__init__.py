@@ -15,9 +15,11 @@ from .choices import (
     CropAspect,
     DatasetType,
     Dtype,
+    EmaValidation,
     HuberSchedule,
     LossKind,
     MaskFrom,
+    Mode,
     Outside,
     PriorKind,
     PriorSource,
@@ -36,6 +38,10 @@ from .composing import (
     anchor,
     conf_dir,
 )
+from .prompts import (
+    rare_word,
+    words,
+)
 from .schema import (
     Config,
     PreviewConfig,
@@ -51,9 +57,11 @@ __all__ = [
     "CropAspect",
     "DatasetType",
     "Dtype",
+    "EmaValidation",
     "HuberSchedule",
     "LossKind",
     "MaskFrom",
+    "Mode",
     "Outside",
     "PreviewConfig",
     "PriorKind",
@@ -72,4 +80,6 @@ __all__ = [
     "anchor",
     "check",
     "conf_dir",
+    "rare_word",
+    "words",
 ]

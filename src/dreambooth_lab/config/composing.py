@@ -47,6 +47,7 @@ def anchor(cfg: DictConfig) -> DictConfig:
         "model.tae",
         "eval.clip_model",
         "eval.dino_model",
+        "eval.path",
     ):
         value = None if OmegaConf.is_missing(cfg, key) else OmegaConf.select(cfg, key)
         if value and (key == "cache" or Path(value).expanduser().exists()):

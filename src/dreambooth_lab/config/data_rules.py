@@ -80,7 +80,7 @@ def _file_problems(read: Reader) -> Iterator[str | None]:
     if read("prior.source") not in (None, PriorSource.folder):
         said = f"prior.source is {read('prior.source').name}"
         yield f"{said}, but class pictures come from the dataset file (is_regularisation_data); leave it out"
-    if read("validation.every_n_steps") and not any(read("validation.prompts") or []):
+    if (read("validation.every_n_steps") or read("validation.every_n_epochs")) and not any(read("validation.prompts") or []):
         yield "validation.prompts is empty, and the dataset file has no instance_prompt; set dataset.instance_prompt=…"
 
 

@@ -76,8 +76,10 @@ class DreamBoothData(LightningDataModule):
         entries, problems = fill_masks(self.stores, collected.entries, self.family.factor)
         self._refuse(collected.problems + problems, entries)
         self._fill_texts(entries)
-        self.entries = self._fill_latents(entries)
-        self._refuse([], self.entries)
+        whole = self._fill_latents(entries)
+        self._refuse([], whole)
+        self.entries = [entry for entry in whole if not entry.spec.is_eval]
+        self.held_out = [entry for entry in whole if entry.spec.is_eval]
         count = [range(len(entry.variants)) for entry in self.entries]
         self.keys = [[e.key(i, self.encoder.identity) for i in n] for e, n in zip(self.entries, count, strict=True)]
         self.bank = self._fill_bank() if self.cfg.prior.kind is PriorKind.bank else None
@@ -141,9 +143,8 @@ class DreamBoothData(LightningDataModule):
             if one.id in usable or any(p.startswith((one.named, f"{one.id}:")) for p in said):
                 continue
             reasons = "; ".join(f"{r.name}: {r.reason}" for r in self.rejected[one.id][:MOST_LISTED]) or "no picture files"
-            if not one.is_eval:
-                said.append(f"{one.named} is {one.where.path!r}, which has no usable picture ({reasons})")
-        if not said and not any(entry.weight for entry in entries):
+            said.append(f"{one.named} is {one.where.path!r}, which has no usable picture ({reasons})")
+        if not said and not any(entry.weight for entry in entries if not entry.spec.is_eval):
             said.append("no dataset has rows to give; set a probability above 0")
         if len(said) == 1:
             raise ConfigError(said[0])
@@ -174,7 +175,7 @@ class DreamBoothData(LightningDataModule):
     def summaries(self) -> list[Summary]:
         made = []
         for one in self.specs:
-            own = [entry for entry in self.entries if entry.spec.id == one.id]
+            own = [entry for entry in (*self.entries, *self.held_out) if entry.spec.id == one.id]
             masks = len({entry.picture.name for entry in own if entry.mask})
             shapes = len({entry.shape for entry in own})
             of = one.id
@@ -223,7 +224,7 @@ class DreamBoothData(LightningDataModule):
         keyed, times, taught = [], [], []  # what x_0, ε and t are drawn by: the sample, or a fixed draw of the bank
         for row, entry in zip(rows, entries, strict=True):
             which = int(draw.uniform(seed, row.sample, Purpose.VARIANT) * len(entry.variants))
-            posteriors.append(self._posterior(entry, which))
+            posteriors.append(self.posterior(entry, which))
             masks.append(self._mask(entry, which))
             sizes.append(entry.variants[which].size())
             if self.bank and entry.spec.is_class:
@@ -259,7 +260,7 @@ class DreamBoothData(LightningDataModule):
             taught=torch.stack(taught) if taught else None,
         )
 
-    def _posterior(self, entry: Entry, which: int) -> dict[str, Tensor]:
+    def posterior(self, entry: Entry, which: int) -> dict[str, Tensor]:
         """Cached mean and std [C h w]; a damaged entry is made again."""
         key = entry.key(which, self.encoder.identity)
         try:
