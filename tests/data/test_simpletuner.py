@@ -169,9 +169,9 @@ def test_a_zero_probability_gives_no_rows(of_file, photos, tmp_path):
 
 def test_list_prompts_are_drawn_by_sample(of_file, photos, tmp_path):
     data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos, instance_prompt=["one", "two"])))
-    said = [data._caption(data.schedule.batch(n)[0], data.entries[0]) for n in range(60)]
+    said = [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
     assert 15 < said.count("one") < 45 and set(said) == {"one", "two"}
-    assert said == [data._caption(data.schedule.batch(n)[0], data.entries[0]) for n in range(60)]
+    assert said == [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
 
 
 def test_rows_without_a_mask_get_ones(of_file, photos, class_photos, tmp_path):
