@@ -39,7 +39,7 @@ def exams(data: DreamBoothData, times: int, batch_size: int) -> list[Exam]:
 
 
 def _exam(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int) -> Exam:
-    posteriors = [data.posterior(entry, 0) for entry, _ in rows]
+    posteriors = [data.cached.posterior(entry, 0) for entry, _ in rows]
     mean = torch.stack([p["mean"] for p in posteriors])
     index = [int(cache.key(entry.picture.digest, str(k))[:15], 16) for entry, k in rows]
     noise = torch.stack([draw.normal(SEED, i, Purpose.EVALUATION, (2, *mean.shape[1:])) for i in index])
