@@ -59,13 +59,19 @@ def _kept(module: DreamBooth, text: Text, side: int) -> int:
         seen.update({s.data_ptr(): s.nbytes() for s in _storages(tensor) if s.data_ptr() not in weights})
         return tensor
 
-    device = module.family.device
-    x_t = torch.zeros(1, module.family.channels, side, side, device=device)
-    cond = Cond(*(part.to(device) for part in module.family.cond(text, [Size((64, 64), (0, 0), (64, 64))])))
+    inputs = probe(module, text, side, side)
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = module.predict(x_t, torch.full((1,), 0.5, device=device), cond)
+        answer = module.predict(*inputs)
     del answer
     return sum(seen.values())
+
+
+def probe(module: DreamBooth, text: Text, height: int, width: int) -> tuple[Tensor, Tensor, Cond]:
+    """Something to predict, of one row of so many latent cells."""
+    device = module.family.device
+    x_t = torch.zeros(1, module.family.channels, height, width, device=device)
+    cond = Cond(*(part.to(device) for part in module.family.cond(text, [Size((64, 64), (0, 0), (64, 64))])))
+    return x_t, torch.full((1,), 0.5, device=device), cond
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

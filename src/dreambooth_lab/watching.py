@@ -45,7 +45,7 @@ def build_watchers(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, fam
     looks, export = Looks(ema, cfg.ema.validation), Export(cfg, folder, ema)
     callbacks: list[Callback | None] = [
         metrics,
-        Bar(metrics) if cfg.trainer.progress else None,
+        Bar(metrics, data, cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches) if cfg.trainer.progress else None,
         ema,
         build_eval_loss(cfg, folder, data, looks),
         build_validation(cfg, folder, data, family, looks, sender),

@@ -205,6 +205,7 @@ class EmaConfig:
 class ValidationConfig:
     every_n_steps: int
     every_n_epochs: float
+    library: str | None
     prompts: list[str]
     negative_prompt: str
     num_images: int

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from .choices import CaptionKind, DatasetType, EmaValidation, Mode, PriorKind
+from .prompts import library
 from .reader import Bounds, Reader, is_absent_folder
 
 BOUNDS: Bounds = (
@@ -26,6 +27,7 @@ NUMBERS = {  # what each family of logged numbers needs
 
 def problems(read: Reader) -> Iterator[str | None]:
     yield from read.all_bounded(BOUNDS)
+    yield from _prompt_problems(read)
     yield from _eval_problems(read)
     yield from _preview_problems(read)
     yield from _checkpoint_problems(read)
@@ -39,6 +41,20 @@ def _paints(read: Reader) -> bool:
 def _evaluates(read: Reader) -> bool:
     pictures = read("eval.path") or read("dataset.type") is DatasetType.simpletuner  # whose file may have some
     return bool(pictures and (read("eval.every_n_steps") or read("eval.every_n_epochs")))
+
+
+def _prompt_problems(read: Reader) -> Iterator[str | None]:
+    place, prompts = read("validation.library"), list(read("validation.prompts") or [])
+    instance = read("dataset.instance_prompt")
+    if place and instance:
+        said = f"validation.library is {place!r}"
+        try:
+            if prompts != library(place, instance, read("dataset.class_prompt")):
+                yield f"{said}, but validation.prompts says others; leave one of them out"
+        except ValueError as error:
+            yield f"{said}: {error}"
+    elif _paints(read) and not prompts and read("dataset.type") is not DatasetType.simpletuner:
+        yield "validation.prompts is empty; list some, or set validation.every_n_steps=0 for no pictures"
 
 
 def _eval_problems(read: Reader) -> Iterator[str | None]:
