@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+import browser
 import tiny
 from dreambooth_lab import lab
 from dreambooth_lab.report.curves import Frame, Line, chart, path, smoothed
@@ -56,3 +57,15 @@ def test_the_curve_shows_the_values():
 def test_what_is_no_number_leaves_a_gap_and_no_trace():
     assert "nan" not in chart("a", [Line([(1, float("nan")), (2, 1.0), (3, 2.0)], "thin")])
     assert smoothed([(0, 2.0), (1, 2.0)]) == [(0, 2.0), (1, 2.0)]
+
+
+@pytest.mark.parametrize("size", [browser.DESKTOP, browser.PHONE], ids=["desktop", "phone"])
+def test_the_page_in_a_browser(folder, tmp_path, size):
+    with browser.chromium(tmp_path / "profile") as page:
+        page.get(folder.report.as_uri())
+        for closed in page.find_elements("css selector", "details:not([open])"):
+            page.execute_script("arguments[0].open = true", closed)
+        found = browser.look(page, size, tmp_path / "report.png")
+        assert found["broken"] == 0 and found["pictures"] == 6 and found["wide"] <= size[0], found
+        assert browser.complaints(page) == []
+        assert len(page.find_elements("tag name", "svg")) >= 6
