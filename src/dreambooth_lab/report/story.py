@@ -50,37 +50,45 @@ def losses(folder: RunFolder, numbers: Numbers) -> str:
         base = dict(lines[0].points).get(0)
         caption = "eval/loss over steps; dashed: the base model" + ("; upright: the step kept" if best else "")
         made.append(chart(caption, lines, level=base, mark=best[1] if best else None))
-    return "".join(made) + _by_time(folder)
+    return f'<div class="few">{"".join(made)}{_by_time(folder)}</div>{_eval_changes(folder)}'
 
 
 def _by_time(folder: RunFolder) -> str:
     """The eval loss by t: of the base model, of the step kept, and of the last."""
-    answers: list[Answer] = [a for a in Ledger(folder.eval, Answer).read() if a.weights == LIVE]
-    steps = sorted({a.step for a in answers})
-    if len(steps) < 2:
-        return ""
-    best = folder.best()
-    chosen = dict.fromkeys([steps[0], *([best[1]] if best and best[1] in steps else []), steps[-1]])
+    answers, steps = _answers(folder)
     lines = []
-    for step, style in zip(chosen, ("thin", "thick", "other"), strict=False):
+    for step, style in zip(steps, ("thin", "thick", "other"), strict=False):
         times: dict[float, list[float]] = {}
         for answer in answers:
             if answer.step == step:
                 times.setdefault(answer.t, []).append(answer.loss)
         lines.append(Line([(t, fmean(found)) for t, found in sorted(times.items())], style, f"step {step:,}"))
-    return chart("eval/loss by time, from data (left) to noise (right)", lines) + _eval_change(answers, list(chosen))
+    return chart("eval/loss by time, from data (left) to noise (right)", lines) if len(lines) > 1 else ""
 
 
-def _eval_change(answers: list[Answer], steps: list[int]) -> str:
+def _answers(folder: RunFolder) -> tuple[list[Answer], list[int]]:
+    """Of the live weights, with the steps that tell most: the base model, the step kept, the last."""
+    answers: list[Answer] = [a for a in Ledger(folder.eval, Answer).read() if a.weights == LIVE]
+    steps, best = sorted({a.step for a in answers}), folder.best()
+    kept = [best[1]] if best and best[1] in steps else []
+    return answers, list(dict.fromkeys([*steps[:1], *kept, *steps[-1:]]))
+
+
+def _eval_changes(folder: RunFolder) -> str:
     """Paired with the base model row by row."""
+    answers, steps = _answers(folder)
     rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in answers if a.step == step} for step in steps}
     told = ""
     for step in steps[1:]:
         apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]
         low, high = interval(apart)
         against = f"<p>eval/loss at step {step:,} against the base model: {fmean(apart):+.4g}"
-        told += f"{against} (95 % interval {low:+.4g} to {high:+.4g}).</p>"
+        told += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
     return told
+
+
+def _between(low: float, high: float, form: str) -> str:
+    return f"{low:{form}} to {high:{form}}" if low == low else "too few to tell"
 
 
 def metrics(numbers: Numbers) -> str:
@@ -106,7 +114,7 @@ def changed(folder: RunFolder) -> str:
         for step in sorted(chosen):
             rows = "".join(
                 f"<tr><td>{escape(c.metric)}</td><td>{c.first:.3f}</td><td>{c.last:.3f}</td>"
-                f"<td>{c.last - c.first:+.3f}</td><td>{c.low:+.3f} to {c.high:+.3f}</td></tr>"
+                f"<td>{c.last - c.first:+.3f}</td><td>{_between(c.low, c.high, '+.3f')}</td></tr>"
                 for c in changes(scores, weights, step)
             )
             head = f"<tr><th>{weights}</th><th>step 0</th><th>step {step:,}</th><th>change</th><th>95 % interval</th></tr>"
