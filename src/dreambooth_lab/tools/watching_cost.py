@@ -105,8 +105,8 @@ TAKES = {"takes all", "closes mid-body", "answers 10 MB"}  # whose status is 200
 
 def receive(temper: str, pipe: Any) -> None:
     """A receiver's process: tells its port, then, when asked, how many finished pictures it answered with 200."""
-    answer, started, taken = TEMPERS[temper], time.monotonic(), Counter[bool]()
-    assert answer is not None
+    answer: Answer = TEMPERS[temper] or hangs
+    started, taken = time.monotonic(), Counter[bool]()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
