@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .choices import (
+    Attention,
     CaptionKind,
     Crop,
     CropAspect,
@@ -41,6 +42,8 @@ class ModelConfig:
     tae: str | None
     resolution: int
     gradient_checkpointing: bool
+    attention: Attention
+    compile: bool
 
 
 @dataclass

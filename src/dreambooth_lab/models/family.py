@@ -42,6 +42,14 @@ class Family(ABC):
     device: torch.device = torch.device("cpu")
     quantiser: Quantiser = Quantiser({}, None)  # which parts are kept in fewer bits
 
+    @abstractmethod
+    def check_device(self) -> None:
+        """Refuse what was asked for and `device` can't do.
+
+        Raises:
+            ConfigError: says what is lacking.
+        """
+
     @property
     @abstractmethod
     def denoiser(self) -> nn.Module:
