@@ -1,4 +1,5 @@
 import pytest
+from omegaconf import OmegaConf
 
 from dreambooth_lab import lab
 from dreambooth_lab.config import check, conf_dir
@@ -9,10 +10,12 @@ EXPERIMENTS = sorted((conf_dir().parent / "experiments" / "experiment").glob("*.
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_a_pinned_experiment_says_why_and_composes(path):
+def test_a_pinned_experiment_says_why_and_composes(path, tmp_path):
+    """What only the user has, such as photographs, is a folder here."""
     head = path.read_text().split("defaults:")[0]
     assert all(f"# {word}" in head for word in ("Question:", "Cost:", "Expected:"))
-    check(lab.compose(f"experiment={path.stem}"))
+    asked = OmegaConf.missing_keys(lab.compose(f"experiment={path.stem}"))
+    check(lab.compose(f"experiment={path.stem}", *(f"{key}={tmp_path}" for key in asked)))
 
 
 def test_the_embedded_model_fits_its_package():

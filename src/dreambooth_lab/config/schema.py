@@ -269,6 +269,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class ExportConfig:
+    push_to_hub: bool
+    repo: str | None
+    private: bool
+    token_env: str
+
+
+@dataclass
 class LoggerConfig:
     tensorboard: bool
 
@@ -291,6 +299,7 @@ class Config:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     logger: LoggerConfig
     name: str
     seed: int

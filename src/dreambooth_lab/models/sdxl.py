@@ -52,6 +52,13 @@ class SDXL(Family):
 
     denoiser_part = "unet"
     text_encoder_parts = ("text_encoder", "text_encoder_2")
+    token_usage: ClassVar[str] = """\
+from safetensors.torch import load_file
+learned = load_file("{export}/learned_embeds.safetensors")
+for name, end in (("clip_l", ""), ("clip_g", "_2")):
+    tokenizer, encoder = getattr(pipeline, "tokenizer" + end), getattr(pipeline, "text_encoder" + end)
+    (row,) = tokenizer("{word}", add_special_tokens=False).input_ids
+    encoder.get_input_embeddings().weight.data[row] = learned[name][0].to(encoder.dtype)"""
     kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     # Small, and everything passes through them: time, size and pooled text; the text encoder's last projection.
     keeps: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection")
