@@ -98,8 +98,8 @@ def test_the_schedule_moves_every_group_alike():
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.01]
-    assert all(b == pytest.approx(a / 4) for a, b in rates) and rates[0][1] == 0.5 and rates[2][1] == 1.0 > rates[9][1]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0], "the run's own rate comes first"
+    assert all(b == pytest.approx(4 * a) for a, b in rates) and rates[0][0] == 0.5 and rates[2][0] == 1.0 > rates[9][0]
 
 
 def test_rules_for_blocks_set_ranks_and_rates(tiny_sdxl):

@@ -27,7 +27,7 @@ class Rate(NamedTuple):
 
 
 def build_optimizer(cfg: DictConfig, learning: Mapping[str, Tensor], rates: Mapping[str, Rate]) -> Optimizer:
-    """The class that `cfg` names, with a group for each rate.
+    """The class that `cfg` names, with a group for each rate; the run's own comes first, which is the one logged.
 
     Args:
         learning, rates: by parameter name.
@@ -37,7 +37,7 @@ def build_optimizer(cfg: DictConfig, learning: Mapping[str, Tensor], rates: Mapp
         grouped.setdefault(rates[name], []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": own, "lr": cfg.lr * rate.ratio, "weight_decay": cfg.weight_decay if rate.decays else 0.0}
-        for rate, own in sorted(grouped.items(), reverse=True)
+        for rate, own in sorted(grouped.items(), key=lambda item: (item[0].ratio != 1, item[0]))
     ]
     options = {str(key): tuple(v) if isinstance(v, ListConfig) else v for key, v in cfg.options.items()}
     return get_class(cfg._target_)(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import huggingface_hub
 import pytest
@@ -75,7 +76,7 @@ def test_the_code_on_the_card_works(words, finished, small, tmp_path):
 class Hub:
     """Stands in for the hub's client."""
 
-    calls: list[tuple] = []
+    calls: ClassVar[list[tuple]] = []
 
     def __init__(self, token):
         assert token == TOKEN
