@@ -32,6 +32,7 @@ def made(small):
         ("a photo of sks dog", "a photo of a dog", "sks"),
         ("an sks robot", "a robot", "sks"),
         ("sks", "a dog", "sks"),
+        ("A photo of sks, a dog.", "a photo of a dog", "sks"),
         ("a photo of sks zwx dog", "a photo of a dog", None),
         ("a photo of a dog", "a photo of a dog", None),
         ("a photo of sks dog", None, None),
@@ -39,6 +40,21 @@ def made(small):
 )
 def test_the_rare_word_is_what_the_class_prompt_lacks(instance, kind, word):
     assert rare_word(instance, kind) == word
+
+
+@pytest.mark.parametrize(
+    ("caption", "there"),
+    [
+        ("a photo of sks dog", True),
+        ("Sks, sitting", True),
+        ("the sks's bowl", True),
+        ("asksb", False),
+        ("a photo of a dog", False),
+    ],
+)
+def test_a_token_is_found_as_the_tokenizer_finds_it(caption, there):
+    layer = torch.nn.Embedding(3, 2)
+    assert TokenEmbedding("sks", [(layer, 1)]).occurs_in(caption) is there
 
 
 def test_an_unlearned_token_means_what_it_meant(made):

@@ -2,6 +2,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from dreambooth_lab import lab
 from dreambooth_lab.config import check, conf_dir
@@ -21,11 +22,13 @@ def at_home(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_a_pinned_experiment_says_why_and_composes(path, at_home, monkeypatch):
+def test_a_pinned_experiment_says_why_and_composes(path, at_home, monkeypatch, tmp_path):
+    """What only the user has, such as photographs, is a folder here."""
     monkeypatch.chdir(at_home)
     head = path.read_text().split("defaults:")[0]
     assert all(f"# {word}" in head for word in ("Question:", "Cost:", "Expected:"))
-    check(lab.compose(f"experiment={path.stem}"))
+    asked = OmegaConf.missing_keys(lab.compose(f"experiment={path.stem}"))
+    check(lab.compose(f"experiment={path.stem}", *(f"{key}={tmp_path}" for key in asked)))
 
 
 def test_the_embedded_model_fits_its_package():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ class TokenEmbedding(nn.Module):
             layer.register_forward_hook(_put(row, learned))
 
     def occurs_in(self, caption: str) -> bool:
-        return self.word in caption.split()
+        return self.word.lower() in words(caption)
 
 
 def _put(row: int, learned: Tensor) -> Any:
@@ -38,11 +39,16 @@ def _put(row: int, learned: Tensor) -> Any:
     return hook
 
 
+def words(text: str) -> list[str]:
+    """As CLIP's tokenizer parts them before it looks for pieces: lower case, letters together, each digit alone."""
+    return re.findall(r"[^\W\d_]+|\d", text.lower())
+
+
 def rare_word(instance_prompt: str, class_prompt: str | None) -> str | None:
     """The one word that the instance prompt has and the class prompt lacks; None if there is not exactly one.
 
     Articles differ for grammar's sake ("sks dog", "a dog") and don't count.
     """
-    known = {*(class_prompt or "").split(), "a", "an", "the"}
-    words = [word for word in instance_prompt.split() if word not in known]
-    return words[0] if class_prompt and len(words) == 1 else None
+    known = {*words(class_prompt or ""), "a", "an", "the"}
+    rare = {word for word in words(instance_prompt) if word not in known}
+    return rare.pop() if class_prompt and len(rare) == 1 else None

@@ -29,7 +29,7 @@ from .config import ConfigError
 from .data.module import DreamBoothData
 from .draw import Purpose
 from .dreambooth import DreamBooth
-from .embedding import TokenEmbedding, rare_word
+from .embedding import TokenEmbedding, rare_word, words
 from .models.family import Family
 from .models.judges import Clip, Dino, Judge
 from .phases import Phases
@@ -107,7 +107,7 @@ def learned_word(cfg: DictConfig) -> str | None:
     if not cfg.adapter.train_token:
         return None
     word = cfg.adapter.token or rare_word(cfg.dataset.instance_prompt, cfg.dataset.class_prompt)
-    if word is None or word not in cfg.dataset.instance_prompt.split():
+    if word is None or word.lower() not in words(cfg.dataset.instance_prompt):
         raise ConfigError(
             f"adapter.train_token is true, but the rare word of dataset.instance_prompt={cfg.dataset.instance_prompt!r} is not "
             "clear; set adapter.token to it, or dataset.class_prompt to the same prompt without it"
