@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -18,16 +20,19 @@ WALK = ["rollout.enabled=true", "rollout.ramp_steps=0", "rollout.max_step_offset
 @pytest.fixture
 def made(small):
     def make(*overrides):
-        cfg = lab.compose(*small, *overrides)
-        family = build_family(cfg)
-        data = DreamBoothData(cfg, family)
-        data.prepare()
-        adapter = build_adapter(cfg)
-        adapter.attach(family.denoiser, family.learns, seed=0)
-        module = DreamBooth(cfg, family, adapter).train()
+        module, data = build(lab.compose(*small, *overrides))
         return module, iter(Samples(data, data.schedule, 0, 0, 1))
 
     return make
+
+
+def build(cfg):
+    family = build_family(cfg)
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    adapter = build_adapter(cfg)
+    adapter.attach(family.denoiser, family.learns, seed=0)
+    return DreamBooth(cfg, family, adapter).train(), data
 
 
 def move(module, scale=0.05):
@@ -99,6 +104,31 @@ def test_a_zero_weight_is_training_without_class_rows(made, words):
                            cond=batch.cond.take(rows), instance_rows=torch.arange(len(rows)), class_rows=rows[:0])  # fmt: skip
     for a, b in zip(gradients(module, batch), gradients(module, alone), strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("words", [["prior.share=0.25"], ["prior.share=0.25", "prior.weight=0.3", *WALK]])
+def test_a_step_is_the_same_however_it_is_cut_up(small, photos, class_photos, tmp_path, words):
+    """Micro-batches without a class row or without an instance row, and ranks: the mean of their gradients is the step's."""
+    one = tmp_path / "one"
+    for folder, own in ((photos, "photos"), (class_photos, "class")):
+        (one / own).mkdir(parents=True)
+        shutil.copy(folder / "00.png", one / own / "00.png")
+
+    def step(batch_size, together, ranks=1):
+        cfg = lab.compose(*small, *words, f"dataset.path={one / 'photos'}", f"prior.path={one / 'class'}",
+                          f"dataset.batch_size={batch_size}", f"trainer.accumulate_grad_batches={together}")  # fmt: skip
+        module, data = build(cfg)
+        move(module)
+        parts = []
+        for rank in range(ranks):
+            stream = iter(Samples(data, data._schedule(ranks), 0, rank, ranks))
+            parts += [gradients(module, next(stream)) for _ in range(together)]
+        return [torch.stack(grads).mean(0) for grads in zip(*parts, strict=True)]
+
+    whole = step(8, 1)
+    for cut in ((4, 2), (1, 8), (4, 1, 2), (1, 4, 2)):
+        for a, b in zip(whole, step(*cut), strict=True):
+            assert_close(a, b, atol=1e-5 * float(a.abs().max()) + 1e-8, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["min_snr", "soft_min_snr", "debiased"])

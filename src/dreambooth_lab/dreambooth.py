@@ -55,10 +55,10 @@ class DreamBooth(LightningModule):
         target = self.path.target(x0, at.eps, t)
         target = self.prior(target, batch, at.x_t, t)  #                                            the class rows' own answer
         error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
-        loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, self.cfg.prior.weight)
+        loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.kinds, self.cfg.prior.weight)
         parts = {"total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
-        parts |= {"instance": instance.detach()} if len(batch.instance_rows) else {}
-        parts |= {"prior": prior.detach()} if len(batch.class_rows) else {}
+        parts |= {"instance": instance.detach()} if batch.kinds.instances else {}
+        parts |= {"prior": prior.detach()} if batch.kinds.classes else {}
         return {"loss": loss, **parts}  # what has no rows has no value, rather than 0
 
     def error(self, output: Tensor, target: Tensor, batch: Batch, cond: Cond, t: Tensor, at: Reached) -> Tensor:

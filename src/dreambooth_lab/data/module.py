@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .. import draw
-from ..batch import Batch, Text, stack_text
+from ..batch import Batch, Kinds, Text, stack_text
 from ..config import ConfigError, DatasetType, PriorKind, RolloutKind
 from ..diffusion.time import build_times
 from ..draw import Purpose
@@ -213,8 +213,17 @@ class DreamBoothData(LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start = state["batches"]
 
-    def build(self, rows: list[Row]) -> Batch:
-        """Rows of one shape with all their draws; nothing random happens after this."""
+    def kinds(self, rows: list[Row], parts: int) -> Kinds:
+        """Of the rows of an optimiser step that comes in so many parts."""
+        classes = sum(self.entries[row.entry].spec.is_class for row in rows)
+        return Kinds((len(rows) - classes) / parts, classes / parts)
+
+    def build(self, rows: list[Row], kinds: Kinds | None = None) -> Batch:
+        """Rows of one shape with all their draws; nothing random happens after this.
+
+        Args:
+            kinds: of the whole optimiser step; None if these rows are all of it.
+        """
         seed = self.cfg.seed
         entries = [self.entries[row.entry] for row in rows]
         captions = tuple(self._caption(row, entry) for row, entry in zip(rows, entries, strict=True))
@@ -255,6 +264,7 @@ class DreamBoothData(LightningDataModule):
             captions=captions,
             instance_rows=(~is_class).nonzero()[:, 0],
             class_rows=is_class.nonzero()[:, 0],
+            kinds=kinds or self.kinds(rows, 1),
             mask=choices.drop_masks(self.cfg, samples, _stack_masks(masks, mean)),
             taught=torch.stack(taught) if taught else None,
         )
@@ -306,7 +316,14 @@ class Samples(IterableDataset[Batch]):
         worker = get_worker_info()  # batch n is worker n's, modulo their number: the loader takes turns, so order stays
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in count(self.start + first, stride):
-            yield self.data.build(self.schedule.batch(number)[self.rank :: self.world_size])
+            yield self.data.build(self.schedule.batch(number)[self.rank :: self.world_size], self._kinds(number))
+
+    def _kinds(self, number: int) -> Kinds:
+        """Of the optimiser step to which batch `number` belongs."""
+        together = self.data.cfg.trainer.accumulate_grad_batches
+        first = number - number % together
+        rows = [row for n in range(first, first + together) for row in self.schedule.batch(n)]
+        return self.data.kinds(rows, together * self.world_size)
 
 
 def _as_it_is(batch: Any) -> Any:
