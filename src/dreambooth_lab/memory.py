@@ -27,7 +27,7 @@ def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size:
         average: whether an average of the weights lies on the device too.
     """
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    frozen = sum(s.nbytes() for p in module.denoiser.parameters() if not p.requires_grad for s in _storages(p))
+    frozen = sum(s.nbytes() for p in module.parameters() if not p.requires_grad for s in _storages(p))
     parts = {
         "frozen weights": frozen,
         "trainable weights": learning,

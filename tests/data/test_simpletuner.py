@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import tiny
 from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError, Crop, CropAspect, check
 from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.data.simpletuner import read
+from dreambooth_lab.data.simpletuner_keys import KEYS
 from dreambooth_lab.data.spec import plan
 from dreambooth_lab.run import build_family
 
@@ -128,12 +131,103 @@ def test_without_a_crop_the_bucket_keeps_the_pictures_aspect(photos, tmp_path):
         assert (shaping.aspect, shaping.place) == (CropAspect.preserve, Crop.center)
 
 
+def told(tmp_path, *entries):
+    return plan(config(samples.save(tmp_path / "a.json", *entries))).notices
+
+
 def test_what_has_no_meaning_is_said_once(photos, tmp_path):
-    path = samples.save(tmp_path / "a.json", samples.entry(photos, vae_batch_size=4, scan_for_errors=True),
-                        samples.entry(photos, id="b", disabled=True))  # fmt: skip
-    notices = plan(config(path)).notices
-    assert len(notices) == 3 and any("vae_batch_size has no meaning here" in n for n in notices)
-    assert any("'b' is disabled" in n for n in notices)
+    notices = told(
+        tmp_path, samples.entry(photos, vae_batch_size=4, scan_for_errors=True), samples.entry(photos, id="c", vae_batch_size=8),
+        samples.entry(photos, id="b", disabled=True),
+    )  # fmt: skip
+    assert len(notices) == 3 and any("'b' is disabled" in n for n in notices)
+    assert any(n.startswith("entries 'photos', 'c': vae_batch_size has no meaning here: ") for n in notices)
+
+
+IDLE = [
+    ({"maximum_image_size": 96, "target_downsample_size": 8}, "maximum_image_size, target_downsample_size have", "without crop"),
+    ({"crop": False, "crop_style": "random", "crop_aspect": "square"}, "crop_aspect, crop_style have", "without crop=true"),
+    ({"crop": True, "crop_aspect_buckets": [1.0]}, "crop_aspect_buckets has", "choose among them"),
+    ({"caption_strategy": "filename"}, "instance_prompt has", "prepend_instance_prompt is not set"),
+    ({"prepend_instance_prompt": True}, "prepend_instance_prompt has", "is the whole caption"),
+    ({"caption_column": "text"}, "caption_column has", "captions are no column"),
+    ({"csv_file": "x.csv"}, "csv_file has", "only type=csv"),
+    ({"parquet": {"path": "x.parquet"}}, "parquet has", "only metadata_backend=parquet"),
+    ({"cache_dir": "x"}, "cache_dir has", "a text_embeds entry says it"),
+    ({"conditioning_type": "mask"}, "conditioning_type has", "holds no masks"),
+    ({"dataset_type": "eval", "repeats": 9, "is_regularisation_data": True}, "repeats, is_regularisation_data have", "never"),
+    ({"dataset_type": "conditioning", "conditioning_type": "mask", "instance_prompt": None, "caption_strategy": None},
+     "resolution, resolution_type have", "the very geometry of its picture"),
+    ({"dataset_type": "text_embeds", "resolution": None, "resolution_type": None, "instance_prompt": None,
+      "caption_strategy": None}, "instance_data_dir has", "has no pictures"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "keys", "why"), IDLE, ids=[keys for _, keys, _ in IDLE])
+def test_a_key_that_says_nothing_where_it_stands_gives_one_notice(photos, tmp_path, change, keys, why):
+    (notice,) = told(tmp_path, samples.entry(photos, id="other"), samples.entry(photos, **change))
+    assert notice.startswith(f"entry 'photos': {keys} no meaning here: ") and why in notice
+
+
+def test_the_masked_sample_gives_one_notice_for_all_the_masks_geometry(training, tmp_path):
+    notices = specs_notices(samples.write(tmp_path / "a.json", samples.MASKED, training))
+    assert len(notices) == 1 and notices[0].startswith("entry 'dreambooth-conditioning': resolution, resolution_type, minimum")
+    assert specs_notices(samples.write(tmp_path / "b.json", samples.SUBJECT, training), "prior=teacher") == []
+
+
+def specs_notices(path, *overrides):
+    return plan(config(path, *overrides)).notices
+
+
+def test_one_text_cache_serves_all_and_the_others_are_named(photos, tmp_path):
+    texts = [{"id": f"t{i}", "dataset_type": "text_embeds", "type": "local", "cache_dir": f"/tmp/{i}"} for i in range(2)]
+    made = plan(
+        config(samples.save(tmp_path / "a.json", samples.entry(photos, text_embeds="t0"), texts[0], texts[1] | {"default": True}))
+    )
+    assert made.texts == "/tmp/1" and len(made.notices) == 2
+    assert made.notices[0].startswith("entry 't0' is left alone") and "text_embeds has no meaning here" in made.notices[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dataset.caption=textfile", "dataset.caption is textfile"),
+        ("dataset.resolutions=[512]", "dataset.resolutions is [512.0]"),
+        ("dataset.mask_from=alpha", "dataset.mask_from is alpha"),
+        ("dataset.repeats=3", "dataset.repeats is 3"),
+        ("prior.share=0.3", "prior.share is 0.3"),
+        ("prior.prompt=x", "prior.prompt is 'x'"),
+    ],
+)
+def test_what_the_file_says_is_refused_beside_it(photos, tmp_path, override, said):
+    path = samples.save(tmp_path / "a.json", samples.entry(photos))
+    check(config(path, "dataset.flip=true", "dataset.class_prompt=x", "dataset.batch_size=2"))
+    with pytest.raises(ConfigError, match=r"^1 problem") as caught:
+        check(config(path, override))
+    assert said in str(caught.value)
+
+
+def test_no_value_of_any_key_crashes(photos, tmp_path):
+    """A wrong value is refused or used; nothing but a ConfigError comes out."""
+    path = samples.save(tmp_path / "a.json", samples.entry(photos))
+    cfg, used = config(path), 0
+    for key in KEYS:
+        for i, value in enumerate((None, True, -1, "x", [[]], {"caption_column": 1})):
+            wrong = samples.entry(photos, id="b", dataset_type=("image", "conditioning")[i % 2])
+            samples.save(path, samples.entry(photos), wrong | {key: value})
+            with suppress(ConfigError):
+                used += len(read(path, cfg).specs) > 0
+    assert used > 80
+
+
+def test_eval_entries_are_marked(photos, tmp_path):
+    path = samples.save(tmp_path / "a.json", samples.entry(photos), samples.entry(photos, id="e", dataset_type="eval"),
+                        samples.entry(photos, id="r", dataset_type="eval", is_regularization_data=True))  # fmt: skip
+    assert [(s.id, s.is_eval, s.is_class) for s in specs(path)] == [
+        ("photos", False, False),
+        ("e", True, False),
+        ("r", True, False),
+    ]
 
 
 def test_eval_sets_are_never_trained_on(of_file, photos, tmp_path):
@@ -169,9 +263,9 @@ def test_a_zero_probability_gives_no_rows(of_file, photos, tmp_path):
 
 def test_list_prompts_are_drawn_by_sample(of_file, photos, tmp_path):
     data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos, instance_prompt=["one", "two"])))
-    said = [data._caption(data.schedule.batch(n)[0], data.entries[0]) for n in range(60)]
+    said = [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
     assert 15 < said.count("one") < 45 and set(said) == {"one", "two"}
-    assert said == [data._caption(data.schedule.batch(n)[0], data.entries[0]) for n in range(60)]
+    assert said == [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
 
 
 def test_rows_without_a_mask_get_ones(of_file, photos, class_photos, tmp_path):

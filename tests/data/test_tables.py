@@ -39,6 +39,12 @@ def test_a_parquet_table_with_lists_of_captions_beside_the_pictures(folder, tmp_
         look(Where(DatasetType.table, str(tmp_path / "bad.parquet"), "name"), tmp_path)
 
 
+def test_names_without_extension_and_captions_to_fall_back_on(folder, tmp_path):
+    (folder / "t.csv").write_text("file,text,more\n00,one,x\n01.png,,two\n")
+    done = look(Where(DatasetType.table, str(folder / "t.csv"), "file", ("text",), fallback_column="more"), tmp_path)
+    assert [(p.name, p.captions) for p in done.pictures] == [("00.png", ("one",)), ("01.png", ("two",))]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hugging_face_dataset(folder, tmp_path, streaming):
     datasets = pytest.importorskip("datasets")

@@ -9,18 +9,17 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from .base import Adapter, refuse_unknown, swapped
+from .base import Adapter, Learned, refuse_unknown, swapped
 
 FILE, CONFIG_FILE = "lycoris.safetensors", "lycoris_config.json"
 BETWEEN = ":"  # parameter names may hold no dot
-SCALED_TWICE = ("loha", "lokr")  # the library's merge is wrong for them unless alpha = rank
 SPELLING = {"linear_dim": "lora_dim", "linear_alpha": "alpha", "conv_dim": "conv_lora_dim", "dora_wd": "weight_decompose",
             "wd_on_output": "wd_on_out", "algo": "network_module"}  # fmt: skip
 BARE: dict[str, Any] = {
@@ -48,11 +47,18 @@ class Outside(nn.Module):
 class Lycoris(Adapter):
     """`algorithm` locon, loha, lokr, diag-oft, boft, glora …; its parameters lie outside the model."""
 
+    usage: ClassVar[str] = """\
+from diffusers import DiffusionPipeline
+from lycoris import create_lycoris_from_weights
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+network, _ = create_lycoris_from_weights(1.0, "{export}/lycoris.safetensors", pipeline.{part})
+network.apply_to()"""
+
     def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
-        logging.getLogger("LyCORIS").setLevel(logging.WARNING)
         from lycoris import LycorisNetwork
         from lycoris.wrapper import network_module_dict
 
+        logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # importing it sets another
         self.model = model
         arguments, preset = self._arguments(model, learns)
         known = {*SPELLING.values(), *inspect.signature(LycorisNetwork).parameters}
@@ -69,8 +75,6 @@ class Lycoris(Adapter):
             raise ConfigError("the LyCORIS preset matches no layer of the model; see adapter.preset, adapter.targets")
         self.network.apply_to()
         self.network.to(next(model.parameters()).device)
-        if self.init_from:
-            self._continue(Path(self.init_from))
         names = {module: name for name, module in model.named_modules()}
         self.named = {lora.lora_name: names[lora.org_module[0]] for lora in self.network.loras}
         return sorted(self.named.values())
@@ -100,7 +104,7 @@ class Lycoris(Adapter):
             arguments["bypass_mode"] = True  # W itself is not at hand: add the update's output instead
         return arguments, chosen
 
-    def _continue(self, path: Path) -> None:
+    def take(self, path: Path) -> None:
         path = path / FILE if path.is_dir() else path
         saved = load_file(path)
         mine = dict(self.network.named_parameters())
@@ -116,9 +120,8 @@ class Lycoris(Adapter):
     def outside(self) -> nn.Module:
         return Outside(self.network)
 
-    def lr_ratio(self, parameter: str) -> float:
-        name = parameter.removeprefix("outside.").split(BETWEEN)[0]
-        return super().lr_ratio(self.named[name])
+    def layer_of(self, parameter: str) -> str:
+        return self.named[parameter.split(BETWEEN)[0]]
 
     def strengthen(self, pipeline: Any, strength: float) -> None:
         self.network.set_multiplier(strength)
@@ -133,13 +136,13 @@ class Lycoris(Adapter):
             for layer in self.network.loras:
                 layer.org_module[0].forward = layer.forward
 
-    def export(self, folder: Path, weights: Mapping[str, Tensor], part: str, header: Mapping[str, str]) -> list[Path]:
+    def export(self, folder: Path, learned: Learned) -> list[Path]:
         """`lycoris.safetensors` (LyCORIS, ComfyUI, SimpleTuner) and the `lycoris_config.json` it was made with."""
         folder.mkdir(parents=True, exist_ok=True)
         own = {name.replace(".", BETWEEN): p for name, p in self.network.named_parameters()}
-        with swapped(own, weights):
+        with swapped(own, learned.weights):
             state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.network.state_dict().items()}
-        save_file(state, folder / FILE, {"format": "pt", "lycoris_config": json.dumps(self._said()), **header})
+        save_file(state, folder / FILE, {"format": "pt", "lycoris_config": json.dumps(self._said()), **learned.header})
         (folder / CONFIG_FILE).write_text(json.dumps(self._said(), indent=2) + "\n", encoding="utf-8")
         return [folder / FILE, folder / CONFIG_FILE]
 

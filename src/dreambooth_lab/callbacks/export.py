@@ -13,12 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from .. import __version__
-from ..dreambooth import DreamBooth
+from ..adapter import Learned
+from ..dreambooth import TOKEN, DreamBooth
 from ..runfolder import RunFolder
 from .card import card
 from .ema import Ema
-
-OWNERS = ("denoiser.", "outside.")  # of the module's parameter names
 
 
 class Export(Callback):
@@ -63,10 +62,12 @@ class Export(Callback):
         module.train(was_training)
 
     def _write_one(self, folder: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int) -> None:
-        own = {name.removeprefix(owner): w for name, w in weights.items() for owner in OWNERS if name.startswith(owner)}
-        module.adapter.export(folder, own, module.family.denoiser_part, self._header(own, step))
-        if module.token:
-            module.family.save_token(folder, [w for name, w in weights.items() if name.startswith("token.")])
+        family, owned = module.family, module.by_owner(weights)
+        folder.mkdir(parents=True)
+        if token := owned.pop(TOKEN, None):
+            family.save_token(folder, list(token.values()))
+        own = owned.pop(family.denoiser_part)
+        module.adapter.export(folder, Learned(family.denoiser_part, own, owned, self._header(weights, step), family.kohya))
         (folder / "README.md").write_text(card(self.cfg, self.folder, folder, step), encoding="utf-8")
 
     def _header(self, weights: Mapping[str, Tensor], step: int) -> dict[str, str]:

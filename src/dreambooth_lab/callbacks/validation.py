@@ -61,16 +61,14 @@ class Validation(Callback):
                 logger.log_metrics(values, step)
 
     def _text(self, module: DreamBooth, prompt: str) -> Text:
-        if module.token and module.token.occurs_in(prompt):
-            return module.family.encode_text([prompt])  # its meaning is still being learned
-        return self.data.text(prompt)
+        return module.text.encode([prompt]) if module.text and module.text.changes(prompt) else self.data.text(prompt)
 
     def _pictures(self, module: DreamBooth, prompt: str, step: int) -> list[Image.Image]:
         n = self.cfg.num_images
         seeds = range(self.cfg.seed, self.cfg.seed + n)
         facts = {"prompt": prompt, "training_step": step, "total_steps": self.cfg.num_inference_steps}
         pictures = module.family.generate(
-            _rows(self._text(module, prompt), n), _rows(self.data.text(self.cfg.negative_prompt), n),
+            _rows(self._text(module, prompt), n), _rows(self._text(module, self.cfg.negative_prompt), n),
             height=self.cfg.resolution, width=self.cfg.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.cfg.num_inference_steps,
             guidance_scale=self.cfg.guidance_scale,

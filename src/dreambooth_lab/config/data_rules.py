@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import file_rules
 from .choices import CaptionKind, Crop, CropAspect, DatasetType, MaskFrom, PriorKind, PriorSource, ResolutionType
 from .reader import Bounds, Reader
 
@@ -28,7 +29,7 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
     from_file = read("dataset.type") is DatasetType.simpletuner
     yield _place_problem(read)
     if from_file:
-        yield from _file_problems(read)
+        yield from file_rules.problems(read)
         return
     yield from _shape_problems(read)
     yield from _caption_and_mask_problems(read)
@@ -68,20 +69,6 @@ def _place_problem(read: Reader) -> str | None:
         return None
     state = "is a folder" if Path(place).expanduser().exists() else "does not exist"
     return f"dataset.path is {place!r}, which {state}; it must be {what}"
-
-
-def _file_problems(read: Reader) -> Iterator[str | None]:
-    """With a dataset file, what only folders have is refused rather than ignored."""
-    if read("prior.path") is not None:
-        said = f"prior.path is {read('prior.path')!r}"
-        yield f"{said}, but class pictures come from the dataset file (is_regularisation_data); unset it"
-    if read("prior.kind") is PriorKind.bank:
-        yield "prior.kind is bank, which takes one class prompt and no dataset file; use prior=teacher"
-    if read("prior.source") not in (None, PriorSource.folder):
-        said = f"prior.source is {read('prior.source').name}"
-        yield f"{said}, but class pictures come from the dataset file (is_regularisation_data); leave it out"
-    if read("validation.every_n_steps") and not any(read("validation.prompts") or []):
-        yield "validation.prompts is empty, and the dataset file has no instance_prompt; set dataset.instance_prompt=…"
 
 
 def _shape_problems(read: Reader) -> Iterator[str | None]:

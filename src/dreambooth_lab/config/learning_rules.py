@@ -11,6 +11,7 @@ from .reader import Bounds, Reader, is_absent_folder
 
 BOUNDS: Bounds = (
     ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99), ("adapter.token_lr_ratio", 0),
+    ("adapter.text_lr_ratio", 0),
     ("objective.logit_std", 1e-3), ("objective.shift", 1e-3), ("objective.low", 0, 1), ("objective.high", 0, 1),
     ("objective.gamma", 1e-6), ("objective.huber_c", 1e-6), ("objective.noise_offset", 0),
     ("objective.noise_offset_probability", 0, 1), ("rollout.max_step_offset", 1), ("rollout.shift", 1e-3),
@@ -49,6 +50,7 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
         yield f"{said}, which has no A and B; use lora, dora or locon, or set it to 1"
 
 
+QUANTO = (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
 PEFT, ON_QUANTISED = ("lora", "dora"), ("lora", "dora", "locon", "loha", "lokr")
 NOT_LYCORIS = {
     "full": "takes the base's weights away for: use adapter=full",
@@ -79,6 +81,7 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
         yield "adapter.options.init_lora_weights is pissa, which rewrites the base; the prior's teacher needs it"
     if algorithm == "full" and low:
         yield f"{dtype} with adapter=full, where small updates are lost; set model.dtype=float32"
+    yield from _text_encoder_problems(read)
     place = read("adapter.init_from")
     if place is not None and not Path(place).expanduser().exists():
         yield f"adapter.init_from is {place!r}, which does not exist; give an export folder of a run, or a file of one"
@@ -88,9 +91,27 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
         yield f"quant.kind is {kind.name}, but adapter={algorithm} needs the weights themselves; use quant=none"
     if algorithm in ON_QUANTISED and target.endswith(".Lycoris") and decomposed:
         yield f"quant.kind is {kind.name}, where LyCORIS silently drops dora_wd; use adapter=dora or quant=none"
-    quanto = kind in (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
-    if target.endswith(".LoRA") and decomposed and quanto and low:
+    if target.endswith(".LoRA") and decomposed and kind in QUANTO and low:
         yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; use float32 or quant=int8_torchao"
+
+
+def _text_encoder_problems(read: Reader) -> Iterator[str | None]:
+    numbers, algorithm = read("adapter.text_encoders") or [], read("adapter.algorithm")
+    if not numbers:
+        return
+    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        yield f"adapter.text_encoders is {numbers}; number each once, from 1: [1,2]"
+    if algorithm not in (None, *PEFT):
+        yield f"adapter.text_encoders is {numbers}, but {algorithm} can't sit on text encoders; use adapter=lora or dora, or []"
+    if not read("adapter.text_parts"):
+        yield f"adapter.text_encoders is {numbers}, but adapter.text_parts is empty; name some groups, or use text_encoders=[]"
+    if read("model.encoder_dtype") is Dtype.float16:
+        yield "model.encoder_dtype is float16 with adapter.text_encoders, whose gradients it loses; use float32 or bfloat16"
+    for number in numbers:
+        kind = read(f"quant.text_encoder_{number}") or QuantKind.none
+        if kind in QUANTO and algorithm == "dora" and read("model.encoder_dtype") is not Dtype.float32:
+            low = f"model.encoder_dtype is {read('model.encoder_dtype').name}"
+            yield f"quant.text_encoder_{number} is {kind.name} with DoRA and {low}, which peft can't mix; use float32"
 
 
 def _objective_problems(read: Reader) -> Iterator[str | None]:

@@ -63,6 +63,9 @@ class AdapterConfig:
     init_from: str | None
     options: dict[str, Any]
     preset: str | None
+    text_encoders: list[int]
+    text_parts: list[str]
+    text_lr_ratio: float
     train_token: bool
     token: str | None
     token_lr_ratio: float

@@ -20,6 +20,8 @@ from ..diffusion.time import Times
 from ..draw import Purpose
 from ..models.family import Family
 from . import cache, choices
+from .cached import Cached
+from .entry import Entry
 
 
 class Item(NamedTuple):
@@ -27,6 +29,10 @@ class Item(NamedTuple):
 
     latents: str  # key of its latents
     size: Size
+
+
+def item(cached: Cached, entry: Entry, which: int) -> Item:
+    return Item(cached.key(entry, which), entry.variants[which].size())
 
 
 class Bank:

@@ -15,21 +15,28 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..config import CaptionKind, ConfigError, Crop, CropAspect, DatasetType, MaskFrom, ResolutionType
-from .simpletuner_check import (
+from .simpletuner_check import entry_problems, file_problems
+from .simpletuner_entry import (
+    COLUMN_STRATEGIES,
     Entry,
     asked_masks,
     columns_of,
-    entry_problems,
-    file_problems,
+    folder_of,
+    has_pictures,
+    has_table,
     is_class,
     kind_of,
+    options_of,
     place_key,
     place_of,
+    strategy_of,
+    type_of,
 )
+from .simpletuner_idle import notices as idle_notices
 from .spec import Captions, DataPlan, DatasetSpec, Masks, Shaping, Where
 
 ENV = re.compile(r"\{env:([^}]*)\}")
-SOURCES = {"local": DatasetType.folder, "aws": DatasetType.folder, "csv": DatasetType.table, "parquet": DatasetType.table,
+SOURCES = {"local": DatasetType.folder, "aws": DatasetType.folder, "csv": DatasetType.table,
            "huggingface": DatasetType.huggingface}  # fmt: skip
 CAPTIONS = {"instanceprompt": CaptionKind.instanceprompt, "textfile": CaptionKind.textfile, "filename": CaptionKind.filename}
 
@@ -44,15 +51,16 @@ def read(path: Path, cfg: DictConfig) -> DataPlan:
         ConfigError: lists every problem of the file.
     """
     entries, notices, problems = _entries(path)
-    for i, entry in enumerate(entries):
-        problems += [f"entry {_name(entry, i)}: {text}" for text in entry_problems(entry, notices, _name(entry, i))]
+    named = [(_name(entry, i), entry) for i, entry in enumerate(entries)]
+    problems += [f"entry {name}: {text}" for name, entry in named for text in entry_problems(entry)]
     problems += file_problems(entries, cfg)
     if problems:
         listed = "\n".join(f"  - {text}" for text in dict.fromkeys(problems))
         raise ConfigError(f"{len(dict.fromkeys(problems))} problem(s) in the dataset file {str(path)!r}:\n{listed}")
-    specs = [_spec(entry, entries, cfg, path) for entry in entries if kind_of(entry) in ("image", "eval")]
-    texts = [entry.get("cache_dir") for entry in _text_entries(entries)]
-    return DataPlan(specs, list(dict.fromkeys(notices)), texts[0] if texts else None)
+    specs = [_spec(entry, entries, cfg, path) for entry in entries if has_pictures(entry)]
+    texts = _text_entries(entries)
+    notices += idle_notices(named) + list(_text_notices(entries, texts))
+    return DataPlan(specs, notices, texts[0].get("cache_dir") if texts else None)
 
 
 def first_prompt(path: str | None) -> str:
@@ -88,14 +96,14 @@ def _entries(path: Path) -> tuple[list[Entry], list[str], list[str]]:
     problems = [
         f"entry {i + 1} is {entry!r}; it must be an object {{…}}" for i, entry in enumerate(data) if not isinstance(entry, dict)
     ]
-    problems += [f"{where} uses {{env:{name}}}, which is not set; export {name}=…" for where, name in _unset(data)]
     notices: list[str] = []
     entries = []
     for i, entry in enumerate(e for e in data if isinstance(e, dict)):
         if entry.get("disabled") is True or entry.get("disable") is True:
             notices.append(f"entry {_name(entry, i)} is disabled")
-        else:
-            entries.append(_expand(entry))
+            continue
+        problems += [f"{where} uses {{env:{name}}}, which is not set; export {name}=…" for where, name in _unset(entry)]
+        entries.append(_expand(entry))
     return entries, notices, problems
 
 
@@ -116,7 +124,7 @@ def _expand(value: Any) -> Any:
     return {k: _expand(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _unset(value: Any, where: str = "the file") -> Iterator[tuple[str, str]]:
+def _unset(value: Any, where: str = "an entry") -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield from ((where, name) for name in ENV.findall(value) if name not in os.environ)
     for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
@@ -132,20 +140,25 @@ def _text_entries(entries: list[Entry]) -> list[Entry]:
     return sorted((e for e in entries if kind_of(e) == "text_embeds"), key=lambda e: not e.get("default", False))
 
 
-def _nested(entry: Entry) -> Entry:
-    """The options of a table or of a hub dataset, wherever the entry says them."""
-    return {**entry, **(entry.get("parquet") or {}), **(entry.get("huggingface") or {})}
+def _text_notices(entries: list[Entry], texts: list[Entry]) -> Iterator[str]:
+    """All captions lie in one cache, the default one."""
+    for other in texts[1:]:
+        yield f"entry {other['id']!r} is left alone: all captions are cached in {texts[0]['id']!r}"
+    for entry in entries:
+        if has_pictures(entry) and entry.get("text_embeds") not in (None, *(text["id"] for text in texts[:1])):
+            yield f"entry {entry['id']!r}: text_embeds has no meaning here: all captions are cached in {texts[0]['id']!r}"
 
 
 def _where(entry: Entry, beside: Path) -> Where:
-    options, place = _nested(entry), str(place_of(entry))
-    columns = columns_of(entry) if entry.get("caption_strategy") in ("parquet", "csv", "huggingface") else ()
-    kind, root = SOURCES[entry.get("type", "local")], None
-    if kind is DatasetType.folder and entry.get("metadata_backend") == "parquet" and "path" in options:
+    options, place, folder = options_of(entry), str(place_of(entry)), folder_of(entry)
+    columns = columns_of(entry) if strategy_of(entry) in COLUMN_STRATEGIES else ()
+    kind, root = SOURCES[type_of(entry)], folder if type_of(entry) == "csv" else None
+    if has_table(entry) and "path" in options:
         kind, root, place = DatasetType.table, place, options["path"]
     place, root = _located(place, beside), root and _located(root, beside)
     column = options.get("filename_column") or options.get("csv_url_column") or options.get("image_column") or "image"
-    return Where(kind, place, column, columns, root, options.get("split", "train"), bool(options.get("streaming", False)))
+    split, streaming = options.get("split") or "train", options.get("streaming") is True
+    return Where(kind, place, column, columns, root, split, streaming, options.get("fallback_caption_column"))
 
 
 def _located(place: str, beside: Path) -> str:
@@ -157,15 +170,14 @@ def _located(place: str, beside: Path) -> str:
 def _spec(entry: Entry, entries: list[Entry], cfg: DictConfig, path: Path) -> DatasetSpec:
     asked = asked_masks(entry)
     mask = next((e for e in entries if asked and e.get("id") == asked[0]), None)
-    prompts = entry.get("instance_prompt") or ()
-    strategy = entry.get("caption_strategy", "filename")
+    prompts, is_eval = entry.get("instance_prompt") or (), kind_of(entry) == "eval"
     captions = Captions(
-        CAPTIONS.get(strategy, CaptionKind.column), (prompts,) if isinstance(prompts, str) else tuple(prompts),
+        CAPTIONS.get(strategy_of(entry), CaptionKind.column), (prompts,) if isinstance(prompts, str) else tuple(prompts),
         bool(entry.get("prepend_instance_prompt")), bool(entry.get("only_instance_prompt")),
         bool(entry.get("disable_multiline_split")),
     )  # fmt: skip
     return DatasetSpec(
-        entry["id"], _where(entry, path), captions, _shaping(entry, cfg), is_class(entry), kind_of(entry) == "eval",
+        entry["id"], _where(entry, path), captions, _shaping(entry, cfg), is_class(entry) and not is_eval, is_eval,
         entry.get("repeats") or 0, 1.0 if entry.get("probability") is None else entry["probability"],
         masks=Masks(MaskFrom.files, mask["id"], _where(mask, path)) if mask else None,
         most=entry.get("max_num_samples"), latents=entry.get("cache_dir_vae"), named=f"{entry['id']!r}: {place_key(entry)}",

@@ -1,4 +1,4 @@
-"""What may be wrong with a SimpleTuner dataset file, and what its entries say about themselves."""
+"""What may be wrong with a SimpleTuner dataset file; each problem with the way out."""
 
 from __future__ import annotations
 
@@ -11,62 +11,29 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..config import PriorKind
+from .simpletuner_entry import (
+    COLUMN_STRATEGIES,
+    Entry,
+    asked_masks,
+    columns_of,
+    is_class,
+    kind_of,
+    place_key,
+    place_of,
+    strategy_of,
+)
 from .simpletuner_keys import KEYS, NESTED, Key, Use
 
-Entry = dict[str, Any]
 TYPE_NAMES = {str: "a string", bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
 
 
-def kind_of(entry: Entry) -> str:
-    return entry.get("dataset_type", "image")
-
-
-def is_class(entry: Entry) -> bool:
-    return bool(entry.get("is_regularisation_data", entry.get("is_regularization_data", False)))
-
-
-def asked_masks(entry: Entry) -> list[Any]:
-    asked = entry.get("conditioning_data")
-    return [] if asked is None else asked if isinstance(asked, list) else [asked]
-
-
-def place_key(entry: Entry) -> str:
-    """The key by which an entry says where its pictures are."""
-    kind = entry.get("type", "local")
-    return {"csv": "csv_file", "huggingface": "dataset_name", "aws": "aws_bucket_name"}.get(kind, "instance_data_dir")
-
-
-def place_of(entry: Entry) -> str | None:
-    """Where an entry's pictures are; None if it doesn't say."""
-    kind = entry.get("type", "local")
-    folder = entry.get("instance_data_dir") or entry.get("instance_data_root")
-    if kind == "aws":
-        bucket, prefix = entry.get("aws_bucket_name"), entry.get("aws_data_prefix") or folder or ""
-        return bucket and f"s3://{bucket}/{prefix}".rstrip("/")
-    if kind == "csv":
-        return entry.get("csv_file")
-    if kind == "huggingface":
-        nested = entry.get("huggingface")
-        return entry.get("dataset_name") or (nested.get("dataset_name") if isinstance(nested, dict) else None) or folder
-    return folder
-
-
-def columns_of(entry: Entry) -> tuple[str, ...]:
-    said = entry.get("csv_caption_column")
-    nested = [entry, entry.get("parquet"), entry.get("huggingface")]
-    for part in nested:
-        if isinstance(part, dict):
-            said = said or part.get("caption_column")
-    return tuple(said) if isinstance(said, list) else (said,) if said else ()
-
-
-def entry_problems(entry: Entry, notices: list[str], name: str) -> Iterator[str]:
+def entry_problems(entry: Entry) -> Iterator[str]:
     for key in entry.get("\0twins", []):
         yield f"key {key!r} comes twice; keep one"
-    yield from _key_problems({k: v for k, v in entry.items() if k != "\0twins"}, KEYS, "", notices, name)
+    yield from _key_problems({k: v for k, v in entry.items() if k != "\0twins"}, KEYS, "")
     for outer, legal in NESTED.items():
         if isinstance(entry.get(outer), dict):
-            yield from _key_problems(entry[outer], legal, f"{outer}.", notices, name)
+            yield from _key_problems(entry[outer], legal, f"{outer}.")
     if not isinstance(entry.get("id"), str) or not entry["id"].strip():
         yield 'it needs an id, such as "id": "my-photos"'
     elif re.search(r"[/\\\x00-\x1f]|^\.\.?$", entry["id"]):
@@ -74,7 +41,7 @@ def entry_problems(entry: Entry, notices: list[str], name: str) -> Iterator[str]
     yield from _meaning_problems(entry)
 
 
-def _key_problems(entry: Entry, legal: dict[str, Key], prefix: str, notices: list[str], name: str) -> Iterator[str]:
+def _key_problems(entry: Entry, legal: dict[str, Key], prefix: str) -> Iterator[str]:
     for key, value in entry.items():
         if key not in legal:
             near = get_close_matches(key, legal, n=1, cutoff=0.5)
@@ -85,8 +52,6 @@ def _key_problems(entry: Entry, legal: dict[str, Key], prefix: str, notices: lis
             yield f"{prefix}{key} is {json.dumps(value, ensure_ascii=False)}; {problem}"
         elif known.use is Use.refused and value is not None and value not in known.neutral:
             yield f"{prefix}{key} can't be followed here: {known.why}"
-        elif known.use is Use.idle:
-            notices.append(f"entry {name}: {prefix}{key} has no meaning here: {known.why}")
 
 
 def _value_problem(key: Key, value: Any) -> str | None:
@@ -115,7 +80,7 @@ def _meaning_problems(entry: Entry) -> Iterator[str]:
         yield f"it needs {place_key(entry)}"
     if kind == "conditioning":
         return
-    strategy = entry.get("caption_strategy", "filename")
+    strategy = strategy_of(entry)
     prompts = entry.get("instance_prompt")
     if not prompts and (
         strategy == "instanceprompt" or entry.get("prepend_instance_prompt") or entry.get("only_instance_prompt")
@@ -123,7 +88,7 @@ def _meaning_problems(entry: Entry) -> Iterator[str]:
         yield 'it needs an "instance_prompt"'
     if isinstance(prompts, list) and not all(isinstance(p, str) and p.strip() for p in prompts):
         yield "instance_prompt must be a list of strings"
-    if strategy in ("parquet", "csv", "huggingface") and not columns_of(entry):
+    if strategy in COLUMN_STRATEGIES and not columns_of(entry):
         yield f"caption_strategy is {strategy!r}, so it needs a caption_column"
     yield from _size_problems(entry)
 

@@ -19,7 +19,6 @@ class Key(NamedTuple):
     why: str = ""
     neutral: tuple[Any, ...] = ()
     low: float | None = None  # least legal number
-    high: float | None = None
 
 
 TEXT, FLAG, WHOLE, NUMBER, LIST, TABLE = (str,), (bool,), (int,), (int, float), (list,), (dict,)
@@ -40,7 +39,7 @@ SCANNED_KINDS = ("discovery", "parquet", "csv", "huggingface", "json")
 
 KEYS: dict[str, Key] = {
     "id": Key(TEXT),
-    "type": Key(TEXT, legal=("local", "csv", "parquet", "huggingface", "aws")),
+    "type": Key(TEXT, legal=("local", "csv", "huggingface", "aws")),
     "dataset_type": Key(TEXT, legal=("image", "conditioning", "eval", "text_embeds", "image_embeds")),
     "disabled": Key(FLAG),
     "disable": Key(FLAG),
@@ -130,7 +129,8 @@ NESTED = {
     "parquet": {
         "path": Key(TEXT), "filename_column": Key(TEXT), "caption_column": Key((str, list)),
         "fallback_caption_column": Key(TEXT), "width_column": idle(TEXT, "sizes are read from the pictures"),
-        "height_column": idle(TEXT, "sizes are read from the pictures"), "identifier_includes_extension": Key(FLAG),
+        "height_column": idle(TEXT, "sizes are read from the pictures"), 
+        "identifier_includes_extension": idle(FLAG, "pictures are found with and without"),
     },
     "huggingface": {
         "image_column": Key(TEXT), "caption_column": Key((str, list)), "dataset_name": Key(TEXT), "split": Key(TEXT),

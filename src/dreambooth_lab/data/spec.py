@@ -20,6 +20,7 @@ class Where(NamedTuple):
     root: str | None = None  # what a table's relative paths are relative to; None: the table's own folder
     split: str = "train"
     streaming: bool = False
+    fallback_column: str | None = None  # a table's captions where those columns are empty
 
 
 class Shaping(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import ConfigError
 from .folder import filesystem
-from .source import Item, local_stamp, stem
+from .source import SUFFIXES, Item, local_stamp, stem
 from .spec import Where
 
 
@@ -28,8 +28,8 @@ class Table:
         self._refuse_columns(set(rows[0]) if rows else set())
         seen: set[str] = set()
         for number, row in enumerate(rows, 1):
-            name = str(row[self.where.image_column] or "").strip()
-            captions = tuple(c for column in self.where.caption_columns for c in _texts(row[column]))
+            name = self._whole(str(row[self.where.image_column] or "").strip())
+            captions = self._captions(row)
             if not name:
                 yield Item(f"row {number}", "", (), f"its column {self.where.image_column!r} is empty")
             elif name in seen:
@@ -50,8 +50,18 @@ class Table:
             return Item(name, "", captions, f"can't be read: {error.strerror}")
         return Item(name, local_stamp(stat), captions)
 
+    def _captions(self, row: dict[str, Any]) -> tuple[str, ...]:
+        said = tuple(text for column in self.where.caption_columns for text in _texts(row[column]))
+        return said or (tuple(_texts(row[self.where.fallback_column])) if self.where.fallback_column else ())
+
     def _local(self, name: str) -> Path:
         return (self.base / name.removeprefix("file://")).resolve()
+
+    def _whole(self, name: str) -> str:
+        """A name with its extension, which tables may leave out."""
+        if not name or ("://" in name and not name.startswith("file://")) or self._local(name).is_file():
+            return name
+        return next((name + suffix for suffix in sorted(SUFFIXES) if self._local(name + suffix).is_file()), name)
 
     def _rows(self) -> list[dict[str, Any]]:
         try:
@@ -76,7 +86,8 @@ class Table:
     def _refuse_columns(self, has: set[str]) -> None:
         if not has:
             raise ConfigError(f"{str(self.path)!r} has no rows")
-        for column in (self.where.image_column, *self.where.caption_columns):
+        fallback = (self.where.fallback_column,) if self.where.fallback_column else ()
+        for column in (self.where.image_column, *self.where.caption_columns, *fallback):
             if column not in has:
                 near = get_close_matches(column, has, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -19,7 +19,7 @@ from ..diffusion.path import Prediction, VariancePreserving
 from ..embedding import Slot
 from ..quant import Source
 from . import files
-from .family import Family, OnStep
+from .family import Family, OnStep, TextEncoders
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,14 @@ class SDXL(Family):
         "feed_forward": ("ff.net.0.proj", "ff.net.2"),
         "convolution": ("re:.*resnets\\..*\\.(conv1|conv2|conv_shortcut)", "re:.*samplers\\..*\\.conv"),
     }
+    text_learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+        "feed_forward": ("mlp.fc1", "mlp.fc2"),
+    }
 
     denoiser_part = "unet"
     text_encoder_parts = ("text_encoder", "text_encoder_2")
+    kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     # Small, and everything passes through them: time, size and pooled text; the text encoder's last projection.
     keeps: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection")
 
@@ -99,8 +104,10 @@ class SDXL(Family):
         return self._load(AutoencoderKL, "vae", self.encoder_dtype)
 
     @cached_property
-    def text_encoders(self) -> list[tuple[Any, Any]]:
-        """(tokenizer, encoder), twice."""
+    def text_encoders(self) -> TextEncoders:
+        return self.load_text_encoders()
+
+    def load_text_encoders(self) -> TextEncoders:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         kinds = (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection))
@@ -115,20 +122,24 @@ class SDXL(Family):
         self.__dict__.pop("text_encoders", None)
 
     def text_identity(self) -> str:
-        kinds = [kind.value for kind in map(self.quantiser.kind, TEXT_PARTS) if kind is not QuantKind.none]
-        precision = (str(self.encoder_dtype), *kinds)
+        precision = (str(self.encoder_dtype), *self._fewer_bits(self.text_encoder_parts))
         return files.identity(self.folder, TEXT_PARTS, "sdxl", *precision, str(self.zero_unconditional))
 
+    def _fewer_bits(self, parts: Sequence[str]) -> list[str]:
+        """Which of some parts are quantised, and how."""
+        kinds = {part: self.quantiser.kind(part) for part in parts}
+        return [f"{part} {kind.value}" for part, kind in kinds.items() if kind is not QuantKind.none]
+
     def denoiser_identity(self) -> str:
-        return files.identity(self.folder, ("unet", "scheduler"), str(self.dtype))
+        return files.identity(self.folder, ("unet", "scheduler"), str(self.dtype), *self._fewer_bits(("unet",)))
 
     def image_identity(self) -> str:
         return files.identity(self.folder, ("vae",), str(self.encoder_dtype))
 
-    def read_text(self, captions: Sequence[str]) -> Text:
+    def read_text(self, captions: Sequence[str], encoders: TextEncoders) -> Text:
         """The last hidden layer but one of both encoders, side by side; pooled is the second's projected output."""
         states = []
-        for tokenizer, encoder in self.text_encoders:
+        for tokenizer, encoder in encoders:
             _warn_of_long(captions, tokenizer)
             ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
             output = encoder(ids.to(self.device), output_hidden_states=True)
@@ -139,8 +150,8 @@ class SDXL(Family):
             text = Text(text.states * said.view(-1, 1, 1), text.pooled * said.view(-1, 1))
         return text
 
-    def token_slots(self, word: str) -> list[Slot]:
-        return [_slot(tokenizer, encoder, word) for tokenizer, encoder in self.text_encoders]
+    def token_slots(self, word: str, encoders: TextEncoders) -> list[Slot]:
+        return [_slot(tokenizer, encoder, word) for tokenizer, encoder in encoders]
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
