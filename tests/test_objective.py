@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dreambooth_lab import lab
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.diffusion.path import RectifiedFlow
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.run import build_adapter, build_family
+from dreambooth_lab.run import build_adapter, build_family, run
 
 WALK = ["rollout.enabled=true", "rollout.ramp_steps=0", "rollout.max_step_offset=3"]
 
@@ -177,6 +178,23 @@ def test_the_walk_has_no_dropout_and_leaves_the_modes_and_the_generator_as_they_
     reached = [module.rollout(batch.latents(), batch, batch.cond, module.times(batch.u), 0) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(reached[0].x_t, reached[1].x_t)
     assert modes == [(name, part.training) for name, part in module.named_modules()]
+
+
+def test_a_schedule_free_optimiser_walks_with_the_weights_that_train(small, tmp_path, monkeypatch):
+    pytest.importorskip("schedulefree")
+    seen, real = [], DreamBooth.at_rest
+
+    @contextmanager
+    def spied(module):
+        before = [p.clone() for p in module.learning().values()]
+        with real(module):
+            seen.append(all(torch.equal(a, b) for a, b in zip(before, module.learning().values(), strict=True)))
+            yield
+
+    monkeypatch.setattr(DreamBooth, "at_rest", spied)
+    words = ["optimizer=schedulefree", "ema.enabled=false", "validation.every_n_steps=0", "trainer.max_steps=3", *WALK]
+    run(lab.compose(*small, *words), tmp_path / "run")
+    assert seen == [True] * 3
 
 
 class Flow:

@@ -91,9 +91,11 @@ class DreamBooth(LightningModule):
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Inside, no dropout; after, every part is in the mode it was in."""
+        """Inside, no dropout; after, every part is in the mode it was in. The weights are those that train, of a schedule-free
+        optimiser too, so this is not `eval`."""
         before = [(part, part.training) for part in self.modules()]
-        self.eval()
+        for part, _ in before:
+            part.training = False
         try:
             yield
         finally:
