@@ -67,6 +67,26 @@ def test_a_fresh_adapter_has_no_prior_loss(made, words):
         assert losses["prior"] < 1e-9 < losses["instance"]
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "locon", "loha", "lokr", "oft", "full"])
+def test_every_kind_of_adapter_has_the_base_as_teacher_to_the_bit(made, kind):
+    """While it trains, with dropout, fresh and moved; and only what learns gets a gradient."""
+    module, stream = made(f"adapter={kind}", *([] if kind in ("full", "oft") else ["adapter.dropout=0.5"]))
+    batch = next(stream)
+    rows, t = batch.class_rows, module.times(batch.u)
+    x_t = module.path.noise(batch.latents(), batch.eps, t)
+    base = build_family(module.cfg).denoise(x_t[rows], t[rows], batch.cond.take(rows))
+    assert module.training_step(batch, 0)["prior"] < 1e-9, "a fresh adapter has no prior loss"
+    move(module, 0.1)
+    assert torch.equal(module.teacher.answer(batch, x_t, t, rows), base)
+    losses = module.training_step(batch, 0)
+    assert losses["prior"] > 1e-6
+    losses["loss"].backward()
+    learning = module.learning()
+    assert all(p.grad is None for name, p in module.named_parameters() if name not in learning)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learning.values())
+    assert torch.equal(module.teacher.answer(batch, x_t, t, rows), base), "and after the gradients"
+
+
 def test_the_teacher_sees_the_rolled_out_sample(made):
     module, stream = made("prior=teacher", *WALK)
     move(module, 0.2)
