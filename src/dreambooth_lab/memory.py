@@ -60,7 +60,8 @@ def _kept(module: DreamBooth, text: Text, side: int) -> int:
         return tensor
 
     inputs = probe(module, text, side, side)
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    as_it_is = torch.compiler.set_stance("force_eager")  # compiling for two shapes that never come again takes minutes
+    with as_it_is, torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         answer = module.predict(*inputs)
     del answer
     return sum(seen.values())

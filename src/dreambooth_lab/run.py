@@ -21,6 +21,7 @@ from .draw import Purpose
 from .dreambooth import DreamBooth
 from .learned_text import LearnedText
 from .models.family import Family
+from .optimizer import require as require_optimizer
 from .phases import Phases
 from .quant import Quantiser, require
 from .runfolder import RunFolder
@@ -38,6 +39,7 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     _quiet_libraries()
     folder, phases = RunFolder(root), Phases()
     start = folder.newest() if cfg.resume else None
+    require_optimizer(cfg.optimizer)
     family = build_family(cfg)
     with phases("photos, text and caches"):
         data = DreamBoothData(cfg, family)
@@ -126,6 +128,7 @@ def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
     family: Family = build(cfg.model)
     family.device = _device(cfg.trainer.accelerator)
+    family.check_device()
     there = len(family.text_encoder_parts) if family.text_learns else 0
     if beyond := [number for number in cfg.adapter.text_encoders if number > there]:
         raise ConfigError(f"adapter.text_encoders has {beyond}, but of this model's text encoders {there} can learn")

@@ -18,6 +18,7 @@ from ..dreambooth import TOKEN, DreamBooth
 from ..runfolder import RunFolder
 from .card import card
 from .ema import Ema
+from .hub import push
 
 
 class Export(Callback):
@@ -43,6 +44,8 @@ class Export(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(pl_module, trainer.global_step, self.folder.export)
+        if self.cfg.export.push_to_hub:
+            push(self.cfg.export, self.folder.export, f"{self.cfg.dataset.instance_prompt}: {trainer.global_step} steps")
 
     def write(self, module: LightningModule, step: int, target: Path, why: str = "") -> None:
         """Put the module's present weights into a folder, in place of what is there.
@@ -55,28 +58,34 @@ class Export(Callback):
         module.eval()
         aside, old = (target.with_name(f"{target.name}.{name}") for name in ("new", "old"))
         shutil.rmtree(aside, ignore_errors=True)
-        learned: dict[Path, Mapping[str, Tensor]] = {aside: module.learning()}
+        learned: dict[str, Mapping[str, Tensor]] = {".": module.learning()}
         if self.ema:
-            learned[aside / "ema"] = self.ema.average()
-        for folder, weights in learned.items():
-            self._write_one(folder, module, weights, step, why)
+            learned["ema"] = self.ema.average()
+        for name, weights in learned.items():
+            self._write_one(aside / name, target / name, module, weights, step, why)
         if target.exists():
             target.rename(old)
         aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         module.train(was_training)
 
-    def _write_one(self, folder: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int, why: str) -> None:
+    def _write_one(
+        self, folder: Path, place: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int, why: str
+    ) -> None:  # fmt: skip
+        """Into `folder`, which becomes `place` when all is there."""
         family, owned = module.family, module.by_owner(weights)
         folder.mkdir(parents=True)
         if token := owned.pop(TOKEN, None):
             family.save_token(folder, list(token.values()))
         own = owned.pop(family.denoiser_part)
         module.adapter.export(folder, Learned(family.denoiser_part, own, owned, self._header(weights, step), family.kohya))
-        (folder / "README.md").write_text(card(self.cfg, self.folder, folder, step, why), encoding="utf-8")
+        word = module.text.token.word if module.text and module.text.token else None
+        text = card(self.cfg, self.folder, folder, place, step, module.adapter, family, word, why)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _header(self, weights: Mapping[str, Tensor], step: int) -> dict[str, str]:
-        """Of every safetensors file: what made it."""
+        """Of every safetensors file: what made it, less whom pictures were sent to, since addresses can be secret."""
+        public = OmegaConf.masked_copy(self.cfg, [str(key) for key in self.cfg if key != "webhook"])
         digest = hashlib.sha256()
         for name in sorted(weights):
             digest.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
@@ -86,5 +95,5 @@ class Export(Callback):
             "steps": str(step),
             "made_by": f"dreambooth-lab {__version__}",
             "weights_sha256": digest.hexdigest(),
-            "config": OmegaConf.to_yaml(self.cfg, resolve=True),
+            "config": OmegaConf.to_yaml(public, resolve=True),
         }

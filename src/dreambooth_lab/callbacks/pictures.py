@@ -13,6 +13,13 @@ from PIL import Image
 Rows = Sequence[Sequence[Image.Image]]
 
 
+def save(folder: Path, step: int, rows: Rows) -> Image.Image:
+    """Every picture by itself, and the grid, which is returned."""
+    for i, row in enumerate(rows):
+        save_row(folder, step, i, row)
+    return save_grid(folder, step, rows)
+
+
 def save_row(folder: Path, step: int, prompt: int, row: Sequence[Image.Image]) -> list[Path]:
     """A prompt's pictures as step_N/PROMPT_IMAGE.png."""
     own = folder / f"step_{step:07d}"

@@ -9,7 +9,9 @@ from .check import (
     check,
 )
 from .choices import (
+    REGEX,
     SIMPLETUNER_QUANT,
+    Attention,
     CaptionKind,
     Crop,
     CropAspect,
@@ -38,6 +40,9 @@ from .composing import (
     anchor,
     conf_dir,
 )
+from .lycoris_file import (
+    read_lycoris_file,
+)
 from .prompts import (
     rare_word,
     words,
@@ -49,7 +54,9 @@ from .schema import (
 )
 
 __all__ = [
+    "REGEX",
     "SIMPLETUNER_QUANT",
+    "Attention",
     "CaptionKind",
     "Config",
     "ConfigError",
@@ -81,5 +88,6 @@ __all__ = [
     "check",
     "conf_dir",
     "rare_word",
+    "read_lycoris_file",
     "words",
 ]

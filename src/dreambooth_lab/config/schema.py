@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .choices import (
+    Attention,
     CaptionKind,
     Crop,
     CropAspect,
@@ -43,6 +44,8 @@ class ModelConfig:
     tae: str | None
     resolution: int
     gradient_checkpointing: bool
+    attention: Attention
+    compile: bool
 
 
 @dataclass
@@ -286,6 +289,14 @@ class OneLoggerConfig:
 
 
 @dataclass
+class ExportConfig:
+    push_to_hub: bool
+    repo: str | None
+    private: bool
+    token_env: str
+
+
+@dataclass
 class LoggerConfig:
     loggers: dict[str, OneLoggerConfig]
 
@@ -308,6 +319,7 @@ class Config:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     logger: LoggerConfig
     name: str
     seed: int

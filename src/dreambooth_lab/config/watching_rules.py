@@ -1,8 +1,9 @@
-"""Problems of what is watched: ema, validation, eval, preview, webhook, checkpoint, logger."""
+"""Problems of what is watched and what is given away: ema, validation, eval, preview, webhook, checkpoint, logger, export."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -30,6 +31,7 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from _prompt_problems(read)
     yield from _eval_problems(read)
     yield from _preview_problems(read)
+    yield from _hub_problems(read)
     yield from _checkpoint_problems(read)
     yield from _logger_problems(read)
 
@@ -104,6 +106,19 @@ def _logger_problems(read: Reader) -> Iterator[str | None]:
             yield f"{key} needs {logger.package}, which is not installed; pip install {logger.package}, or leave it out of logger"
         elif not kind.endswith("Logger") or not library:
             yield f"{key}._target_ is {logger._target_!r}; it must name a class, such as lightning.pytorch.loggers.CSVLogger"
+
+
+def _hub_problems(read: Reader) -> Iterator[str | None]:
+    if not read("export.push_to_hub"):
+        return
+    repo, variable = read("export.repo"), read("export.token_env")
+    if repo is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        yield f"export.push_to_hub is true, but export.repo is {repo!r}; set it to owner/name, or export.push_to_hub=false"
+    if not os.environ.get(str(variable)):
+        unset = f"export.token_env is {variable!r}, an environment variable that is not set"
+        yield f"{unset}; export a write token in it, or set export.push_to_hub=false"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        yield "export.push_to_hub is true, but HF_HUB_OFFLINE is set; unset it, or set export.push_to_hub=false"
 
 
 def _preview_problems(read: Reader) -> Iterator[str | None]:

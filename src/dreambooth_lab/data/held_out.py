@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .. import draw
-from ..batch import Batch, stack_text
+from ..batch import Batch, Kinds, stack_text
 from ..draw import Purpose
 from . import cache
 from .entry import Entry
@@ -48,6 +48,7 @@ def _exam(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int) -> Ex
         sample=torch.tensor(index), mean=mean, std=torch.stack([p["std"] for p in posteriors]), z=noise[:, 0], eps=noise[:, 1],
         u=torch.tensor([(k + 0.5) / times for _, k in rows], dtype=torch.float64), walk=torch.zeros(len(rows), 2), xi=None,
         cond=data.family.cond(stack_text([data.text(said) for said in captions]), [e.variants[0].size() for e, _ in rows]),
-        captions=captions, instance_rows=torch.arange(len(rows)), class_rows=torch.arange(0), mask=None, taught=None,
+        captions=captions, instance_rows=torch.arange(len(rows)), class_rows=torch.arange(0),
+        kinds=Kinds(len(rows), 0), mask=None, taught=None,
     )  # fmt: skip
     return Exam(batch, tuple((entry.spec.id, entry.picture.name) for entry, _ in rows))

@@ -12,6 +12,7 @@ from string import Template
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ..callbacks.card import usage
 from ..callbacks.pictures import beside
 from ..runfolder import RunFolder
 from . import story
@@ -25,10 +26,7 @@ $kept
 python -m dreambooth_lab resume=$root trainer.max_steps=$more
 
 # in diffusers alone:
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained($base)
-pipeline.load_lora_weights($export)
-pipeline($said).images[0].save("picture.png")""")
+$code""")
 
 
 def write(folder: RunFolder) -> None:
@@ -63,8 +61,8 @@ def _usage(folder: RunFolder, steps: int) -> str:
     prompt = shlex.quote(f"prompt='{said}'" if "'" not in said else f'prompt="{said}"')
     kept = f"python -m dreambooth_lab.tools.generate file={shlex.quote(str(folder.best_export))} {prompt}   # the step kept\n"
     return USAGE.substitute(
-        root=root, prompt=prompt, kept=kept if folder.best() else "", more=2 * steps, base=repr(cfg.model.pretrained),
-        export=repr(str(folder.export)), said=repr(said),
+        root=root, prompt=prompt, kept=kept if folder.best() else "", more=2 * steps,
+        code=usage(folder.export) if folder.export.is_dir() else "it has no export yet",
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def paint(ask: Ask) -> Path:
         for strength in ask.strengths:
             adapter.strengthen(pipeline, strength)
             seeds = [torch.Generator().manual_seed(seed) for seed in ask.seeds]
-            rows.append([pipeline(prompt, negative_prompt=ask.negative, generator=g, **options).images[0] for g in seeds])
+            rows.append([pipeline(prompt, negative_prompt=ask.negative or None, generator=g, **options).images[0] for g in seeds])
     return _save(Path(ask.out), rows)
 
 
