@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from hydra.utils import get_class
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -60,6 +63,8 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     with phases("training"):
         trainer, metrics = build_trainer(cfg, folder, data, family, start[1] if start else 0, phases)
         fit(trainer, module, data, start[0] if start else None)
+    if not trainer.is_global_zero:
+        return {}
     folder.save_cost(phases.cost())
     report.write(folder)
     Console().print(phases.table())
@@ -72,9 +77,10 @@ def build_module(cfg: DictConfig, family: Family, data: DreamBoothData, folder: 
     adapter, text = build_adapter(cfg), build_text(cfg, family)
     layers = attach(cfg, family, adapter, text)
     module = DreamBooth(cfg, family, adapter, text).train()
-    folder.save_config(cfg)
-    folder.save_environment(str(family.device))
-    preflight.show(cfg, data, module, layers, folder.preflight)
+    if _rank() == 0:
+        folder.save_config(cfg)
+        folder.save_environment(str(family.device))
+        preflight.show(cfg, data, module, layers, folder.preflight)
     return module
 
 
@@ -136,7 +142,7 @@ def learned_word(cfg: DictConfig) -> str | None:
 def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
     family: Family = build(cfg.model)
-    family.device = _device(cfg.trainer.accelerator)
+    family.device = _device(cfg.trainer.accelerator, cfg.trainer.devices)
     there = len(family.text_encoder_parts) if family.text_learns else 0
     if beyond := [number for number in cfg.adapter.text_encoders if number > there]:
         raise ConfigError(f"adapter.text_encoders has {beyond}, but of this model's text encoders {there} can learn")
@@ -162,10 +168,20 @@ def trained_pipeline(cfg: DictConfig, export: Path) -> tuple[Any, Adapter]:
     return pipeline.to(family.device), adapter
 
 
-def _device(accelerator: str) -> torch.device:
+def _device(accelerator: str, devices: int = 1) -> torch.device:
+    """This process's own."""
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator is 'gpu', but torch sees no CUDA device; use trainer.accelerator=cpu or auto")
-    return torch.device("cuda", 0) if accelerator != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if devices > torch.cuda.device_count():
+        raise ConfigError(f"trainer.devices is {devices}, but torch sees {torch.cuda.device_count()} CUDA device(s); use as many")
+    return torch.device("cuda", _rank())
+
+
+def _rank() -> int:
+    """Which of the processes of one machine this is; Lightning starts the others of a run and numbers them."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def build_validation(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family) -> Validation:
@@ -191,26 +207,40 @@ def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, devic
 def build_trainer(
     cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, phases: Phases
 ) -> tuple[Trainer, StepMetrics]:
-    """The Trainer with every callback, checkpoints last."""
+    """The Trainer with every callback, checkpoints last. Of several ranks the first alone draws and writes."""
+    leads = _rank() == 0
     metrics = StepMetrics(cfg.trainer.log_every_n_steps)
     ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
     callbacks: list[Callback | None] = [
         metrics,
-        Bar(metrics) if cfg.trainer.progress else None,
+        Bar(metrics) if leads and cfg.trainer.progress else None,
         ema,
-        build_validation(cfg, folder, data, family) if cfg.validation.every_n_steps else None,
-        Export(cfg, folder, ema),
+        build_validation(cfg, folder, data, family) if leads and cfg.validation.every_n_steps else None,
+        Export(cfg, folder, ema) if leads else None,
         Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
     ]
     trainer = Trainer(
-        accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=1, precision="32-true",
+        accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=cfg.trainer.devices,
+        strategy=_strategy(cfg), precision="32-true",
         max_steps=cfg.trainer.max_steps, max_epochs=-1, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         gradient_clip_val=cfg.trainer.gradient_clip_norm or None, deterministic=cfg.trainer.deterministic,
-        callbacks=[c for c in callbacks if c], logger=_loggers(cfg, folder, step), default_root_dir=folder.root, profiler=phases,
+        callbacks=[c for c in callbacks if c], logger=_loggers(cfg, folder, step) if leads else False,
+        default_root_dir=folder.root, profiler=phases,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip
     return trainer, metrics
+
+
+def _strategy(cfg: DictConfig) -> Strategy | str:
+    """With several devices a process for each, which has its own rows of every batch; the gradients are averaged."""
+    if cfg.trainer.devices == 1:
+        return "auto"
+    return DDPStrategy(
+        find_unused_parameters=bool(cfg.adapter.train_token or cfg.adapter.text_encoders),  # a rank's rows may not say the token
+        init_sync=False, broadcast_buffers=False,  # all make the same weights from the seed
+        timeout=timedelta(days=1),  # the others wait while the first draws pictures
+    )  # fmt: skip
 
 
 def _loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]:
