@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,9 @@ import torch
 from torch.testing import assert_close
 
 from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError
 from dreambooth_lab.run import _device
 from dreambooth_lab.runfolder import RunFolder
-
-pytestmark = pytest.mark.slow
 
 
 def call(*words: str, cwd: Path) -> str:
@@ -25,9 +25,7 @@ def call(*words: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def words(small, photos, class_photos, tmp_path_factory):
-    """One bucket, so that a sample is the same picture at every batch size; half of the rows are class rows."""
-    import shutil
-
+    """One bucket, so that a sample is the same picture at every batch size; a quarter of the rows are class rows."""
     folder = tmp_path_factory.mktemp("one")
     for own, name in ((photos, "photos"), (class_photos, "class")):
         (folder / name).mkdir()
@@ -40,8 +38,9 @@ def words(small, photos, class_photos, tmp_path_factory):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_with_twice_the_batch(words, tmp_path):
-    """The same rows, losses, pictures and weights; then both go on from a checkpoint, bit for bit."""
+    """The same losses, pictures and, but for rounding, weights; each cut with micro-batches that lack a kind of rows."""
     cut = [("trainer.devices=1", "dataset.batch_size=4"), ("trainer.devices=2", "dataset.batch_size=2"),
            ("trainer.devices=2", "dataset.batch_size=1", "trainer.accumulate_grad_batches=2")]  # fmt: skip
     said = [call(*words, *how, f"hydra.run.dir={tmp_path / str(i)}", cwd=tmp_path) for i, how in enumerate(cut)]
@@ -60,6 +59,7 @@ def test_two_ranks_are_one_with_twice_the_batch(words, tmp_path):
         assert (other.folder.export / "pytorch_lora_weights.safetensors").is_file() and other.folder.report.is_file()
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_bit_for_bit(words, tmp_path):
     two = ["trainer.devices=2", "dataset.batch_size=1"]
     call(*words, *two, f"hydra.run.dir={tmp_path / 'whole'}", cwd=tmp_path)
@@ -69,15 +69,21 @@ def test_two_ranks_go_on_bit_for_bit(words, tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_sweep_has_one_device_each(words, tmp_path):
-    asked = [*words, "trainer.devices=2", "-m", "seed=0,1", f"runs={tmp_path}"]
+    asked = ["-m", *words, "trainer.devices=2", "seed=0,1", f"runs={tmp_path}"]
     done = subprocess.run([sys.executable, "-m", "dreambooth_lab", *asked], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode and "trainer.devices is 2 in a sweep" in done.stderr
 
 
-def test_a_rank_has_its_own_device(monkeypatch):
+def test_a_rank_has_its_own_gpu_and_there_are_enough(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _device("auto", 2) == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert _device("cpu", 2) == torch.device("cpu")
+    assert _device("gpu", 2) == torch.device("cuda", 1) and _device("cpu", 2) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"trainer.devices is 3, but torch sees 2 CUDA"):
+        _device("gpu", 3)
 
 
 def weights(folder: RunFolder, step: int) -> dict[str, torch.Tensor]:

@@ -41,6 +41,7 @@ class DreamBooth(LightningModule):
         super().__init__()
         self.cfg, self.family, self.adapter = cfg, family, adapter
         self.denoiser, self.outside, self.text = family.denoiser, adapter.outside(), text
+        self._point: list[Tensor] = []
         self.path = family.path
         self.times = build_times(cfg.objective, family.times)
         self.teacher = Teacher(family.denoise, adapter.base)
@@ -93,14 +94,14 @@ class DreamBooth(LightningModule):
     def at_rest(self) -> Iterator[None]:
         """Inside, no dropout; after, every part is in the mode it was in. The weights are those that train, of a schedule-free
         optimiser too, so this is not `eval`."""
-        before = [(part, part.training) for part in self.modules()]
-        for part, _ in before:
-            part.training = False
+        training, before = self.training, [(part, part.training) for part in self.modules()]
+        super().train(False)
         try:
             yield
         finally:
-            for part, training in before:
-                part.training = training
+            super().train(training)  # reaches what an adapter keeps outside the module
+            for part, mode in before:
+                part.training = mode
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.family.denoise(x_t, t, cond)
@@ -154,14 +155,21 @@ class DreamBooth(LightningModule):
     def train(self, mode: bool = True) -> DreamBooth:
         """Schedule-free optimisers keep two points: the one that trains, and the average that is looked at."""
         super().train(mode)
-        turn = getattr(self._optimizer(), "train" if mode else "eval", None)
-        if turn:
-            turn()
+        trainer = self._trainer
+        if trainer and trainer.optimizers and hasattr(trainer.optimizers[0], "eval"):
+            self._turn(trainer.optimizers[0], mode)
         return self
 
-    def _optimizer(self) -> Any:
-        trainer = self._trainer
-        return trainer.optimizers[0] if trainer and trainer.optimizers else None
+    def _turn(self, optimizer: Any, mode: bool) -> None:
+        """To the average, and back to the very bits that train: the optimiser's own way back rounds."""
+        learning = self.learning().values()
+        if not mode and not self._point:
+            self._point = [p.detach().clone() for p in learning]
+        (optimizer.train if mode else optimizer.eval)()
+        if mode and self._point:
+            for p, before in zip(learning, self._point, strict=True):
+                p.data.copy_(before)
+            self._point = []
 
     def learning(self) -> dict[str, Tensor]:
         """The trainable parameters by name."""

@@ -62,7 +62,8 @@ def _kept(module: DreamBooth, text: Text, side: int) -> int:
     device = module.family.device
     x_t = torch.zeros(1, module.family.channels, side, side, device=device)
     cond = Cond(*(part.to(device) for part in module.family.cond(text, [Size((64, 64), (0, 0), (64, 64))])))
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    as_it_is = torch.compiler.set_stance("force_eager")  # compiling for two shapes that never come again takes minutes
+    with as_it_is, torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         answer = module.predict(x_t, torch.full((1,), 0.5, device=device), cond)
     del answer
     return sum(seen.values())

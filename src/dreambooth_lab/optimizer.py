@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from inspect import signature
 from math import cos, pi
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .config import Schedule
+from .config import ConfigError, Schedule
 
 LORA_B = ("lora_B", "lora_up")  # in parameter names: the matrix that starts at 0
 
@@ -25,7 +27,7 @@ class Rate(NamedTuple):
 
 
 def build_optimizer(cfg: DictConfig, learning: Mapping[str, Tensor], rates: Mapping[str, Rate]) -> Optimizer:
-    """The class that `cfg` names, with a group for each rate.
+    """The class that `cfg` names, with a group for each rate; the run's own comes first, which is the one logged.
 
     Args:
         learning, rates: by parameter name.
@@ -35,10 +37,30 @@ def build_optimizer(cfg: DictConfig, learning: Mapping[str, Tensor], rates: Mapp
         grouped.setdefault(rates[name], []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": own, "lr": cfg.lr * rate.ratio, "weight_decay": cfg.weight_decay if rate.decays else 0.0}
-        for rate, own in sorted(grouped.items(), reverse=True)
+        for rate, own in sorted(grouped.items(), key=lambda item: (item[0].ratio != 1, item[0]))
     ]
     options = {str(key): tuple(v) if isinstance(v, ListConfig) else v for key, v in cfg.options.items()}
     return get_class(cfg._target_)(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, **options)
+
+
+def require(cfg: DictConfig) -> None:
+    """Refuse, before any work, an optimiser that can't be made.
+
+    Raises:
+        ConfigError: there is no such class, or it has no such option.
+    """
+    try:
+        kind = get_class(cfg._target_)
+    except Exception as error:  # Hydra raises several kinds
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"optimizer._target_ is {cfg._target_!r}, which can't be imported ({reason}); see conf/optimizer/"
+        ) from error
+    known = sorted(set(signature(kind).parameters) - {"params", "lr", "weight_decay"})
+    for option in cfg.options:
+        if option not in known:
+            near = ", ".join(get_close_matches(option, known, n=3, cutoff=0.3) or known)
+            raise ConfigError(f"optimizer.options has {option!r}, which {cfg._target_} does not take there; near: {near}")
 
 
 def plus(name: str, ratio: float) -> float:

@@ -36,6 +36,7 @@ from .embedding import rare_word, words
 from .learned_text import LearnedText
 from .models.family import Family
 from .models.judges import Clip, Dino, Judge
+from .optimizer import require as require_optimizer
 from .phases import Phases
 from .quant import Quantiser, require
 from .runfolder import RunFolder
@@ -52,6 +53,7 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     _quiet_libraries()
     folder, phases = RunFolder(root), Phases()
     start = folder.newest() if cfg.resume else None
+    require_optimizer(cfg.optimizer)
     family = build_family(cfg)
     with phases("photos, text and caches"):
         data = DreamBoothData(cfg, family)
@@ -143,6 +145,7 @@ def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
     family: Family = build(cfg.model)
     family.device = _device(cfg.trainer.accelerator, cfg.trainer.devices)
+    family.check_device()
     there = len(family.text_encoder_parts) if family.text_learns else 0
     if beyond := [number for number in cfg.adapter.text_encoders if number > there]:
         raise ConfigError(f"adapter.text_encoders has {beyond}, but of this model's text encoders {there} can learn")

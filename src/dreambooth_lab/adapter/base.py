@@ -12,9 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from ..config import ConfigError
-
-REGEX = "re:"  # begins a target that is a regular expression
+from ..config import REGEX, ConfigError
 
 
 class Learned(NamedTuple):
@@ -183,10 +181,7 @@ def match(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def _fitting(names: Sequence[str], target: str) -> list[str]:
     if not target.startswith(REGEX):
         return [name for name in names if name == target or name.endswith("." + target)]
-    try:
-        pattern = re.compile(target.removeprefix(REGEX))
-    except re.error as error:
-        raise ConfigError(f"adapter target {target!r} is no regular expression: {error}") from error
+    pattern = re.compile(target.removeprefix(REGEX))
     return [name for name in names if pattern.fullmatch(name)]
 
 

@@ -18,6 +18,7 @@ from ..dreambooth import TOKEN, DreamBooth
 from ..runfolder import RunFolder
 from .card import card
 from .ema import Ema
+from .hub import push
 
 
 class Export(Callback):
@@ -43,6 +44,8 @@ class Export(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(pl_module, trainer.global_step)
+        if self.cfg.export.push_to_hub:
+            push(self.cfg.export, self.folder.export, f"{self.cfg.dataset.instance_prompt}: {trainer.global_step} steps")
 
     def _write(self, module: LightningModule, step: int) -> None:
         assert isinstance(module, DreamBooth)
@@ -68,10 +71,13 @@ class Export(Callback):
             family.save_token(folder, list(token.values()))
         own = owned.pop(family.denoiser_part)
         module.adapter.export(folder, Learned(family.denoiser_part, own, owned, self._header(weights, step), family.kohya))
-        (folder / "README.md").write_text(card(self.cfg, self.folder, folder, step), encoding="utf-8")
+        word = module.text.token.word if module.text and module.text.token else None
+        text = card(self.cfg, self.folder, folder, step, module.adapter, family, word)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _header(self, weights: Mapping[str, Tensor], step: int) -> dict[str, str]:
-        """Of every safetensors file: what made it."""
+        """Of every safetensors file: what made it, less whom pictures were sent to, since addresses can be secret."""
+        public = OmegaConf.masked_copy(self.cfg, [str(key) for key in self.cfg if key != "webhook"])
         digest = hashlib.sha256()
         for name in sorted(weights):
             digest.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
@@ -81,5 +87,5 @@ class Export(Callback):
             "steps": str(step),
             "made_by": f"dreambooth-lab {__version__}",
             "weights_sha256": digest.hexdigest(),
-            "config": OmegaConf.to_yaml(self.cfg, resolve=True),
+            "config": OmegaConf.to_yaml(public, resolve=True),
         }

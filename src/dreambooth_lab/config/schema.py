@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .choices import (
+    Attention,
     CaptionKind,
     Crop,
     CropAspect,
@@ -41,6 +42,8 @@ class ModelConfig:
     tae: str | None
     resolution: int
     gradient_checkpointing: bool
+    attention: Attention
+    compile: bool
 
 
 @dataclass
@@ -267,6 +270,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class ExportConfig:
+    push_to_hub: bool
+    repo: str | None
+    private: bool
+    token_env: str
+
+
+@dataclass
 class LoggerConfig:
     tensorboard: bool
 
@@ -289,6 +300,7 @@ class Config:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     logger: LoggerConfig
     name: str
     seed: int

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..batch import Cond, Text
-from ..config import ConfigError, Dtype, QuantKind
+from ..config import Attention, ConfigError, Dtype, QuantKind
 from ..diffusion.path import Prediction, VariancePreserving
 from ..embedding import Slot
 from ..quant import Source
-from . import files
+from . import files, kernels
 from .family import Family, OnStep, TextEncoders
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ class SDXL(Family):
         dtype: of the frozen UNet; its answers are float32.
         encoder_dtype: of the VAE and the text encoders.
         tae: folder or hub id of an AutoencoderTiny for previews; None takes the VAE itself.
+        gradient_checkpointing: keep blocks' inputs only, and run the blocks again for their gradients.
+        attention: PyTorch's kernel for it; auto takes the fastest that fits.
+        compile: the transformer blocks, by torch.compile.
     """
 
     learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -49,19 +52,26 @@ class SDXL(Family):
 
     denoiser_part = "unet"
     text_encoder_parts = ("text_encoder", "text_encoder_2")
+    token_usage: ClassVar[str] = """\
+from safetensors.torch import load_file
+learned = load_file("{export}/learned_embeds.safetensors")
+for name, end in (("clip_l", ""), ("clip_g", "_2")):
+    tokenizer, encoder = getattr(pipeline, "tokenizer" + end), getattr(pipeline, "text_encoder" + end)
+    (row,) = tokenizer("{word}", add_special_tokens=False).input_ids
+    encoder.get_input_embeddings().weight.data[row] = learned[name][0].to(encoder.dtype)"""
     kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     # Small, and everything passes through them: time, size and pooled text; the text encoder's last projection.
     keeps: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection")
 
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
-        tae: str | None, resolution: int, gradient_checkpointing: bool,
+        tae: str | None, resolution: int, gradient_checkpointing: bool, attention: Attention, compile: bool,
     ):  # fmt: skip
         files.quiet()
         self.folder = files.resolve(pretrained, revision, variant)
         self.variant, self.tae = variant, tae
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
         index = files.read_json(self.folder / "model_index.json")
         if not index["_class_name"].startswith("StableDiffusionXL") or "text_encoder_2" not in index:
             raise ConfigError(
@@ -92,12 +102,15 @@ class SDXL(Family):
         source = Source(read, lambda: files.hollow(kind, self.folder / part), weights, dtype, self.device)
         return self.quantiser.load(part, source, self.keeps)
 
+    def check_device(self) -> None:
+        kernels.require(self.attention, self.compiles, self.device, self.dtype)
+
     @cached_property
     def denoiser(self) -> nn.Module:
         unet = self._load(UNet2DConditionModel, "unet", self.dtype)
         if self.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        return unet
+        return kernels.choose(unet, self.attention, self.compiles)
 
     @cached_property
     def vae(self) -> Any:
