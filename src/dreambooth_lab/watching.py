@@ -34,27 +34,31 @@ class Watchers(NamedTuple):
     metrics: StepMetrics
 
 
-def build_watchers(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int) -> Watchers:
-    """What logs comes before what reads the logged; checkpoints are last, when all are up to date.
+def build_watchers(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, leads: bool) -> Watchers:
+    """What logs comes before what reads the logged; checkpoints are last, when all are up to date. Of several ranks the first
+    alone draws and writes; all share the work of the eval loss.
 
     Args:
         step: of the checkpoint that the run goes on from; 0 for a new one.
+        leads: whether this is the first rank.
     """
-    metrics, numbers, sender = StepMetrics(cfg.trainer.log_every_n_steps), MetricsFile(folder, keep_to=step), build_sender(cfg)
+    metrics = StepMetrics(cfg.trainer.log_every_n_steps)
+    numbers, sender = (MetricsFile(folder, keep_to=step), build_sender(cfg)) if leads else (None, None)
     ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
-    looks, export = Looks(ema, cfg.ema.validation), Export(cfg, folder, ema)
+    looks, export = Looks(ema, cfg.ema.validation), Export(cfg, folder, ema) if leads else None
+    rows = cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches * cfg.trainer.devices
     callbacks: list[Callback | None] = [
         metrics,
-        Bar(metrics, data, cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches) if cfg.trainer.progress else None,
+        Bar(metrics, data, rows) if leads and cfg.trainer.progress else None,
         ema,
         build_eval_loss(cfg, folder, data, looks),
-        build_validation(cfg, folder, data, family, looks, sender),
+        build_validation(cfg, folder, data, family, looks, sender) if leads else None,
         Best(cfg.checkpoint, folder, numbers, export) if cfg.checkpoint.monitor else None,
         export,
         Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
         Farewell(sender) if sender else None,
     ]
-    loggers: list[Logger] = [numbers, *build_loggers(cfg, folder, step)]
+    loggers: list[Logger] = [numbers, *build_loggers(cfg, folder, step)] if numbers else []
     loggers += [SentNumbers(sender, folder.root.name)] if sender else []
     return Watchers([callback for callback in callbacks if callback], loggers, metrics)
 
