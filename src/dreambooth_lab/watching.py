@@ -24,7 +24,7 @@ from .callbacks.webhook import Sender, build_receiver
 from .data.held_out import exams
 from .data.module import DreamBoothData
 from .models.family import Family
-from .models.judges import Clip, Dino, Judge
+from .models.judges import Clip, Dino, MaskedDino
 from .runfolder import RunFolder
 
 
@@ -94,7 +94,8 @@ def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, devic
     make = {"device": device, "batch_size": cfg.eval.batch_size}
     clip = Clip(cfg.eval.clip_model, "eval.clip_model", **make) if cfg.eval.clip_model else None
     dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
-    judges: dict[str, Judge] = {name: judge for name, judge in {"clip_i": clip, "dino": dino}.items() if judge}
+    made = {"clip_i": clip, "dino": dino, "dino_masked": MaskedDino(dino) if dino else None}
+    judges = {name: judge for name, judge in made.items() if judge}
     if not judges:
         return None
     return Scores(folder, clip, judges, data.photos(), cfg.dataset.instance_prompt, cfg.dataset.class_prompt)
