@@ -140,18 +140,27 @@ def build_family(cfg: DictConfig) -> Family:
     return family
 
 
-def trained_pipeline(cfg: DictConfig, export: Path) -> tuple[Any, Adapter]:
-    """The base model's diffusers pipeline with an export in it, and the adapter that it holds.
+class Trained:
+    """The base model's diffusers pipeline with an export in it.
 
     Args:
-        export: a folder that a run of this configuration wrote, or a file of it.
+        cfg: of the run that made it.
+        export: the folder it wrote, or a file of it.
     """
-    family, adapter, word = build_family(cfg), build_adapter(cfg), learned_word(cfg)
-    pipeline = family.pipeline()
-    adapter.load_into(pipeline, family.denoiser_part, export, family.learns)
-    if word:
-        family.load_token(pipeline, export if export.is_dir() else export.parent, word)
-    return pipeline.to(family.device), adapter
+
+    def __init__(self, cfg: DictConfig, export: Path):
+        family, word = build_family(cfg), learned_word(cfg)
+        self.adapter, self.pipeline = build_adapter(cfg), family.pipeline()
+        self.adapter.load_into(self.pipeline, family.denoiser_part, export, family.learns)
+        folder = export if export.is_dir() else export.parent
+        self.mean = family.load_token(self.pipeline, folder, word) if word else None
+        self.pipeline.to(family.device)
+
+    def strengthen(self, strength: float) -> None:
+        """Scale what was learned: 0 is the base model, 1 what was trained."""
+        self.adapter.strengthen(self.pipeline, strength)
+        if self.mean:
+            self.mean(strength)
 
 
 def _device(accelerator: str) -> torch.device:
