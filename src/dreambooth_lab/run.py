@@ -241,7 +241,7 @@ def _strategy(cfg: DictConfig) -> Strategy | str:
         return "auto"
     return DDPStrategy(
         find_unused_parameters=bool(cfg.adapter.train_token or cfg.adapter.text_encoders),  # a rank's rows may not say the token
-        init_sync=False, broadcast_buffers=False,  # all make the same weights from the seed
+        init_sync=False, forward_sync_buffers=False,  # all make the same weights from the seed
         timeout=timedelta(days=1),  # the others wait while the first draws pictures
     )  # fmt: skip
 
@@ -255,7 +255,8 @@ def _loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]:
 
 def _quiet_libraries() -> None:
     """Silence advice that doesn't apply here; warnings about the work itself stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
