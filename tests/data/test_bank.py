@@ -80,7 +80,7 @@ def test_an_answer_damaged_in_training_is_refused_with_the_way_out(banked):
     data = banked()
     for path in data.bank.answers.folder.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match="damaged during training .*; resume the run"):
+    with pytest.raises(ConfigError, match=r"damaged during training .*; resume the run"):
         list(rows(data, 8))
     assert banked().bank.built > 0
 
