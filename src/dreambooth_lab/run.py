@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_class
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -49,8 +52,10 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     if cfg.preflight == "only":
         return {}
     with phases("training"):
-        watchers = build_watchers(cfg, folder, data, family, start[1] if start else 0)
+        watchers = build_watchers(cfg, folder, data, family, start[1] if start else 0, leads=_rank() == 0)
         fit(build_trainer(cfg, folder, watchers, phases), module, data, start[0] if start else None)
+    if _rank() != 0:
+        return {}
     folder.save_cost(phases.cost())
     report.write(folder)
     Console().print(phases.table())
@@ -63,9 +68,10 @@ def build_module(cfg: DictConfig, family: Family, data: DreamBoothData, folder: 
     adapter, text = build_adapter(cfg), build_text(cfg, family)
     layers = attach(cfg, family, adapter, text)
     module = DreamBooth(cfg, family, adapter, text).train()
-    folder.save_config(cfg)
-    folder.save_environment(str(family.device))
-    preflight.show(cfg, data, module, layers, folder.preflight)
+    if _rank() == 0:
+        folder.save_config(cfg)
+        folder.save_environment(str(family.device))
+        preflight.show(cfg, data, module, layers, folder.preflight)
     return module
 
 
@@ -127,7 +133,7 @@ def learned_word(cfg: DictConfig) -> str | None:
 def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
     family: Family = build(cfg.model)
-    family.device = _device(cfg.trainer.accelerator)
+    family.device = _device(cfg.trainer.accelerator, cfg.trainer.devices)
     family.check_device()
     there = len(family.text_encoder_parts) if family.text_learns else 0
     if beyond := [number for number in cfg.adapter.text_encoders if number > there]:
@@ -163,16 +169,27 @@ class Trained:
             self.mean(strength)
 
 
-def _device(accelerator: str) -> torch.device:
+def _device(accelerator: str, devices: int = 1) -> torch.device:
+    """This process's own."""
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator is 'gpu', but torch sees no CUDA device; use trainer.accelerator=cpu or auto")
-    return torch.device("cuda", 0) if accelerator != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if devices > torch.cuda.device_count():
+        raise ConfigError(f"trainer.devices is {devices}, but torch sees {torch.cuda.device_count()} CUDA device(s); use as many")
+    return torch.device("cuda", _rank())
+
+
+def _rank() -> int:
+    """Which of the processes of one machine this is; Lightning starts the others of a run and numbers them."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def build_trainer(cfg: DictConfig, folder: RunFolder, watchers: Watchers, phases: Phases) -> Trainer:
     """The Trainer, with all that watches it."""
     return Trainer(
-        accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=1, precision="32-true",
+        accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=cfg.trainer.devices,
+        strategy=_strategy(cfg), precision="32-true",
         max_steps=cfg.trainer.max_steps, max_epochs=-1, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         gradient_clip_val=cfg.trainer.gradient_clip_norm or None, deterministic=cfg.trainer.deterministic,
         callbacks=watchers.callbacks, logger=watchers.loggers, default_root_dir=folder.root, profiler=phases,
@@ -181,9 +198,21 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, watchers: Watchers, phases
     )  # fmt: skip
 
 
+def _strategy(cfg: DictConfig) -> Strategy | str:
+    """With several devices a process for each, which has its own rows of every batch; the gradients are averaged."""
+    if cfg.trainer.devices == 1:
+        return "auto"
+    return DDPStrategy(
+        find_unused_parameters=bool(cfg.adapter.train_token or cfg.adapter.text_encoders),  # a rank's rows may not say the token
+        init_sync=False, forward_sync_buffers=False,  # all make the same weights from the seed
+        timeout=timedelta(days=1),  # the others wait while the first draws pictures
+    )  # fmt: skip
+
+
 def _quiet_libraries() -> None:
     """Silence advice that doesn't apply here; warnings about the work itself stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

@@ -34,14 +34,19 @@ class Watchers(NamedTuple):
     metrics: StepMetrics
 
 
-def build_watchers(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int) -> Watchers:
+def build_watchers(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, leads: bool) -> Watchers:
     """What logs comes before what reads the logged; checkpoints are last, when all are up to date.
 
     Args:
         step: of the checkpoint that the run goes on from; 0 for a new one.
+        leads: whether this is the first of several ranks, which alone looks and writes.
     """
-    metrics, numbers, sender = StepMetrics(cfg.trainer.log_every_n_steps), MetricsFile(folder, keep_to=step), build_sender(cfg)
+    metrics = StepMetrics(cfg.trainer.log_every_n_steps)
     ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
+    checkpoints = Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all)
+    if not leads:
+        return Watchers([metrics, *([ema] if ema else []), checkpoints], [], metrics)
+    numbers, sender = MetricsFile(folder, keep_to=step), build_sender(cfg)
     looks, export = Looks(ema, cfg.ema.validation), Export(cfg, folder, ema)
     callbacks: list[Callback | None] = [
         metrics,
@@ -51,7 +56,7 @@ def build_watchers(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, fam
         build_validation(cfg, folder, data, family, looks, sender),
         Best(cfg.checkpoint, folder, numbers, export) if cfg.checkpoint.monitor else None,
         export,
-        Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
+        checkpoints,
         Farewell(sender) if sender else None,
     ]
     loggers: list[Logger] = [numbers, *build_loggers(cfg, folder, step)]

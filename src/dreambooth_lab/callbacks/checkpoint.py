@@ -40,7 +40,7 @@ class Checkpoints(Callback):
         older = list(self.folder.checkpoints.glob("step_*.ckpt"))
         newest = self.folder.checkpoint(step)
         trainer.save_checkpoint(newest)
-        for path in older if not self.keep_all else []:
+        for path in older if trainer.is_global_zero and not self.keep_all else []:
             if path != newest:
                 path.unlink()
 

@@ -23,7 +23,7 @@ def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
 
 
 class StepMetrics(Callback):
-    """Means over the micro-batches of an optimiser step, logged under the number of steps done.
+    """Means over the micro-batches and ranks of an optimiser step, logged under the number of steps done.
 
     Args:
         every_n_steps: write every n-th step; the values of the others are not read from the device.
@@ -45,8 +45,8 @@ class StepMetrics(Callback):
             return  # gradients are still being accumulated
         self.step = trainer.global_step
         if self.step % self.every_n_steps == 0 or self.step == trainer.max_steps:
-            means = {name: torch.stack(self.parts[name]).mean().item() for name in NAMES if name in self.parts}
-            self.last = {NAMES[name]: mean for name, mean in means.items()}
+            means = {name: torch.stack(self.parts[name]).mean() for name in NAMES if name in self.parts}
+            self.last = {NAMES[name]: float(trainer.strategy.reduce(mean, reduce_op="mean")) for name, mean in means.items()}
             self.last["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             record(trainer, self.last, self.step)
         self.parts = {}

@@ -267,6 +267,7 @@ class TrainerConfig:
     accumulate_grad_batches: int
     gradient_clip_norm: float
     accelerator: str
+    devices: int
     log_every_n_steps: int
     deterministic: bool
     progress: bool

@@ -78,7 +78,7 @@ class DreamBoothData(LightningDataModule):
         self.held_out = [entry for entry in whole if entry.spec.is_eval]
         self.bank = self._fill_bank() if self.cfg.prior.kind is PriorKind.bank else None
         self.build = Assembler(self.cfg, self.family, self.cached, self.entries, self.bank)
-        self.schedule = self._schedule(world_size=1)
+        self.schedule = self._schedule(self.cfg.trainer.devices)
         self.stores.save_seals()
 
     def _captions(self, entries: list[Entry]) -> set[str]:

@@ -160,7 +160,7 @@ def train(words: list[str]) -> Measured:
         data = DreamBoothData(cfg, family)
         data.prepare()
         module = build_module(cfg, family, data, folder)
-        watchers = build_watchers(cfg, folder, data, family, 0)
+        watchers = build_watchers(cfg, folder, data, family, 0, leads=True)
         watch = Stopwatch(timetable(cfg, cfg.validation, data))
         watchers.callbacks.insert(0, watch)
         fit(build_trainer(cfg, folder, watchers, Phases()), module, data, None)
