@@ -9,6 +9,7 @@ from dreambooth_lab.config import ConfigError
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.dreambooth import DreamBooth
 from dreambooth_lab.embedding import TokenEmbedding, rare_word
+from dreambooth_lab.learned_text import LearnedText
 from dreambooth_lab.run import build_adapter, build_family, learned_word, run
 
 TOKEN = ["adapter.train_token=true", 'dataset.instance_prompt="a photo of q dog"']  # one byte is one token here
@@ -22,7 +23,7 @@ def made(small):
     data.prepare()
     adapter = build_adapter(cfg)
     adapter.attach(family.denoiser, family.learns, seed=0)
-    module = DreamBooth(cfg, family, adapter, TokenEmbedding("q", family.token_slots("q"))).train()
+    module = DreamBooth(cfg, family, adapter, LearnedText(family, "q", adapted=False)).train()
     return module, next(iter(Samples(data, data.schedule, 0, 0, 1)))
 
 
@@ -65,13 +66,13 @@ def test_an_unlearned_token_means_what_it_meant(made):
 
 def test_a_learned_token_changes_the_captions_that_have_it_and_no_other(made):
     module, batch = made
-    for row in module.token.parameters():
+    for row in module.text.token.parameters():
         row.data += 1
     told = module.told(batch)
     assert (told.states[batch.instance_rows] - batch.cond.states[batch.instance_rows]).abs().max() > 1e-2
     assert torch.equal(told.states[batch.class_rows], batch.cond.states[batch.class_rows])
     plain = build_family(module.cfg).encode_text(["a photo of a dog"])
-    assert torch.equal(module.family.encode_text(["a photo of a dog"]).states, plain.states)
+    assert torch.equal(module.text.encode(["a photo of a dog"]).states, plain.states)
 
 
 def test_gradients_reach_the_token_in_both_encoders_and_nothing_else_there(made):
@@ -80,13 +81,13 @@ def test_gradients_reach_the_token_in_both_encoders_and_nothing_else_there(made)
         if p.requires_grad:
             p.data += 0.05 * torch.randn_like(p)
     module.training_step(batch, 0)["loss"].backward()
-    assert len(module.token.rows) == 2 and all(row.grad.abs().sum() > 0 for row in module.token.rows)
-    assert all(p.grad is None for _, encoder in module.family.text_encoders for p in encoder.parameters())
+    assert len(module.text.token.rows) == 2 and all(row.grad.abs().sum() > 0 for row in module.text.token.rows)
+    assert all(p.grad is None for _, encoder in module.text.pairs for p in encoder.parameters())
 
 
 def test_a_word_of_several_tokens_is_refused(made):
     with pytest.raises(ConfigError, match=r"'sks' is 3 tokens to the text encoder"):
-        made[0].family.token_slots("sks")
+        made[0].family.token_slots("sks", made[0].text.pairs)
 
 
 def test_an_unclear_word_is_refused(small):

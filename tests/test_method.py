@@ -10,7 +10,8 @@ from dreambooth_lab import lab
 from dreambooth_lab.adapter import LoRA, match
 from dreambooth_lab.config import ConfigError, Schedule
 from dreambooth_lab.data.module import DreamBoothData, Samples
-from dreambooth_lab.dreambooth import DreamBooth, learning_rate
+from dreambooth_lab.dreambooth import DreamBooth
+from dreambooth_lab.optimizer import learning_rate
 from dreambooth_lab.run import build_adapter, build_family
 
 

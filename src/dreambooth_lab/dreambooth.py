@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from math import cos, pi
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import Tensor
 
 from . import draw
 from .adapter import Adapter
 from .batch import Batch, Cond
-from .config import LossKind, Outside, Schedule
+from .config import LossKind, Outside
 from .diffusion.time import build_times
 from .draw import Purpose
-from .embedding import TokenEmbedding
+from .learned_text import LearnedText
 from .losses import Penalty, huber_width, masked_error, outside_error, preserve_prior, pseudo_huber, squared, time_weight
 from .models.family import Family
+from .optimizer import Rate, build_optimizer, build_schedule, plus
 from .prior import Teacher, build_prior
 from .rollout import Reached, build_reflexflow, build_rollout
+
+TOKEN = "token"  # owner of the rare token's rows
 
 
 class DreamBooth(LightningModule):
@@ -36,10 +37,11 @@ class DreamBooth(LightningModule):
 
     strict_loading = False  # checkpoints hold what learns, nothing else
 
-    def __init__(self, cfg: DictConfig, family: Family, adapter: Adapter, token: TokenEmbedding | None = None):
+    def __init__(self, cfg: DictConfig, family: Family, adapter: Adapter, text: LearnedText | None = None):
         super().__init__()
         self.cfg, self.family, self.adapter = cfg, family, adapter
-        self.denoiser, self.outside, self.token = family.denoiser, adapter.outside(), token
+        self.denoiser, self.outside, self.text = family.denoiser, adapter.outside(), text
+        self._point: list[Tensor] = []
         self.path = family.path
         self.times = build_times(cfg.objective, family.times)
         self.teacher = Teacher(family.denoise, adapter.base)
@@ -55,10 +57,10 @@ class DreamBooth(LightningModule):
         target = self.path.target(x0, at.eps, t)
         target = self.prior(target, batch, at.x_t, t)  #                                            the class rows' own answer
         error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
-        loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, self.cfg.prior.weight)
+        loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.kinds, self.cfg.prior.weight)
         parts = {"total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
-        parts |= {"instance": instance.detach()} if len(batch.instance_rows) else {}
-        parts |= {"prior": prior.detach()} if len(batch.class_rows) else {}
+        parts |= {"instance": instance.detach()} if batch.kinds.instances else {}
+        parts |= {"prior": prior.detach()} if batch.kinds.classes else {}
         return {"loss": loss, **parts}  # what has no rows has no value, rather than 0
 
     def error(self, output: Tensor, target: Tensor, batch: Batch, cond: Cond, t: Tensor, at: Reached) -> Tensor:
@@ -90,26 +92,26 @@ class DreamBooth(LightningModule):
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Inside, no dropout; after, every part is in the mode it was in."""
-        before = [(part, part.training) for part in self.modules()]
-        self.eval()
+        """Inside, no dropout; after, every part is in the mode it was in. The weights are those that train, of a schedule-free
+        optimiser too, so this is not `eval`."""
+        training, before = self.training, [(part, part.training) for part in self.modules()]
+        super().train(False)
         try:
             yield
         finally:
-            for part, training in before:
-                part.training = training
+            super().train(training)  # reaches what an adapter keeps outside the module
+            for part, mode in before:
+                part.training = mode
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.family.denoise(x_t, t, cond)
 
     def told(self, batch: Batch) -> Cond:
-        """The batch's conditions, with the learned token's current meaning in the captions that have it."""
-        if self.token is None:
+        """The batch's conditions, which are the base model's, with the current meaning of the captions that training changes."""
+        rows = [i for i, caption in enumerate(batch.captions) if self.text and self.text.changes(caption)]
+        if not self.text or not rows:
             return batch.cond
-        rows = [i for i, caption in enumerate(batch.captions) if self.token.occurs_in(caption)]
-        if not rows:
-            return batch.cond
-        text = self.family.read_text([batch.captions[i] for i in rows])
+        text = self.text.read([batch.captions[i] for i in rows])
         return batch.cond.put(torch.tensor(rows, device=batch.cond.states.device), text)
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
@@ -117,21 +119,35 @@ class DreamBooth(LightningModule):
         torch.manual_seed(draw.torch_seed(self.cfg.seed, int(batch.sample[0]), Purpose.STEP))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        cfg = self.cfg.optimizer
-        rated: dict[float, list[Tensor]] = {}
-        for name, parameter in self.learning().items():
-            if not name.startswith("token."):
-                plus = cfg.lora_plus_ratio if "lora_B" in name or "lora_up" in name else 1.0
-                rated.setdefault(self.adapter.lr_ratio(name) * plus, []).append(parameter)
-        groups: list[dict[str, Any]] = [{"params": group, "lr": cfg.lr * ratio} for ratio, group in sorted(rated.items())]
-        if self.token:  # decay would pull the token's meaning to nothing
-            rate = cfg.lr * self.cfg.adapter.token_lr_ratio
-            groups.append({"params": list(self.token.parameters()), "lr": rate, "weight_decay": 0.0})
-        options = {str(key): tuple(v) if isinstance(v, ListConfig) else v for key, v in cfg.options.items()}
-        optimizer = get_class(cfg._target_)(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, **options)
-        share = learning_rate(cfg.schedule, cfg.warmup_steps, self.cfg.trainer.max_steps, cfg.cycles)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        cfg, learning = self.cfg.optimizer, self.learning()
+        optimizer = build_optimizer(cfg, learning, {name: self.rate(name) for name in learning})
+        schedule = build_schedule(cfg, optimizer, self.cfg.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def rate(self, name: str) -> Rate:
+        """How a parameter learns, by whose it is."""
+        cfg, (part, own) = self.cfg.adapter, self.owner(name)
+        if part == TOKEN:  # decay would pull the token's meaning to nothing
+            return Rate(cfg.token_lr_ratio, False)
+        encoder = "" if part == self.family.denoiser_part else part
+        ratio = self.adapter.lr_ratio(own, encoder) * (cfg.text_lr_ratio if encoder else 1.0)
+        return Rate(ratio * plus(own, self.cfg.optimizer.lora_plus_ratio), True)
+
+    def owner(self, name: str) -> tuple[str, str]:
+        """Whose parameter it is, a part of the pipeline or the token, and its name there."""
+        for prefix in ("denoiser.", "outside."):
+            if name.startswith(prefix):
+                return self.family.denoiser_part, name.removeprefix(prefix)
+        where, _, own = name.removeprefix("text.encoders.").removeprefix("text.").partition(".")
+        return where, own
+
+    def by_owner(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Weights of the module's own names, by part of the pipeline (or the token) and name there."""
+        owned: dict[str, dict[str, Tensor]] = {}
+        for name, weight in weights.items():
+            part, own = self.owner(name)
+            owned.setdefault(part, {})[own] = weight
+        return owned
 
     def on_train_start(self) -> None:
         self.train()
@@ -139,14 +155,21 @@ class DreamBooth(LightningModule):
     def train(self, mode: bool = True) -> DreamBooth:
         """Schedule-free optimisers keep two points: the one that trains, and the average that is looked at."""
         super().train(mode)
-        turn = getattr(self._optimizer(), "train" if mode else "eval", None)
-        if turn:
-            turn()
+        trainer = self._trainer
+        if trainer and trainer.optimizers and hasattr(trainer.optimizers[0], "eval"):
+            self._turn(trainer.optimizers[0], mode)
         return self
 
-    def _optimizer(self) -> Any:
-        trainer = self._trainer
-        return trainer.optimizers[0] if trainer and trainer.optimizers else None
+    def _turn(self, optimizer: Any, mode: bool) -> None:
+        """To the average, and back to the very bits that train: the optimiser's own way back rounds."""
+        learning = self.learning().values()
+        if not mode and not self._point:
+            self._point = [p.detach().clone() for p in learning]
+        (optimizer.train if mode else optimizer.eval)()
+        if mode and self._point:
+            for p, before in zip(learning, self._point, strict=True):
+                p.data.copy_(before)
+            self._point = []
 
     def learning(self) -> dict[str, Tensor]:
         """The trainable parameters by name."""
@@ -155,21 +178,3 @@ class DreamBooth(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         learning = self.learning()
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in learning}
-
-
-def learning_rate(schedule: Schedule, warmup: int, total: int, cycles: int = 1) -> Callable[[int], float]:
-    """Share of the peak rate by optimiser step: linear warm-up from 1/warmup, then constant, a line to 0, half a cosine to 0,
-    or `cycles` half cosines that each start at the peak."""
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if schedule is Schedule.constant:
-            return 1.0
-        done = min((step - warmup) / max(total - warmup, 1), 1.0)
-        if schedule is Schedule.linear:
-            return 1.0 - done
-        turns = cycles if schedule is Schedule.restarts and done < 1 else 1
-        return 0.5 + 0.5 * cos(pi * (done * turns % 1 if turns > 1 else done))
-
-    return share

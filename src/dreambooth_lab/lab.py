@@ -57,19 +57,13 @@ class Run:
         Raises:
             ConfigError: the run has not finished, or kept no average.
         """
-        from .run import build_adapter, build_family, learned_word
+        from .run import trained_pipeline
 
         export = self.folder.export / "ema" if ema else self.folder.export
         if not export.is_dir():
             way_out = "it ran without ema.enabled=true" if ema else f"finish it with resume={self.folder.root}"
             raise ConfigError(f"{str(self.folder.root)!r} has no exported {'average' if ema else 'adapter'}; {way_out}")
-        family = build_family(self.config)
-        pipeline = family.pipeline()
-        build_adapter(self.config).load_into(pipeline, family.denoiser_part, export, family.learns)
-        word = learned_word(self.config)
-        if word:
-            family.load_token(pipeline, export, word)
-        return pipeline
+        return trained_pipeline(self.config, export)[0]
 
 
 def load(root: Path | str) -> Run:

@@ -2,6 +2,7 @@
 
 Weights are counted. What forward and backward need is measured on three small probes and extended to the largest bucket at
 the full batch: w + B (c + k · area), with w for what depends on weights alone, c for the caption and k for the picture.
+Text encoders that learn are counted by their weights only.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size:
         average: whether an average of the weights lies on the device too.
     """
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    frozen = sum(s.nbytes() for p in module.denoiser.parameters() if not p.requires_grad for s in _storages(p))
+    frozen = sum(s.nbytes() for p in module.parameters() if not p.requires_grad for s in _storages(p))
     worked = working(module, text, shape, batch_size)
     parts = {
         "frozen weights": frozen,
@@ -61,8 +62,9 @@ def _probe(module: DreamBooth, text: Text, side: int, rows: int) -> int:
     cond = Cond(*(part.to(family.device) for part in told))
     t = torch.full((rows,), 0.5, device=family.device)
     hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in module.parameters() if p.requires_grad]
+    as_it_is = torch.compiler.set_stance("force_eager")  # compiling for shapes that never come again takes minutes
     try:
-        with torch.random.fork_rng():
+        with as_it_is, torch.random.fork_rng():
             return peak(lambda: module.predict(x_t, t, cond).sum().backward(), family.device)
     finally:
         for hook in hooks:

@@ -11,6 +11,7 @@ from string import Template
 from omegaconf import OmegaConf
 from PIL import Image
 
+from .callbacks.card import usage
 from .callbacks.scores import changes, read_scores
 from .runfolder import RunFolder
 
@@ -39,11 +40,7 @@ svg{width:100%;height:auto;background:#fafafa} .thin{stroke:#9db8d6;fill:none} .
 </body></html>
 """)
 
-USAGE = Template("""from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("$base")
-pipeline.load_lora_weights("$export")
-pipeline("$prompt").images[0].save("picture.png")
-
+USAGE = Template("""$usage
 # go on for longer:
 python -m dreambooth_lab resume=$root trainer.max_steps=$more""")
 
@@ -55,13 +52,8 @@ def write(folder: RunFolder) -> None:
     for step, name, value in folder.read_metrics():
         series.setdefault(name, []).append((step, value))
     steps = max((values[-1][0] for values in series.values()), default=0)
-    usage = USAGE.substitute(
-        base=cfg.model.pretrained,
-        export=folder.export,
-        prompt=cfg.dataset.instance_prompt,
-        root=folder.root,
-        more=2 * steps,
-    )
+    code = usage(folder.export) if folder.export.is_dir() else ""
+    how = USAGE.substitute(usage=code, root=folder.root, more=2 * steps)
     page = PAGE.substitute(
         title=escape(folder.root.resolve().name),
         prompt=escape(cfg.dataset.instance_prompt),
@@ -72,7 +64,7 @@ def write(folder: RunFolder) -> None:
         values="".join(f"<tr><td>{escape(name)}</td><td>{v[-1][1]:.6g}</td></tr>" for name, v in series.items()),
         cost=_cost(folder),
         preflight=escape(folder.preflight.read_text(encoding="utf-8")),
-        usage=escape(usage),
+        usage=escape(how),
         config=escape(OmegaConf.to_yaml(cfg)),
     )
     folder.report.write_text(page, encoding="utf-8")

@@ -29,9 +29,11 @@ from .config import ConfigError
 from .data.module import DreamBoothData
 from .draw import Purpose
 from .dreambooth import DreamBooth
-from .embedding import TokenEmbedding, rare_word, words
+from .embedding import rare_word, words
+from .learned_text import LearnedText
 from .models.family import Family
 from .models.judges import Clip, Dino, Judge
+from .optimizer import require as require_optimizer
 from .phases import Phases
 from .quant import Quantiser, require
 from .runfolder import RunFolder
@@ -48,6 +50,7 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     _quiet_libraries()
     folder, phases = RunFolder(root), Phases()
     start = folder.newest() if cfg.resume else None
+    require_optimizer(cfg.optimizer)
     family = build_family(cfg)
     with phases("photos, text and caches"):
         data = DreamBoothData(cfg, family)
@@ -68,11 +71,9 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
 
 def build_module(cfg: DictConfig, family: Family, data: DreamBoothData, folder: RunFolder) -> DreamBooth:
     """The method with its adapter attached; what is about to run is shown, and written to the folder."""
-    adapter = build_adapter(cfg)
-    layers = adapter.attach(family.denoiser, family.learns, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
-    word = learned_word(cfg)
-    token = TokenEmbedding(word, family.token_slots(word)) if word else None
-    module = DreamBooth(cfg, family, adapter, token).train()
+    adapter, text = build_adapter(cfg), build_text(cfg, family)
+    layers = attach(cfg, family, adapter, text)
+    module = DreamBooth(cfg, family, adapter, text).train()
     folder.save_config(cfg)
     folder.save_environment(str(family.device))
     preflight.show(cfg, data, module, layers, folder.preflight)
@@ -95,7 +96,26 @@ def build(node: DictConfig, *but: str) -> Any:
 
 def build_adapter(cfg: DictConfig) -> Adapter:
     """The adapter, not yet attached; what the group says of the token is `learned_word`'s."""
-    return build(cfg.adapter, "train_token", "token", "token_lr_ratio")
+    return build(cfg.adapter, "init_from", "text_encoders", "text_lr_ratio", "train_token", "token", "token_lr_ratio")
+
+
+def build_text(cfg: DictConfig, family: Family) -> LearnedText | None:
+    """The text encoders, if they or the rare token learn."""
+    word = learned_word(cfg)
+    return LearnedText(family, word, bool(cfg.adapter.text_encoders)) if word or cfg.adapter.text_encoders else None
+
+
+def attach(cfg: DictConfig, family: Family, adapter: Adapter, text: LearnedText | None) -> list[str]:
+    """Put the adapter on all that learns, with the weights it starts from; returns the layers' names."""
+    layers = adapter.attach(family.denoiser, family.learns, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
+    for number, part in enumerate(family.text_encoder_parts, 1):
+        if text and number in cfg.adapter.text_encoders:
+            seed = draw.torch_seed(cfg.seed, number, Purpose.ADAPTER_INIT)
+            layers += adapter.attach_text(part, text.encoders[part], family.text_learns, seed)
+    adapter.refuse_idle_rules(layers)
+    if cfg.adapter.init_from:
+        adapter.take(Path(cfg.adapter.init_from).expanduser())
+    return layers
 
 
 def learned_word(cfg: DictConfig) -> str | None:
@@ -119,12 +139,30 @@ def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
     family: Family = build(cfg.model)
     family.device = _device(cfg.trainer.accelerator)
+    family.check_device()
+    there = len(family.text_encoder_parts) if family.text_learns else 0
+    if beyond := [number for number in cfg.adapter.text_encoders if number > there]:
+        raise ConfigError(f"adapter.text_encoders has {beyond}, but of this model's text encoders {there} can learn")
     kinds = {family.denoiser_part: cfg.quant.kind}
     kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1)}
     for kind in kinds.values():
         require(kind, family.device)
     family.quantiser = Quantiser(kinds, Path(cfg.cache).expanduser() / "quant" if cfg.quant.cache else None)
     return family
+
+
+def trained_pipeline(cfg: DictConfig, export: Path) -> tuple[Any, Adapter]:
+    """The base model's diffusers pipeline with an export in it, and the adapter that it holds.
+
+    Args:
+        export: a folder that a run of this configuration wrote, or a file of it.
+    """
+    family, adapter, word = build_family(cfg), build_adapter(cfg), learned_word(cfg)
+    pipeline = family.pipeline()
+    adapter.load_into(pipeline, family.denoiser_part, export, family.learns)
+    if word:
+        family.load_token(pipeline, export if export.is_dir() else export.parent, word)
+    return pipeline.to(family.device), adapter
 
 
 def _device(accelerator: str) -> torch.device:

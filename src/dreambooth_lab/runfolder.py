@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from .config import Config, ConfigError, conf_dir
 
 CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "cache",
-              "validation", "eval", "preview", "webhook", "checkpoint", "logger", "resume", "runs", "name",
+              "validation", "eval", "preview", "webhook", "checkpoint", "export", "logger", "resume", "runs", "name",
               "preflight")  # fmt: skip
 METRICS_HEADER = ["step", "name", "value"]
 PACKAGES = (

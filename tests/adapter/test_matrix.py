@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from dreambooth_lab import lab
+from dreambooth_lab.adapter import Learned
 from dreambooth_lab.batch import Cond
 from dreambooth_lab.config import ConfigError, Dtype, QuantKind, check
 from dreambooth_lab.dreambooth import DreamBooth
@@ -56,7 +58,15 @@ def compose(tiny_sdxl, adapter, kind="none", dtype="float32"):
 def build(cfg, seed=0):
     family, adapter = build_family(cfg), build_adapter(cfg)
     layers = adapter.attach(family.denoiser, family.learns, seed)
+    if cfg.adapter.init_from:
+        adapter.take(Path(cfg.adapter.init_from))
     return DreamBooth(cfg, family, adapter).train(), layers
+
+
+def learned(module, header=(("steps", "3"),)):
+    """What the module learned, as the export writes it."""
+    owned = module.by_owner(module.learning())
+    return Learned("unet", owned.pop("unet"), owned, dict(header), module.family.kohya)
 
 
 def question():
@@ -93,8 +103,7 @@ def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, ti
     module.on_save_checkpoint(checkpoint)
     again, _ = build(cfg, seed=7)
     again.load_state_dict(checkpoint["state_dict"], strict=False)
-    own = {name.partition(".")[2]: p for name, p in learning.items()}
-    module.adapter.export(tmp_path / "export", own, "unet", {"steps": "3"})
+    module.adapter.export(tmp_path / "export", learned(module))
     cfg.adapter.init_from = str(tmp_path / "export")
     continued, _ = build(cfg, seed=8)
     with torch.no_grad():

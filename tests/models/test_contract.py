@@ -11,15 +11,23 @@ from torch.testing import assert_close
 
 import tiny
 from dreambooth_lab.batch import Size
-from dreambooth_lab.config import ConfigError, Dtype
+from dreambooth_lab.config import Attention, ConfigError, Dtype
 from dreambooth_lab.models.sdxl import SDXL
 
 SIZE = Size((100, 80), (3, 5), (64, 64))
 CAPTIONS = ["a photo of sks dog", ""]
 
 
-def load(folder, dtype=Dtype.float32, checkpointing=False) -> SDXL:
-    return SDXL(str(folder), None, None, dtype, Dtype.float32, None, 64, checkpointing)
+def load(
+    folder,
+    dtype=Dtype.float32,
+    checkpointing=False,
+    attention=Attention.auto,
+    compile=False,
+    encoder_dtype=Dtype.float32,
+    tae=None,
+):
+    return SDXL(str(folder), None, None, dtype, encoder_dtype, tae, 64, checkpointing, attention, compile)
 
 
 @pytest.fixture
@@ -104,6 +112,37 @@ def test_checkpointing_changes_memory_not_gradients(tiny_sdxl):
         assert_close(plain, checkpointed)
 
 
+@pytest.mark.parametrize("kernel", [Attention.math, Attention.flash])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_runs_on_the_kernel_that_was_asked_for(kernel, checkpointing, tiny_sdxl, family):
+    chosen = load(tiny_sdxl, attention=kernel, checkpointing=checkpointing)
+    chosen.denoiser.requires_grad_(True).train()
+    x, t, c = noisy(), torch.tensor([0.1, 0.9]), cond(family)
+    with torch.profiler.profile() as profile:
+        answer = chosen.denoise(x, t, c)
+        answer.square().mean().backward()
+    assert_close(answer, family.denoise(x, t, c))
+    ran = {event.key for event in profile.key_averages()}
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert (flash in ran) == (kernel is Attention.flash) != ("aten::_scaled_dot_product_attention_math" in ran)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "said"),
+    [
+        ({"attention": Attention.cudnn}, "cpu", "which only CUDA devices have"),
+        ({"attention": Attention.flash}, "cuda", "in 16 bits only"),
+        ({"compile": True}, "cpu", "there is no C\\+\\+ compiler 'no-such-compiler'"),
+    ],
+)
+def test_what_a_device_lacks_is_refused(asked, device, said, tiny_sdxl, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    family = load(tiny_sdxl, **asked)
+    family.device = torch.device(device)
+    with pytest.raises(ConfigError, match=said):
+        family.check_device()
+
+
 def test_bfloat16_answers_in_float32_close_by(tiny_sdxl, family):
     low = load(tiny_sdxl, Dtype.bfloat16)
     c, x, t = cond(family), noisy(), torch.tensor([0.1, 0.9])
@@ -121,7 +160,7 @@ def test_identity_follows_the_weights_and_the_precision(tiny_sdxl, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     assert copy.image_identity() != base.image_identity() and copy.text_identity() == base.text_identity()
-    lower = SDXL(str(tiny_sdxl), None, None, Dtype.float32, Dtype.bfloat16, None, 64, False)
+    lower = load(tiny_sdxl, encoder_dtype=Dtype.bfloat16)
     assert lower.text_identity() != base.text_identity()
 
 
@@ -139,7 +178,7 @@ def test_a_long_caption_is_said_not_cut_in_silence(family, caplog):
 def test_previews_come_from_the_small_decoder(tiny_sdxl, tmp_path):
     small = tiny.tae(4)
     small.save_pretrained(tmp_path / "tae")
-    family = SDXL(str(tiny_sdxl), None, None, Dtype.float32, Dtype.float32, str(tmp_path / "tae"), 64, False)
+    family = load(tiny_sdxl, tae=str(tmp_path / "tae"))
     assert_close(family.preview(noisy()), small.eval().decode(noisy()).sample)
     assert family.preview(noisy()).shape == (2, 3, 64, 64)
     family.tae = str(tmp_path / "none")

@@ -6,19 +6,24 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import ConfigError
-from .base import Adapter, swapped
+from .base import Adapter, Learned, swapped
 
 
 class Full(Adapter):
     """Every weight of the model learns, or those of the chosen layers. A frozen copy of them stays beside the model, so that the
     base model can still be asked exactly."""
+
+    usage: ClassVar[str] = """\
+from diffusers import AutoModel, DiffusionPipeline
+trained = AutoModel.from_pretrained("{export}", subfolder="{part}")
+pipeline = DiffusionPipeline.from_pretrained("{base}", {part}=trained)"""
 
     def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         self.model = model
@@ -32,11 +37,9 @@ class Full(Adapter):
                 f"adapter=full trains weights in {', '.join(low)}, which loses small updates; set model.dtype=float32"
             )
         self.reference = {name: p.detach().clone() for name, p in self.learning.items()}
-        if self.init_from:
-            self._continue(Path(self.init_from))
         return layers if layers != [""] else [n for n, m in model.named_modules() if list(m.parameters(recurse=False))]
 
-    def _continue(self, path: Path) -> None:
+    def take(self, path: Path) -> None:
         folders = [path, *(child for child in path.glob("*/") if (child / "training.json").is_file())] if path.is_dir() else []
         path = folders[-1] if folders else path
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -47,8 +50,8 @@ class Full(Adapter):
         for name, parameter in self.learning.items():
             parameter.data.copy_(saved[name])
 
-    def load_into(self, pipeline: Any, part: str, folder: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
-        super().load_into(pipeline, part, folder / part, learns)
+    def layer_of(self, parameter: str) -> str:
+        return parameter.rpartition(".")[0]
 
     def strengthen(self, pipeline: Any, strength: float) -> None:
         self.trained = self.__dict__.get("trained") or {name: p.detach().clone() for name, p in self.learning.items()}
@@ -60,16 +63,16 @@ class Full(Adapter):
         with swapped(self.learning, self.reference):
             yield
 
-    def export(self, folder: Path, weights: Mapping[str, Tensor], part: str, header: Mapping[str, str]) -> list[Path]:
+    def export(self, folder: Path, learned: Learned) -> list[Path]:
         """The whole denoiser as diffusers' `from_pretrained` reads it, in `PART/`."""
         model: nn.Module = self.model
         save = model.save_pretrained
         assert callable(save)
-        with swapped(self.learning, weights):
-            save(folder / part, safe_serialization=True)
-        files = sorted((folder / part).glob("*.safetensors"))
+        with swapped(self.learning, learned.weights):
+            save(folder / learned.part, safe_serialization=True)
+        files = sorted((folder / learned.part).glob("*.safetensors"))
         for file in files:
-            save_file(load_file(file), file, {"format": "pt", **header})
-        note = folder / part / "training.json"
-        note.write_text(json.dumps(dict(header), indent=2) + "\n", encoding="utf-8")
+            save_file(load_file(file), file, {"format": "pt", **learned.header})
+        note = folder / learned.part / "training.json"
+        note.write_text(json.dumps(dict(learned.header), indent=2) + "\n", encoding="utf-8")
         return [*files, note]

@@ -2,45 +2,120 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from ..adapter import Adapter
+from ..models.family import Family
 from ..runfolder import RunFolder
+from .scores import changes, read_scores
+
+BASE, TRAINED = "pictures_base.png", "pictures.png"
 
 
-def card(cfg: DictConfig, run: RunFolder, folder: Path, step: int) -> str:
-    """README.md in the hub's form: base model, prompt, numbers, and the newest pictures, which are copied beside it."""
-    values = {name: value for _, name, value in run.read_metrics()}
-    numbers = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(values.items()))
-    grids = sorted(run.pictures.glob("step_*.png"))
-    if grids:
-        shutil.copyfile(grids[-1], folder / "pictures.png")
-    prompts = "\n".join(f"- {prompt}" for prompt in cfg.validation.prompts)
-    pictures = f"![a row a prompt](pictures.png)\n\nRows from above:\n\n{prompts}\n" if grids else "None were made.\n"
+def card(
+    cfg: DictConfig, run: RunFolder, folder: Path, step: int, adapter: Adapter, family: Family, word: str | None
+) -> str:  # fmt: skip
+    """README.md in the hub's form: base model, prompt, how to load it, pictures and numbers. Pictures are copied beside it.
+
+    Args:
+        word: the token whose embedding was learned, or None.
+    """
+    averaged = folder.name == "ema"
+    where = cfg.export.repo if cfg.export.push_to_hub else str(run.export / "ema" if averaged else run.export)
+    usage = adapter.usage.format(base=cfg.model.pretrained, export=where, part=family.denoiser_part)
+    usage += "\n" + family.token_usage.format(export=where, word=word) if word else ""
     files = "\n".join(f"- `{path.relative_to(folder).as_posix()}`" for path in sorted(folder.rglob("*.safetensors")))
     return f"""---
-base_model: {cfg.model.pretrained}
-instance_prompt: {cfg.dataset.instance_prompt!r}
-library_name: diffusers
-tags: [dreambooth, {cfg.adapter.algorithm}, text-to-image]
+{_front_matter(cfg)}
 ---
 # {cfg.dataset.instance_prompt}
 
-{cfg.adapter.algorithm} of rank {cfg.adapter.rank}, {step:,} optimiser steps at {cfg.optimizer.lr:g}, seed {cfg.seed};
-base in {cfg.quant.kind.value if cfg.quant.kind.value != "none" else cfg.model.dtype.value}.
+{_what(cfg, step, averaged)} The headers of the safetensors files hold the whole
+configuration.
+
+```python
+{usage}
+pipeline({json.dumps(cfg.dataset.instance_prompt, ensure_ascii=False)}).images[0].save("picture.png")
+```
 
 ## Pictures
 
-{pictures}
+{_pictures(cfg, run, folder)}
+## Numbers
+
+{_numbers(run)}
 ## Files
 
 {files}
-
-## Last values
-
-| what | value |
-|---|---|
-{numbers}
 """
+
+
+def usage(folder: Path) -> str:
+    """The code on an export's card."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+def _what(cfg: DictConfig, step: int, averaged: bool) -> str:
+    base = cfg.quant.kind.value if cfg.quant.kind.value != "none" else cfg.model.dtype.value
+    rows = cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches
+    return (
+        f"{'Averaged weights (EMA) of ' if averaged else ''}{_algorithm(cfg)} on {cfg.model.pretrained} in {base}: {step:,} "
+        f"optimiser steps of {rows} rows at rate {cfg.optimizer.lr:g}, prior {cfg.prior.kind.value}, seed {cfg.seed}."
+    )
+
+
+def _algorithm(cfg: DictConfig) -> str:
+    if cfg.adapter.preset:
+        return f"LyCORIS by {Path(cfg.adapter.preset).name}"
+    return cfg.adapter.algorithm + (f" of rank {cfg.adapter.rank}" if cfg.adapter.algorithm != "full" else "")
+
+
+def _front_matter(cfg: DictConfig) -> str:
+    """JSON is YAML; a folder of this machine is no model of the hub's."""
+    is_local = Path(cfg.model.pretrained).expanduser().exists()
+    said = {} if is_local else {"base_model": cfg.model.pretrained}
+    said |= {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "instance_prompt": cfg.dataset.instance_prompt,
+        "tags": ["dreambooth", cfg.adapter.algorithm, "text-to-image", "diffusers"],
+    }
+    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in said.items())
+
+
+def _pictures(cfg: DictConfig, run: RunFolder, folder: Path) -> str:
+    grids = sorted(run.pictures.glob("step_*.png"))
+    if not grids:
+        return "None were made.\n"
+    shutil.copyfile(grids[0], folder / BASE)
+    shutil.copyfile(grids[-1], folder / TRAINED)
+    prompts = "\n".join(f"- {prompt}" for prompt in cfg.validation.prompts)
+    first, last = (int(grid.stem.removeprefix("step_")) for grid in (grids[0], grids[-1]))
+    return f"""Rows from above:
+
+{prompts}
+
+Step {last:,}:
+
+![step {last:,}]({TRAINED})
+
+Step {first:,}, from the same noise:
+
+![step {first:,}]({BASE})
+"""
+
+
+def _numbers(run: RunFolder) -> str:
+    last = {name: (step, value) for step, name, value in run.read_metrics()}
+    rows = "\n".join(f"| {name} | {value:.6g} | {step:,} |" for name, (step, value) in sorted(last.items()))
+    scored = "\n".join(
+        f"| {c.metric} | {c.first:.3f} | {c.last:.3f} | {c.low:+.3f} to {c.high:+.3f} |" for c in changes(read_scores(run))
+    )
+    table = f"| what | last value | at step |\n|---|---|---|\n{rows}\n"
+    head = "\n| score | base model | trained | change, 95 % |\n|---|---|---|---|\n"
+    return table + (head + scored + "\n" if scored else "")

@@ -13,12 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from .. import __version__
-from ..dreambooth import DreamBooth
+from ..adapter import Learned
+from ..dreambooth import TOKEN, DreamBooth
 from ..runfolder import RunFolder
 from .card import card
 from .ema import Ema
-
-OWNERS = ("denoiser.", "outside.")  # of the module's parameter names
+from .hub import push
 
 
 class Export(Callback):
@@ -44,6 +44,8 @@ class Export(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(pl_module, trainer.global_step)
+        if self.cfg.export.push_to_hub:
+            push(self.cfg.export, self.folder.export, f"{self.cfg.dataset.instance_prompt}: {trainer.global_step} steps")
 
     def _write(self, module: LightningModule, step: int) -> None:
         assert isinstance(module, DreamBooth)
@@ -63,14 +65,19 @@ class Export(Callback):
         module.train(was_training)
 
     def _write_one(self, folder: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int) -> None:
-        own = {name.removeprefix(owner): w for name, w in weights.items() for owner in OWNERS if name.startswith(owner)}
-        module.adapter.export(folder, own, module.family.denoiser_part, self._header(own, step))
-        if module.token:
-            module.family.save_token(folder, [w for name, w in weights.items() if name.startswith("token.")])
-        (folder / "README.md").write_text(card(self.cfg, self.folder, folder, step), encoding="utf-8")
+        family, owned = module.family, module.by_owner(weights)
+        folder.mkdir(parents=True)
+        if token := owned.pop(TOKEN, None):
+            family.save_token(folder, list(token.values()))
+        own = owned.pop(family.denoiser_part)
+        module.adapter.export(folder, Learned(family.denoiser_part, own, owned, self._header(weights, step), family.kohya))
+        word = module.text.token.word if module.text and module.text.token else None
+        text = card(self.cfg, self.folder, folder, step, module.adapter, family, word)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _header(self, weights: Mapping[str, Tensor], step: int) -> dict[str, str]:
-        """Of every safetensors file: what made it."""
+        """Of every safetensors file: what made it, less whom pictures were sent to, since addresses can be secret."""
+        public = OmegaConf.masked_copy(self.cfg, [str(key) for key in self.cfg if key != "webhook"])
         digest = hashlib.sha256()
         for name in sorted(weights):
             digest.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
@@ -80,5 +87,5 @@ class Export(Callback):
             "steps": str(step),
             "made_by": f"dreambooth-lab {__version__}",
             "weights_sha256": digest.hexdigest(),
-            "config": OmegaConf.to_yaml(self.cfg, resolve=True),
+            "config": OmegaConf.to_yaml(public, resolve=True),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,14 @@ class Validation(Callback):
                 logger.log_metrics(values, step)
 
     def _text(self, module: DreamBooth, prompt: str) -> Text:
-        if module.token and module.token.occurs_in(prompt):
-            return module.family.encode_text([prompt])  # its meaning is still being learned
-        return self.data.text(prompt)
+        return module.text.encode([prompt]) if module.text and module.text.changes(prompt) else self.data.text(prompt)
 
     def _pictures(self, module: DreamBooth, prompt: str, step: int) -> list[Image.Image]:
         n = self.cfg.num_images
         seeds = range(self.cfg.seed, self.cfg.seed + n)
         facts = {"prompt": prompt, "training_step": step, "total_steps": self.cfg.num_inference_steps}
         pictures = module.family.generate(
-            _rows(self._text(module, prompt), n), _rows(self.data.text(self.cfg.negative_prompt), n),
+            _rows(self._text(module, prompt), n), _rows(self._text(module, self.cfg.negative_prompt), n),
             height=self.cfg.resolution, width=self.cfg.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.cfg.num_inference_steps,
             guidance_scale=self.cfg.guidance_scale,
@@ -84,7 +83,7 @@ def _rows(text: Text, n: int) -> Text:
     return Text(text.states.expand(n, -1, -1), text.pooled.expand(n, -1))
 
 
-def save(folder: Path, step: int, rows: list[list[Image.Image]]) -> None:
+def save(folder: Path, step: int, rows: Sequence[Sequence[Image.Image]]) -> None:
     """Each picture as step_N/PROMPT_IMAGE.png, and all of a step as one grid step_N.png: a row a prompt."""
     own = folder / f"step_{step:07d}"
     own.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,9 @@ from .check import (
     check,
 )
 from .choices import (
+    REGEX,
     SIMPLETUNER_QUANT,
+    Attention,
     CaptionKind,
     Crop,
     CropAspect,
@@ -36,6 +38,9 @@ from .composing import (
     anchor,
     conf_dir,
 )
+from .lycoris_file import (
+    read_lycoris_file,
+)
 from .schema import (
     Config,
     PreviewConfig,
@@ -43,7 +48,9 @@ from .schema import (
 )
 
 __all__ = [
+    "REGEX",
     "SIMPLETUNER_QUANT",
+    "Attention",
     "CaptionKind",
     "Config",
     "ConfigError",
@@ -72,4 +79,5 @@ __all__ = [
     "anchor",
     "check",
     "conf_dir",
+    "read_lycoris_file",
 ]

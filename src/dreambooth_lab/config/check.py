@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from . import data_rules, learning_rules, watching_rules
+from . import adapter_rules, data_rules, learning_rules, watching_rules
 from .reader import Reader
 from .schema import Config
 
@@ -39,7 +39,7 @@ def _strangers(node: DictConfig, schema: type = Config, prefix: str = "") -> Ite
 
 def _problems(read: Reader) -> Iterator[str | None]:
     """Everything that types can't say."""
-    for rules in (data_rules, learning_rules, watching_rules):
+    for rules in (data_rules, adapter_rules, learning_rules, watching_rules):
         yield from rules.problems(read)
     yield read.bounded("seed", 0, 2**31 - 1)
     if read("preflight") not in (None, "run", "only"):

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from enum import Enum
 
+REGEX = "re:"  # begins an adapter target that is a regular expression
+
+
+class Attention(Enum):
+    auto = "auto"
+    math = "math"
+    flash = "flash"
+    efficient = "efficient"
+    cudnn = "cudnn"
+
 
 class Dtype(Enum):
     float32 = "float32"

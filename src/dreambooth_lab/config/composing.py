@@ -43,6 +43,8 @@ def anchor(cfg: DictConfig) -> DictConfig:
         "dataset.mask_path",
         "prior.path",
         "cache",
+        "adapter.init_from",
+        "adapter.preset",
         "model.pretrained",
         "model.tae",
         "eval.clip_model",

@@ -1,16 +1,14 @@
-"""Problems of what learns and how: model, adapter, quant, objective, optimizer."""
+"""Problems of how it learns: model, objective, optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
-from .choices import Dtype, QuantKind, RolloutKind, Schedule
+from .choices import Attention, RolloutKind, Schedule
 from .reader import Bounds, Reader, is_absent_folder
 
 BOUNDS: Bounds = (
-    ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99), ("adapter.token_lr_ratio", 0),
     ("objective.logit_std", 1e-3), ("objective.shift", 1e-3), ("objective.low", 0, 1), ("objective.high", 0, 1),
     ("objective.gamma", 1e-6), ("objective.huber_c", 1e-6), ("objective.noise_offset", 0),
     ("objective.noise_offset_probability", 0, 1), ("rollout.max_step_offset", 1), ("rollout.shift", 1e-3),
@@ -26,7 +24,6 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from read.all_bounded(BOUNDS)
     yield from _objective_problems(read)
     yield from _model_problems(read)
-    yield from _adapter_problems(read)
     yield from _optimizer_problems(read)
 
 
@@ -35,6 +32,11 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
     library = target.partition(".")[0]
     if read("optimizer._target_") is not None and not find_spec(library):
         yield f"optimizer._target_ is {target!r}, but {library} is not installed; pip install 'dreambooth-lab[optimizers]'"
+    steps, warmup = read("trainer.max_steps"), read("optimizer.warmup_steps")
+    if steps is not None and warmup is not None and warmup >= steps > 0:
+        yield f"optimizer.warmup_steps is {warmup}, but trainer.max_steps is {steps}, so the rate never gets there; set it lower"
+    if library == "prodigyopt":
+        yield from _one_rate_problems(read)
     free = "schedulefree" in target
     if free and schedule not in (None, Schedule.constant):
         yield f"optimizer.schedule is {schedule.name} with a schedule-free optimiser; use optimizer.schedule=constant"
@@ -49,48 +51,18 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
         yield f"{said}, which has no A and B; use lora, dora or locon, or set it to 1"
 
 
-PEFT, ON_QUANTISED = ("lora", "dora"), ("lora", "dora", "locon", "loha", "lokr")
-NOT_LYCORIS = {
-    "full": "takes the base's weights away for: use adapter=full",
-    "dylora": "can't load again",
-    "ia3": "can't load again",
-    "tlora": "can't put on padded convolutions",
-}
-
-
-def _adapter_problems(read: Reader) -> Iterator[str | None]:
-    """Pairs that can't work, each with its reason: what the libraries would do instead is fail late, or something else."""
-    algorithm, target = read("adapter.algorithm"), str(read("adapter._target_"))
-    options = read("adapter.options") or {}
-    decomposed = algorithm == "dora" or options.get("use_dora") or options.get("dora_wd") or options.get("weight_decompose")
-    low, kind = read("model.dtype") not in (None, Dtype.float32), read("quant.kind") or QuantKind.none
-    dtype = f"model.dtype is {read('model.dtype').name}" if low else ""
-    if target.endswith(".LoRA") and algorithm not in PEFT:
-        yield f"adapter.algorithm is {algorithm!r}; peft's are lora and dora; see adapter=lokr for LyCORIS"
-    if target.endswith(".Lycoris") and algorithm in NOT_LYCORIS:
-        yield f"adapter.algorithm is {algorithm!r}, which LyCORIS {NOT_LYCORIS[algorithm]}"
-    if target.endswith(".Lycoris") and options.get("use_scalar"):
-        yield "adapter.options.use_scalar is true: LyCORIS folds the scalar into its files, so a run can't go on; leave it out"
-    if target.endswith(".Lycoris") and decomposed and low:
-        yield f"adapter.options has weight decomposition and {dtype}, which LyCORIS can't mix; use float32 or adapter=dora"
-    if read("adapter.preset") is not None and not target.endswith(".Lycoris"):
-        yield f"adapter.preset is {read('adapter.preset')!r}, which only LyCORIS has; use adapter=lokr, or adapter.preset=null"
-    if str(options.get("init_lora_weights", "")).lower().startswith("pissa"):
-        yield "adapter.options.init_lora_weights is pissa, which rewrites the base; the prior's teacher needs it"
-    if algorithm == "full" and low:
-        yield f"{dtype} with adapter=full, where small updates are lost; set model.dtype=float32"
-    place = read("adapter.init_from")
-    if place is not None and not Path(place).expanduser().exists():
-        yield f"adapter.init_from is {place!r}, which does not exist; give an export folder of a run, or a file of one"
-    if kind is QuantKind.none:
-        return
-    if algorithm not in (None, *ON_QUANTISED):
-        yield f"quant.kind is {kind.name}, but adapter={algorithm} needs the weights themselves; use quant=none"
-    if algorithm in ON_QUANTISED and target.endswith(".Lycoris") and decomposed:
-        yield f"quant.kind is {kind.name}, where LyCORIS silently drops dora_wd; use adapter=dora or quant=none"
-    quanto = kind in (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
-    if target.endswith(".LoRA") and decomposed and quanto and low:
-        yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; use float32 or quant=int8_torchao"
+def _one_rate_problems(read: Reader) -> Iterator[str | None]:
+    """Prodigy finds one step size for all; its library refuses groups of different rates, but only once it trains."""
+    ratios = {
+        "optimizer.lora_plus_ratio": True,
+        "adapter.token_lr_ratio": read("adapter.train_token"),
+        "adapter.text_lr_ratio": bool(read("adapter.text_encoders")),
+    }
+    for key, applies in ratios.items():
+        if applies and read(key) not in (None, 1.0):
+            yield f"{key} is {read(key):g} with Prodigy, which finds one rate for all; set it to 1, or use optimizer=adamw"
+    if any(block["lr_ratio"] != 1 for block in read("adapter.blocks") or []):
+        yield "adapter.blocks has an lr_ratio with Prodigy, which finds one rate for all; set it to 1, or use optimizer=adamw"
 
 
 def _objective_problems(read: Reader) -> Iterator[str | None]:
@@ -108,13 +80,9 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
     if is_absent_folder(read("model.pretrained")):
         absent = f"model.pretrained is {read('model.pretrained')!r}, a folder that does not exist"
         yield f"{absent}; give a diffusers folder or a hub id such as owner/name"
-    if (
-        not read("adapter.parts")
-        and not read("adapter.targets")
-        and not read("adapter.preset")
-        and read("adapter.algorithm") != "full"
-    ):
-        yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
+    cuda_only = read("model.attention") in (Attention.efficient, Attention.cudnn)
+    if cuda_only and read("trainer.accelerator") == "cpu":
+        yield f"model.attention is {read('model.attention').name}, which only CUDA devices have; use auto, flash or math"
     if read("ema.device") is not None and str(read("ema.device")).split(":")[0] not in ("cpu", "cuda"):
         yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"
     for key in ("validation.resolution", "model.resolution", "prior.generated.resolution"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .choices import (
+    Attention,
     CaptionKind,
     Crop,
     CropAspect,
@@ -41,6 +42,8 @@ class ModelConfig:
     tae: str | None
     resolution: int
     gradient_checkpointing: bool
+    attention: Attention
+    compile: bool
 
 
 @dataclass
@@ -63,6 +66,9 @@ class AdapterConfig:
     init_from: str | None
     options: dict[str, Any]
     preset: str | None
+    text_encoders: list[int]
+    text_parts: list[str]
+    text_lr_ratio: float
     train_token: bool
     token: str | None
     token_lr_ratio: float
@@ -263,6 +269,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class ExportConfig:
+    push_to_hub: bool
+    repo: str | None
+    private: bool
+    token_env: str
+
+
+@dataclass
 class LoggerConfig:
     tensorboard: bool
 
@@ -285,6 +299,7 @@ class Config:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     logger: LoggerConfig
     name: str
     seed: int

@@ -1,8 +1,9 @@
-"""Problems of what is watched: eval, preview, webhook."""
+"""Problems of what is watched and what is given away: eval, preview, webhook, export."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 from .reader import Bounds, Reader, is_absent_folder
@@ -18,6 +19,7 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from read.all_bounded(BOUNDS)
     yield from _eval_problems(read)
     yield from _preview_problems(read)
+    yield from _hub_problems(read)
 
 
 def _eval_problems(read: Reader) -> Iterator[str | None]:
@@ -26,6 +28,19 @@ def _eval_problems(read: Reader) -> Iterator[str | None]:
             yield f"{key} is set, but validation.every_n_steps is 0, so there are no pictures to score; set it, or eval=none"
         if is_absent_folder(read(key)):
             yield f"{key} is {read(key)!r}, a folder that does not exist; give a folder, a hub id, or null"
+
+
+def _hub_problems(read: Reader) -> Iterator[str | None]:
+    if not read("export.push_to_hub"):
+        return
+    repo, variable = read("export.repo"), read("export.token_env")
+    if repo is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        yield f"export.push_to_hub is true, but export.repo is {repo!r}; set it to owner/name, or export.push_to_hub=false"
+    if not os.environ.get(str(variable)):
+        unset = f"export.token_env is {variable!r}, an environment variable that is not set"
+        yield f"{unset}; export a write token in it, or set export.push_to_hub=false"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        yield "export.push_to_hub is true, but HF_HUB_OFFLINE is set; unset it, or set export.push_to_hub=false"
 
 
 def _preview_problems(read: Reader) -> Iterator[str | None]:

@@ -21,6 +21,7 @@ from ..embedding import Slot
 from ..quant import Quantiser
 
 OnStep = Callable[[int, Tensor], None]
+TextEncoders = list[tuple[Any, nn.Module]]  # each with its tokenizer before it
 
 
 class Family(ABC):
@@ -31,30 +32,50 @@ class Family(ABC):
     factor: int  # pixels per latent cell
     channels: int  # C of the latents
     times: tuple[float, float] = (0.0, 1.0)  # the part of the path it was trained on
-    learns: ClassVar[Mapping[str, tuple[str, ...]]]  # part → endings of the layer names that receive adapters
+    learns: ClassVar[Mapping[str, tuple[str, ...]]]  # group → endings of the layer names that receive adapters
+    text_learns: ClassVar[Mapping[str, tuple[str, ...]]]  # the same of the text encoders; empty if they can't learn
     folder: Folder  # where its files lie
     denoiser_part: str  # the denoiser's folder in a pipeline's
     text_encoder_parts: tuple[str, ...]  # and the text encoders'
+    token_usage: ClassVar[str]  # how a pipeline gets a saved embedding; {export} and {word} are put in
+    kohya: ClassVar[Mapping[str, str]]  # part → what kohya's key layout calls it
     keeps: ClassVar[tuple[str, ...]]  # components of layer names that quantisation leaves alone
     device: torch.device = torch.device("cpu")
     quantiser: Quantiser = Quantiser({}, None)  # which parts are kept in fewer bits
+
+    @abstractmethod
+    def check_device(self) -> None:
+        """Refuse what was asked for and `device` can't do.
+
+        Raises:
+            ConfigError: says what is lacking.
+        """
 
     @property
     @abstractmethod
     def denoiser(self) -> nn.Module:
         """The network that learns; loaded, frozen and in evaluation mode at first use."""
 
+    @property
     @abstractmethod
-    def read_text(self, captions: Sequence[str]) -> Text:
+    def text_encoders(self) -> TextEncoders:
+        """The base model's, in the order of `text_encoder_parts`; loaded at first use, dropped by `release_encoders`."""
+
+    @abstractmethod
+    def load_text_encoders(self) -> TextEncoders:
+        """The base model's once more, for who teaches them: what `text_encoders` says does not change with these."""
+
+    @abstractmethod
+    def read_text(self, captions: Sequence[str], encoders: TextEncoders) -> Text:
         """Captions → states [B L D], pooled [B P], float32, differentiable. An empty caption is the unconditional input."""
 
     @torch.no_grad()
-    def encode_text(self, captions: Sequence[str]) -> Text:
-        """`read_text` to keep: without gradient, on the CPU."""
-        return Text(*(part.cpu() for part in self.read_text(captions)))
+    def encode_text(self, captions: Sequence[str], encoders: TextEncoders | None = None) -> Text:
+        """`read_text` to keep: without gradient, on the CPU; by the base model's encoders unless others are given."""
+        return Text(*(part.cpu() for part in self.read_text(captions, encoders or self.text_encoders)))
 
     @abstractmethod
-    def token_slots(self, word: str) -> list[Slot]:
+    def token_slots(self, word: str, encoders: TextEncoders) -> list[Slot]:
         """Where each text encoder keeps the embedding of a word.
 
         Raises:

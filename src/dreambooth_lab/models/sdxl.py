@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..batch import Cond, Text
-from ..config import ConfigError, Dtype, QuantKind
+from ..config import Attention, ConfigError, Dtype, QuantKind
 from ..diffusion.path import Prediction, VariancePreserving
 from ..embedding import Slot
 from ..quant import Source
-from . import files
-from .family import Family, OnStep
+from . import files, kernels
+from .family import Family, OnStep, TextEncoders
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,9 @@ class SDXL(Family):
         dtype: of the frozen UNet; its answers are float32.
         encoder_dtype: of the VAE and the text encoders.
         tae: folder or hub id of an AutoencoderTiny for previews; None takes the VAE itself.
+        gradient_checkpointing: keep blocks' inputs only, and run the blocks again for their gradients.
+        attention: PyTorch's kernel for it; auto takes the fastest that fits.
+        compile: the transformer blocks, by torch.compile.
     """
 
     learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -42,21 +45,33 @@ class SDXL(Family):
         "feed_forward": ("ff.net.0.proj", "ff.net.2"),
         "convolution": ("re:.*resnets\\..*\\.(conv1|conv2|conv_shortcut)", "re:.*samplers\\..*\\.conv"),
     }
+    text_learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+        "feed_forward": ("mlp.fc1", "mlp.fc2"),
+    }
 
     denoiser_part = "unet"
     text_encoder_parts = ("text_encoder", "text_encoder_2")
+    token_usage: ClassVar[str] = """\
+from safetensors.torch import load_file
+learned = load_file("{export}/learned_embeds.safetensors")
+for name, end in (("clip_l", ""), ("clip_g", "_2")):
+    tokenizer, encoder = getattr(pipeline, "tokenizer" + end), getattr(pipeline, "text_encoder" + end)
+    (row,) = tokenizer("{word}", add_special_tokens=False).input_ids
+    encoder.get_input_embeddings().weight.data[row] = learned[name][0].to(encoder.dtype)"""
+    kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     # Small, and everything passes through them: time, size and pooled text; the text encoder's last projection.
     keeps: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection")
 
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
-        tae: str | None, resolution: int, gradient_checkpointing: bool,
+        tae: str | None, resolution: int, gradient_checkpointing: bool, attention: Attention, compile: bool,
     ):  # fmt: skip
         files.quiet()
         self.folder = files.resolve(pretrained, revision, variant)
         self.variant, self.tae = variant, tae
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
         index = files.read_json(self.folder / "model_index.json")
         if not index["_class_name"].startswith("StableDiffusionXL") or "text_encoder_2" not in index:
             raise ConfigError(
@@ -87,20 +102,25 @@ class SDXL(Family):
         source = Source(read, lambda: files.hollow(kind, self.folder / part), weights, dtype, self.device)
         return self.quantiser.load(part, source, self.keeps)
 
+    def check_device(self) -> None:
+        kernels.require(self.attention, self.compiles, self.device, self.dtype)
+
     @cached_property
     def denoiser(self) -> nn.Module:
         unet = self._load(UNet2DConditionModel, "unet", self.dtype)
         if self.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        return unet
+        return kernels.choose(unet, self.attention, self.compiles)
 
     @cached_property
     def vae(self) -> Any:
         return self._load(AutoencoderKL, "vae", self.encoder_dtype)
 
     @cached_property
-    def text_encoders(self) -> list[tuple[Any, Any]]:
-        """(tokenizer, encoder), twice."""
+    def text_encoders(self) -> TextEncoders:
+        return self.load_text_encoders()
+
+    def load_text_encoders(self) -> TextEncoders:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         kinds = (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection))
@@ -115,20 +135,24 @@ class SDXL(Family):
         self.__dict__.pop("text_encoders", None)
 
     def text_identity(self) -> str:
-        kinds = [kind.value for kind in map(self.quantiser.kind, TEXT_PARTS) if kind is not QuantKind.none]
-        precision = (str(self.encoder_dtype), *kinds)
+        precision = (str(self.encoder_dtype), *self._fewer_bits(self.text_encoder_parts))
         return files.identity(self.folder, TEXT_PARTS, "sdxl", *precision, str(self.zero_unconditional))
 
+    def _fewer_bits(self, parts: Sequence[str]) -> list[str]:
+        """Which of some parts are quantised, and how."""
+        kinds = {part: self.quantiser.kind(part) for part in parts}
+        return [f"{part} {kind.value}" for part, kind in kinds.items() if kind is not QuantKind.none]
+
     def denoiser_identity(self) -> str:
-        return files.identity(self.folder, ("unet", "scheduler"), str(self.dtype))
+        return files.identity(self.folder, ("unet", "scheduler"), str(self.dtype), *self._fewer_bits(("unet",)))
 
     def image_identity(self) -> str:
         return files.identity(self.folder, ("vae",), str(self.encoder_dtype))
 
-    def read_text(self, captions: Sequence[str]) -> Text:
+    def read_text(self, captions: Sequence[str], encoders: TextEncoders) -> Text:
         """The last hidden layer but one of both encoders, side by side; pooled is the second's projected output."""
         states = []
-        for tokenizer, encoder in self.text_encoders:
+        for tokenizer, encoder in encoders:
             _warn_of_long(captions, tokenizer)
             ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
             output = encoder(ids.to(self.device), output_hidden_states=True)
@@ -139,8 +163,8 @@ class SDXL(Family):
             text = Text(text.states * said.view(-1, 1, 1), text.pooled * said.view(-1, 1))
         return text
 
-    def token_slots(self, word: str) -> list[Slot]:
-        return [_slot(tokenizer, encoder, word) for tokenizer, encoder in self.text_encoders]
+    def token_slots(self, word: str, encoders: TextEncoders) -> list[Slot]:
+        return [_slot(tokenizer, encoder, word) for tokenizer, encoder in encoders]
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

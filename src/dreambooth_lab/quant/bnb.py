@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -24,15 +25,16 @@ class NF4:
 
     def quantise(self, layer: nn.Linear) -> nn.Linear:
         quantised = self._empty(layer, layer.weight.dtype)
-        weight = Params4bit(layer.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=quantised)
-        quantised.weight = weight.to(layer.weight.device)
-        if not quantised.weight.bnb_quantized:
-            quantised.weight = quantised.weight._quantize(layer.weight.device)
+        options: dict[str, Any] = {"requires_grad": False, "compress_statistics": False, "quant_type": "nf4", "module": quantised}
+        weight: Any = Params4bit(layer.weight.data, **options)
+        weight = weight.to(layer.weight.device)
+        quantised.weight = weight if weight.bnb_quantized else weight._quantize(layer.weight.device)
         return quantised
 
     def pack(self, layer: nn.Linear) -> tuple[dict[str, Tensor], str]:
         assert isinstance(layer, Linear4bit)
-        return {DATA: layer.weight.data, **layer.weight.quant_state.as_dict(packed=True)}, str(layer.compute_dtype)
+        weight: Any = layer.weight
+        return {DATA: weight.data, **weight.quant_state.as_dict(packed=True)}, str(layer.compute_dtype)
 
     def unpack(self, layer: nn.Linear, parts: Mapping[str, Tensor], spec: str) -> nn.Linear:
         quantised = self._empty(layer, getattr(torch, spec.removeprefix("torch.")))

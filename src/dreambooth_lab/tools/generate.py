@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from ..config import Config, ConfigError
 from ..lab import load
-from ..run import build_adapter, build_family, learned_word
+from ..run import trained_pipeline
 
 
 @dataclass
@@ -81,13 +81,8 @@ def paint(ask: Ask) -> Path:
     if not export.exists():
         raise ConfigError(f"{str(export)!r} does not exist; finish the run, or give another file")
     cfg = load(ask.run).config if ask.run else trained_with(export)
-    family, adapter = build_family(cfg), build_adapter(cfg)
-    pipeline = family.pipeline()
-    adapter.load_into(pipeline, family.denoiser_part, export, family.learns)
-    word = learned_word(cfg)
-    if word:
-        family.load_token(pipeline, export, word)
-    pipeline.to(family.device).set_progress_bar_config(disable=True)
+    pipeline, adapter = trained_pipeline(cfg, export)
+    pipeline.set_progress_bar_config(disable=True)
     edge = ask.resolution or cfg.validation.resolution
     options = {"height": edge, "width": edge, "num_inference_steps": ask.steps, "guidance_scale": ask.guidance}
     rows = []
@@ -95,7 +90,7 @@ def paint(ask: Ask) -> Path:
         for strength in ask.strengths:
             adapter.strengthen(pipeline, strength)
             seeds = [torch.Generator().manual_seed(seed) for seed in ask.seeds]
-            rows.append([pipeline(prompt, negative_prompt=ask.negative, generator=g, **options).images[0] for g in seeds])
+            rows.append([pipeline(prompt, negative_prompt=ask.negative or None, generator=g, **options).images[0] for g in seeds])
     return _save(Path(ask.out), rows)
 
 

@@ -1,0 +1,122 @@
+"""Problems of what learns, and inside what: adapter and quant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .choices import REGEX, Dtype, QuantKind
+from .lycoris_file import SUFFIX, read_lycoris_file
+from .reader import Bounds, Reader
+
+BOUNDS: Bounds = (
+    ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99), ("adapter.token_lr_ratio", 0),
+    ("adapter.text_lr_ratio", 0),
+)  # fmt: skip
+QUANTO = (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
+PEFT, ON_QUANTISED = ("lora", "dora"), ("lora", "dora", "locon", "loha", "lokr")
+NOT_LYCORIS = {
+    "full": "takes the base's weights away for: use adapter=full",
+    "dylora": "can't load again",
+    "ia3": "can't load again",
+    "tlora": "can't put on padded convolutions",
+}
+
+
+def problems(read: Reader) -> Iterator[str | None]:
+    yield from read.all_bounded(BOUNDS)
+    yield from _adapter_problems(read)
+    yield from _layer_problems(read)
+    yield from _text_encoder_problems(read)
+
+
+def _adapter_problems(read: Reader) -> Iterator[str | None]:
+    """Pairs that can't work, each with its reason: what the libraries would do instead is fail late, or something else."""
+    algorithm, target = read("adapter.algorithm"), str(read("adapter._target_"))
+    options = dict(read("adapter.options") or {})
+    if target.endswith(".Lycoris") and str(read("adapter.preset")).endswith(SUFFIX):
+        try:
+            said = read_lycoris_file(read("adapter.preset"))
+        except ValueError as error:
+            yield f"adapter.preset is {read('adapter.preset')!r}, {error}"
+            return
+        options, algorithm = said, said.get("algo", algorithm)
+    decomposed = algorithm == "dora" or options.get("use_dora") or options.get("dora_wd") or options.get("weight_decompose")
+    low, kind = read("model.dtype") not in (None, Dtype.float32), read("quant.kind") or QuantKind.none
+    dtype = f"model.dtype is {read('model.dtype').name}" if low else ""
+    if target.endswith(".LoRA") and algorithm not in PEFT:
+        yield f"adapter.algorithm is {algorithm!r}; peft's are lora and dora; see adapter=lokr for LyCORIS"
+    if target.endswith(".Lycoris") and algorithm in NOT_LYCORIS:
+        yield f"adapter.algorithm is {algorithm!r}, which LyCORIS {NOT_LYCORIS[algorithm]}"
+    if target.endswith(".Lycoris") and options.get("use_scalar"):
+        yield "adapter.options.use_scalar is true: LyCORIS folds the scalar into its files, so a run can't go on; leave it out"
+    if target.endswith(".Lycoris") and decomposed and low:
+        yield f"adapter.options has weight decomposition and {dtype}, which LyCORIS can't mix; use float32 or adapter=dora"
+    if read("adapter.preset") is not None and not target.endswith(".Lycoris"):
+        yield f"adapter.preset is {read('adapter.preset')!r}, which only LyCORIS has; use adapter=lokr, or adapter.preset=null"
+    if algorithm == "full" and low:
+        yield f"{dtype} with adapter=full, where small updates are lost; set model.dtype=float32"
+    if not any(read(f"adapter.{key}") for key in ("parts", "targets", "preset")) and algorithm != "full":
+        yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
+    place = read("adapter.init_from")
+    if place is not None and not Path(place).expanduser().exists():
+        yield f"adapter.init_from is {place!r}, which does not exist; give an export folder of a run, or a file of one"
+    if kind is QuantKind.none:
+        return
+    if algorithm not in (None, *ON_QUANTISED):
+        yield f"quant.kind is {kind.name}, but adapter={algorithm} needs the weights themselves; use quant=none"
+    if algorithm in ON_QUANTISED and target.endswith(".Lycoris") and decomposed:
+        yield f"quant.kind is {kind.name}, where LyCORIS silently drops dora_wd; use adapter=dora or quant=none"
+    if target.endswith(".LoRA") and decomposed and kind in QUANTO and low:
+        yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; use float32 or quant=int8_torchao"
+
+
+def _layer_problems(read: Reader) -> Iterator[str | None]:
+    """Rules and targets that can't mean anything, and what an algorithm does not have."""
+    algorithm, blocks, targets = read("adapter.algorithm"), read("adapter.blocks") or [], read("adapter.targets") or []
+    patterns = [("adapter.blocks", block["match"]) for block in blocks]
+    patterns += [("adapter.targets", target.removeprefix(REGEX)) for target in targets if target.startswith(REGEX)]
+    for key, pattern in patterns:
+        if (wrong := _regex_problem(pattern)) is not None:
+            yield f"{key} has {pattern!r}, which is no regular expression: {wrong}"
+    for block in blocks:
+        if (block["rank"] is not None and block["rank"] < 1) or block["lr_ratio"] < 0:
+            yield f"adapter.blocks has {dict(block)}; rank is at least 1 or null, lr_ratio at least 0"
+    ranked = any(block["rank"] is not None for block in blocks)
+    if read("adapter.preset") is not None and (targets or ranked):
+        what = "adapter.targets" if targets else "ranks in adapter.blocks"
+        said = f"adapter.preset is {read('adapter.preset')!r}"
+        yield f"{said}, which chooses layers and ranks itself; leave {what} out, or the preset"
+    if algorithm == "full" and (read("adapter.rank") != 1 or read("adapter.dropout") or read("adapter.options") or ranked):
+        yield "adapter=full trains the weights themselves: it has no rank, dropout, options or ranks in blocks; leave them out"
+    init = (read("adapter.options") or {}).get("init_lora_weights", True)
+    if init not in (True, "gaussian", "orthogonal"):
+        yield f"adapter.options.init_lora_weights is {init!r}, which changes the base or its first answer; use true or gaussian"
+
+
+def _regex_problem(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
+
+
+def _text_encoder_problems(read: Reader) -> Iterator[str | None]:
+    numbers, algorithm = read("adapter.text_encoders") or [], read("adapter.algorithm")
+    if not numbers:
+        return
+    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        yield f"adapter.text_encoders is {numbers}; number each once, from 1: [1,2]"
+    if algorithm not in (None, *PEFT):
+        yield f"adapter.text_encoders is {numbers}, but {algorithm} can't sit on text encoders; use adapter=lora or dora, or []"
+    if not read("adapter.text_parts"):
+        yield f"adapter.text_encoders is {numbers}, but adapter.text_parts is empty; name some groups, or use text_encoders=[]"
+    if read("model.encoder_dtype") is Dtype.float16:
+        yield "model.encoder_dtype is float16 with adapter.text_encoders, whose gradients it loses; use float32 or bfloat16"
+    for number in numbers:
+        kind = read(f"quant.text_encoder_{number}") or QuantKind.none
+        if kind in QUANTO and algorithm == "dora" and read("model.encoder_dtype") is not Dtype.float32:
+            low = f"model.encoder_dtype is {read('model.encoder_dtype').name}"
+            yield f"quant.text_encoder_{number} is {kind.name} with DoRA and {low}, which peft can't mix; use float32"

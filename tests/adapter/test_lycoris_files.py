@@ -1,0 +1,109 @@
+"""LyCORIS' own presets and configuration files, taken as they are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_matrix import compose, learned, question
+from torch.testing import assert_close
+
+from dreambooth_lab.config import ConfigError, check
+from dreambooth_lab.config.schema import BlockConfig
+from dreambooth_lab.dreambooth import DreamBooth
+from dreambooth_lab.run import attach, build_adapter, build_family
+
+SIMPLETUNERS = {
+    "algo": "lokr", "multiplier": 1.0, "linear_dim": 10000, "linear_alpha": 1, "factor": 12,
+    "apply_preset": {
+        "target_module": ["Attention", "FeedForward"],
+        "module_algo_map": {"FeedForward": {"factor": 4}, "Attention": {"factor": 2}},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def make(tiny_sdxl):
+    def made(adapter="lokr", preset=None, **more):
+        cfg = compose(tiny_sdxl, adapter)
+        cfg.adapter.preset = preset
+        for key, value in more.items():
+            cfg.adapter[key] = value
+        check(cfg)
+        family, ours = build_family(cfg), build_adapter(cfg)
+        layers = attach(cfg, family, ours, None)
+        return DreamBooth(cfg, family, ours).eval(), layers
+
+    return made
+
+
+def save(path, said):
+    path.write_text(json.dumps(said))
+    return str(path)
+
+
+def kinds(module, layers):
+    return {type(module.denoiser.get_submodule(layer)).__name__ for layer in layers}
+
+
+def test_presets_choose_what_they_say(make):
+    for preset, convolutions, everywhere in (
+        ("full", True, True),
+        ("attn-mlp", False, False),
+        ("unet-convblock-only", True, True),
+    ):
+        module, layers = make("locon", preset)
+        resnets = any("resnets" in layer for layer in layers)
+        assert (("Conv2d" in kinds(module, layers)), resnets) == (convolutions, everywhere), preset
+    _, again = make("locon", "attn-mlp")
+    assert not any("resnets" in layer for layer in again), "the last preset leaves nothing behind"
+
+
+def test_simpletuners_file_is_taken_as_it_is(make, tmp_path):
+    module, layers = make("locon", save(tmp_path / "lycoris_config.json", SIMPLETUNERS))
+    assert layers and all(".attn" in layer or ".ff." in layer for layer in layers)
+    small = {lora.lora_name: lora.lokr_w1.shape for lora in module.adapter.network.loras if "to_q" in lora.lora_name}
+    assert set(small.values()) == {(2, 2)}, "its factor for attention, not the one for all"
+    assert all("lokr" in name for name in module.learning())
+
+
+def test_an_exports_file_and_weights_make_the_same_adapter_again(make, tmp_path):
+    rules = [BlockConfig(match="to_v", rank=2, lr_ratio=1.0)]
+    module, layers = make("locon", blocks=rules, options={"use_tucker": True})
+    for p in module.learning().values():
+        p.data += 0.05 * torch.randn(p.shape)
+    module.adapter.export(tmp_path / "export", learned(module))
+    again, same = make("lokr", str(tmp_path / "export" / "lycoris_config.json"), init_from=str(tmp_path / "export"))
+    assert same == layers
+    with torch.no_grad():
+        assert_close(again.predict(*question()), module.predict(*question()))
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ({"algo": "full"}, "adapter=full"),
+        ({"algo": "locon", "use_scalar": True}, "folds the scalar"),
+        ({"algo": "nonsense"}, "LyCORIS has lora, locon"),
+        ({"algo": "lokr", "linear_dmi": 4}, "'linear_dmi', which LyCORIS' lokr does not know; near: "),
+        ({"apply_preset": {"target_modules": ["Attention"]}}, r"\['target_modules'\] in apply_preset"),
+        ({"apply_preset": {"target_module": ["Nothing"]}}, "matches no layer"),
+        ({"apply_preset": ["Attention"]}, "which is not of the form"),
+        ([], "which is not of the form"),
+    ],
+)
+def test_wrong_files_are_refused(said, error, make, tmp_path):
+    with pytest.raises(ConfigError, match=error):
+        make("lokr", save(tmp_path / "wrong.json", said))
+
+
+def test_what_is_not_there_or_twice_is_refused(make, tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.json', which does not exist"):
+        make(preset=str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match=r"adapter\.preset is 'attn'; give a lycoris_config\.json, or one of full, "):
+        make(preset="attn")
+    with pytest.raises(ConfigError, match=r"leave adapter\.targets out"):
+        make(preset="attn-mlp", targets=["to_q"])
+    with pytest.raises(ConfigError, match=r"adapter\.options has 'factr', which LyCORIS' lokr does not know; near: factor"):
+        make(options={"factr": 4})

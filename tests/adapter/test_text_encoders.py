@@ -1,0 +1,143 @@
+"""Adapters on the text encoders: what they learn, what stays the base's, and a whole run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError, check
+from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.dreambooth import DreamBooth
+from dreambooth_lab.run import attach, build_adapter, build_family, build_text, run
+
+BOTH = "adapter.text_encoders=[1,2]"
+
+
+@pytest.fixture(scope="module")
+def make(small):
+    def made(*words):
+        cfg = lab.compose(*small, BOTH, *words)
+        family = build_family(cfg)
+        data = DreamBoothData(cfg, family)
+        data.prepare()
+        adapter, text = build_adapter(cfg), build_text(cfg, family)
+        layers = attach(cfg, family, adapter, text)
+        return DreamBooth(cfg, family, adapter, text).train(), data, layers
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def made(make):
+    return make()
+
+
+def batch_of(data):
+    return next(iter(Samples(data, data.schedule, 0, 0, 1)))
+
+
+def move(module):
+    generator = torch.Generator().manual_seed(0)
+    for p in module.learning().values():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+
+
+def test_the_base_models_text_is_left_alone_and_is_what_the_teacher_hears(make):
+    module, data, _ = make()
+    batch = batch_of(data)
+    base = batch.cond
+    assert_close(module.told(batch).states, base.states), "fresh adapters change nothing"
+    assert module.training_step(batch, 0)["prior"] < 1e-12, "captions encoded together round a little otherwise"
+    taught = module.teacher.answer(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
+    move(module)
+    told = module.told(batch)
+    assert (told.states - base.states).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
+    again = module.teacher.answer(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
+    assert torch.equal(taught, again), "the teacher hears the base model's text"
+    assert torch.equal(module.family.encode_text(batch.captions).states, base.states), "the family's encoders are the base's"
+    assert torch.equal(batch_of(data).cond.states, base.states), "and so are cached texts"
+
+
+def test_gradients_reach_the_adapters_of_both_and_nothing_else_there(made):
+    module, data, layers = made
+    move(module)
+    module.training_step(batch_of(data), 0)["loss"].backward()
+    assert len(layers) == len([name for name in layers if not name.startswith("text_encoder")]) + 2 * 2 * 6
+    for name, p in module.text.encoders.named_parameters():
+        last_of_first = name.startswith("text_encoder.") and ".layers.1." in name  # the UNet hears the layer before it
+        assert ("lora_" in name) == p.requires_grad
+        assert (p.grad is not None and bool(p.grad.any())) == ("lora_" in name and not last_of_first), name
+
+
+def test_each_part_learns_at_its_own_rate(make):
+    rules = "adapter.blocks=[{match: 'text_encoder_2.*layers\\.0', rank: 2, lr_ratio: 0.1}]"
+    module, _, _ = make("optimizer.lr=1", "optimizer.lora_plus_ratio=4", "adapter.train_token=true", "adapter.token=q",
+                        "dataset.instance_prompt='a photo of q dog'", rules)  # fmt: skip
+    optimizer = module.configure_optimizers()["optimizer"]
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(module.learning())
+    for name, p in module.learning().items():
+        plus = 4 if "lora_B" in name else 1
+        ruled = "text_encoder_2" in name and "layers.0" in name
+        expected = 5.0 if "token" in name else plus * (0.5 if "text." in name else 1) * (0.1 if ruled else 1)
+        assert rates[id(p)] == (pytest.approx(expected), 0.0 if "token" in name else 0.01), name
+        if ruled and "lora_A" in name:
+            assert p.shape[0] == 2
+
+
+def test_a_run_learns_shows_and_exports_them(small, tmp_path):
+    run(lab.compose(*small, BOTH), tmp_path / "run")
+    done = lab.load(tmp_path / "run")
+    parts = {name.partition(".")[0] for name in load_file(done.folder.export / "pytorch_lora_weights.safetensors")}
+    assert parts == {"unet", "text_encoder", "text_encoder_2"}
+    pipeline = done.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
+    picture = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    saved = Image.open(done.folder.pictures / "step_0000006" / "00_00.png")
+    difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
+    assert difference.abs().max() <= 1, "what validation showed is what a user gets"
+    more = lab.compose(
+        *small, BOTH, f"adapter.init_from={done.folder.export}", "trainer.max_steps=1", "validation.every_n_steps=0"
+    )
+    run(more, tmp_path / "more")
+    first = dict(lab.load(tmp_path / "more").metrics["train/loss_prior"])[1]
+    assert first > 0, "it goes on from what was learned"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["adapter=lokr", BOTH], "lokr can't sit on text encoders"),
+        (["adapter.text_encoders=[1,1]"], "number each once, from 1"),
+        (["adapter.text_encoders=[0]"], "number each once, from 1"),
+        ([BOTH, "adapter.text_parts=[]"], "adapter.text_parts is empty"),
+        ([BOTH, "model.encoder_dtype=float16"], "whose gradients it loses"),
+        ([BOTH, "adapter=dora", "quant.text_encoder_2=int8", "model.encoder_dtype=bfloat16"], "which peft can't mix"),
+    ],
+)
+def test_what_cant_work_is_refused(words, said):
+    with pytest.raises(ConfigError) as error:
+        check(lab.compose("dataset.path=.", *words))
+    assert said in str(error.value)
+
+
+def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make, small):
+    with pytest.raises(ConfigError, match="of this model's text encoders 2 can learn"):
+        build_family(lab.compose(*small, "adapter.text_encoders=[3]"))
+    with pytest.raises(ConfigError, match=r"adapter\.text_parts has \['attn'\]; this model family names"):
+        make("adapter.text_parts=[attn]")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_torchao", "nf4"])
+def test_they_sit_on_quantised_encoders_too(kind, make):
+    module, data, _ = make(f"quant.text_encoder_1={kind}", f"quant.text_encoder_2={kind}", "quant.cache=false")
+    batch = batch_of(data)
+    assert_close(module.told(batch).pooled, batch.cond.pooled)
+    move(module)
+    module.training_step(batch, 0)["loss"].backward()
+    assert sum(p.grad is not None for p in module.text.encoders.parameters()) > 20

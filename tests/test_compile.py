@@ -1,0 +1,35 @@
+"""torch.compile of the blocks: the same losses, for every kind of adapter that may be on them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from dreambooth_lab import lab
+from dreambooth_lab.run import run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler"),
+]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adapter.dropout=0.0", "rollout.enabled=true", "rollout.ramp_steps=0", "rollout.probability=1"],
+        ["quant=int8", "model.gradient_checkpointing=true"],
+        ["adapter=locon"],
+    ],
+    ids=["lora and rollout", "int8 and checkpointing", "locon"],
+)
+def test_compiled_blocks_train_alike(words, small, tmp_path):
+    """Three steps with the teacher and pictures; two shapes of pictures come by."""
+    words = [*small, *words, "trainer.max_steps=3", "optimizer.lr=1e-3"]
+    run(lab.compose(*words), tmp_path / "plain")
+    run(lab.compose(*words, "model.compile=true"), tmp_path / "compiled")
+    plain, compiled = (dict(lab.load(tmp_path / name).metrics["train/loss"]) for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys() and len(plain) == 3
+    for step, loss in plain.items():
+        assert compiled[step] == pytest.approx(loss, rel=1e-4)

@@ -1,0 +1,229 @@
+"""Every optimiser's own settings learn, go on after a checkpoint, and learn each part at its rate."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError, check, conf_dir
+from dreambooth_lab.dreambooth import DreamBooth
+from dreambooth_lab.optimizer import Rate, build_optimizer, build_schedule, require
+from dreambooth_lab.run import attach, build_adapter, build_family, run
+
+ALL = sorted(path.stem for path in (conf_dir() / "optimizer").glob("*.yaml"))
+
+
+@cache
+def config(name, *words):
+    return lab.compose("dataset.path=.", f"optimizer={name}", *words)
+
+
+class LowRank(nn.Module):
+    """W = B A with B = 0 at first, as LoRA begins."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.lora_A = nn.Parameter(torch.randn(64, 96, generator=generator) / 8)
+        self.lora_B = nn.Parameter(torch.zeros(64, 64))  # 4,096 numbers, from where bitsandbytes keeps 8 bits
+        self.x = torch.randn(96, 32, generator=generator)
+        self.y = torch.randn(64, 32, generator=generator) / 10
+
+    def loss(self):
+        return (self.lora_B @ self.lora_A @ self.x - self.y).square().mean()
+
+
+def prepared(cfg, model):
+    learning = dict(model.named_parameters())
+    return build_optimizer(cfg.optimizer, learning, {name: Rate(1.0, True) for name in learning})
+
+
+def train(model, optimizer, steps):
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.loss().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_its_own_settings_learn_what_starts_at_nothing(name):
+    """100 steps reach at least a third of what AdamW reaches; Prodigy has to find its step size first."""
+    gains = {}
+    for one in (name, "adamw"):
+        model = LowRank()
+        before = model.loss().item()
+        train(model, prepared(config(one), model), 300 if one == "prodigy" else 100)
+        gains[one] = before - model.loss().item()
+    assert gains[name] > gains["adamw"] / 3 > 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_been(name):
+    cfg, whole, broken = config(name), LowRank(), LowRank()
+    optimizer = prepared(cfg, whole)
+    train(whole, optimizer, 5)
+    buffer = io.BytesIO()
+    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    train(whole, optimizer, 3)
+    saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    broken.load_state_dict(saved["model"])
+    again = prepared(cfg, broken)
+    again.load_state_dict(saved["optimizer"])
+    train(broken, again, 3)
+    assert torch.equal(whole.lora_B, broken.lora_B) and torch.equal(whole.lora_A, broken.lora_A)
+
+
+def test_eight_bits_are_eight_bits():
+    model = LowRank()
+    optimizer = prepared(config("adamw8bit"), model)
+    train(model, optimizer, 1)
+    assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8}
+
+
+def test_the_schedule_moves_every_group_alike():
+    cfg = config("adamw", "optimizer.schedule=cosine", "optimizer.warmup_steps=2", "trainer.max_steps=10", "optimizer.lr=1")
+    learning = {"a": nn.Parameter(torch.zeros(1)), "b": nn.Parameter(torch.zeros(1))}
+    optimizer = build_optimizer(cfg.optimizer, learning, {"a": Rate(1.0, True), "b": Rate(4.0, False)})
+    schedule = build_schedule(cfg.optimizer, optimizer, 10)
+    rates = []
+    for _ in range(10):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0], "the run's own rate comes first"
+    assert all(b == pytest.approx(4 * a) for a, b in rates) and rates[0][0] == 0.5 and rates[2][0] == 1.0 > rates[9][0]
+
+
+def test_rules_for_blocks_set_ranks_and_rates(tiny_sdxl):
+    blocks = "adapter.blocks=[{match: '^up_blocks.*to_q$', rank: 8, lr_ratio: 0.5}, {match: up_blocks, rank: null, lr_ratio: 2}]"
+    for kind, end in (("lora", "lora_A.default.weight"), ("locon", ":lora_down:weight"), ("full", "weight")):
+        words = [blocks if kind != "full" else blocks.replace("rank: 8", "rank: null"), f"adapter={kind}", "optimizer.lr=1"]
+        more = ["adapter.rank=4", "adapter.alpha=2"] if kind != "full" else ["adapter.parts=[attention]"]
+        cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words, *more)
+        check(cfg)
+        family, adapter = build_family(cfg), build_adapter(cfg)
+        attach(cfg, family, adapter, None)
+        module = DreamBooth(cfg, family, adapter)
+        optimizer = module.configure_optimizers()["optimizer"]
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        seen = set()
+        for name, p in module.learning().items():
+            layer = adapter.layer_of(module.owner(name)[1])
+            up, query = layer.startswith("up_blocks"), layer.endswith("to_q")
+            assert rates[id(p)] == (0.5 if up and query else 2 if up else 1), (kind, name)
+            if kind != "full" and name.endswith(end):
+                assert p.shape[0] == (8 if up and query else 4), (kind, name)
+            seen.add((up, query))
+        assert len(seen) == 4
+
+
+PRODIGY = "finds one rate for all"
+PLUS = "optimizer.lora_plus_ratio=16"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optimizer=prodigy", PLUS], PRODIGY),
+        (["optimizer=prodigy", "adapter.train_token=true"], PRODIGY),
+        (["optimizer=prodigy", "adapter.text_encoders=[1]"], PRODIGY),
+        (["optimizer=prodigy", "adapter.blocks=[{match: up, rank: null, lr_ratio: 2}]"], PRODIGY),
+        (["optimizer=schedulefree", "optimizer.schedule=cosine"], "use optimizer.schedule=constant"),
+        (["optimizer=schedulefree", "ema.enabled=true"], "averages by itself"),
+        (["optimizer.cycles=3"], "which only schedule=restarts has"),
+        (["optimizer.warmup_steps=500"], "so the rate never gets there"),
+        (["optimizer._target_=nothing.Adam"], "nothing is not installed"),
+        (["adapter=lokr", PLUS], "which has no A and B"),
+        (["adapter=full", "model.dtype=float32", PLUS], "which has no A and B"),
+        (["adapter.blocks=[{match: 'up(', rank: null, lr_ratio: 1}]"], "which is no regular expression"),
+        (["adapter.blocks=[{match: up, rank: 0, lr_ratio: 1}]"], "rank is at least 1 or null"),
+        (["adapter.blocks=[{match: up, rank: null, lr_ratio: -1}]"], "lr_ratio at least 0"),
+        (["adapter.targets=['re:to_(q']"], "which is no regular expression"),
+        (["adapter=full", "adapter.rank=4"], "it has no rank, dropout, options or ranks in blocks"),
+        (["adapter=full", "adapter.dropout=0.1"], "it has no rank, dropout, options or ranks in blocks"),
+        (["+adapter.options={init_lora_weights: olora}"], "which changes the base or its first answer"),
+        (["adapter.init_from=/no/such"], "which does not exist"),
+        (["model.attention=cudnn", "trainer.accelerator=cpu"], "which only CUDA devices have"),
+    ],
+)
+def test_what_cant_work_is_refused_before_anything_loads(words, said):
+    with pytest.raises(ConfigError) as error:
+        check(lab.compose("dataset.path=.", *words))
+    assert said in str(error.value)
+
+
+def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.options has 'betta', which torch\.optim\.AdamW does not take there; near: betas"
+    ):
+        run(lab.compose(*small, "+optimizer.options.betta=1"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"which can't be imported .*; see conf/optimizer/"):
+        require(config("adamw", "optimizer._target_=torch.optim.AdamX").optimizer)
+    assert not Path(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["adapter.blocks=[{match: donw_blocks, rank: 2, lr_ratio: 1}]"], "decides for no adapted layer"),
+        (["adapter.blocks=[{match: up, rank: 2, lr_ratio: 1}, {match: up_b, rank: 3, lr_ratio: 1}]"], "'up_b'"),
+        (["adapter.targets=[to_qq]"], "'to_qq' matches no layer of the model; near: to_q"),
+        (["adapter.targets=['re:.*attn3.*']"], "matches no layer"),
+        (["+adapter.options={r: 3}"], "adapter.options has 'r'"),
+        (["+adapter.options={bias: all}"], "adapter.options has 'bias'"),
+    ],
+)
+def test_targets_and_rules_that_mean_nothing_are_refused(words, said, tiny_sdxl):
+    cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words)
+    family = build_family(cfg)
+    with pytest.raises(ConfigError) as error:
+        attach(cfg, family, build_adapter(cfg), None)
+    assert said in str(error.value)
+
+
+def test_regular_expressions_choose_whole_names(tiny_sdxl):
+    words = ["adapter.targets=['re:.*attn2\\.to_[kv]', conv_in]"]
+    cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words)
+    layers = attach(cfg, build_family(cfg), build_adapter(cfg), None)
+    assert {layer.rpartition(".")[2] for layer in layers} == {"to_k", "to_v", "conv_in"}
+    assert all("attn2" in layer for layer in layers if layer != "conv_in")
+
+
+def test_a_walk_trains_schedule_free_on_with_its_own_weights(small, tmp_path):
+    words = ["optimizer=schedulefree", "ema.enabled=false", "validation.every_n_steps=0", "rollout.enabled=true",
+             "rollout.probability=1", "rollout.ramp_steps=0", "trainer.max_steps=3"]  # fmt: skip
+    run(lab.compose(*small, *words), tmp_path / "run")
+    assert lab.load(tmp_path / "run").steps == 3
+
+
+@pytest.mark.parametrize("adapter", ["lora", "locon"])
+def test_at_rest_there_is_no_dropout_and_after_it_there_is(adapter, tiny_sdxl):
+    words = ["model=sdxl", f"model.pretrained={tiny_sdxl}", f"adapter={adapter}", "adapter.dropout=0.5"]
+    cfg = lab.compose("dataset.path=.", *words)
+    family, ours = build_family(cfg), build_adapter(cfg)
+    attach(cfg, family, ours, None)
+    module = DreamBooth(cfg, family, ours).train()
+    parts = ours.network.loras if adapter == "locon" else [part for part in module.modules() if isinstance(part, nn.Dropout)]
+    with module.at_rest():
+        assert not any(part.training for part in parts)
+    assert parts and all(part.training for part in parts)
+
+
+@pytest.mark.parametrize("name", ["schedulefree", "prodigy"])
+def test_a_resumed_run_goes_on_bit_for_bit(name, small, tmp_path):
+    words = [*small, f"optimizer={name}", "ema.enabled=false", "validation.every_n_steps=0", "trainer.gradient_clip_norm=0.5"]
+    run(lab.compose(*words, "trainer.max_steps=4"), tmp_path / "whole")
+    run(lab.compose(*words, "trainer.max_steps=2"), tmp_path / "part")
+    run(lab.compose(*words, "trainer.max_steps=4", f"resume={tmp_path / 'part'}"), tmp_path / "part")
+    whole, part = (lab.load(tmp_path / one) for one in ("whole", "part"))
+    assert whole.metrics == part.metrics
+    a, b = (torch.load(one.folder.newest()[0], weights_only=True)["state_dict"] for one in (whole, part))
+    assert all(torch.equal(a[key], b[key]) for key in a)
