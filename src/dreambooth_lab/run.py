@@ -147,18 +147,27 @@ def build_family(cfg: DictConfig) -> Family:
     return family
 
 
-def trained_pipeline(cfg: DictConfig, export: Path) -> tuple[Any, Adapter]:
-    """The base model's diffusers pipeline with an export in it, and the adapter that it holds.
+class Trained:
+    """The base model's diffusers pipeline with an export in it.
 
     Args:
-        export: a folder that a run of this configuration wrote, or a file of it.
+        cfg: of the run that made it.
+        export: the folder it wrote, or a file of it.
     """
-    family, adapter, word = build_family(cfg), build_adapter(cfg), learned_word(cfg)
-    pipeline = family.pipeline()
-    adapter.load_into(pipeline, family.denoiser_part, export, family.learns)
-    if word:
-        family.load_token(pipeline, export if export.is_dir() else export.parent, word)
-    return pipeline.to(family.device), adapter
+
+    def __init__(self, cfg: DictConfig, export: Path):
+        family, word = build_family(cfg), learned_word(cfg)
+        self.adapter, self.pipeline = build_adapter(cfg), family.pipeline()
+        self.adapter.load_into(self.pipeline, family.denoiser_part, export, family.learns)
+        folder = export if export.is_dir() else export.parent
+        self.mean = family.load_token(self.pipeline, folder, word) if word else None
+        self.pipeline.to(family.device)
+
+    def strengthen(self, strength: float) -> None:
+        """Scale what was learned: 0 is the base model, 1 what was trained."""
+        self.adapter.strengthen(self.pipeline, strength)
+        if self.mean:
+            self.mean(strength)
 
 
 def _device(accelerator: str, devices: int = 1) -> torch.device:
@@ -196,14 +205,15 @@ def _strategy(cfg: DictConfig) -> Strategy | str:
         return "auto"
     return DDPStrategy(
         find_unused_parameters=bool(cfg.adapter.train_token or cfg.adapter.text_encoders),  # a rank's rows may not say the token
-        init_sync=False, broadcast_buffers=False,  # all make the same weights from the seed
+        init_sync=False, forward_sync_buffers=False,  # all make the same weights from the seed
         timeout=timedelta(days=1),  # the others wait while the first draws pictures
     )  # fmt: skip
 
 
 def _quiet_libraries() -> None:
     """Silence advice that doesn't apply here; warnings about the work itself stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

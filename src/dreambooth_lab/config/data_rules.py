@@ -43,7 +43,7 @@ def _prior_problems(read: Reader) -> Iterator[str | None]:
         ways = "prior.path=FOLDER, prior.source=generated (the base model draws them), or prior=none"
         yield f"prior.path is null, but prior.kind={kind.name} needs class pictures; set {ways}"
     elif source is PriorSource.folder:
-        yield read.folder("prior.path", "class pictures")
+        yield read.pictures("prior.path", "class pictures")
     elif path is not None and source is not None:
         yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or leave it out"
     if source is PriorSource.captions and kind is PriorKind.noise:
@@ -63,7 +63,7 @@ def _place_problem(read: Reader) -> str | None:
     if place is None or kind in (None, DatasetType.huggingface):
         return None
     if kind is DatasetType.folder:
-        return None if "://" in place else read.folder("dataset.path", "the subject's photos")
+        return read.pictures("dataset.path", "the subject's photos")
     what = "a SimpleTuner dataset file (.json)" if kind is DatasetType.simpletuner else "a .csv or .parquet file"
     if Path(place).expanduser().is_file():
         return None
@@ -106,5 +106,5 @@ def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
     if read("dataset.mask_path") is not None and not files:
         said = f"dataset.mask_path is {read('dataset.mask_path')!r}"
         yield f"{said}, but dataset.mask_from={read('dataset.mask_from').name}; use files"
-    elif read("dataset.mask_path") is not None and "://" not in read("dataset.mask_path"):
-        yield read.folder("dataset.mask_path", "masks")
+    else:
+        yield read.pictures("dataset.mask_path", "masks")

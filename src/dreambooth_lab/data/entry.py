@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import draw
-from ..config import ConfigError, Crop, MaskFrom
+from ..config import ConfigError, Crop, CropAspect, MaskFrom
 from ..draw import Purpose
 from . import cache, geometry, mask
 from .caption import NoCaption, captions
@@ -154,6 +154,8 @@ def _number(text: str) -> int:
 
 
 def _aspect_draws(spec: DatasetSpec, picture: Picture) -> tuple[float, ...]:
+    if spec.shaping.aspect is not CropAspect.random:
+        return ()
     random = draw.generator(int(picture.digest[:15], 16), 0, Purpose.ASPECT)
     return tuple(random.random(spec.shaping.variants).tolist())
 

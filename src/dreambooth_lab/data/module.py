@@ -65,7 +65,7 @@ class DreamBoothData(LightningDataModule):
         from_file = self.cfg.dataset.type is DatasetType.simpletuner
         plan = spec.plan(self.cfg, None if from_file else class_folder(self.cfg, self.family))
         self.specs, self.notices = plan.specs, list(plan.notices)
-        self.stores.place_texts(plan.texts)
+        self.stores.place(plan)
         self.encoder = Encoder(self.family, self.family.image_identity())
         self.cached = Cached(self.stores, self.encoder, self.family.text_identity())
         collected = Collector(self.family.stride, self.stores.root).collect(self.specs)

@@ -86,11 +86,11 @@ class DataPlan(NamedTuple):
     texts: str | None = None  # a cache folder for text embeddings of its own
 
 
-def plan(cfg: DictConfig, classes: Path | None = None) -> DataPlan:
+def plan(cfg: DictConfig, classes: str | None = None) -> DataPlan:
     """The datasets of a checked configuration.
 
     Args:
-        classes: the folder of class pictures, where they are not a dataset file's.
+        classes: the folder of class pictures, or its URL, where they are not a dataset file's.
 
     Raises:
         ConfigError: a dataset file is wrong; lists everything that is.
@@ -126,7 +126,7 @@ def _captions(cfg: DictConfig) -> Captions:
     return Captions(data.caption, prompts, data.prepend_instance_prompt, data.only_instance_prompt)
 
 
-def _own(cfg: DictConfig, classes: Path | None) -> list[DatasetSpec]:
+def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
     """The subject's photos at each resolution, then the class pictures at each resolution."""
     data, prior = cfg.dataset, cfg.prior
     columns = (data.caption_column,) if data.caption_column else ()
@@ -134,7 +134,7 @@ def _own(cfg: DictConfig, classes: Path | None) -> list[DatasetSpec]:
     made = [DatasetSpec("instance", where, _captions(cfg), _shaping(cfg, 0), repeats=data.repeats, masks=_masks(cfg))]
     if prior.kind is not PriorKind.none and (classes or prior.source is PriorSource.captions):
         said = Captions(CaptionKind.instanceprompt, (prior.prompt,))
-        place = where if prior.source is PriorSource.captions else Where(DatasetType.folder, str(classes))
+        place = where if prior.source is PriorSource.captions else Where(DatasetType.folder, classes or "")
         made.append(
             DatasetSpec("class", place, said, _shaping(cfg, 0), True, share_shapes=True, named="prior.path", repeats=data.repeats)
         )
