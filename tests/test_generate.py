@@ -79,7 +79,7 @@ def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_pat
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (("dreambooth_lab.adapter.LoRA", "subprocess.Popen"), "subprocess.Popen', which is no Adapter here"),
+        (("dreambooth_lab.adapter.LoRA", "subprocess.Popen"), "subprocess.Popen', which is no Adapter of this project"),
         (("name: dreambooth", "name: ${oc.env:HOME}"), "interpolates"),
     ],
 )
