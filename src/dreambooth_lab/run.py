@@ -53,8 +53,9 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
         return {}
     with phases("training"):
         watchers = build_watchers(cfg, folder, data, family, start[1] if start else 0, leads=_rank() == 0)
-        fit(build_trainer(cfg, folder, watchers, phases), module, data, start[0] if start else None)
-    if _rank() != 0:
+        trainer = build_trainer(cfg, folder, watchers, phases)
+        fit(trainer, module, data, start[0] if start else None)
+    if not trainer.is_global_zero:
         return {}
     folder.save_cost(phases.cost())
     report.write(folder)
@@ -203,7 +204,7 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, watchers: Watchers, phases
         strategy=_strategy(cfg), precision="32-true",
         max_steps=cfg.trainer.max_steps, max_epochs=-1, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         gradient_clip_val=cfg.trainer.gradient_clip_norm or None, deterministic=cfg.trainer.deterministic,
-        callbacks=watchers.callbacks, logger=watchers.loggers, default_root_dir=folder.root, profiler=phases,
+        callbacks=watchers.callbacks, logger=watchers.loggers or False, default_root_dir=folder.root, profiler=phases,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from .callbacks.webhook import Sender, build_receiver
 from .data.held_out import exams
 from .data.module import DreamBoothData
 from .models.family import Family
-from .models.judges import Clip, Dino, Judge
+from .models.judges import Clip, Dino, MaskedDino
 from .runfolder import RunFolder
 
 
@@ -35,31 +35,30 @@ class Watchers(NamedTuple):
 
 
 def build_watchers(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, leads: bool) -> Watchers:
-    """What logs comes before what reads the logged; checkpoints are last, when all are up to date.
+    """What logs comes before what reads the logged; checkpoints are last, when all are up to date. Of several ranks the first
+    alone draws and writes; all share the work of the eval loss.
 
     Args:
         step: of the checkpoint that the run goes on from; 0 for a new one.
-        leads: whether this is the first of several ranks, which alone looks and writes.
+        leads: whether this is the first rank.
     """
     metrics = StepMetrics(cfg.trainer.log_every_n_steps)
+    numbers, sender = (MetricsFile(folder, keep_to=step), build_sender(cfg)) if leads else (None, None)
     ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
-    checkpoints = Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all)
-    if not leads:
-        return Watchers([metrics, *([ema] if ema else []), checkpoints], [], metrics)
-    numbers, sender = MetricsFile(folder, keep_to=step), build_sender(cfg)
-    looks, export = Looks(ema, cfg.ema.validation), Export(cfg, folder, ema)
+    looks, export = Looks(ema, cfg.ema.validation), Export(cfg, folder, ema) if leads else None
+    rows = cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches * cfg.trainer.devices
     callbacks: list[Callback | None] = [
         metrics,
-        Bar(metrics, data, cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches) if cfg.trainer.progress else None,
+        Bar(metrics, data, rows) if leads and cfg.trainer.progress else None,
         ema,
         build_eval_loss(cfg, folder, data, looks),
-        build_validation(cfg, folder, data, family, looks, sender),
+        build_validation(cfg, folder, data, family, looks, sender) if leads else None,
         Best(cfg.checkpoint, folder, numbers, export) if cfg.checkpoint.monitor else None,
         export,
-        checkpoints,
+        Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
         Farewell(sender) if sender else None,
     ]
-    loggers: list[Logger] = [numbers, *build_loggers(cfg, folder, step)]
+    loggers: list[Logger] = [numbers, *build_loggers(cfg, folder, step)] if numbers else []
     loggers += [SentNumbers(sender, folder.root.name)] if sender else []
     return Watchers([callback for callback in callbacks if callback], loggers, metrics)
 
@@ -95,7 +94,8 @@ def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, devic
     make = {"device": device, "batch_size": cfg.eval.batch_size}
     clip = Clip(cfg.eval.clip_model, "eval.clip_model", **make) if cfg.eval.clip_model else None
     dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
-    judges: dict[str, Judge] = {name: judge for name, judge in {"clip_i": clip, "dino": dino}.items() if judge}
+    made = {"clip_i": clip, "dino": dino, "dino_masked": MaskedDino(dino) if dino else None}
+    judges = {name: judge for name, judge in made.items() if judge}
     if not judges:
         return None
     return Scores(folder, clip, judges, data.photos(), cfg.dataset.instance_prompt, cfg.dataset.class_prompt)

@@ -24,7 +24,8 @@ def watch(values, tmp_path, mode=Mode.min, patience=0):
     folder.checkpoints.mkdir(exist_ok=True)
     numbers = SimpleNamespace(newest={})
     best = Best(OmegaConf.create({"monitor": "eval/loss", "mode": mode, "patience": patience}), folder, numbers, MagicMock())
-    trainer = MagicMock(should_stop=False)
+    trainer = MagicMock(should_stop=False, is_global_zero=True)
+    trainer.strategy.broadcast.side_effect = lambda told: told
     trainer.save_checkpoint.side_effect = lambda path: path.write_text("")
     kept = []
     for step, value in enumerate(values, 1):

@@ -52,10 +52,12 @@ class Best(Callback):
 
     Args:
         cfg: `monitor`, `mode`, `patience`.
-        numbers: the newest value of everything logged; what logs comes before this callback.
+        numbers: the newest value of everything logged; what logs comes before this callback. None on all ranks but the first,
+            which tells them.
+        export: None on all ranks but the first.
     """
 
-    def __init__(self, cfg: DictConfig, folder: RunFolder, numbers: MetricsFile, export: Export):
+    def __init__(self, cfg: DictConfig, folder: RunFolder, numbers: MetricsFile | None, export: Export | None):
         self.monitor, self.mode, self.patience = cfg.monitor, cfg.mode, cfg.patience
         self.folder, self.numbers, self.export = folder, numbers, export
         self.value: float | None = None  # the best yet
@@ -63,14 +65,16 @@ class Best(Callback):
         self.worse = 0  # values since the best one
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        known = sorted({*NAMES.values(), "train/lr", *self.numbers.newest})
+        logged = trainer.strategy.broadcast(list(self.numbers.newest) if self.numbers else [])
+        known = sorted({*NAMES.values(), "train/lr", *logged})
         if self.monitor not in known:
             near = get_close_matches(self.monitor, known, n=3)
             way_out = f"near: {', '.join(near)}" if near else f"it logs {', '.join(known)}"
             raise ConfigError(f"checkpoint.monitor is {self.monitor!r}, which this run does not log; {way_out}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step, value = self.numbers.newest.get(self.monitor, (0, 0.0))
+        newest = self.numbers.newest.get(self.monitor) if self.numbers else None
+        step, value = trainer.strategy.broadcast(newest) or (0, 0.0)
         if step <= self.seen:
             return
         self.seen = step
@@ -93,10 +97,10 @@ class Best(Callback):
         newest = self.folder.best_checkpoint(step)
         trainer.save_checkpoint(newest)
         word = "lowest" if self.mode is Mode.min else "highest"
-        self.export.write(
-            module, step, self.folder.best_export, f"Kept because {self.monitor} was {word} here: {self.value:.6g}."
-        )
-        for path in older:
+        why = f"Kept because {self.monitor} was {word} here: {self.value:.6g}."
+        if self.export:
+            self.export.write(module, step, self.folder.best_export, why)
+        for path in older if trainer.is_global_zero else []:
             if path != newest:
                 path.unlink()
 

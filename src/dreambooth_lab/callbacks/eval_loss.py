@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 
@@ -51,11 +52,21 @@ class EvalLoss(Periodic):
         answers: list[Answer] = []
         for kind, holds_for in self.looks.at(step):
             with self.looks(module, kind):
-                seen = [answer for exam in self.exams for answer in ask(exam, step, module)]
+                seen = self._ask_all(step, trainer, module)
             answers += [answer._replace(weights=name) for name in holds_for for answer in seen]
             for name in holds_for:
                 record(trainer, {PREFIX[name] + metric: value for metric, value in summary(seen).items()}, step)
-        self.ledger.add(step, answers)
+        if trainer.is_global_zero:
+            self.ledger.add(step, answers)
+
+    def _ask_all(self, step: int, trainer: Trainer, module: DreamBooth) -> list[Answer]:
+        """Every exam once, the ranks in turn; all ranks know all answers, in the order of the exams."""
+        own = {i: ask(self.exams[i], step, module) for i in range(trainer.global_rank, len(self.exams), trainer.world_size)}
+        parts: list[dict[int, list[Answer]]] = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(parts, own)
+        whole = {i: answers for part in parts for i, answers in part.items()}
+        return [answer for i in sorted(whole) for answer in whole[i]]
 
 
 @torch.no_grad()

@@ -4,14 +4,14 @@ Cosine similarities on a 0–1 scale, every one also kept per picture in scores.
 compared picture by picture (same prompt, same noise).
 
     clip/mean …    CLIP-T: each picture with its own prompt; mean, min, max, std over all pictures
-    subject/…      pictures of prompts with the rare word, each with the mean of the subject's photos: clip_i, dino
+    subject/…      pictures of prompts with the rare word, each with the mean of the subject's photos: clip_i, dino, dino_masked
     class/pres_…   the same for prompts of the class without the rare word: how far the class has become the subject
     class/div_…    1 - mean similarity among the pictures of one such prompt: falls when the class collapses
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist, fmean, pstdev, stdev
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import words
-from ..models.judges import Clip, Judge
+from ..models.judges import Clip, Judge, MaskedDino, Photo
 from ..runfolder import RunFolder
 from .ledger import Ledger
 
@@ -44,11 +44,11 @@ class Scores:
     """
 
     def __init__(
-        self, folder: RunFolder, clip: Clip | None, judges: dict[str, Judge], photos: Sequence[Image.Image],
+        self, folder: RunFolder, clip: Clip | None, judges: Mapping[str, Judge | MaskedDino], photos: Sequence[Photo],
         instance_prompt: str, class_prompt: str | None,
     ):  # fmt: skip
         self.ledger, self.clip, self.judges = Ledger(folder.scores, Score), clip, judges
-        self.photos = {name: judge.see(photos) for name, judge in judges.items()}
+        self.photos = {name: judge.see_photos(photos) for name, judge in judges.items()}
         self.rare = set(words(instance_prompt)) - set(words(class_prompt or "")) - {"a", "an", "the"}
         self.noun = words(class_prompt)[-1] if class_prompt else None
 

@@ -72,12 +72,15 @@ def _pictures(folder: RunFolder, prompts: list[str]) -> str:
     if not grids:
         return "<p>None were asked for.</p>"
     beside([Image.open(grids[i]) for i in (0, -1)], len(prompts)).save(folder.before_after)
+    best = folder.best()
+    kept = folder.pictures / f"step_{best[1]:07d}.png" if best else None
     rows = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
     pair = f"left: {_step(grids[0])}; right: {_step(grids[-1])}; a column on either side starts from the same noise"
     compared = sorted(folder.compared.glob("step_*.png"))
     average = f"base, live weights and their average, {_step(compared[-1])}" if compared else ""
     return (
         f"<p>Rows from above:</p><ol>{rows}</ol>{_figure(folder.before_after, pair)}"
+        + (_figure(kept, f"the step kept, {_step(kept)}") if kept in grids[1:-1] else "")
         + (_figure(compared[-1], average) if compared else "")
         + f"<details><summary>every step</summary>{''.join(_figure(path, _step(path)) for path in grids)}</details>"
         + (f"<details><summary>base, live, average: every step</summary>{_all(compared[:-1])}</details>" if compared[1:] else "")
