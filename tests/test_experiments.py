@@ -1,17 +1,30 @@
+from itertools import chain
+
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from dreambooth_lab import lab
 from dreambooth_lab.config import check, conf_dir
 from dreambooth_lab.run import run
+from dreambooth_lab.tools import draw_toybox, judge_toybox
 from dreambooth_lab.toybox import base_folder
 
 EXPERIMENTS = sorted((conf_dir().parent / "experiments" / "experiment").glob("*.yaml"))
 
 
+@pytest.fixture(scope="module")
+def at_home(tmp_path_factory):
+    """Where the pictures of mask_study are, drawn as its header says."""
+    folder = tmp_path_factory.mktemp("experiments")
+    draw_toybox.write(folder / "at_home", ("in the city",))
+    return folder
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_a_pinned_experiment_says_why_and_composes(path, tmp_path):
+def test_a_pinned_experiment_says_why_and_composes(path, at_home, monkeypatch, tmp_path):
     """What only the user has, such as photographs, is a folder here."""
+    monkeypatch.chdir(at_home)
     head = path.read_text().split("defaults:")[0]
     assert all(f"# {word}" in head for word in ("Question:", "Cost:", "Expected:"))
     asked = OmegaConf.missing_keys(lab.compose(f"experiment={path.stem}"))
@@ -31,3 +44,10 @@ def test_the_demo_runs(tmp_path):
     assert sorted(done.pictures) == [0, 2] and done.folder.before_after.is_file()
     assert (done.folder.export / "learned_embeds.safetensors").is_file()
     assert {"subject/clip_i", "class/pres_clip_i", "train/loss_prior"} < done.metrics.keys()
+    done.config.validation.prompts = done.config.validation.prompts[:2]
+    shown, again = judge_toybox.kept(done), judge_toybox.drawn(done, 2, {})
+    for step in (0, 2):
+        for a, b in zip(chain(*shown[step]), chain(*again[step]), strict=True):
+            assert np.abs(np.asarray(a, dtype=float) - np.asarray(b)).max() <= 2, "as many sampler steps, the same pictures"
+    records = judge_toybox.judge(done, judge_toybox.Judge(), again)
+    assert [r["leak"] for r in records if r["step"] == 0] == [0.0] * 2

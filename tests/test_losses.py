@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from dreambooth_lab.batch import Kinds
 from dreambooth_lab.config import HuberSchedule, Weight
 from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePreserving
 from dreambooth_lab.losses import huber_width, masked_error, outside_error, preserve_prior, pseudo_huber, squared, time_weight
@@ -51,10 +52,15 @@ def rows(*which):
     return torch.tensor(which, dtype=torch.long)
 
 
+def alone(error, instances, classes, weight):
+    """Of a micro-batch that is all of its optimiser step."""
+    return preserve_prior(error, instances, classes, Kinds(len(instances), len(classes)), weight)
+
+
 def test_the_weight_zero_is_training_without_class_rows():
     error = torch.tensor([1.0, 2.0, 30.0, 50.0])
-    total, _, prior = preserve_prior(error, rows(0, 1), rows(2, 3), 0.0)
-    assert_close(total, preserve_prior(error[:2], rows(0, 1), rows(), 1.0)[0])
+    total, _, prior = alone(error, rows(0, 1), rows(2, 3), 0.0)
+    assert_close(total, alone(error[:2], rows(0, 1), rows(), 1.0)[0])
     assert_close(prior, torch.tensor(40.0))
 
 
@@ -62,12 +68,12 @@ def test_the_weight_zero_is_training_without_class_rows():
 def test_each_term_is_the_mean_of_its_own_rows(split, weight):
     error = torch.arange(1.0, 9.0)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(split))
-    total, *_ = preserve_prior(error, order[:split], order[split:], weight)
+    total, *_ = alone(error, order[:split], order[split:], weight)
     assert_close(total, error[order[:split]].mean() + weight * error[order[split:]].mean())
 
 
 def test_a_term_without_rows_is_zero():
-    total, instance, prior = preserve_prior(torch.tensor([2.0]), rows(), rows(0), 0.5)
+    total, instance, prior = alone(torch.tensor([2.0]), rows(), rows(0), 0.5)
     assert (total, instance, prior) == (1.0, 0.0, 2.0)
 
 

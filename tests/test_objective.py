@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,7 +13,7 @@ from dreambooth_lab import lab
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.diffusion.path import RectifiedFlow
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.run import build_adapter, build_family
+from dreambooth_lab.run import build_adapter, build_family, run
 
 WALK = ["rollout.enabled=true", "rollout.ramp_steps=0", "rollout.max_step_offset=3"]
 
@@ -18,16 +21,19 @@ WALK = ["rollout.enabled=true", "rollout.ramp_steps=0", "rollout.max_step_offset
 @pytest.fixture
 def made(small):
     def make(*overrides):
-        cfg = lab.compose(*small, *overrides)
-        family = build_family(cfg)
-        data = DreamBoothData(cfg, family)
-        data.prepare()
-        adapter = build_adapter(cfg)
-        adapter.attach(family.denoiser, family.learns, seed=0)
-        module = DreamBooth(cfg, family, adapter).train()
+        module, data = build(lab.compose(*small, *overrides))
         return module, iter(Samples(data, data.schedule, 0, 0, 1))
 
     return make
+
+
+def build(cfg):
+    family = build_family(cfg)
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    adapter = build_adapter(cfg)
+    adapter.attach(family.denoiser, family.learns, seed=0)
+    return DreamBooth(cfg, family, adapter).train(), data
 
 
 def move(module, scale=0.05):
@@ -59,6 +65,26 @@ def test_a_fresh_adapter_has_no_prior_loss(made, words):
     for _ in range(4):
         losses = module.training_step(next(stream), 0)
         assert losses["prior"] < 1e-9 < losses["instance"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "locon", "loha", "lokr", "oft", "full"])
+def test_every_kind_of_adapter_has_the_base_as_teacher_to_the_bit(made, kind):
+    """While it trains, with dropout, fresh and moved; and only what learns gets a gradient."""
+    module, stream = made(f"adapter={kind}", *([] if kind in ("full", "oft") else ["adapter.dropout=0.5"]))
+    batch = next(stream)
+    rows, t = batch.class_rows, module.times(batch.u)
+    x_t = module.path.noise(batch.latents(), batch.eps, t)
+    base = build_family(module.cfg).denoise(x_t[rows], t[rows], batch.cond.take(rows))
+    assert module.training_step(batch, 0)["prior"] < 1e-9, "a fresh adapter has no prior loss"
+    move(module, 0.1)
+    assert torch.equal(module.teacher.answer(batch, x_t, t, rows), base)
+    losses = module.training_step(batch, 0)
+    assert losses["prior"] > 1e-6
+    losses["loss"].backward()
+    learning = module.learning()
+    assert all(p.grad is None for name, p in module.named_parameters() if name not in learning)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learning.values())
+    assert torch.equal(module.teacher.answer(batch, x_t, t, rows), base), "and after the gradients"
 
 
 def test_the_teacher_sees_the_rolled_out_sample(made):
@@ -99,6 +125,31 @@ def test_a_zero_weight_is_training_without_class_rows(made, words):
                            cond=batch.cond.take(rows), instance_rows=torch.arange(len(rows)), class_rows=rows[:0])  # fmt: skip
     for a, b in zip(gradients(module, batch), gradients(module, alone), strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("words", [["prior.share=0.25"], ["prior.share=0.25", "prior.weight=0.3", *WALK]])
+def test_a_step_is_the_same_however_it_is_cut_up(small, photos, class_photos, tmp_path, words):
+    """Micro-batches without a class row or without an instance row, and ranks: the mean of their gradients is the step's."""
+    one = tmp_path / "one"
+    for folder, own in ((photos, "photos"), (class_photos, "class")):
+        (one / own).mkdir(parents=True)
+        shutil.copy(folder / "00.png", one / own / "00.png")
+
+    def step(batch_size, together, ranks=1):
+        cfg = lab.compose(*small, *words, f"dataset.path={one / 'photos'}", f"prior.path={one / 'class'}",
+                          f"dataset.batch_size={batch_size}", f"trainer.accumulate_grad_batches={together}")  # fmt: skip
+        module, data = build(cfg)
+        move(module)
+        parts = []
+        for rank in range(ranks):
+            stream = iter(Samples(data, data._schedule(ranks), 0, rank, ranks))
+            parts += [gradients(module, next(stream)) for _ in range(together)]
+        return [torch.stack(grads).mean(0) for grads in zip(*parts, strict=True)]
+
+    whole = step(8, 1)
+    for cut in ((4, 2), (1, 8), (4, 1, 2), (1, 4, 2)):
+        for a, b in zip(whole, step(*cut), strict=True):
+            assert_close(a, b, atol=1e-5 * float(a.abs().max()) + 1e-8, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["min_snr", "soft_min_snr", "debiased"])
@@ -147,6 +198,23 @@ def test_the_walk_has_no_dropout_and_leaves_the_modes_and_the_generator_as_they_
     reached = [module.rollout(batch.latents(), batch, batch.cond, module.times(batch.u), 0) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(reached[0].x_t, reached[1].x_t)
     assert modes == [(name, part.training) for name, part in module.named_modules()]
+
+
+def test_a_schedule_free_optimiser_walks_with_the_weights_that_train(small, tmp_path, monkeypatch):
+    pytest.importorskip("schedulefree")
+    seen, real = [], DreamBooth.at_rest
+
+    @contextmanager
+    def spied(module):
+        before = [p.clone() for p in module.learning().values()]
+        with real(module):
+            seen.append(all(torch.equal(a, b) for a, b in zip(before, module.learning().values(), strict=True)))
+            yield
+
+    monkeypatch.setattr(DreamBooth, "at_rest", spied)
+    words = ["optimizer=schedulefree", "ema.enabled=false", "validation.every_n_steps=0", "trainer.max_steps=3", *WALK]
+    run(lab.compose(*small, *words), tmp_path / "run")
+    assert seen == [True] * 3
 
 
 class Flow:

@@ -42,6 +42,14 @@ class Cond(NamedTuple):
         return self._replace(states=states, pooled=self.pooled.index_copy(0, rows, text.pooled.to(self.pooled.dtype)))
 
 
+class Kinds(NamedTuple):
+    """Rows of each kind in a micro-batch, the mean over all micro-batches and ranks of its optimiser step: means over a step's
+    rows come out the same however it is cut up."""
+
+    instances: float
+    classes: float
+
+
 class Batch(NamedTuple):
     """Rows of one shape, with every random choice already drawn."""
 
@@ -57,6 +65,7 @@ class Batch(NamedTuple):
     captions: tuple[str, ...]  # B of them, as drawn
     instance_rows: Tensor  # [≤B] positions of the subject's rows
     class_rows: Tensor  # [≤B] positions of the class rows
+    kinds: Kinds
     mask: Tensor | None  # [B 1 h w] in [0,1], or no masks at all
     taught: Tensor | None  # [class rows, C h w], the base model's answers from the bank, if there is one
 

@@ -57,10 +57,10 @@ class DreamBooth(LightningModule):
         target = self.path.target(x0, at.eps, t)
         target = self.prior(target, batch, at.x_t, t)  #                                            the class rows' own answer
         error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
-        loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, self.cfg.prior.weight)
+        loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.kinds, self.cfg.prior.weight)
         parts = {"total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
-        parts |= {"instance": instance.detach()} if len(batch.instance_rows) else {}
-        parts |= {"prior": prior.detach()} if len(batch.class_rows) else {}
+        parts |= {"instance": instance.detach()} if batch.kinds.instances else {}
+        parts |= {"prior": prior.detach()} if batch.kinds.classes else {}
         return {"loss": loss, **parts}  # what has no rows has no value, rather than 0
 
     def error(self, output: Tensor, target: Tensor, batch: Batch, cond: Cond, t: Tensor, at: Reached) -> Tensor:
@@ -92,13 +92,16 @@ class DreamBooth(LightningModule):
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Inside, no dropout; the weights stay those that train."""
-        training = self.training
+        """Inside, no dropout; after, every part is in the mode it was in. The weights are those that train, of a schedule-free
+        optimiser too, so this is not `eval`."""
+        training, before = self.training, [(part, part.training) for part in self.modules()]
         super().train(False)
         try:
             yield
         finally:
-            super().train(training)
+            super().train(training)  # reaches what an adapter keeps outside the module
+            for part, mode in before:
+                part.training = mode
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.family.denoise(x_t, t, cond)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .batch import Kinds
 from .config import HuberSchedule, Weight
 from .diffusion.path import Path
 
@@ -62,18 +63,21 @@ def outside_error(output: Tensor, taught: Tensor, mask: Tensor, floor: float, pe
     return (penalty(output.float() - taught.float()) * weight).mean((1, 2, 3))
 
 
-def preserve_prior(error: Tensor, instance_rows: Tensor, class_rows: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def preserve_prior(
+    error: Tensor, instance_rows: Tensor, class_rows: Tensor, kinds: Kinds, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over instance rows + λ · mean over class rows (Ruiz et al. 2023, eq. 2): total, instance term, class term.
 
-    A term without rows is 0. Means are taken over each kind's own rows, so neither depends on the other's number.
+    A term without rows is 0. Each mean is taken over its kind's own rows in the whole optimiser step, so neither depends on the
+    other's number, nor on micro-batches: their terms average to the step's.
 
     Args:
         error: one weighted error per row [B].
         instance_rows, class_rows: positions in [0, B).
         weight: λ.
     """
-    instance = error[instance_rows].sum() / max(len(instance_rows), 1)
-    prior = error[class_rows].sum() / max(len(class_rows), 1)
+    instance = error[instance_rows].sum() / (kinds.instances or 1)
+    prior = error[class_rows].sum() / (kinds.classes or 1)
     return instance + weight * prior, instance, prior
 
 

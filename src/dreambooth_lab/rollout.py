@@ -125,7 +125,15 @@ class Walk:
 
 
 class ReflexFlow:
-    """Two terms for velocity networks that have strayed (Huang et al. 2025): where to turn, and what was lost on the way.
+    """Two terms for velocity networks that have strayed: where to turn, and what was lost on the way (ReflexFlow, Huang et al.
+    2025, arXiv 2512.04904, a preprint its authors have withdrawn; DEFAR of 2026 keeps both terms).
+
+    Written from accounts of the paper and its reimplementations, not from its text. Where it differs from SimpleTuner's:
+    - Rows that are on the path have neither term; there the direction term is added to every row.
+    - |b| is divided by its mean, so α is the mean extra weight whatever a sample's size. There the signed b is divided by its sum
+      of magnitudes, which moves weights by α/(C h w) on average: not at all. Signed at our scale, some would be negative.
+    - The mask of the loss holds for the direction too.
+    Like there, nothing flows back through the walk. With adapter dropout, b also holds what dropout changed.
 
     Args:
         direction: β_1, weight of the term that turns the velocity towards x̂_t - x_0; 0 for none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _rows(text: Text, n: int) -> Text:
     return Text(text.states.expand(n, -1, -1), text.pooled.expand(n, -1))
 
 
-def save(folder: Path, step: int, rows: list[list[Image.Image]]) -> None:
+def save(folder: Path, step: int, rows: Sequence[Sequence[Image.Image]]) -> None:
     """Each picture as step_N/PROMPT_IMAGE.png, and all of a step as one grid step_N.png: a row a prompt."""
     own = folder / f"step_{step:07d}"
     own.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from .. import draw
-from ..batch import Batch, Size, stack_text
+from ..batch import Batch, Kinds, Size, stack_text
 from ..config import RolloutKind
 from ..draw import Purpose
 from ..models.family import Family
@@ -45,8 +45,12 @@ class Assembler:
     def __init__(self, cfg: DictConfig, family: Family, cached: Cached, entries: Sequence[Entry], bank: Bank | None):
         self.cfg, self.family, self.cached, self.entries, self.bank = cfg, family, cached, entries, bank
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Rows of one shape."""
+    def __call__(self, rows: Sequence[Row], kinds: Kinds | None = None) -> Batch:
+        """Rows of one shape.
+
+        Args:
+            kinds: of the whole optimiser step; None if these rows are all of it.
+        """
         seed, samples = self.cfg.seed, [row.sample for row in rows]
         drawn = [self._row(row) for row in rows]
         mean, std = torch.stack([row.mean for row in drawn]), torch.stack([row.std for row in drawn])
@@ -71,9 +75,15 @@ class Assembler:
             captions=tuple(row.caption for row in drawn),
             instance_rows=(~is_class).nonzero()[:, 0],
             class_rows=is_class.nonzero()[:, 0],
+            kinds=kinds or self.kinds(rows, 1),
             mask=choices.drop_masks(self.cfg, samples, _stack_masks([row.mask for row in drawn], mean)),
             taught=torch.stack(taught) if taught else None,
         )
+
+    def kinds(self, rows: Sequence[Row], parts: int) -> Kinds:
+        """Of the rows of an optimiser step that comes in so many micro-batches."""
+        classes = sum(self.entries[row.entry].spec.is_class for row in rows)
+        return Kinds((len(rows) - classes) / parts, classes / parts)
 
     def _row(self, row: Row) -> Drawn:
         entry, seed, sample = self.entries[row.entry], self.cfg.seed, row.sample

@@ -6,6 +6,7 @@ any adapter, full-rank training included. The number of draws limits how many di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,31 +74,40 @@ class Bank:
         return self.answers.read(self.key(item, number))["answer"]
 
     def fill(self, items: list[Item]) -> None:
-        """Make what is missing or damaged; the denoiser must be the base model now."""
-        absent = [(i, n) for i in dict.fromkeys(items) for n in range(self.draws) if not self.answers.intact(self.key(i, n))]
-        by_shape: dict[tuple[int, int], list[tuple[Item, int]]] = {}
-        for item, number in absent:
-            by_shape.setdefault(item.size.target, []).append((item, number))
+        """Make what is missing or damaged; the denoiser must be the base model now.
+
+        The last bits of an answer depend on the rows it is made with, so an item's draws are always made in the same company:
+        what is made again is the same to the bit, whatever else is missing.
+        """
         rows = self.cfg.prior.bank.batch_size
-        batches = [some[first : first + rows] for some in by_shape.values() for first in range(0, len(some), rows)]
-        for batch in track(batches, "filling the target bank", disable=not (batches and self.cfg.trainer.progress)):
-            self._answer(batch)
-        self.built = len(absent)
+        together = [range(first, min(first + rows, self.draws)) for first in range(0, self.draws, rows)]
+        lacking = {
+            (item, numbers): absent
+            for item in dict.fromkeys(items) for numbers in together if (absent := self._absent(item, numbers))
+        }  # fmt: skip
+        hidden = not (lacking and self.cfg.trainer.progress)
+        for (item, numbers), absent in track(lacking.items(), "filling the target bank", disable=hidden):
+            for number, answer in zip(numbers, self._answers(item, numbers), strict=True):
+                if number in absent:
+                    self.answers.write(self.key(item, number), {"answer": answer})
+        self.built = sum(map(len, lacking.values()))
+
+    def _absent(self, item: Item, numbers: Sequence[int]) -> list[int]:
+        return [number for number in numbers if not self.answers.intact(self.key(item, number))]
 
     @torch.no_grad()
-    def _answer(self, batch: list[tuple[Item, int]]) -> None:
-        posteriors = [self.latents.read(item.latents) for item, _ in batch]
-        indices = [self.index(item, number) for item, number in batch]
-        shape = tuple(posteriors[0]["mean"].shape)
-        z = [draw.normal(self.cfg.seed, index, Purpose.POSTERIOR, shape) for index in indices]
-        x0 = torch.stack([p["mean"] + p["std"] * noise for p, noise in zip(posteriors, z, strict=True)])
+    def _answers(self, item: Item, numbers: Sequence[int]) -> Tensor:
+        """The network's answers at some of an item's draws [B C h w]."""
+        posterior = self.latents.read(item.latents)
+        indices = [self.index(item, number) for number in numbers]
+        shape = tuple(posterior["mean"].shape)
+        z = torch.stack([draw.normal(self.cfg.seed, index, Purpose.POSTERIOR, shape) for index in indices])
+        x0 = posterior["mean"] + posterior["std"] * z
         eps = torch.stack([choices.noise(self.cfg, index, shape) for index in indices])
-        t = self.times(torch.tensor([self.u(item, number) for item, number in batch], dtype=torch.float64))
-        cond = self.family.cond(stack_text([self.text] * len(batch)), [item.size for item, _ in batch])
+        t = self.times(torch.tensor([self.u(item, number) for number in numbers], dtype=torch.float64))
+        cond = self.family.cond(stack_text([self.text] * len(numbers)), [item.size] * len(numbers))
         device = self.family.device
-        answers = self.family.denoise(self.family.path.noise(x0, eps, t).to(device), t.to(device), _to(cond, device))
-        for (item, number), answer in zip(batch, answers.cpu(), strict=True):
-            self.answers.write(self.key(item, number), {"answer": answer})
+        return self.family.denoise(self.family.path.noise(x0, eps, t).to(device), t.to(device), _to(cond, device)).cpu()
 
 
 def _to(cond: Cond, device: torch.device) -> Cond:

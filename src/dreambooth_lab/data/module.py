@@ -24,7 +24,7 @@ from .classes import class_folder
 from .entry import Collector, Entry
 from .fill import Encoder, Failed, Stores, fill_latents, fill_masks, missing
 from .refusal import refuse
-from .sampler import Schedule
+from .sampler import Row, Schedule
 from .source import Rejected
 from .spec import DatasetSpec
 
@@ -167,12 +167,20 @@ class Samples(IterableDataset[Batch]):
     def __init__(self, data: DreamBoothData, schedule: Schedule, start: int, rank: int, world_size: int):
         self.data, self.schedule, self.start = data, schedule, start
         self.rank, self.world_size = rank, world_size
+        self.together: int = data.cfg.trainer.accumulate_grad_batches
+        self.parts = self.together * world_size  # of an optimiser step
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()  # batch n is worker n's, modulo their number: the loader takes turns, so order stays
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in count(self.start + first, stride):
-            yield self.data.build(self.schedule.batch(number)[self.rank :: self.world_size])
+            rows = self.schedule.batch(number)[self.rank :: self.world_size]
+            yield self.data.build(rows, self.data.build.kinds(self._step(number), self.parts))
+
+    def _step(self, number: int) -> list[Row]:
+        """All rows of the optimiser step to which a batch belongs."""
+        first = number - number % self.together
+        return [row for n in range(first, first + self.together) for row in self.schedule.batch(n)]
 
 
 def _as_it_is(batch: Any) -> Any:

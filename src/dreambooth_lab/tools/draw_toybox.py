@@ -4,19 +4,21 @@
     masks/SUBJECT/     white where it is
     classes/SUBJECT/   ordinary members of its class, as a user of prior preservation would collect them
 
-The package ships what this writes, so that `dataset=toybox` needs nothing else.
+The package ships what this writes, so that `dataset=toybox` needs nothing else. With `--place "in the city"` every photo of a
+subject is taken in that one place, as when an owner never leaves home: what a mask is for.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dreambooth_lab.toybox.subjects import subject_photos
+from dreambooth_lab.toybox.subjects import PLACES, subject_photos
 from dreambooth_lab.toybox.world import BACKGROUNDS, SUBJECTS, Picture, draw_individual, place, render
 
 SHIPPED = Path(__file__).resolve().parents[1] / "toybox" / "pictures"
@@ -31,9 +33,10 @@ def class_pictures(kind: str, n: int) -> list[Picture]:
     return [render(place(who, str(random.choice(list(BACKGROUNDS))), random)) for who, _ in zip(members, range(n), strict=False)]
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, places: Sequence[str] = PLACES) -> None:
+    """All of it; `places` are those of the subjects' photos, in turn."""
     for subject, who in SUBJECTS.items():
-        for i, photo in enumerate(subject_photos(subject, PHOTOS)):
+        for i, photo in enumerate(subject_photos(subject, PHOTOS, places=places)):
             _save(photo.image, folder / "photos" / subject / f"{i:02d}.png")
             _save(photo.mask, folder / "masks" / subject / f"{i:02d}.png")
         for i, picture in enumerate(class_pictures(who.kind, MEMBERS)):
@@ -48,8 +51,12 @@ def _save(image: Image.Image, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=SHIPPED)
-    folder = parser.parse_args().folder
-    write(folder)
+    parser.add_argument("--place", choices=list(BACKGROUNDS), help="where every photo of a subject is taken")
+    asked = parser.parse_args()
+    folder = asked.folder
+    if asked.place and folder == SHIPPED:
+        parser.error("--place needs a FOLDER: the pictures that ship have their own places")
+    write(folder, (asked.place,) if asked.place else PLACES)
     print(f"{sum(1 for _ in folder.rglob('*.png'))} pictures in {folder}")
 
 

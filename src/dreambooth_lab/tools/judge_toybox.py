@@ -3,10 +3,16 @@
 Looks at the run's validation pictures, the base model's (step 0) beside the last, with the shipped evaluator and scorer:
 
     class, place   share of pictures that show the class and the place their prompt names
+    home           share of pictures that show a place in which the subject was photographed
+    leak           how far a picture's left and right edges, where the subject hardly reaches, have gone from the base model's (0,
+                   same noise) to the photos' (1): their backgrounds have leaked
     identity       mean cosine to the subject's photos of the evaluator's who-is-it features: up under the rare token, and
                    unchanged elsewhere, is what DreamBooth is for
     CLIP-I         the same with the shipped scorer's picture features
     diversity      1 - mean cosine of those features between the pictures of one prompt: falls when a class collapses
+
+With `--steps N` the prompts are drawn anew, from the run's export and from the base model, with N sampler steps and the run's own
+seeds and guidance, and kept in RUN/sampled_N. Numbers go to RUN/toybox.json or RUN/toybox_N.json.
 """
 
 from __future__ import annotations
@@ -19,17 +25,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dreambooth_lab.callbacks.validation import save
 from dreambooth_lab.lab import Run, load
 from dreambooth_lab.models.judges import Clip
+from dreambooth_lab.run import build_family
 from dreambooth_lab.toybox import base_folder
 from dreambooth_lab.toybox.evaluator import Evaluator
 from dreambooth_lab.toybox.shapes import CLASSES
 from dreambooth_lab.toybox.world import BACKGROUNDS
+
+EDGE = 16  # px of 128 at the left and at the right that count as background
+
+Pictures = Sequence[Image.Image]
 
 
 class Scores(NamedTuple):
@@ -37,6 +50,8 @@ class Scores(NamedTuple):
 
     kind: float | None
     place: float | None
+    home: float
+    leak: float
     identity: float
     clip_i: float
     diversity: float
@@ -49,8 +64,8 @@ class Judge:
         self.evaluator = Evaluator.load(base_folder() / "evaluator")
         self.clip = Clip(str(base_folder() / "scorer"), "the embedded scorer", torch.device("cpu"), batch_size=64)
 
-    def score(self, prompt: str, pictures: Sequence[Image.Image], photos: Sequence[Image.Image]) -> Scores:
-        seen = self.evaluator.judge(_tensor(pictures))
+    def score(self, prompt: str, pictures: Pictures, before: Pictures, photos: Pictures) -> Scores:
+        seen, homes = self.evaluator.judge(_tensor(pictures)), set(self.evaluator.judge(_tensor(photos)).background)
         kind = next((k for k in CLASSES if k in prompt.split()), None)
         place = next((b for b in BACKGROUNDS if b in prompt), None)
         features, of_photos = self.clip.see(pictures), self.clip.see(photos)
@@ -59,28 +74,76 @@ class Judge:
         return Scores(
             kind=float(np.mean([k == kind for k in seen.kind])) if kind else None,
             place=float(np.mean([b == place for b in seen.background])) if place else None,
+            home=float(np.mean([b in homes for b in seen.background])),
+            leak=float(leak(_edges(pictures), _edges(before), _edges(photos)).mean()),
             identity=float(self.evaluator.similarity(_tensor(pictures), _tensor(photos)).mean()),
             clip_i=float((features @ of_photos.T).mean()),
             diversity=1 - float((alike.sum() - n) / max(n * (n - 1), 1)),
         )
 
 
-def _tensor(pictures: Sequence[Image.Image]) -> Tensor:
+def leak(edges: Tensor, before: Tensor, photos: Tensor) -> Tensor:
+    """Where each picture lies on the line from its own `before` (0) to the photos' mean (1) [B]: ⟨y - b, p - b⟩ / ‖p - b‖².
+
+    Args:
+        edges, before: [B D].
+        photos: [N D].
+    """
+    way = photos.mean(0) - before
+    return ((edges - before) * way).sum(1) / way.square().sum(1)
+
+
+def _tensor(pictures: Pictures) -> Tensor:
     arrays = [np.asarray(p.convert("RGB").resize((128, 128), Image.Resampling.BICUBIC)) for p in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def judge(run: Run, judge: Judge) -> list[dict[str, Any]]:
+def _edges(pictures: Pictures) -> Tensor:
+    """The left and right edges [B D]."""
+    whole = _tensor(pictures)
+    return torch.cat([whole[..., :EDGE], whole[..., -EDGE:]], -1).flatten(1)
+
+
+def kept(run: Run) -> dict[int, list[Pictures]]:
+    """Step (0 and the last) → a row of validation pictures for each prompt."""
+    steps, prompts = sorted(run.pictures), range(len(run.config.validation.prompts))
+    folders = {step: run.pictures[step].with_suffix("") for step in (steps[0], steps[-1])}
+    return {s: [[Image.open(path) for path in sorted(f.glob(f"{i:02d}_*.png"))] for i in prompts] for s, f in folders.items()}
+
+
+def drawn(run: Run, num_steps: int, bases: dict[str, list[Pictures]]) -> dict[int, list[Pictures]]:
+    """The same, drawn anew with another number of sampler steps; the base model's are shared by the runs that ask the same."""
+    asked = OmegaConf.to_yaml(run.config.validation, resolve=True) + run.config.model.pretrained
+    if asked not in bases:
+        bases[asked] = _draw(run, build_family(run.config).pipeline(), num_steps)
+    rows = {0: bases[asked], run.steps: _draw(run, run.pipeline(), num_steps)}
+    for step, made in rows.items():
+        save(run.folder.root / f"sampled_{num_steps}", step, made)
+    return rows
+
+
+def _draw(run: Run, pipeline: Any, num_steps: int) -> list[Pictures]:
+    cfg = run.config.validation
+    pipeline.set_progress_bar_config(disable=True)
+    noise = [[torch.Generator().manual_seed(cfg.seed + i) for i in range(cfg.num_images)] for _ in cfg.prompts]
+    return [
+        pipeline(
+            prompt, negative_prompt=cfg.negative_prompt or None, height=cfg.resolution, width=cfg.resolution, generator=seeds,
+            num_images_per_prompt=cfg.num_images, num_inference_steps=num_steps, guidance_scale=cfg.guidance_scale,
+        ).images
+        for prompt, seeds in zip(cfg.prompts, noise, strict=True)
+    ]  # fmt: skip
+
+
+def judge(run: Run, judge: Judge, pictures: dict[int, list[Pictures]]) -> list[dict[str, Any]]:
     """One record per prompt and step (0 and the last)."""
     photos = [Image.open(path) for path in sorted(Path(run.config.dataset.path).glob("*.png"))]
-    steps = sorted(run.pictures)
-    records = []
-    for step in (steps[0], steps[-1]):
-        folder = run.pictures[step].with_suffix("")
-        for i, prompt in enumerate(run.config.validation.prompts):
-            pictures = [Image.open(path) for path in sorted(folder.glob(f"{i:02d}_*.png"))]
-            records.append({"step": step, "prompt": prompt} | judge.score(prompt, pictures, photos)._asdict())
-    return records
+    before = pictures[min(pictures)]
+    return [
+        {"step": step, "prompt": prompt} | judge.score(prompt, rows[i], before[i], photos)._asdict()
+        for step, rows in sorted(pictures.items())
+        for i, prompt in enumerate(run.config.validation.prompts)
+    ]
 
 
 def show(run: Run, records: list[dict[str, Any]]) -> None:
@@ -90,7 +153,7 @@ def show(run: Run, records: list[dict[str, Any]]) -> None:
     half = len(records) // 2
     for before, after in zip(records[:half], records[half:], strict=True):
         table.add_row(before["prompt"], *(_pair(before[name], after[name]) for name in Scores._fields))
-    Console(width=130).print(table)
+    Console(width=150).print(table)
 
 
 def _pair(before: float | None, after: float | None) -> str:
@@ -100,11 +163,16 @@ def _pair(before: float | None, after: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    judging = Judge()
-    for root in parser.parse_args().runs:
+    parser.add_argument("--steps", type=int, help="draw the pictures anew with this many sampler steps")
+    asked = parser.parse_args()
+    judging, bases = Judge(), dict[str, list[Pictures]]()
+    for root in asked.runs:
         run = load(root)
-        records = judge(run, judging)
-        (run.folder.root / "toybox.json").write_text(json.dumps(records, indent=1) + "\n")
+        if not asked.steps and not run.pictures:
+            parser.error(f"{root} has no validation pictures; have them drawn with --steps N")
+        records = judge(run, judging, drawn(run, asked.steps, bases) if asked.steps else kept(run))
+        name = f"toybox_{asked.steps}.json" if asked.steps else "toybox.json"
+        (run.folder.root / name).write_text(json.dumps(records, indent=1) + "\n")
         show(run, records)
 
 

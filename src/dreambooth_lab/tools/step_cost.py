@@ -3,7 +3,8 @@
     python -m dreambooth_lab.tools.step_cost model.pretrained=… dataset.path=… prior.path=… dataset.batch_size=4 …
 
 The words are those of a training run. A step is forward and backward of one batch; all kinds take the same batches in turn, so
-that a busy machine slows them alike, and the figures are medians over rounds: CPU seconds on a CPU, wall time on a GPU.
+that a busy machine slows them alike, and the figures are medians over rounds: CPU seconds on a CPU, wall time on a GPU. FLOPs are
+those of one more step, counted by torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import draw, lab
 from ..batch import Batch
@@ -49,8 +51,17 @@ class Kind:
         self.seconds: list[float] = []
 
     def step(self) -> None:
-        batch = self._deep(next(self.stream)) if self.module.cfg.rollout.enabled else next(self.stream)
+        batch = self._next()
         self.seconds.append(_seconds(lambda: self._train(batch), self.module.family.device))
+
+    def flops(self) -> int:
+        with FlopCounterMode(display=False) as counter:
+            self._train(self._next())
+        return counter.get_total_flops()
+
+    def _next(self) -> Batch:
+        batch = next(self.stream)
+        return self._deep(batch) if self.module.cfg.rollout.enabled else batch
 
     def _train(self, batch: Batch) -> None:
         if self.row_by_row:
@@ -104,10 +115,14 @@ def main(words: list[str]) -> None:
                 kind.seconds.clear()
     cfg = chosen[0].module.cfg
     said = f"batch {cfg.dataset.batch_size}, class share {cfg.prior.share:g}, {chosen[0].module.family.device}, "
-    table = Table("step", "ratio to plain", "seconds", title=said + Path(cfg.model.pretrained).name + f", {ROUNDS} rounds")
+    table = Table(
+        "step", "ratio to plain", "seconds", "FLOPs, ratio", title=said + Path(cfg.model.pretrained).name + f", {ROUNDS} rounds"
+    )
+    plain = chosen[0].flops()
     for kind in chosen:
         ratios = [a / b for a, b in zip(kind.seconds, chosen[0].seconds, strict=True)]
-        table.add_row(kind.name, f"{median(ratios):.2f}", f"{median(kind.seconds):.3f}")
+        counted = plain if kind is chosen[0] else kind.flops()
+        table.add_row(kind.name, f"{median(ratios):.2f}", f"{median(kind.seconds):.3f}", f"{counted / plain:.2f}")
     Console(width=100).print(table)
 
 

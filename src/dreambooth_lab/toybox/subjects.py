@@ -1,5 +1,6 @@
 """The held-out individuals: a few photos of each, in different places, as a user of DreamBooth would bring them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dreambooth_lab.toybox.world import BACKGROUNDS, SQUARE, SUBJECTS, Scene, Si
 
 # never shown in a subject's photos, so that prompts about them are a test
 UNSEEN_PLACES = ("on the beach", "in space")
+PLACES = tuple(b for b in BACKGROUNDS if b not in UNSEEN_PLACES)
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,15 @@ class Photo:
     scene: Scene
 
 
-def subject_scene(name: str, index: int) -> Scene:
+def subject_scene(name: str, index: int, places: Sequence[str] = PLACES) -> Scene:
     """The subject's photo number `index`: places in turn, the rest at random."""
     rng = np.random.default_rng([sum(name.encode()), index, 0x73])
-    places = [b for b in BACKGROUNDS if b not in UNSEEN_PLACES]
     return place(SUBJECTS[name], places[index % len(places)], rng)
 
 
-def subject_photos(name: str, n: int = 5, size: Size = SQUARE) -> list[Photo]:
+def subject_photos(name: str, n: int = 5, size: Size = SQUARE, places: Sequence[str] = PLACES) -> list[Photo]:
     """The first `n` photos of a subject; `size` is (height, width)."""
-    pictures = [render(subject_scene(name, i), size) for i in range(n)]
+    pictures = [render(subject_scene(name, i, places), size) for i in range(n)]
     return [Photo(p.image, p.mask, plain_caption(p.scene), p.scene) for p in pictures]
 
 
