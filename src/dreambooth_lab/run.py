@@ -85,14 +85,25 @@ def fit(trainer: Trainer, module: DreamBooth, data: DreamBoothData, checkpoint: 
         raise
 
 
-def build(node: DictConfig, *but: str) -> Any:
-    """The object that a config group names by `_target_`, made from the group's other keys but some."""
-    return get_class(node._target_)(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
+def build(cfg: DictConfig, group: str, kind: type, *but: str) -> Any:
+    """The object that a config group names by `_target_`, made from the group's other keys but some.
+
+    Raises:
+        ConfigError: `_target_` is no subclass of `kind`. Configurations come in the headers of strangers' files too, and must not
+            choose what is called.
+    """
+    node = cfg[group]
+    target = get_class(node._target_)
+    if not issubclass(target, kind):
+        raise ConfigError(
+            f"{group}._target_ is {node._target_!r}, which is no {kind.__name__} of this project; see conf/{group}/"
+        )
+    return target(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
 
 
 def build_adapter(cfg: DictConfig) -> Adapter:
     """The adapter, not yet attached; what the group says of the token is `learned_word`'s."""
-    return build(cfg.adapter, "init_from", "text_encoders", "text_lr_ratio", "train_token", "token", "token_lr_ratio")
+    return build(cfg, "adapter", Adapter, "init_from", "text_encoders", "text_lr_ratio", "train_token", "token", "token_lr_ratio")
 
 
 def build_text(cfg: DictConfig, family: Family) -> LearnedText | None:
@@ -133,7 +144,7 @@ def learned_word(cfg: DictConfig) -> str | None:
 
 def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
-    family: Family = build(cfg.model)
+    family: Family = build(cfg, "model", Family)
     family.device = _device(cfg.trainer.accelerator, cfg.trainer.devices)
     family.check_device()
     there = len(family.text_encoder_parts) if family.text_learns else 0
