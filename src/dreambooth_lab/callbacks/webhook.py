@@ -34,6 +34,7 @@ NUMBERS_WAITING = 2000  # per receiver
 NUMBERS_EVERY = 1.0  # seconds between two letters of numbers
 PREVIEW_TRIES = 2
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next try; the last repeats
+LAST_PAUSE = 0.5  # seconds at most, once the run has ended
 OUTCOMES = ("sent", "retried", "dropped", "numbers sent", "numbers dropped")
 
 
@@ -207,8 +208,15 @@ class Receiver(threading.Thread):
                 self.counts[f"{message.kind}dropped"] += message.size
                 return
             self.counts["retried"] += 1
-            with self.wake:
+            self._rest(pause)
+
+    def _rest(self, pause: float) -> None:
+        """Wait before the next try; the run's end cuts a pause short once, and makes those after it shorter."""
+        with self.wake:
+            if self.deadline is None:
                 self.wake.wait_for(lambda: self.deadline is not None, timeout=pause)
+            else:
+                self.wake.wait(max(min(pause, LAST_PAUSE, self.deadline - time.monotonic()), 0.01))
 
     def _post(self, client: httpx.Client, arguments: dict[str, Any], tries: int) -> float | None:
         """None when delivered, else seconds to wait. The answer's body is never read: only its status matters."""
