@@ -95,7 +95,7 @@ def build(node: DictConfig, *but: str) -> Any:
 
 
 def build_adapter(cfg: DictConfig) -> Adapter:
-    """The adapter, not yet attached; what the group says of the token is `learned_word`'s."""
+    """The adapter, not yet attached; what else the group says is for `build_text`, `attach` and the optimiser."""
     return build(cfg.adapter, "init_from", "text_encoders", "text_lr_ratio", "train_token", "token", "token_lr_ratio")
 
 
