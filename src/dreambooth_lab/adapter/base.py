@@ -45,7 +45,7 @@ class Adapter(ABC):
     """
 
     model: nn.Module
-    usage: ClassVar[str]  # how diffusers or the adapter's library loads an export; {base}, {export} and {part} are put in
+    usage: ClassVar[str]  # code that loads the folder `export` with diffusers or the adapter's library, {base} and {part} put in
 
     def __init__(
         self, rank: int, alpha: float, dropout: float, parts: Sequence[str], targets: Sequence[str], algorithm: str = "lora",

@@ -22,7 +22,7 @@ class Full(Adapter):
 
     usage: ClassVar[str] = """\
 from diffusers import AutoModel, DiffusionPipeline
-trained = AutoModel.from_pretrained("{export}", subfolder="{part}")
+trained = AutoModel.from_pretrained(export, subfolder="{part}")
 pipeline = DiffusionPipeline.from_pretrained("{base}", {part}=trained)"""
 
     def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:

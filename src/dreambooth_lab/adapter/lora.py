@@ -17,10 +17,7 @@ from ..config import ConfigError
 from . import kohya
 from .base import Adapter, Learned, endings, match, named, read_weights, refuse_unknown
 
-OPTIONS = (
-    "use_rslora",
-    "init_lora_weights",
-)  # of peft's LoraConfig: those after which the base is the base and exports are whole
+OPTIONS = ("use_rslora", "init_lora_weights")  # of peft's LoraConfig: what leaves the base alone and exports whole
 NAME = "default"  # the one adapter of a run, as diffusers' loader calls it
 DIFFUSERS_FILE, KOHYA_FILE, PEFT_FOLDER = "pytorch_lora_weights.safetensors", "kohya.safetensors", "peft"
 
@@ -32,7 +29,7 @@ class LoRA(Adapter):
     usage: ClassVar[str] = """\
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{base}")
-pipeline.load_lora_weights("{export}")"""
+pipeline.load_lora_weights(export)"""
 
     def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         self.model, self.text = model, dict[str, nn.Module]()

@@ -52,7 +52,7 @@ class Lycoris(Adapter):
 from diffusers import DiffusionPipeline
 from lycoris import create_lycoris_from_weights
 pipeline = DiffusionPipeline.from_pretrained("{base}")
-network, _ = create_lycoris_from_weights(1.0, "{export}/lycoris.safetensors", pipeline.{part})
+network, _ = create_lycoris_from_weights(1.0, export + "/lycoris.safetensors", pipeline.{part})
 network.apply_to()"""
 
     def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:

@@ -25,9 +25,8 @@ def card(
         word: the token whose embedding was learned, or None.
     """
     averaged = folder.name == "ema"
-    where = cfg.export.repo if cfg.export.push_to_hub else str(run.export / "ema" if averaged else run.export)
-    usage = adapter.usage.format(base=cfg.model.pretrained, export=where, part=family.denoiser_part)
-    usage += "\n" + family.token_usage.format(export=where, word=word) if word else ""
+    code = _place(cfg, run, averaged) + adapter.usage.format(base=cfg.model.pretrained, part=family.denoiser_part)
+    code += "\n" + family.token_usage.format(word=word) if word else ""
     files = "\n".join(f"- `{path.relative_to(folder).as_posix()}`" for path in sorted(folder.rglob("*.safetensors")))
     return f"""---
 {_front_matter(cfg)}
@@ -38,7 +37,7 @@ def card(
 configuration.
 
 ```python
-{usage}
+{code}
 pipeline({json.dumps(cfg.dataset.instance_prompt, ensure_ascii=False)}).images[0].save("picture.png")
 ```
 
@@ -58,6 +57,14 @@ def usage(folder: Path) -> str:
     """The code on an export's card."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     return text.partition("```python\n")[2].partition("```")[0]
+
+
+def _place(cfg: DictConfig, run: RunFolder, averaged: bool) -> str:
+    """Code that says where the export is: on the hub, or where the run left it."""
+    below = ' + "/ema"' if averaged else ""
+    if cfg.export.push_to_hub:
+        return f'from huggingface_hub import snapshot_download\nexport = snapshot_download("{cfg.export.repo}"){below}\n'
+    return f'export = "{run.export.as_posix()}"{below}\n'
 
 
 def _what(cfg: DictConfig, step: int, averaged: bool) -> str:
