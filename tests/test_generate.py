@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreambooth_lab import lab
@@ -73,6 +74,23 @@ def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_pat
         paint(read(words))
     grids = [paint(read([*words, f"model={tiny_sdxl}", f"strengths={s}", f"out={tmp_path / str(s)}"])) for s in (0, 1)]
     assert close(*grids) > 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (("dreambooth_lab.adapter.LoRA", "subprocess.Popen"), "subprocess.Popen', which is no Adapter of this project"),
+        (("name: dreambooth", "name: ${oc.env:HOME}"), "interpolates"),
+    ],
+)
+def test_a_strangers_file_chooses_no_code_and_reads_no_secret(edit, said, finished, tmp_path):
+    file = finished["lora"].folder.export / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    assert edit[0] in header["config"]
+    save_file(load_file(file), tmp_path / "evil.safetensors", header | {"config": header["config"].replace(*edit)})
+    with pytest.raises(ConfigError, match=said):
+        paint(read([f"file={tmp_path / 'evil.safetensors'}", "prompt=a dog", f"out={tmp_path / 'out'}"]))
 
 
 def test_pictures_say_how_they_were_made_and_nothing_is_overwritten(finished, tmp_path):

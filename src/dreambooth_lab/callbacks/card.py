@@ -17,15 +17,20 @@ BASE, TRAINED = "pictures_base.png", "pictures.png"
 
 
 def card(
-    cfg: DictConfig, run: RunFolder, folder: Path, step: int, adapter: Adapter, family: Family, word: str | None
+    cfg: DictConfig, run: RunFolder, folder: Path, place: Path, step: int, adapter: Adapter, family: Family, word: str | None,
+    why: str,
 ) -> str:  # fmt: skip
     """README.md in the hub's form: base model, prompt, how to load it, pictures and numbers. Pictures are copied beside it.
 
     Args:
+        folder: where the files are now.
+        place: where they will be.
         word: the token whose embedding was learned, or None.
+        why: this step's weights are kept, if they are not the last.
     """
     averaged = folder.name == "ema"
-    code = _place(cfg, run, averaged) + adapter.usage.format(base=cfg.model.pretrained, part=family.denoiser_part)
+    code = _place(cfg, place, averaged, cfg.export.push_to_hub and not why)
+    code += adapter.usage.format(base=cfg.model.pretrained, part=family.denoiser_part)
     code += "\n" + family.token_usage.format(word=word) if word else ""
     files = "\n".join(f"- `{path.relative_to(folder).as_posix()}`" for path in sorted(folder.rglob("*.safetensors")))
     return f"""---
@@ -33,7 +38,7 @@ def card(
 ---
 # {cfg.dataset.instance_prompt}
 
-{_what(cfg, step, averaged)} The headers of the safetensors files hold the whole
+{_what(cfg, step, averaged)}{f" {why}" if why else ""} The headers of the safetensors files hold the whole
 configuration.
 
 ```python
@@ -59,12 +64,12 @@ def usage(folder: Path) -> str:
     return text.partition("```python\n")[2].partition("```")[0]
 
 
-def _place(cfg: DictConfig, run: RunFolder, averaged: bool) -> str:
-    """Code that says where the export is: on the hub, or where the run left it."""
-    below = ' + "/ema"' if averaged else ""
-    if cfg.export.push_to_hub:
+def _place(cfg: DictConfig, place: Path, averaged: bool, pushed: bool) -> str:
+    """Code that says where the export is: on the hub, or where the run leaves it."""
+    if pushed:
+        below = ' + "/ema"' if averaged else ""
         return f'from huggingface_hub import snapshot_download\nexport = snapshot_download("{cfg.export.repo}"){below}\n'
-    return f'export = "{run.export.as_posix()}"{below}\n'
+    return f'export = "{place.as_posix()}"\n'
 
 
 def _what(cfg: DictConfig, step: int, averaged: bool) -> str:

@@ -100,6 +100,8 @@ def trained_with(path: Path, model: str | None) -> DictConfig:
                 said = (opened.metadata() or {}).get("config")
         except SafetensorError as error:
             raise ConfigError(f"file is {str(path)!r}, where {file.name} is no safetensors file ({error})") from error
+        if said and "${" in said:  # ours are resolved; another's could read this machine's environment
+            raise ConfigError(f"file is {str(path)!r}, whose configuration interpolates; it is not read: give model=BASE")
         if said:
             merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(said))
             assert isinstance(merged, DictConfig)
