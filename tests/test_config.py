@@ -62,6 +62,9 @@ def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
         ("dataset.crop_variants=3", "use dataset.crop=random"),
         ("dataset.crop_aspect=closest", "dataset.crop_aspects is empty"),
         ("dataset.crop_aspects=[0]", "each is width / height"),
+        ("dataset.crop_aspects=[0.5,1]", "which dataset.crop_aspect=preserve does not read"),
+        ("dataset.caption_column=text", "captions are no column"),
+        ("dataset.prepend_instance_prompt=true", "the instance prompt is the whole caption"),
         ("dataset.maximum_image_size=512", "come together"),
         ("dataset.max_upscale=-1", "dataset.max_upscale is -1"),
         ("dataset.resolution_type=area", "use dataset.resolution_type=pixel_area"),
@@ -89,6 +92,12 @@ def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
 )
 def test_bad_values_are_refused_with_their_key(override, said):
     assert said in problems("dataset.path=.", override)
+
+
+def test_prompts_that_no_caption_takes_up_are_refused():
+    words = ["dataset.path=.", "dataset.prompts=[a,b]", "dataset.caption=filename"]
+    assert "dataset.caption=filename reads none" in problems(*words)
+    check(lab.compose("model=sdxl", "dataset=folder", *words, "dataset.prepend_instance_prompt=true"))
 
 
 CLASS = 'dataset.class_prompt="a photo of a dog"'

@@ -70,6 +70,23 @@ def test_two_ranks_go_on_bit_for_bit(words, tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_share_the_eval_loss_and_agree_on_the_best(words, tmp_path):
+    """The same exams whoever asks them; the first rank's numbers decide for all."""
+    import tiny
+
+    held = tiny.save_photos(tmp_path / "held", [(80, 80), (90, 90), (60, 120)], seed=7)
+    asked = [f"eval.path={held}", "eval.every_n_steps=2", "eval.timesteps=2", "checkpoint.monitor=eval/loss",
+             "validation.every_n_steps=20"]  # fmt: skip
+    for i in (1, 2):
+        how = [f"trainer.devices={i}", f"dataset.batch_size={2 // i}", f"hydra.run.dir={tmp_path / str(i)}"]
+        call(*words, *asked, *how, cwd=tmp_path)
+    one, two = (lab.load(tmp_path / str(i)) for i in (1, 2))
+    assert_close([v for _, v in two.metrics["eval/loss"]], [v for _, v in one.metrics["eval/loss"]], atol=1e-4, rtol=1e-3)
+    assert len(one.metrics["eval/loss"]) == 4 and one.folder.best()[1] == two.folder.best()[1]
+    assert len((tmp_path / "2" / "eval.csv").read_text().splitlines()) == 1 + 6 * len(two.metrics["eval/loss"])
+
+
+@pytest.mark.slow
 def test_a_sweep_has_one_device_each(words, tmp_path):
     asked = ["-m", *words, "trainer.devices=2", "seed=0,1", f"runs={tmp_path}"]
     done = subprocess.run([sys.executable, "-m", "dreambooth_lab", *asked], capture_output=True, text=True, cwd=tmp_path)

@@ -1,21 +1,23 @@
 """What a training step needs of the device's memory, estimated before the first one.
 
-Weights are counted. Activations are measured: the forward passes of two small pictures tell what autograd keeps, as a
-constant and a part that grows with the area, and so what the largest bucket at the full batch size will keep.
+Weights are counted. What forward and backward need is measured on three small probes and extended to the largest bucket at
+the full batch: w + B (c + k · area), with w for what depends on weights alone, c for the caption and k for the picture.
+Text encoders that learn are counted by their weights only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .batch import Cond, Size, Text
+from .batch import Cond, Size, Text, stack_text
 from .dreambooth import DreamBooth
 
-PROBES = (8, 16)  # latent cells a side, times the family's stride in cells where that is more
+SIDES = (16, 32)  # of the probes, latent cells, times the family's stride in cells where that is more
 
 
 def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size: int, average: bool) -> dict[str, int]:
@@ -28,45 +30,77 @@ def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size:
     """
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     frozen = sum(s.nbytes() for p in module.parameters() if not p.requires_grad for s in _storages(p))
+    worked = working(module, text, shape, batch_size)
     parts = {
         "frozen weights": frozen,
         "trainable weights": learning,
-        "gradients": learning,
         "optimiser (AdamW's two moments)": 2 * learning,
         "average of the weights": learning if average else 0,
-        f"activations of {batch_size} × {shape[1]} × {shape[0]} px": activations(module, text, shape) * batch_size,
+        f"activations of {batch_size} × {shape[1]} × {shape[0]} px": worked,
+        "gradients, beyond the activations they replace": max(learning - worked, 0),
     }
     return {what: size for what, size in parts.items() if size}
 
 
-def activations(module: DreamBooth, text: Text, shape: tuple[int, int]) -> int:
-    """Bytes that autograd keeps for one picture of a shape (px)."""
+def working(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size: int) -> int:
+    """Bytes that forward and backward need at once for a batch of a shape (px), gradients of weights aside."""
     family = module.family
     unit = max(family.stride // family.factor, 1)
-    sides = [unit * max(side // unit, 1) for side in PROBES]
-    (small, few), (large, many) = ((side * side, _kept(module, text, side)) for side in sides)
-    each = (many - few) / (large - small)
+    small, large = (unit * max(side // unit, 1) for side in SIDES)
+    alone, wide, both = (_probe(module, text, side, rows) for side, rows in ((small, 1), (large, 1), (small, 2)))
+    a_row = max(both - alone, 0)
+    each = (wide - alone) / (large**2 - small**2)
     area = shape[0] * shape[1] / family.factor**2
-    return max(int(few + each * (area - small)), 0)
+    return max(int(alone - a_row + batch_size * (a_row + each * (area - small**2))), 0)
 
 
-def _kept(module: DreamBooth, text: Text, side: int) -> int:
-    """Bytes of tensors kept for the backward pass, weights aside, for a square of `side` latent cells."""
-    weights = {storage.data_ptr() for p in module.parameters() for storage in _storages(p)}
-    seen: dict[int, int] = {}
+def _probe(module: DreamBooth, text: Text, side: int, rows: int) -> int:
+    """The peak of forward and backward through squares of `side` latent cells; each weight's gradient is let go at once."""
+    inputs = probe(module, text, side, side, rows)
+    hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in module.parameters() if p.requires_grad]
+    as_it_is = torch.compiler.set_stance("force_eager")  # compiling for shapes that never come again takes minutes
+    try:
+        with as_it_is, torch.random.fork_rng():
+            return peak(lambda: module.predict(*inputs).sum().backward(), module.family.device)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
-    def keep(tensor: Tensor) -> Tensor:
-        seen.update({s.data_ptr(): s.nbytes() for s in _storages(tensor) if s.data_ptr() not in weights})
-        return tensor
 
-    device = module.family.device
-    x_t = torch.zeros(1, module.family.channels, side, side, device=device)
-    cond = Cond(*(part.to(device) for part in module.family.cond(text, [Size((64, 64), (0, 0), (64, 64))])))
-    as_it_is = torch.compiler.set_stance("force_eager")  # compiling for two shapes that never come again takes minutes
-    with as_it_is, torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = module.predict(x_t, torch.full((1,), 0.5, device=device), cond)
-    del answer
-    return sum(seen.values())
+def _let_go(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def peak(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `work` needs at most beyond what is there before it, by torch's own account."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _NO_EXPERIMENT))
+    try:
+        work()
+    finally:
+        threads = _disable_profiler_legacy()
+    now = most = 0
+    for record in (record for thread in threads for record in thread if record.kind() == "memory_alloc"):
+        now += record.cpu_memory_usage()
+        most = max(most, now)
+    return most
+
+
+_NO_EXPERIMENT = torch._C._profiler._ExperimentalConfig()
+
+
+def probe(module: DreamBooth, text: Text, height: int, width: int, rows: int = 1) -> tuple[Tensor, Tensor, Cond]:
+    """Something to predict: rows of so many latent cells."""
+    family = module.family
+    told = family.cond(stack_text([text] * rows), [Size((64, 64), (0, 0), (64, 64))] * rows)
+    cond = Cond(*(part.to(family.device) for part in told))
+    x_t = torch.zeros(rows, family.channels, height, width, device=family.device)
+    return x_t, torch.full((rows,), 0.5, device=family.device), cond
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

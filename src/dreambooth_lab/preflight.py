@@ -18,8 +18,8 @@ from .quant import Quantised
 def show(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list[str], path: Path) -> None:
     """Print what is about to run, and write the same to `path`."""
     tables = [
-        _datasets(data), _rejected(data.summaries()), _notices(data), _buckets(data), _training(cfg, data, module, layers),
-        _memory(cfg, data, module),
+        _datasets(data), _mixture(data), _rejected(data.summaries()), _notices(data), _buckets(data),
+        _training(cfg, data, module, layers), _memory(cfg, data, module),
     ]  # fmt: skip
     with path.open("w", encoding="utf-8") as file:
         for console in (Console(), Console(file=file, width=120)):
@@ -28,35 +28,43 @@ def show(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list
                     console.print(table)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, wraps: tuple[str, ...]) -> Table:
+    """An empty table; columns that don't wrap are shown whole in any terminal."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=i == 0)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column not in wraps)
     return table
 
 
 def _datasets(data: DreamBoothData) -> Table:
-    columns = ("dataset", "use", "found", "rejected", "buckets", "masks", "rows/epoch", "share", "cached", "encoded")
-    table = _table("Datasets", *columns)
+    columns = ("dataset", "use", "pictures", "rejected", "masks", "buckets")
+    table = _table("Datasets", *columns, wraps=("dataset",))
+    for s in data.summaries():
+        use = "eval" if s.spec.is_eval else "class" if s.spec.is_class else "instance"
+        table.add_row(s.spec.id, use, *map(str, (s.found, len(s.rejected), s.masks, s.buckets)))
+    return table
+
+
+def _mixture(data: DreamBoothData) -> Table:
+    table = _table("Mixture and caches", "dataset", "rows/epoch", "share", "cached", "encoded", wraps=("dataset",))
     rows = data.rows_per_epoch()
     total = sum(rows.values())
     for s in data.summaries():
-        use = "eval" if s.spec.is_eval else "class" if s.spec.is_class else "instance"
         mine = rows[s.spec.id]
-        shares = (f"{mine:.1f}", f"{mine / total:.0%}")
-        table.add_row(*map(str, (s.spec.id, use, s.found, len(s.rejected), s.buckets, s.masks, *shares, s.cached, s.built)))
+        table.add_row(s.spec.id, f"{mine:.1f}", f"{mine / total:.0%}", str(s.cached), str(s.built))
     return table
 
 
 def _notices(data: DreamBoothData) -> Table:
-    table = _table("Notices", "what was said but changes nothing here")
+    column = "what was said but changes nothing here"
+    table = _table("Notices", column, wraps=(column,))
     for notice in data.notices:
         table.add_row(notice)
     return table
 
 
 def _rejected(summaries: list[Summary]) -> Table:
-    table = _table("Rejected pictures", "dataset", "picture", "rule")
+    table = _table("Rejected pictures", "dataset", "picture", "rule", wraps=("dataset", "picture", "rule"))
     for summary in summaries:
         for item in summary.rejected:
             table.add_row(summary.spec.id, item.name, item.reason)
@@ -64,7 +72,7 @@ def _rejected(summaries: list[Summary]) -> Table:
 
 
 def _buckets(data: DreamBoothData) -> Table:
-    table = _table("Buckets", "width × height", "instance pictures", "class pictures", "rows/epoch")
+    table = _table("Buckets", "width × height", "instance pictures", "class pictures", "rows/epoch", wraps=())
     for bucket in data.schedule.buckets:
         height, width = bucket.shape
         rows = sum(group.rows for group in bucket.groups)
@@ -74,7 +82,7 @@ def _buckets(data: DreamBoothData) -> Table:
 
 
 def _training(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: list[str]) -> Table:
-    table = _table("Training", "what", "value")
+    table = _table("Training", "what", "value", wraps=("value",))
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     base = module.family.quantiser.done.get(module.family.denoiser_part)
     whole = base.parameters if base else sum(p.numel() for p in module.denoiser.parameters())
@@ -129,7 +137,7 @@ def _tails(names: tuple[str, ...]) -> list[str]:
 
 
 def _memory(cfg: DictConfig, data: DreamBoothData, module: DreamBooth) -> Table:
-    table = _table("Memory of the device, estimated", "for", "MiB")
+    table = _table("Memory of the device, estimated", "for", "MiB", wraps=("for",))
     largest = max((bucket.shape for bucket in data.schedule.buckets), key=lambda shape: shape[0] * shape[1])
     average = bool(cfg.ema.enabled and cfg.ema.device != "cpu")
     parts = memory.estimate(module, data.text(""), largest, cfg.dataset.batch_size, average)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -17,11 +18,11 @@ import samples
 import tiny
 from dreambooth_lab import lab
 from dreambooth_lab.config import CaptionKind, ConfigError, DatasetType, MaskFrom, ResolutionType
-from dreambooth_lab.data import cache, geometry
+from dreambooth_lab.data import geometry
 from dreambooth_lab.data.entry import Collector
 from dreambooth_lab.data.fill import Stores, _decode, fill_masks
 from dreambooth_lab.data.folder import Folder
-from dreambooth_lab.data.spec import Captions, DatasetSpec, Masks, Shaping, Where, plan
+from dreambooth_lab.data.spec import Captions, DataPlan, DatasetSpec, Masks, Shaping, Where, plan
 
 
 def png(size=(40, 30), mode="RGB") -> bytes:
@@ -403,7 +404,19 @@ def test_what_would_burst_memory_between_resize_and_crop_is_rejected():
     assert geometry.reason_against((6000, 8000), Shaping(1024), 32) is None
 
 
-def test_a_cache_folder_that_cannot_be_made_is_an_error_with_its_name(tmp_path):
+def test_cache_folders_in_which_nothing_can_be_written_are_refused_together(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        cache.Store(tmp_path / "file", "latents").write("ab", {})
+    asked = spec(tmp_path, latents=str(tmp_path / "file/deeper"))
+    with pytest.raises(ConfigError) as caught:
+        Stores(tmp_path / "file").place(DataPlan([asked], [], str(tmp_path / "file")))
+    named = ("cache is", "'photos': cache_dir_vae is", "text_embeds: cache_dir is")
+    assert all(name in str(caught.value) for name in named) and str(caught.value).count("give another folder") == 3
+
+
+def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path):
+    folder = tiny.save_photos(tmp_path / "photos", [(40, 30)])
+    os.mkfifo(folder / "pipe.png")
+    done = collect(tmp_path, spec(folder))
+    assert [(r.name, r.reason) for r in done.rejected["photos"]] == [("pipe.png", "is no regular file")] and len(
+        done.entries
+    ) == 1

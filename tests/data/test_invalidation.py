@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from dreambooth_lab import lab
+from dreambooth_lab.data import cache
 from dreambooth_lab.data.cache import Store
 from dreambooth_lab.data.module import DreamBoothData
 from dreambooth_lab.models.sdxl import SDXL
@@ -110,14 +113,13 @@ DreamBoothData(cfg, build_family(cfg)).prepare()
 """
 
 
-@pytest.mark.parametrize("after", [1, 6])
-def test_killing_the_build_leaves_a_usable_cache(small, tmp_path, after):
+def test_killing_the_build_leaves_a_usable_cache(small, tmp_path):
     own = tiny.save_photos(tmp_path / "own", [(300 + i, 300) for i in range(24)])
     words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
     words += [f"dataset.path={own}", f"cache={tmp_path / 'cache'}", "dataset.resolutions=[256]"]
     process = subprocess.Popen([sys.executable, "-c", BUILD, *words])
     store, deadline = Store(tmp_path / "cache", "latents"), time.monotonic() + 300
-    while len(list(store.keys())) < after:
+    while len(list(store.keys())) < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
@@ -128,3 +130,73 @@ def test_killing_the_build_leaves_a_usable_cache(small, tmp_path, after):
     data.prepare()
     (summary,) = data.summaries()
     assert (summary.cached, summary.built) == (there, 24 - there) and data.stores.damaged == 0
+
+
+@pytest.fixture
+def forked(small, tmp_path):
+    """Prepares data of two pictures in a child process; tells its process id."""
+    own = tiny.save_photos(tmp_path / "own", [(80, 80), (60, 120)])
+    words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
+    cfg = lab.compose(*words, f"dataset.path={own}", f"cache={tmp_path / 'cache'}")
+
+    def prepared():
+        data = DreamBoothData(cfg, build_family(cfg))
+        data.prepare()
+        return data
+
+    def make(before=lambda: None):
+        child = os.fork()
+        if child:
+            return child
+        try:
+            before()
+            prepared()
+            os._exit(0)
+        finally:
+            os._exit(1)
+
+    make.here, make.cache = prepared, tmp_path / "cache"
+    return make
+
+
+def die_at(number: int, counted: list[int]):
+    """End the process without ado right before its `number`-th step of writing a file: making it, filling it, naming it."""
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def step(*args, **kwargs):
+            counted[0] += 1
+            if counted[0] == number:
+                os._exit(9)
+            return real(*args, **kwargs)
+
+        setattr(owner, name, step)
+
+    watch(tempfile, "mkstemp")
+    watch(cache, "save_file")
+    watch(Path, "replace")
+
+
+def test_a_build_that_ends_at_any_point_leaves_a_usable_cache(forked):
+    ends, number = [], 0
+    while not ends or ends[-1] == 9:
+        number += 1
+        shutil.rmtree(forked.cache, ignore_errors=True)
+        _, status = os.waitpid(forked(lambda n=number: die_at(n, [0])), 0)
+        ends.append(os.waitstatus_to_exitcode(status))
+        there = len(list(Store(forked.cache, "latents").keys()))
+        data = forked.here()
+        (summary,) = data.summaries()
+        assert (summary.cached, summary.built, data.damaged) == (there, 2 - there, 0)
+        assert data.build(data.schedule.batch(0)).mean.isfinite().all()
+    assert ends[-1] == 0 and len(ends) > 3 * (2 + 2), "two pictures and two captions, three steps each, and what scans keep"
+
+
+def test_two_processes_may_build_one_cache_together(forked):
+    running = [forked() for _ in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in running] == [0, 0]
+    data = forked.here()
+    (summary,) = data.summaries()
+    assert (summary.cached, summary.built, data.damaged) == (2, 0, 0)
+    assert not list(forked.cache.rglob("*.part"))

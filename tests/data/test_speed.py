@@ -7,11 +7,14 @@ import io
 import struct
 import time
 import zlib
+from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dreambooth_lab import lab
 from dreambooth_lab.data import cache, scan, source
@@ -92,26 +95,69 @@ def test_building_the_cache_against_a_bare_loop(small, tmp_path):
     assert sorted(ratios)[1] > 0.5
 
 
-def test_one_file_an_entry_costs_little_beside_its_encoding(tmp_path):
-    """SDXL-sized entries (mean and std of 4 × 128 × 128, float32): what writing, finding and reading one takes."""
-    store, n = cache.Store(tmp_path, "latents"), 400
-    values = {"mean": torch.randn(4, 128, 128), "std": torch.rand(4, 128, 128)}
+class Shards:
+    """The alternative to one file an entry: whole safetensors files of many, with an index by key. Only measured."""
+
+    SIZE = 64
+
+    def __init__(self, folder):
+        self.folder, self.index, self.waiting = folder, {}, {}
+        folder.mkdir()
+
+    def write(self, key, tensors):
+        self.waiting[key] = tensors
+        if len(self.waiting) == self.SIZE:
+            self.flush()
+
+    def flush(self):
+        path = self.folder / f"{len(self.index):06d}.safetensors"
+        sums = {key: cache._checksum(tensors) for key, tensors in self.waiting.items()}
+        flat = {f"{key}.{name}": tensor for key, tensors in self.waiting.items() for name, tensor in tensors.items()}
+        save_file(flat, path.with_suffix(".part"), metadata=sums)
+        path.with_suffix(".part").replace(path)
+        self.index |= {key: (path, sums[key]) for key in self.waiting}
+        self.waiting = {}
+
+    @lru_cache  # noqa: B019
+    def opened(self, path):
+        return safe_open(path, "pt").__enter__()
+
+    def read(self, key):
+        path, total = self.index[key]
+        tensors = {name: self.opened(path).get_tensor(f"{key}.{name}").clone() for name in ("mean", "std")}
+        assert cache._checksum(tensors) == total
+        return tensors
+
+
+def timed(work, n: int) -> tuple[float, float]:
+    """Microseconds an entry, wall and CPU; the CPU's are the steadier on a busy machine."""
+    started = time.perf_counter(), time.process_time()
+    work()
+    return (time.perf_counter() - started[0]) / n * 1e6, (time.process_time() - started[1]) / n * 1e6
+
+
+@pytest.mark.parametrize(("side", "n"), [(128, 384), (64, 1024), (32, 2048)], ids=["1024px", "512px", "256px"])
+def test_files_against_shards(tmp_path, side, n):
+    """Entries of a mean and a std of 4 × side × side, float32: writing, a start, reading in order, reading at random."""
     keys = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(n)]
-    marks = [time.perf_counter()]
-    for key in keys:
-        store.write(key, values)
-    marks.append(time.perf_counter())
-    assert all(store.intact(key) for key in keys)
-    marks.append(time.perf_counter())
-    store.save_seals()
-    later = cache.Store(tmp_path, "latents")
-    assert all(later.intact(key) for key in keys)
-    marks.append(time.perf_counter())
-    for key in keys:
-        later._read(key)
-    marks.append(time.perf_counter())
-    names = ("write", "first check", "sealed check", "read with checksum")
-    print("\n" + ", ".join(f"{name} {(b - a) / n * 1e6:.0f} µs" for name, a, b in zip(names, marks, marks[1:], strict=False)))
+    values = {key: {"mean": torch.randn(4, side, side), "std": torch.rand(4, side, side)} for key in keys}
+    random = [keys[i] for i in np.random.default_rng(0).integers(0, n, n)]
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for turn in range(3):
+        store, shards = cache.Store(tmp_path / f"f{turn}", "latents"), Shards(tmp_path / f"s{turn}")
+        for name, write, read in (("files", store.write, store._read), ("shards", shards.write, shards.read)):
+            rows.setdefault(f"{name}: write", []).append(timed(lambda w=write: [w(key, values[key]) for key in keys], n))
+            if name == "files":
+                assert all(store.intact(key) for key in keys)
+                store.save_seals()
+                later = cache.Store(tmp_path / f"f{turn}", "latents")
+                found = timed(lambda s=later: all(s.intact(key) for key in keys), n)
+                rows.setdefault("files: found at a start", []).append(found)
+            rows.setdefault(f"{name}: read in order", []).append(timed(lambda r=read: [r(key) for key in keys], n))
+            rows.setdefault(f"{name}: read at random", []).append(timed(lambda r=read: [r(key) for key in random], n))
+    print(f"\n{side * side * 32 / 1000:.0f} kB an entry, {n} entries, medians of 3, µs an entry (wall, CPU):")
+    for name, found in rows.items():
+        print(f"  {name:24s} {sorted(w for w, _ in found)[1]:7.0f} {sorted(c for _, c in found)[1]:7.0f}")
 
 
 def test_a_png_is_not_decoded_to_be_measured():

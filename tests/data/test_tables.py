@@ -1,11 +1,14 @@
 import pytest
 
 import tiny
-from dreambooth_lab.config import ConfigError, DatasetType
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError, DatasetType, check
 from dreambooth_lab.data.caption import captions
+from dreambooth_lab.data.module import DreamBoothData
 from dreambooth_lab.data.scan import Memory, scan
 from dreambooth_lab.data.source import open_source
 from dreambooth_lab.data.spec import CaptionKind, Captions, Where
+from dreambooth_lab.run import build_family
 
 
 def look(where, tmp_path):
@@ -59,3 +62,26 @@ def test_a_hugging_face_dataset(folder, tmp_path, streaming):
         look(where._replace(image_column="img"), tmp_path)
     with pytest.raises(ConfigError, match="can't be loaded as a dataset"):
         look(where._replace(path=str(tmp_path / "nowhere")), tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_folder_that_the_library_reads(small, folder, tmp_path, streaming):
+    """The layout of a hub repository, pictures and metadata.csv, up to batches; a second start encodes nothing."""
+    pytest.importorskip("datasets")
+    (folder / "metadata.csv").write_text("file_name,text\n00.png,one\n01.png,two\n")
+    words = [w for w in small if not w.startswith(("dataset", "prior", "cache"))] + [f"cache={tmp_path / 'cache'}"]
+    own = [
+        "dataset.type=huggingface",
+        "dataset.caption=column",
+        "dataset.caption_column=text",
+        f"dataset.streaming={streaming}",
+        "dataset.batch_size=1",
+    ]
+    for turn in range(2):
+        cfg = lab.compose(*words, f"dataset.path={folder}", *own)
+        check(cfg)
+        data = DreamBoothData(cfg, build_family(cfg))
+        data.prepare()
+        (summary,) = data.summaries()
+        assert (summary.found, summary.cached, summary.built) == (2, 2 * turn, 2 - 2 * turn)
+        assert {data.build(data.schedule.batch(n)).captions for n in range(8)} == {("one",), ("two",)}

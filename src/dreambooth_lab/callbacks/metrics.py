@@ -16,6 +16,12 @@ from ..runfolder import METRICS_HEADER, RunFolder
 NAMES = {"total": "train/loss", "instance": "train/loss_instance", "prior": "train/loss_prior"}
 
 
+def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
+    """To every logger of the run."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step)
+
+
 class StepMetrics(Callback):
     """Means over the micro-batches and ranks of an optimiser step, logged under the number of steps done.
 
@@ -42,8 +48,7 @@ class StepMetrics(Callback):
             means = {name: torch.stack(self.parts[name]).mean() for name in NAMES if name in self.parts}
             self.last = {NAMES[name]: float(trainer.strategy.reduce(mean, reduce_op="mean")) for name, mean in means.items()}
             self.last["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            for logger in trainer.loggers:
-                logger.log_metrics(self.last, self.step)
+            record(trainer, self.last, self.step)
         self.parts = {}
 
 
@@ -63,11 +68,13 @@ class MetricsFile(Logger):
         self.writer.writerow(METRICS_HEADER)
         self.writer.writerows((step, name, repr(value)) for step, name, value in old)
         self.file.flush()
+        self.newest = {name: (step, value) for step, name, value in old}  # of every number
 
     name = "metrics"
     version = 0
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.newest |= {name: (step or 0, float(value)) for name, value in metrics.items()}
         self.writer.writerows((step, name, repr(float(value))) for name, value in metrics.items())
         self.file.flush()
 

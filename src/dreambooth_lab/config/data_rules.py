@@ -43,7 +43,7 @@ def _prior_problems(read: Reader) -> Iterator[str | None]:
         ways = "prior.path=FOLDER, prior.source=generated (the base model draws them), or prior=none"
         yield f"prior.path is null, but prior.kind={kind.name} needs class pictures; set {ways}"
     elif source is PriorSource.folder:
-        yield read.folder("prior.path", "class pictures")
+        yield read.pictures("prior.path", "class pictures")
     elif path is not None and source is not None:
         yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or leave it out"
     if source is PriorSource.captions and kind is PriorKind.noise:
@@ -63,7 +63,7 @@ def _place_problem(read: Reader) -> str | None:
     if place is None or kind in (None, DatasetType.huggingface):
         return None
     if kind is DatasetType.folder:
-        return None if "://" in place else read.folder("dataset.path", "the subject's photos")
+        return read.pictures("dataset.path", "the subject's photos")
     what = "a SimpleTuner dataset file (.json)" if kind is DatasetType.simpletuner else "a .csv or .parquet file"
     if Path(place).expanduser().is_file():
         return None
@@ -85,6 +85,8 @@ def _shape_problems(read: Reader) -> Iterator[str | None]:
     aspects, kind = read("dataset.crop_aspects"), read("dataset.crop_aspect")
     if kind in (CropAspect.closest, CropAspect.random) and not aspects:
         yield f"dataset.crop_aspects is empty with dataset.crop_aspect={kind.name}; list some, such as [0.75,1.0,1.33]"
+    if aspects and kind in (CropAspect.preserve, CropAspect.square):
+        yield f"dataset.crop_aspects is {aspects}, which dataset.crop_aspect={kind.name} does not read; use closest or random"
     if aspects and min(aspects) <= 0:
         yield f"dataset.crop_aspects is {aspects}; each is width / height, above 0"
     if (read("dataset.maximum_image_size") is None) != (read("dataset.target_downsample_size") is None):
@@ -95,6 +97,7 @@ def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
     columns = read("dataset.type") in (DatasetType.table, DatasetType.huggingface)
     if read("dataset.caption") is CaptionKind.column and not (columns and read("dataset.caption_column")):
         yield "dataset.caption is column; it needs dataset.caption_column=… and dataset.type=table or huggingface"
+    yield from _idle_caption_keys(read)
     if read("dataset.streaming") and read("dataset.type") is not DatasetType.huggingface:
         yield "dataset.streaming is true; only dataset.type=huggingface can be streamed"
     needs = read("dataset.caption") is CaptionKind.instanceprompt or read("dataset.prepend_instance_prompt")
@@ -106,5 +109,20 @@ def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
     if read("dataset.mask_path") is not None and not files:
         said = f"dataset.mask_path is {read('dataset.mask_path')!r}"
         yield f"{said}, but dataset.mask_from={read('dataset.mask_from').name}; use files"
-    elif read("dataset.mask_path") is not None and "://" not in read("dataset.mask_path"):
-        yield read.folder("dataset.mask_path", "masks")
+    else:
+        yield read.pictures("dataset.mask_path", "masks")
+
+
+def _idle_caption_keys(read: Reader) -> Iterator[str]:
+    """What would be ignored, since captions come from elsewhere."""
+    kind, only, put_before = (read(f"dataset.{key}") for key in ("caption", "only_instance_prompt", "prepend_instance_prompt"))
+    if kind is None:
+        return
+    prompt_alone = kind is CaptionKind.instanceprompt or only
+    if read("dataset.caption_column") is not None and (kind is not CaptionKind.column or only):
+        said = f"dataset.caption_column is {read('dataset.caption_column')!r}"
+        yield f"{said}, but captions are no column; use dataset.caption=column"
+    if put_before and prompt_alone:
+        yield "dataset.prepend_instance_prompt is true, but the instance prompt is the whole caption; leave it out"
+    if read("dataset.prompts") and not (prompt_alone or put_before):
+        yield f"dataset.prompts is set, but dataset.caption={kind.name} reads none; use dataset.prepend_instance_prompt=true"

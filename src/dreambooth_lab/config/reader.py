@@ -30,6 +30,10 @@ class Reader:
     def all_bounded(self, bounds: Bounds) -> Iterator[str | None]:
         return (self.bounded(*each) for each in bounds)
 
+    def pictures(self, key: str, what: str) -> str | None:
+        """A folder, or a URL of one, which is opened later."""
+        return None if "://" in str(self(key)) else self.folder(key, what)
+
     def folder(self, key: str, what: str) -> str | None:
         value = self(key)
         if value is None or Path(value).expanduser().is_dir():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 VERSION = "2"  # of what is stored; part of every key
 SEALS = "seals.json"
-KINDS = ("latents", "text", "masks")
+KINDS = ("latents", "text", "masks", "bank")
 Seal = tuple[str, int]  # the file's stamp when it was last found whole; the day it was last asked for
 
 

@@ -21,13 +21,13 @@ from . import cache
 log = logging.getLogger(__name__)
 
 
-def class_folder(cfg: DictConfig, family: Family) -> Path | None:
-    """Where the class pictures are, drawn now if need be; None without a prior."""
+def class_folder(cfg: DictConfig, family: Family) -> str | None:
+    """Where the class pictures are (a folder, or a URL of one), drawn now if need be; None without a prior."""
     if cfg.prior.kind is PriorKind.none:
         return None
     if cfg.prior.source is PriorSource.folder:
-        return Path(cfg.prior.path)
-    return Path(cfg.dataset.path) if cfg.prior.source is PriorSource.captions else generate(cfg, family)
+        return str(cfg.prior.path)
+    return str(cfg.dataset.path if cfg.prior.source is PriorSource.captions else generate(cfg, family))
 
 
 def generate(cfg: DictConfig, family: Family) -> Path:

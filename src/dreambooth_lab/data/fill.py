@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,11 +12,13 @@ from typing import NamedTuple
 from rich.progress import track
 from torch import Tensor
 
+from ..config import ConfigError
 from ..models.family import Family
 from . import cache, geometry, mask, source
 from .entry import Entry
 from .mask import BadMask
 from .source import UNREADABLE
+from .spec import DataPlan
 
 AHEAD = 4  # pictures decoded ahead of the encoder
 
@@ -29,9 +32,20 @@ class Stores:
         self.masks = cache.Store(root, "masks")
         self.placed: dict[str | None, cache.Store] = {None: cache.Store(root, "latents")}
 
-    def place_texts(self, folder: str | None) -> None:
-        if folder:
-            self.texts = cache.Store(Path(folder).expanduser(), "text")
+    def place(self, plan: DataPlan) -> None:
+        """Put stores where the datasets ask for them.
+
+        Raises:
+            ConfigError: lists the folders in which nothing can be written.
+        """
+        folders = {"cache": self.root}
+        folders |= {f"{spec.id!r}: cache_dir_vae": Path(spec.latents).expanduser() for spec in plan.specs if spec.latents}
+        if plan.texts:
+            folders["text_embeds: cache_dir"] = Path(plan.texts).expanduser()
+            self.texts = cache.Store(Path(plan.texts).expanduser(), "text")
+        problems = [f"{named} is {str(folder)!r}, {why}" for named, folder in folders.items() if (why := _unwritable(folder))]
+        if problems:
+            raise ConfigError("\n".join(problems))
 
     def latents(self, entry: Entry) -> cache.Store:
         place = entry.spec.latents
@@ -49,6 +63,15 @@ class Stores:
     def save_seals(self) -> None:
         for store in self.all():
             store.save_seals()
+
+
+def _unwritable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"where nothing can be written ({error.strerror}); give another folder"
 
 
 class Encoder(NamedTuple):

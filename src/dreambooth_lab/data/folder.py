@@ -83,10 +83,10 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     try:
         return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        package = EXTRAS.get(url.split("://")[0])
-        way_out = f"pip install {package}" if package else "see fsspec's list of protocols"
-        raise ConfigError(f"{url!r} can't be opened ({error}); {way_out}") from error
+    except Exception as error:  # every protocol has its own
+        package = EXTRAS.get(url.split("://")[0]) if isinstance(error, ImportError) else None
+        way_out = f"pip install {package}" if package else "see fsspec's list of protocols, and whether the place exists"
+        raise ConfigError(f"{url!r} can't be opened ({type(error).__name__}: {error}); {way_out}") from error
 
 
 class Remote:

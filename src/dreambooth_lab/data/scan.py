@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from .source import LOCAL, UNREADABLE, Item, Picture, Rejected, Source, head
 
-VERSION = 1  # of what is remembered
+VERSION = 2  # of what is remembered
 SETTLED = 2.0  # seconds a file must have been left alone before its time stamp is believed
-SAVE_EVERY = 2000  # pictures read between two savings
+SAVE_EVERY = 2000  # least pictures read between two savings; gaps double, so that all savings cost little more than the last
 
 
 class Scanned(NamedTuple):
@@ -38,23 +38,22 @@ class Memory:
 
     def load(self, source: Source) -> dict[str, list[Any]]:
         try:
-            data = json.loads(self._path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            head, _, body = self._path(source).read_bytes().partition(b"\n")
+            said = json.loads(head)
+            whole = said["version"] == VERSION and said["sum"] == hashlib.sha256(body).hexdigest()
+            return json.loads(body) if whole else {}
+        except (OSError, ValueError, TypeError, KeyError):
             return {}
-        whole = isinstance(data, dict) and data.get("version") == VERSION and data.get("sum") == _sum(data.get("pictures"))
-        return data["pictures"] if whole else {}
 
     def save(self, source: Source, pictures: dict[str, list[Any]]) -> None:
-        path = self._path(source)
+        """A line about the file, then the pictures, encoded once."""
+        path, body = self._path(source), json.dumps(pictures).encode()
+        head = {"version": VERSION, "root": source.root, "sum": hashlib.sha256(body).hexdigest()}
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"version": VERSION, "root": source.root, "sum": _sum(pictures), "pictures": pictures}, file)
+        with os.fdopen(handle, "wb") as file:
+            file.write(json.dumps(head).encode() + b"\n" + body)
         Path(aside).replace(path)
-
-
-def _sum(pictures: Any) -> str:
-    return hashlib.sha256(json.dumps(pictures, sort_keys=True).encode()).hexdigest()
 
 
 def scan(source: Source, memory: Memory) -> Scanned:
@@ -66,7 +65,7 @@ def scan(source: Source, memory: Memory) -> Scanned:
     known = memory.load(source)
     kept: dict[str, list[Any]] = {}
     pictures, rejected = [], []
-    read = 0
+    read = saved = 0
     for item in source.items():
         if item.problem:
             rejected.append(Rejected(item.name, item.problem))
@@ -75,8 +74,9 @@ def scan(source: Source, memory: Memory) -> Scanned:
         if not item.stamp or fact is None or fact[0] != item.stamp:
             fact = [item.stamp, *_look(source, item)]
             read += 1
-            if read % SAVE_EVERY == 0:
+            if read - saved >= max(SAVE_EVERY, saved):
                 memory.save(source, known | kept)
+                saved = read
         if _settled(item.stamp):
             kept[item.name] = fact
         _, height, width, digest, alpha, problem = fact

@@ -136,9 +136,9 @@ def head(data: bytes) -> Header:
 
 def _upright(data: bytes) -> Image.Image:
     """The first frame, upright, 8 bits a channel."""
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    upright = ImageOps.exif_transpose(image)
+    upright: Image.Image = Image.open(io.BytesIO(data))
+    upright.load()
+    ImageOps.exif_transpose(upright, in_place=True)  # without a copy: large photos are mostly copying
     if upright.mode.startswith("I") or upright.mode == "F":
         values = np.asarray(upright, dtype=np.float64)
         top = 1.0 if upright.mode == "F" and values.max(initial=0) <= 1 else 255.0
@@ -157,7 +157,8 @@ def decode(data: bytes) -> Tensor:
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+    upright = upright if upright.mode == "RGB" else upright.convert("RGB")
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
 def decode_mask(data: bytes, alpha: bool) -> Tensor:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dreambooth_lab.callbacks.validation import save
+from dreambooth_lab.callbacks.pictures import save
 from dreambooth_lab.lab import Run, load
 from dreambooth_lab.models.judges import Clip
 from dreambooth_lab.run import build_family
