@@ -15,7 +15,8 @@ from PIL import Image
 
 from dreambooth_lab import lab
 from dreambooth_lab.callbacks import preview, webhook
-from dreambooth_lab.callbacks.webhook import Message, Receiver, Sender
+from dreambooth_lab.callbacks.messages import Message
+from dreambooth_lab.callbacks.webhook import Receiver, Sender
 from dreambooth_lab.config import ConfigError, ReceiverKind, check
 from dreambooth_lab.run import run
 
