@@ -223,10 +223,15 @@ def test_a_finished_picture_is_read_when_it_is_sent(tmp_path):
 
 
 def test_secrets_stay_out_of_the_log(caplog):
+    caplog.set_level("INFO")
     with server(status(500)) as (url, _):
         sending = sender(url, token="hush")
         sending.send(message(final=True))
         sending.close(0.3)
+    with server(status(200)) as (url, _):
+        sending = sender(url, token="hush")
+        sending.send(message(final=True))
+        assert sending.close(3)["mine"]["sent"] == 1
     assert "does not take messages" in caplog.text and "secret-path" not in caplog.text and "hush" not in caplog.text
 
 

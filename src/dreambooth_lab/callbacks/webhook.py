@@ -22,6 +22,8 @@ from ..config import ReceiverConfig, ReceiverKind
 from .messages import REQUESTS, Line, Message, Numbers, numbers_request
 
 log = logging.getLogger(__name__)
+for _talker in ("httpx", "httpcore"):
+    logging.getLogger(_talker).setLevel(logging.WARNING)  # they log every address, and a webhook's address can be its secret
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)  # seconds
 PREVIEWS_WAITING = 8  # per receiver
