@@ -24,7 +24,7 @@ from ..config import ConfigError, check, conf_dir
 from ..data.simpletuner import first_prompt
 from .simpletuner_options import OPTIONS, Left, Options, Said
 
-PLACES = ("dataset.path", "adapter.preset", "adapter.init_from")
+PLACES = ("dataset.path", "adapter.preset", "adapter.init_from", "validation.library")
 HIDDEN = ("token", "secret", "webhook", "password", "api_key")  # values that are not shown
 
 
@@ -92,9 +92,7 @@ def translate(options: Options, beside: Path) -> tuple[Said, list[Became]]:
         except Left as reason:
             became.append(Became(name, shown, "", str(reason)))
             continue
-        mine |= {
-            key: _located(mine[key], beside) for key in ("dataset.path", "adapter.preset", "adapter.init_from") if key in mine
-        }
+        mine |= {key: _located(mine[key], beside) for key in PLACES if key in mine}
         said |= mine
         became.append(
             Became(name, shown, ", ".join(f"{k.lstrip('/')}={v}" for k, v in mine.items()) or "(off)", OPTIONS[name].note)
