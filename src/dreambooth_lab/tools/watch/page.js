@@ -39,7 +39,9 @@ const take = {
     const run = runOf(event.run);
     for (const [step, name, value] of event.lines) {
       if (!run.series.has(name)) run.series.set(name, []);
-      run.series.get(name).push([step, value]);
+      const points = run.series.get(name);
+      while (points.length && points[points.length - 1][0] >= step) points.pop(); // told anew after a resume
+      points.push([step, value]);
       run.step = Math.max(run.step, step);
     }
     stale.add(run);
