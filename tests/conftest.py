@@ -45,7 +45,7 @@ def small(tiny_sdxl: Path, photos: Path, class_photos: Path, tmp_path_factory: p
         "dataset.batch_size=2", "prior=teacher", f"prior.path={class_photos}", "adapter.rank=4",
         "trainer.max_steps=6", "trainer.accelerator=cpu", "trainer.progress=false", "checkpoint.every_n_steps=2",
         "optimizer.lr=1e-2", "validation.num_images=2", "validation.num_inference_steps=2", "validation.every_n_steps=3",
-        "ema.enabled=true", "logger.tensorboard=false", f"cache={tmp_path_factory.mktemp('cache')}",
+        "ema.enabled=true", "ema.validation=none", "logger=none", f"cache={tmp_path_factory.mktemp('cache')}",
     ]  # fmt: skip
 
 

@@ -84,6 +84,22 @@ def assert_same(a, b) -> None:
             assert torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])), key
 
 
+def test_the_command_of_the_first_page_runs_from_end_to_end(tiny_sdxl, tmp_path):
+    """`model=sdxl quant=int8 rollout.enabled=true`, with all else as it ships but for size: bfloat16, the shipped photos."""
+    small = [f"model.pretrained={tiny_sdxl}", "model.resolution=64", "trainer.max_steps=4", "rollout.ramp_steps=0",
+             "validation.num_inference_steps=2", "validation.num_images=1"]  # fmt: skip
+    done = call("model=sdxl", "quant=int8", "rollout.enabled=true", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = lab.runs(tmp_path / "runs")
+    text = " ".join(run.folder.preflight.read_text().replace("│", " ").split())
+    assert "unet in int8" in text and "1 to 4 strides" in text and run.steps == 4
+    assert sorted(run.pictures) == [0, 4] and run.folder.report.is_file()
+    files = {path.name for path in run.folder.export.rglob("*")}
+    assert {"pytorch_lora_weights.safetensors", "kohya.safetensors", "adapter_config.json", "README.md"} <= files
+    pipeline = run.pipeline()
+    assert pipeline.get_active_adapters() == ["default_0"]
+
+
 def test_a_run_can_be_made_longer(small, tmp_path):
     quick = [*small, "validation.every_n_steps=0"]
     assert call(*quick, "trainer.max_steps=4", "name=short", cwd=tmp_path).returncode == 0

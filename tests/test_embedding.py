@@ -5,10 +5,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError
+from dreambooth_lab.config import ConfigError, rare_word
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.embedding import TokenEmbedding, rare_word
+from dreambooth_lab.embedding import TokenEmbedding
 from dreambooth_lab.learned_text import LearnedText
 from dreambooth_lab.run import build_adapter, build_family, learned_word, run
 

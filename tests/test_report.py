@@ -2,22 +2,31 @@ import re
 
 import pytest
 
-from dreambooth_lab import lab, report
+import browser
+import tiny
+from dreambooth_lab import lab
+from dreambooth_lab.report.curves import Frame, Line, chart, path, smoothed
 from dreambooth_lab.run import run
 
 
 @pytest.fixture(scope="module")
 def folder(small, tmp_path_factory):
-    root = tmp_path_factory.mktemp("report") / "run"
-    run(lab.compose(*small, 'dataset.instance_prompt="a <b>sks</b> & dog"', "trainer.max_steps=4"), root)
-    return lab.load(root).folder
+    root = tmp_path_factory.mktemp("report")
+    held = tiny.save_photos(root / "held", [(80, 80)], seed=7)
+    words = ['dataset.instance_prompt="a <b>sks</b> & dog"', "trainer.max_steps=4", f"eval.path={held}", "eval.every_n_steps=2",
+             "eval.timesteps=2", "checkpoint.monitor=eval/loss", "ema.validation=comparison", "validation.every_n_steps=2",
+             f"eval.clip_model={tiny.save_clip(root / 'clip')}"]  # fmt: skip
+    run(lab.compose(*small, *words), root / "run")
+    return lab.load(root / "run").folder
 
 
 def test_the_page_is_self_contained(folder):
     page = folder.report.read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("data:image/jpeg;base64,") == 4  # before and after; steps 0, 3 and 4
-    assert page.count("<svg") == 3  # loss and its two parts
+    assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page
+    shown = {"before and after", "step 0", "step 2", "step 4", "compared at 2", "compared at 4"}
+    assert page.count("data:image/jpeg;base64,") == len(shown)
+    for name in ("train/loss", "train/loss_instance", "train/loss_prior", "eval/loss", "eval/loss by time", "clip/mean"):
+        assert re.search(f'<svg [^>]*aria-label="{name}[ ;,]', page), name
 
 
 def test_what_users_type_is_escaped(folder):
@@ -25,10 +34,38 @@ def test_what_users_type_is_escaped(folder):
     assert "a &lt;b&gt;sks&lt;/b&gt; &amp; dog" in page and "<b>sks" not in page
 
 
+def test_it_tells_what_the_run_took(folder):
+    assert "<td>pictures</td>" in folder.report.read_text()
+
+
+def test_it_says_which_step_to_keep_and_how_to_use_it(folder):
+    page, step = folder.report.read_text(), folder.best()[1]
+    assert f"keep step {step}: eval/loss is " in page
+    for said in (f"resume={folder.root} trainer.max_steps=8", f"generate run={folder.root}", str(folder.best_export)):
+        assert said in page
+    assert "<th>ema</th>" in page and "against the base model" in page
+
+
 def test_the_curve_shows_the_values():
-    drawn = report._curve("train/loss", [(1, 0.0), (2, 1.0), (4, 0.5)])
+    values = [(1, 0.0), (2, 1.0), (4, 0.5)]
+    assert path(values, Frame(0, 4, 0, 1)) == "M250.0 210.0L500.0 10.0L1000.0 110.0"
+    drawn = chart("a", [Line(values, "thin")], from_zero=True, level=0.5, mark=2)
     assert "M250.0 210.0L500.0 10.0L1000.0 110.0" in drawn
+    assert 'class="level" d="M0 110.0L1000 110.0"' in drawn and 'class="mark" d="M500.0 10L500.0 210"' in drawn
 
 
-def test_the_page_says_what_it_took(folder):
-    assert re.search(r"<td>training</td><td>\d+\.\d</td><td>[\d,]+</td>", folder.report.read_text())
+def test_what_is_no_number_leaves_a_gap_and_no_trace():
+    assert "nan" not in chart("a", [Line([(1, float("nan")), (2, 1.0), (3, 2.0)], "thin")])
+    assert smoothed([(0, 2.0), (1, 2.0)]) == [(0, 2.0), (1, 2.0)]
+
+
+@pytest.mark.parametrize("size", [browser.DESKTOP, browser.PHONE], ids=["desktop", "phone"])
+def test_the_page_in_a_browser(folder, tmp_path, size):
+    with browser.chromium(tmp_path / "profile") as page:
+        page.get(folder.report.as_uri())
+        for closed in page.find_elements("css selector", "details:not([open])"):
+            page.execute_script("arguments[0].open = true", closed)
+        found = browser.look(page, size, tmp_path / "report.png")
+        assert found["broken"] == 0 and found["pictures"] == 6 and found["wide"] <= size[0], found
+        assert browser.complaints(page) == []
+        assert len(page.find_elements("tag name", "svg")) >= 6

@@ -28,6 +28,9 @@ def job(cfg: DictConfig) -> dict[str, float]:
     if cfg.resume is not None:
         cfg = take_up(cfg, list(hydra_cfg.overrides.task))
     check(cfg)
+    if cfg.trainer.devices > 1 and hydra_cfg.mode is RunMode.MULTIRUN:
+        several = f"trainer.devices is {cfg.trainer.devices} in a sweep, whose jobs share this process"
+        raise ConfigError(f"{several}; start them one by one (hydra.mode=RUN), or with trainer.devices=1")
     plan(cfg)  # a wrong dataset file is refused before torch and the rest load
     from dreambooth_lab.run import run  # torch and the rest load here
 

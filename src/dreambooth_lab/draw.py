@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     CAPTION = 20  # which of a picture's captions
     ASPECT = 21  # which of several aspects a picture is cropped to
     SUBSET = 22  # which pictures of a dataset that may give only some
+    EVALUATION = 30  # the posterior's noise and ε of the eval loss
 
 
 def generator(seed: int, index: int, purpose: Purpose) -> np.random.Generator:

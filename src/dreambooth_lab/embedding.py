@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .config import words
 
 Slot = tuple[nn.Embedding, int]  # a text encoder's input embedding, and the token's row in it
 
@@ -37,18 +38,3 @@ def _put(row: int, learned: Tensor) -> Any:
         return torch.where((ids[0] == row)[..., None], learned.to(output.dtype), output)
 
     return hook
-
-
-def words(text: str) -> list[str]:
-    """As CLIP's tokenizer parts them before it looks for pieces: lower case, letters together, each digit alone."""
-    return re.findall(r"[^\W\d_]+|\d", text.lower())
-
-
-def rare_word(instance_prompt: str, class_prompt: str | None) -> str | None:
-    """The one word that the instance prompt has and the class prompt lacks; None if there is not exactly one.
-
-    Articles differ for grammar's sake ("sks dog", "a dog") and don't count.
-    """
-    known = {*words(class_prompt or ""), "a", "an", "the"}
-    rare = {word for word in words(instance_prompt) if word not in known}
-    return rare.pop() if class_prompt and len(rare) == 1 else None

@@ -57,13 +57,21 @@ class Run:
         Raises:
             ConfigError: the run has not finished, or kept no average.
         """
-        from .run import trained_pipeline
+        from .run import Trained
 
+        return Trained(self.config, self.export(ema)).pipeline
+
+    def export(self, ema: bool = False) -> Path:
+        """The folder of its newest export, live or averaged.
+
+        Raises:
+            ConfigError: there is none yet, or the run keeps no average.
+        """
         export = self.folder.export / "ema" if ema else self.folder.export
         if not export.is_dir():
             way_out = "it ran without ema.enabled=true" if ema else f"finish it with resume={self.folder.root}"
             raise ConfigError(f"{str(self.folder.root)!r} has no exported {'average' if ema else 'adapter'}; {way_out}")
-        return trained_pipeline(self.config, export)[0]
+        return export
 
 
 def load(root: Path | str) -> Run:

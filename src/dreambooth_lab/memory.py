@@ -56,16 +56,12 @@ def working(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size: 
 
 def _probe(module: DreamBooth, text: Text, side: int, rows: int) -> int:
     """The peak of forward and backward through squares of `side` latent cells; each weight's gradient is let go at once."""
-    family = module.family
-    x_t = torch.zeros(rows, family.channels, side, side, device=family.device)
-    told = family.cond(stack_text([text] * rows), [Size((64, 64), (0, 0), (64, 64))] * rows)
-    cond = Cond(*(part.to(family.device) for part in told))
-    t = torch.full((rows,), 0.5, device=family.device)
+    inputs = probe(module, text, side, side, rows)
     hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in module.parameters() if p.requires_grad]
     as_it_is = torch.compiler.set_stance("force_eager")  # compiling for shapes that never come again takes minutes
     try:
         with as_it_is, torch.random.fork_rng():
-            return peak(lambda: module.predict(x_t, t, cond).sum().backward(), family.device)
+            return peak(lambda: module.predict(*inputs).sum().backward(), module.family.device)
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,6 +92,15 @@ def peak(work: Callable[[], object], device: torch.device) -> int:
 
 
 _NO_EXPERIMENT = torch._C._profiler._ExperimentalConfig()
+
+
+def probe(module: DreamBooth, text: Text, height: int, width: int, rows: int = 1) -> tuple[Tensor, Tensor, Cond]:
+    """Something to predict: rows of so many latent cells."""
+    family = module.family
+    told = family.cond(stack_text([text] * rows), [Size((64, 64), (0, 0), (64, 64))] * rows)
+    cond = Cond(*(part.to(family.device) for part in told))
+    x_t = torch.zeros(rows, family.channels, height, width, device=family.device)
+    return x_t, torch.full((rows,), 0.5, device=family.device), cond
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

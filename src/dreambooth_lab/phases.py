@@ -13,7 +13,10 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from rich.table import Table
 
-OF_CALLBACK = {"Validation": "pictures", "Export": "saving", "Checkpoints": "saving"}  # the others belong to the training
+OF_CALLBACK = {  # the others belong to the training
+    "Validation": "pictures", "EvalLoss": "eval loss", "Best": "saving", "Export": "saving", "Checkpoints": "saving",
+    "Farewell": "webhooks",
+}  # fmt: skip
 EVERY = 0.05  # seconds between two looks at the process's memory
 
 

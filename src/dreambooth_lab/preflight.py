@@ -92,11 +92,11 @@ def _training(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers:
         "adapted layers": f"{len(layers):,}",
         "trainable parameters": f"{trainable:,} of {whole:,}",
         "optimiser steps": f"{cfg.trainer.max_steps:,} ({cfg.trainer.max_steps / steps:.1f} epochs of {steps:.1f} steps)",
-        "rows per optimiser step": str(cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches),
+        "rows per optimiser step": str(cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches * cfg.trainer.devices),
         "prior": _prior(cfg, data),
         "rollout": _rollout(cfg),
         **{f"{part} in {done.kind.value}": _quantised(done) for part, done in module.family.quantiser.done.items()},
-        "device": str(module.family.device),
+        "device": str(module.family.device) + (f" and {more} more" if (more := cfg.trainer.devices - 1) else ""),
         "pictures read": f"{data.scanned} (the others are as the last scan found them)",
         "damaged cache entries made again": str(data.damaged),
     }

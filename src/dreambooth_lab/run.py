@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_class
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 from rich.console import Console
 
 from . import draw, preflight, report
 from .adapter import Adapter
-from .callbacks.checkpoint import Checkpoints
-from .callbacks.ema import Ema
-from .callbacks.export import Export
-from .callbacks.metrics import MetricsFile, StepMetrics
-from .callbacks.preview import Previews
-from .callbacks.progress import Bar
-from .callbacks.scores import Scores
-from .callbacks.validation import Validation
-from .callbacks.webhook import Sender, build_receiver
-from .config import ConfigError
+from .config import ConfigError, rare_word, words
 from .data.module import DreamBoothData
 from .draw import Purpose
 from .dreambooth import DreamBooth
-from .embedding import rare_word, words
 from .learned_text import LearnedText
 from .models.family import Family
-from .models.judges import Clip, Dino, Judge
 from .optimizer import require as require_optimizer
 from .phases import Phases
 from .quant import Quantiser, require
 from .runfolder import RunFolder
+from .watching import Watchers, build_watchers
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +52,16 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     if cfg.preflight == "only":
         return {}
     with phases("training"):
-        trainer, metrics = build_trainer(cfg, folder, data, family, start[1] if start else 0, phases)
+        watchers = build_watchers(cfg, folder, data, family, start[1] if start else 0, leads=_rank() == 0)
+        trainer = build_trainer(cfg, folder, watchers, phases)
         fit(trainer, module, data, start[0] if start else None)
+    if not trainer.is_global_zero:
+        return {}
     folder.save_cost(phases.cost())
     report.write(folder)
     Console().print(phases.table())
     log.info("done: %s", folder.report)
-    return metrics.last
+    return watchers.metrics.last
 
 
 def build_module(cfg: DictConfig, family: Family, data: DreamBoothData, folder: RunFolder) -> DreamBooth:
@@ -74,9 +69,10 @@ def build_module(cfg: DictConfig, family: Family, data: DreamBoothData, folder: 
     adapter, text = build_adapter(cfg), build_text(cfg, family)
     layers = attach(cfg, family, adapter, text)
     module = DreamBooth(cfg, family, adapter, text).train()
-    folder.save_config(cfg)
-    folder.save_environment(str(family.device))
-    preflight.show(cfg, data, module, layers, folder.preflight)
+    if _rank() == 0:
+        folder.save_config(cfg)
+        folder.save_environment(str(family.device))
+        preflight.show(cfg, data, module, layers, folder.preflight)
     return module
 
 
@@ -89,14 +85,25 @@ def fit(trainer: Trainer, module: DreamBooth, data: DreamBoothData, checkpoint: 
         raise
 
 
-def build(node: DictConfig, *but: str) -> Any:
-    """The object that a config group names by `_target_`, made from the group's other keys but some."""
-    return get_class(node._target_)(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
+def build(cfg: DictConfig, group: str, kind: type, *but: str) -> Any:
+    """The object that a config group names by `_target_`, made from the group's other keys but some.
+
+    Raises:
+        ConfigError: `_target_` is no subclass of `kind`. Configurations come in the headers of strangers' files too, and must not
+            choose what is called.
+    """
+    node = cfg[group]
+    target = get_class(node._target_)
+    if not issubclass(target, kind):
+        raise ConfigError(
+            f"{group}._target_ is {node._target_!r}, which is no {kind.__name__} of this project; see conf/{group}/"
+        )
+    return target(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
 
 
 def build_adapter(cfg: DictConfig) -> Adapter:
     """The adapter, not yet attached; what the group says of the token is `learned_word`'s."""
-    return build(cfg.adapter, "init_from", "text_encoders", "text_lr_ratio", "train_token", "token", "token_lr_ratio")
+    return build(cfg, "adapter", Adapter, "init_from", "text_encoders", "text_lr_ratio", "train_token", "token", "token_lr_ratio")
 
 
 def build_text(cfg: DictConfig, family: Family) -> LearnedText | None:
@@ -137,8 +144,8 @@ def learned_word(cfg: DictConfig) -> str | None:
 
 def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
-    family: Family = build(cfg.model)
-    family.device = _device(cfg.trainer.accelerator)
+    family: Family = build(cfg, "model", Family)
+    family.device = _device(cfg.trainer.accelerator, cfg.trainer.devices)
     family.check_device()
     there = len(family.text_encoder_parts) if family.text_learns else 0
     if beyond := [number for number in cfg.adapter.text_encoders if number > there]:
@@ -151,81 +158,73 @@ def build_family(cfg: DictConfig) -> Family:
     return family
 
 
-def trained_pipeline(cfg: DictConfig, export: Path) -> tuple[Any, Adapter]:
-    """The base model's diffusers pipeline with an export in it, and the adapter that it holds.
+class Trained:
+    """The base model's diffusers pipeline with an export in it.
 
     Args:
-        export: a folder that a run of this configuration wrote, or a file of it.
+        cfg: of the run that made it.
+        export: the folder it wrote, or a file of it.
     """
-    family, adapter, word = build_family(cfg), build_adapter(cfg), learned_word(cfg)
-    pipeline = family.pipeline()
-    adapter.load_into(pipeline, family.denoiser_part, export, family.learns)
-    if word:
-        family.load_token(pipeline, export if export.is_dir() else export.parent, word)
-    return pipeline.to(family.device), adapter
+
+    def __init__(self, cfg: DictConfig, export: Path):
+        family, word = build_family(cfg), learned_word(cfg)
+        self.adapter, self.pipeline = build_adapter(cfg), family.pipeline()
+        self.adapter.load_into(self.pipeline, family.denoiser_part, export, family.learns)
+        folder = export if export.is_dir() else export.parent
+        self.mean = family.load_token(self.pipeline, folder, word) if word else None
+        self.pipeline.to(family.device)
+
+    def strengthen(self, strength: float) -> None:
+        """Scale what was learned: 0 is the base model, 1 what was trained."""
+        self.adapter.strengthen(self.pipeline, strength)
+        if self.mean:
+            self.mean(strength)
 
 
-def _device(accelerator: str) -> torch.device:
+def _device(accelerator: str, devices: int = 1) -> torch.device:
+    """This process's own."""
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator is 'gpu', but torch sees no CUDA device; use trainer.accelerator=cpu or auto")
-    return torch.device("cuda", 0) if accelerator != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if devices > torch.cuda.device_count():
+        raise ConfigError(f"trainer.devices is {devices}, but torch sees {torch.cuda.device_count()} CUDA device(s); use as many")
+    return torch.device("cuda", _rank())
 
 
-def build_validation(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family) -> Validation:
-    """Pictures while it trains, and their way to the webhooks if there are any."""
-    receivers = [build_receiver(str(label), receiver) for label, receiver in cfg.webhook.receivers.items()]
-    if cfg.preview.enabled:
-        family.preview(torch.zeros(1, family.channels, 8, 8))  # what can't be decoded is refused now, not at the first picture
-    previews = Previews(cfg.preview, Sender(receivers), family, folder.root.name) if receivers else None
-    return Validation(cfg.validation, data, folder, previews, build_scores(cfg, folder, data, family.device))
+def _rank() -> int:
+    """Which of the processes of one machine this is; Lightning starts the others of a run and numbers them."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, device: torch.device) -> Scores | None:
-    """The judges that the configuration names, if any; they stay in memory for the run."""
-    make = {"device": device, "batch_size": cfg.eval.batch_size}
-    clip = Clip(cfg.eval.clip_model, "eval.clip_model", **make) if cfg.eval.clip_model else None
-    dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
-    judges: dict[str, Judge] = {name: judge for name, judge in {"clip_i": clip, "dino": dino}.items() if judge}
-    if not judges:
-        return None
-    return Scores(folder, clip, judges, data.photos(), cfg.dataset.instance_prompt, cfg.dataset.class_prompt)
-
-
-def build_trainer(
-    cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, phases: Phases
-) -> tuple[Trainer, StepMetrics]:
-    """The Trainer with every callback, checkpoints last."""
-    metrics = StepMetrics(cfg.trainer.log_every_n_steps)
-    ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
-    callbacks: list[Callback | None] = [
-        metrics,
-        Bar(metrics) if cfg.trainer.progress else None,
-        ema,
-        build_validation(cfg, folder, data, family) if cfg.validation.every_n_steps else None,
-        Export(cfg, folder, ema),
-        Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_all),
-    ]
-    trainer = Trainer(
-        accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=1, precision="32-true",
+def build_trainer(cfg: DictConfig, folder: RunFolder, watchers: Watchers, phases: Phases) -> Trainer:
+    """The Trainer, with all that watches it."""
+    return Trainer(
+        accelerator="gpu" if _device(cfg.trainer.accelerator).type == "cuda" else "cpu", devices=cfg.trainer.devices,
+        strategy=_strategy(cfg), precision="32-true",
         max_steps=cfg.trainer.max_steps, max_epochs=-1, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         gradient_clip_val=cfg.trainer.gradient_clip_norm or None, deterministic=cfg.trainer.deterministic,
-        callbacks=[c for c in callbacks if c], logger=_loggers(cfg, folder, step), default_root_dir=folder.root, profiler=phases,
+        callbacks=watchers.callbacks, logger=watchers.loggers or False, default_root_dir=folder.root, profiler=phases,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip
-    return trainer, metrics
 
 
-def _loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]:
-    loggers: list[Logger] = [MetricsFile(folder, keep_to=step)]
-    if cfg.logger.tensorboard:
-        loggers.append(TensorBoardLogger(folder.root, name="tensorboard", version="", purge_step=step + 1))
-    return loggers
+def _strategy(cfg: DictConfig) -> Strategy | str:
+    """With several devices a process for each, which has its own rows of every batch; the gradients are averaged."""
+    if cfg.trainer.devices == 1:
+        return "auto"
+    return DDPStrategy(
+        find_unused_parameters=bool(cfg.adapter.train_token or cfg.adapter.text_encoders),  # a rank's rows may not say the token
+        init_sync=False, forward_sync_buffers=False,  # all make the same weights from the seed
+        timeout=timedelta(days=1),  # the others wait while the first draws pictures
+    )  # fmt: skip
 
 
 def _quiet_libraries() -> None:
     """Silence advice that doesn't apply here; warnings about the work itself stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

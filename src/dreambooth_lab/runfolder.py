@@ -48,19 +48,34 @@ class RunFolder:
         self.preflight = self.root / "preflight.txt"
         self.metrics = self.root / "metrics.csv"
         self.scores = self.root / "scores.csv"
+        self.eval = self.root / "eval.csv"
         self.pictures = self.root / "pictures"
+        self.averaged = self.pictures / "ema"  # the average's, where both are drawn
+        self.compared = self.pictures / "base_live_ema"
+        self.base = self.pictures / "step_0000000.png"
         self.before_after = self.pictures / "before_after.png"
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
+        self.best_export = self.root / "export_best"
         self.report = self.root / "report.html"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:07d}.ckpt"
 
+    def best_checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"best_{step:07d}.ckpt"
+
     def newest(self) -> tuple[Path, int] | None:
         """The newest checkpoint and its optimiser step."""
-        found = sorted(self.checkpoints.glob("step_*.ckpt"))
-        return (found[-1], int(found[-1].stem.removeprefix("step_"))) if found else None
+        return self._last("step_")
+
+    def best(self) -> tuple[Path, int] | None:
+        """The checkpoint that `checkpoint.monitor` kept, and its optimiser step."""
+        return self._last("best_")
+
+    def _last(self, prefix: str) -> tuple[Path, int] | None:
+        found = sorted(self.checkpoints.glob(f"{prefix}*.ckpt"))
+        return (found[-1], int(found[-1].stem.removeprefix(prefix))) if found else None
 
     def saved_config(self) -> DictConfig:
         """The run's configuration, typed by the schema.

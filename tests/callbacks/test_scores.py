@@ -6,9 +6,10 @@ from transformers import CLIPModel, CLIPProcessor
 
 import tiny
 from dreambooth_lab import lab
+from dreambooth_lab.callbacks import scores
 from dreambooth_lab.callbacks.scores import Score, changes, read_scores, summary
 from dreambooth_lab.config import ConfigError, check
-from dreambooth_lab.models.judges import Clip, Dino
+from dreambooth_lab.models.judges import Clip, Dino, MaskedDino, Photo, foreground
 from dreambooth_lab.run import run
 
 CPU = torch.device("cpu")
@@ -51,13 +52,45 @@ def test_dino_knows_a_picture_again(models):
     assert_close(seen[0], seen[3])
 
 
+def on_ground(colour, ground):
+    """A square of one colour in the middle of a ground, and its mask."""
+    picture, mask = Image.new("RGB", (32, 32), ground), Image.new("L", (32, 32), 0)
+    for image, paint in ((picture, colour), (mask, 255)):
+        image.paste(paint, (8, 8, 24, 24))
+    return Photo(picture, mask)
+
+
+def test_the_masked_mean_is_of_the_patches_under_the_mask(models):
+    dino = Dino(str(models[1]), "eval.dino_model", CPU, 2)
+    photo = on_ground("red", "blue")
+    pixels = dino.processor(images=[photo.image], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        patches = dino.model(pixel_values=pixels).last_hidden_state[0, 1:].view(4, 4, -1)
+    mean = patches[1:3, 1:3].mean((0, 1))
+    assert_close(MaskedDino(dino).see_photos([photo])[0], mean / mean.norm())
+    whole = patches.mean((0, 1))
+    everything = Photo(photo.image, Image.new("L", (32, 32), 255))
+    assert_close(MaskedDino(dino).see_photos([everything])[0], whole / whole.norm())
+
+
+def test_without_a_mask_the_attention_tells_the_foreground(models):
+    attention = torch.tensor([[0.05, 0.3, 0.25, 0.2, 0.2], [1.0, 0.0, 0.0, 0.0, 0.0]])
+    assert foreground(attention, 0.6).tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+    dino = MaskedDino(Dino(str(models[1]), "eval.dino_model", CPU, 2))
+    photo = on_ground("red", "blue")
+    black = Photo(photo.image, Image.new("L", (32, 32), 0))
+    assert_close(dino.see_photos([black]), dino.see([photo.image]))
+    assert_close(dino.see(pictures(3)).norm(dim=1), torch.ones(3))
+
+
 def test_every_picture_is_scored_for_what_its_prompt_is_about(scored):
     found = {(s.step, s.metric, s.prompt) for s in read_scores(scored.folder)}
     subject = {m for step, m, p in found if p == "a photo of sks dog" and step == 3}
     kind = {m for step, m, p in found if p == "a photo of a dog" and step == 3}
     other = {m for step, m, p in found if p == "a red car" and step == 3}
-    assert subject == {"clip_t", "clip_i", "dino"} and other == {"clip_t"}
-    assert kind == {"clip_t", "pres_clip_i", "pres_dino", "div_clip_i", "div_dino"}
+    assert subject == {"clip_t", "clip_i", "dino", "dino_masked"} and other == {"clip_t"}
+    judged = ("clip_i", "dino", "dino_masked")
+    assert kind == {"clip_t", *(f"pres_{name}" for name in judged), *(f"div_{name}" for name in judged)}
 
 
 def test_the_means_are_logged_at_their_steps(scored):
@@ -85,16 +118,31 @@ def test_scoring_does_not_touch_training(scored, small, tmp_path):
 
 
 def test_changes_are_paired():
-    before = [Score(0, "dino", "p", i, v) for i, v in enumerate((0.1, 0.5, 0.9))]
-    after = [Score(9, "dino", "p", i, v + 0.2) for i, v in enumerate((0.1, 0.5, 0.9))]
+    before = [Score(0, "live", "dino", "p", i, v) for i, v in enumerate((0.1, 0.5, 0.9))]
+    after = [Score(9, "live", "dino", "p", i, v + 0.2) for i, v in enumerate((0.1, 0.5, 0.9))]
     (change,) = changes(before + after)
     assert (change.first, change.last) == (pytest.approx(0.5), pytest.approx(0.7))
     assert (change.low, change.high) == (pytest.approx(0.2), pytest.approx(0.2)), "a constant change has no spread"
     assert changes(before) == []
 
 
+def test_the_interval_is_students():
+    """Against tables of the 97.5 % quantile."""
+    for degrees, known in ((3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)):
+        assert scores._student(degrees) == pytest.approx(known, rel=0.01)
+    low, high = scores.interval([1.0, 2.0, 3.0, 4.0])
+    assert (low, high) == pytest.approx((2.5 - 3.182 * 1.29099 / 2, 2.5 + 3.182 * 1.29099 / 2), abs=0.02)
+    assert scores.interval([1.0, 2.0])[0] != scores.interval([1.0, 2.0])[0], "two values tell no spread"
+
+
 def test_summary_names():
-    made = summary([Score(0, "clip_t", "p", 0, 0.2), Score(0, "clip_t", "p", 1, 0.4), Score(0, "pres_dino", "q", 0, 0.5)])
+    made = summary(
+        [
+            Score(0, "live", "clip_t", "p", 0, 0.2),
+            Score(0, "live", "clip_t", "p", 1, 0.4),
+            Score(0, "live", "pres_dino", "q", 0, 0.5),
+        ]
+    )
     assert made == pytest.approx({"clip/mean": 0.3, "clip/min": 0.2, "clip/max": 0.4, "clip/std": 0.1, "class/pres_dino": 0.5})
 
 

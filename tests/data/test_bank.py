@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.models.sdxl import SDXL
 from dreambooth_lab.run import build_family
@@ -73,6 +74,15 @@ def test_damaged_and_lost_answers_are_made_again_to_the_bit(banked):
     assert again.bank.built == 1 + len(others[::2]) and again.bank.answers.damaged == 1
     assert whole.stat().st_mtime_ns == time, "what is whole is left alone"
     assert all(torch.equal(a, b) for a, (*_, b) in zip(before, rows(again, 8), strict=True))
+
+
+def test_an_answer_damaged_in_training_is_refused_with_the_way_out(banked):
+    data = banked()
+    for path in data.bank.answers.folder.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"damaged during training .*; resume the run"):
+        list(rows(data, 8))
+    assert banked().bank.built > 0
 
 
 @pytest.mark.parametrize("change", ["prior.bank.draws=5", "seed=1", "objective.shift=2", "objective.noise_offset=0.1",

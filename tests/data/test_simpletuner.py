@@ -1,4 +1,5 @@
 import json
+import shutil
 from contextlib import suppress
 
 import pytest
@@ -230,9 +231,19 @@ def test_eval_entries_are_marked(photos, tmp_path):
     ]
 
 
-def test_eval_sets_are_never_trained_on(of_file, photos, tmp_path):
-    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), samples.entry(photos, id="e", dataset_type="eval")))
+def test_eval_sets_are_never_trained_on(of_file, photos, class_photos, tmp_path):
+    held = samples.entry(class_photos, id="e", dataset_type="eval")
+    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), held))
     assert {e.spec.id for e in data.entries} == {"photos"} and data.rows_per_epoch()["e"] == 0
+    assert {e.spec.id for e in data.held_out} == {"e"} and len(data.photos()) == 5
+
+
+def test_an_eval_picture_that_is_trained_on_is_refused_by_its_bytes(of_file, photos, class_photos, tmp_path):
+    shutil.copytree(class_photos, tmp_path / "held")
+    shutil.copy(photos / "03.png", tmp_path / "held" / "renamed.png")
+    held = samples.entry(tmp_path / "held", id="e", dataset_type="eval")
+    with pytest.raises(ConfigError, match=r"'e': .*: renamed\.png is also trained on \(photos: 03\.png\)"):
+        of_file(samples.save(tmp_path / "a.json", samples.entry(photos), held))
 
 
 def test_one_folder_at_two_resolutions_with_one_cache_folder(of_file, photos, tmp_path):

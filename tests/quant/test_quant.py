@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, QuantKind
+from dreambooth_lab.config import ConfigError, QuantKind, adapter_rules, check
 from dreambooth_lab.quant import Quantiser, Source, require
 from dreambooth_lab.quant.base import chosen
 from dreambooth_lab.run import build_family, run
@@ -109,6 +109,12 @@ def test_the_family_says_what_is_left_alone(tiny_sdxl):
 def test_simpletuners_spellings_are_the_same_kinds():
     cfg = lab.compose("quant=nf4-bnb", "quant.text_encoder_1=no_change", "quant.text_encoder_2=int8-quanto")
     assert (cfg.quant.kind, cfg.quant.text_encoder_1, cfg.quant.text_encoder_2) == (QuantKind.nf4, QuantKind.none, QuantKind.int8)
+
+
+def test_a_library_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(adapter_rules, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"quant\.text_encoder_2 is nf4, but bitsandbytes is not installed; pip install"):
+        check(lab.compose("dataset.path=.", "quant=int8", "quant.text_encoder_2=nf4"))
 
 
 def test_float8_on_an_old_gpu_is_refused(monkeypatch):

@@ -50,11 +50,14 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", {part}=trained)"""
         for name, parameter in self.learning.items():
             parameter.data.copy_(saved[name])
 
+    def load_into(self, pipeline: Any, part: str, path: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
+        super().load_into(pipeline, part, path, learns)
+        self.trained = {name: p.detach().clone() for name, p in self.learning.items()}
+
     def layer_of(self, parameter: str) -> str:
         return parameter.rpartition(".")[0]
 
     def strengthen(self, pipeline: Any, strength: float) -> None:
-        self.trained = self.__dict__.get("trained") or {name: p.detach().clone() for name, p in self.learning.items()}
         for name, parameter in self.learning.items():
             parameter.data = torch.lerp(self.reference[name], self.trained[name], strength)
 

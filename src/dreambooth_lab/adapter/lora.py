@@ -84,7 +84,11 @@ pipeline.load_lora_weights("{export}")"""
         return parameter.partition(".lora_")[0]
 
     def load_into(self, pipeline: Any, part: str, path: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
-        pipeline.load_lora_weights(path)
+        try:
+            pipeline.load_lora_weights(path)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{str(path)!r} is no LoRA that diffusers can put on this model: {reason}") from error
 
     def strengthen(self, pipeline: Any, strength: float) -> None:
         pipeline.set_adapters(pipeline.get_active_adapters(), strength)

@@ -17,15 +17,19 @@ BASE, TRAINED = "pictures_base.png", "pictures.png"
 
 
 def card(
-    cfg: DictConfig, run: RunFolder, folder: Path, step: int, adapter: Adapter, family: Family, word: str | None
+    cfg: DictConfig, run: RunFolder, folder: Path, place: Path, step: int, adapter: Adapter, family: Family, word: str | None,
+    why: str,
 ) -> str:  # fmt: skip
     """README.md in the hub's form: base model, prompt, how to load it, pictures and numbers. Pictures are copied beside it.
 
     Args:
+        folder: where the files are now.
+        place: where they will be.
         word: the token whose embedding was learned, or None.
+        why: this step's weights are kept, if they are not the last.
     """
     averaged = folder.name == "ema"
-    where = cfg.export.repo if cfg.export.push_to_hub else str(run.export / "ema" if averaged else run.export)
+    where = cfg.export.repo if cfg.export.push_to_hub and not why else str(place)
     usage = adapter.usage.format(base=cfg.model.pretrained, export=where, part=family.denoiser_part)
     usage += "\n" + family.token_usage.format(export=where, word=word) if word else ""
     files = "\n".join(f"- `{path.relative_to(folder).as_posix()}`" for path in sorted(folder.rglob("*.safetensors")))
@@ -34,7 +38,7 @@ def card(
 ---
 # {cfg.dataset.instance_prompt}
 
-{_what(cfg, step, averaged)} The headers of the safetensors files hold the whole
+{_what(cfg, step, averaged)}{f" {why}" if why else ""} The headers of the safetensors files hold the whole
 configuration.
 
 ```python

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig
 
+from ..config import ConfigError, Mode
 from ..runfolder import RunFolder
+from .export import Export
+from .metrics import NAMES, MetricsFile
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints(Callback):
@@ -25,12 +33,80 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self.step or (step % self.every_n_steps and step != trainer.max_steps):
+        last = step == trainer.max_steps or trainer.should_stop
+        if step == self.step or (step % self.every_n_steps and not last):
             return
         self.step = step
         older = list(self.folder.checkpoints.glob("step_*.ckpt"))
         newest = self.folder.checkpoint(step)
         trainer.save_checkpoint(newest)
-        for path in older if not self.keep_all else []:
+        for path in older if trainer.is_global_zero and not self.keep_all else []:
             if path != newest:
                 path.unlink()
+
+
+class Best(Callback):
+    """Keeps the checkpoint and the export of the step at which a logged number was best, and stops when it no longer improves.
+
+    The base model's value (step 0) is no candidate: there is nothing to keep of it. Of equal values the first is kept.
+
+    Args:
+        cfg: `monitor`, `mode`, `patience`.
+        numbers: the newest value of everything logged; what logs comes before this callback. None on all ranks but the first,
+            which tells them.
+        export: None on all ranks but the first.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: RunFolder, numbers: MetricsFile | None, export: Export | None):
+        self.monitor, self.mode, self.patience = cfg.monitor, cfg.mode, cfg.patience
+        self.folder, self.numbers, self.export = folder, numbers, export
+        self.value: float | None = None  # the best yet
+        self.seen = 0  # step of the newest value
+        self.worse = 0  # values since the best one
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = trainer.strategy.broadcast(list(self.numbers.newest) if self.numbers else [])
+        known = sorted({*NAMES.values(), "train/lr", *logged})
+        if self.monitor not in known:
+            near = get_close_matches(self.monitor, known, n=3)
+            way_out = f"near: {', '.join(near)}" if near else f"it logs {', '.join(known)}"
+            raise ConfigError(f"checkpoint.monitor is {self.monitor!r}, which this run does not log; {way_out}")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        newest = self.numbers.newest.get(self.monitor) if self.numbers else None
+        step, value = trainer.strategy.broadcast(newest) or (0, 0.0)
+        if step <= self.seen:
+            return
+        self.seen = step
+        if self._better(value):
+            self.value, self.worse = value, 0
+            self._keep(trainer, pl_module, step)
+            return
+        self.worse += 1
+        if self.patience and self.worse >= self.patience:
+            log.info("stopping at step %d: %s has not improved for %d values", step, self.monitor, self.worse)
+            trainer.should_stop = True
+
+    def _better(self, value: float) -> bool:
+        if self.value is None:
+            return value == value
+        return value < self.value if self.mode is Mode.min else value > self.value
+
+    def _keep(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        older = list(self.folder.checkpoints.glob("best_*.ckpt"))
+        newest = self.folder.best_checkpoint(step)
+        trainer.save_checkpoint(newest)
+        word = "lowest" if self.mode is Mode.min else "highest"
+        why = f"Kept because {self.monitor} was {word} here: {self.value:.6g}."
+        if self.export:
+            self.export.write(module, step, self.folder.best_export, why)
+        for path in older if trainer.is_global_zero else []:
+            if path != newest:
+                path.unlink()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "mode": self.mode.value, "value": self.value, "seen": self.seen, "worse": self.worse}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (state["monitor"], state["mode"]) == (self.monitor, self.mode.value):  # else another number is looked at from now on
+            self.value, self.seen, self.worse = state["value"], state["seen"], state["worse"]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ..adapter import swapped
+from ..config import EmaValidation
 from ..dreambooth import DreamBooth
 
 
 class Ema(Callback):
     """θ̄ ← d θ̄ + (1 - d) θ over the trainable parameters only, in float32, on its own device.
+
+    From a CUDA device to the CPU the weights travel into page-locked memory while the next step is computed, and are added when
+    they are next needed; the accelerator holds nothing of the average.
 
     Args:
         decay: d per optimiser step, once warmed up; at step s it is min(d, (1+s)/(10+s)).
@@ -24,6 +31,9 @@ class Ema(Callback):
     def __init__(self, decay: float, update_interval: int, device: str):
         self.decay, self.interval, self.device = decay, update_interval, torch.device(device)
         self.shadow: dict[str, Tensor] = {}
+        self.staged: dict[str, Tensor] = {}  # weights on their way
+        self.arrival: torch.cuda.Event | None = None  # when they are all there
+        self.share: float | None = None  # 1 - d with which they will be added; None: nothing is on its way
         self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,14 +47,65 @@ class Ema(Callback):
         if step == self.step or step % self.interval:
             return
         self.step = step
-        decay = min(self.decay, (1 + step) / (10 + step)) ** self.interval
-        learning = pl_module.learning()
-        live = [learning[name].detach().to(self.device, torch.float32) for name in self.shadow]
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+        self.average()
+        self.share = 1 - min(self.decay, (1 + step) / (10 + step)) ** self.interval
+        self.arrival = self._send(pl_module.learning())
+        if self.arrival is None:
+            self.average()
+
+    def _send(self, learning: Mapping[str, Tensor]) -> torch.cuda.Event | None:
+        """Bring the weights to the average's device; None if they are there at once."""
+        if self.device.type == "cuda" or not all(learning[name].is_cuda for name in self.shadow):
+            self.staged = {name: learning[name].detach().to(self.device, torch.float32) for name in self.shadow}
+            return None
+        if not self.staged:
+            self.staged = {name: torch.empty_like(p, device="cpu", pin_memory=True) for name, p in learning.items()}
+        for name, buffer in self.staged.items():
+            buffer.copy_(learning[name].detach(), non_blocking=True)  # in the stream's order: before the next step's update
+        arrival = torch.cuda.Event()
+        arrival.record()
+        return arrival
+
+    def average(self) -> dict[str, Tensor]:
+        """θ̄ by parameter name, with all that was on its way."""
+        if self.share is not None:
+            if self.arrival:
+                self.arrival.synchronize()
+            live = [self.staged[name].float() for name in self.shadow]
+            torch._foreach_lerp_(list(self.shadow.values()), live, self.share)
+            self.share = None
+        return self.shadow
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shadow": self.shadow, "step": self.step}
+        return {"shadow": self.average(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.shadow = {name: average.to(self.device) for name, average in state["shadow"].items()}
         self.step = state["step"]
+
+
+LIVE, EMA = "live", "ema"  # whose weights a picture or a number is of
+PREFIX = {LIVE: "", EMA: "ema/"}  # of the names of numbers
+KINDS = {EmaValidation.none: (LIVE,), EmaValidation.ema_only: (EMA,), EmaValidation.comparison: (LIVE, EMA)}
+
+
+class Looks:
+    """Whose weights are looked at: those that train, their average, or both.
+
+    Args:
+        ema: the run's average; None leaves only those that train.
+    """
+
+    def __init__(self, ema: Ema | None, validation: EmaValidation):
+        self.ema = ema
+        self.kinds = KINDS[validation] if ema else (LIVE,)
+
+    def at(self, step: int) -> list[tuple[str, tuple[str, ...]]]:
+        """Weights to look at, each with those that what is seen holds for: at step 0 all are the base model."""
+        return [(LIVE, self.kinds)] if step == 0 else [(kind, (kind,)) for kind in self.kinds]
+
+    @contextmanager
+    def __call__(self, module: DreamBooth, kind: str) -> Iterator[None]:
+        """Inside, the module has these weights."""
+        with swapped(module.learning(), self.ema.average()) if self.ema and kind == EMA else nullcontext():
+            yield

@@ -39,32 +39,40 @@ class Export(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step != self.step and step % self.cfg.checkpoint.every_n_steps == 0 and step != trainer.max_steps:
-            self._write(pl_module, step)
+            self.write(pl_module, step, self.folder.export)
         self.step = step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(pl_module, trainer.global_step)
+        self.write(pl_module, trainer.global_step, self.folder.export)
         if self.cfg.export.push_to_hub:
             push(self.cfg.export, self.folder.export, f"{self.cfg.dataset.instance_prompt}: {trainer.global_step} steps")
 
-    def _write(self, module: LightningModule, step: int) -> None:
+    def write(self, module: LightningModule, step: int, target: Path, why: str = "") -> None:
+        """Put the module's present weights into a folder, in place of what is there.
+
+        Args:
+            why: this step's are kept, for the card.
+        """
         assert isinstance(module, DreamBooth)
         was_training = module.training
         module.eval()
-        aside, old = (self.folder.export.with_name(f"export.{name}") for name in ("new", "old"))
+        aside, old = (target.with_name(f"{target.name}.{name}") for name in ("new", "old"))
         shutil.rmtree(aside, ignore_errors=True)
-        learned: dict[Path, Mapping[str, Tensor]] = {aside: module.learning()}
+        learned: dict[str, Mapping[str, Tensor]] = {".": module.learning()}
         if self.ema:
-            learned[aside / "ema"] = self.ema.shadow
-        for folder, weights in learned.items():
-            self._write_one(folder, module, weights, step)
-        if self.folder.export.exists():
-            self.folder.export.rename(old)
-        aside.rename(self.folder.export)
+            learned["ema"] = self.ema.average()
+        for name, weights in learned.items():
+            self._write_one(aside / name, target / name, module, weights, step, why)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         module.train(was_training)
 
-    def _write_one(self, folder: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int) -> None:
+    def _write_one(
+        self, folder: Path, place: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int, why: str
+    ) -> None:  # fmt: skip
+        """Into `folder`, which becomes `place` when all is there."""
         family, owned = module.family, module.by_owner(weights)
         folder.mkdir(parents=True)
         if token := owned.pop(TOKEN, None):
@@ -72,7 +80,7 @@ class Export(Callback):
         own = owned.pop(family.denoiser_part)
         module.adapter.export(folder, Learned(family.denoiser_part, own, owned, self._header(weights, step), family.kohya))
         word = module.text.token.word if module.text and module.text.token else None
-        text = card(self.cfg, self.folder, folder, step, module.adapter, family, word)
+        text = card(self.cfg, self.folder, folder, place, step, module.adapter, family, word, why)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _header(self, weights: Mapping[str, Tensor], step: int) -> dict[str, str]:

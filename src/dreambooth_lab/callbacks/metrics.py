@@ -16,8 +16,14 @@ from ..runfolder import METRICS_HEADER, RunFolder
 NAMES = {"total": "train/loss", "instance": "train/loss_instance", "prior": "train/loss_prior"}
 
 
+def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
+    """To every logger of the run."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step)
+
+
 class StepMetrics(Callback):
-    """Means over the micro-batches of an optimiser step, logged under the number of steps done.
+    """Means over the micro-batches and ranks of an optimiser step, logged under the number of steps done.
 
     Args:
         every_n_steps: write every n-th step; the values of the others are not read from the device.
@@ -39,11 +45,10 @@ class StepMetrics(Callback):
             return  # gradients are still being accumulated
         self.step = trainer.global_step
         if self.step % self.every_n_steps == 0 or self.step == trainer.max_steps:
-            means = {name: torch.stack(self.parts[name]).mean().item() for name in NAMES if name in self.parts}
-            self.last = {NAMES[name]: mean for name, mean in means.items()}
+            means = {name: torch.stack(self.parts[name]).mean() for name in NAMES if name in self.parts}
+            self.last = {NAMES[name]: float(trainer.strategy.reduce(mean, reduce_op="mean")) for name, mean in means.items()}
             self.last["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            for logger in trainer.loggers:
-                logger.log_metrics(self.last, self.step)
+            record(trainer, self.last, self.step)
         self.parts = {}
 
 
@@ -63,11 +68,13 @@ class MetricsFile(Logger):
         self.writer.writerow(METRICS_HEADER)
         self.writer.writerows((step, name, repr(value)) for step, name, value in old)
         self.file.flush()
+        self.newest = {name: (step, value) for step, name, value in old}  # of every number
 
     name = "metrics"
     version = 0
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.newest |= {name: (step or 0, float(value)) for name, value in metrics.items()}
         self.writer.writerows((step, name, repr(float(value))) for name, value in metrics.items())
         self.file.flush()
 

@@ -1,13 +1,17 @@
-"""Validation pictures on their way to the webhook: while they form, and when they are done."""
+"""What goes to the webhooks: validation pictures, while they form and when they are done, and the numbers."""
 
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 from torch import Tensor
 
@@ -46,16 +50,49 @@ class Previews:
 
         return show
 
-    def done(self, pictures: Sequence[Image.Image], facts: dict[str, Any], seeds: Sequence[int]) -> None:
+    def done(self, pictures: Sequence[Path], facts: dict[str, Any], seeds: Sequence[int]) -> None:
+        """Send the files of finished pictures."""
         self._send(pictures, facts | {"sampler_step": facts["total_steps"]}, seeds, final=True)
 
-    def _send(self, pictures: Sequence[Image.Image], facts: dict[str, Any], seeds: Sequence[int], final: bool) -> None:
+    def _send(self, pictures: Sequence[Image.Image | Path], facts: dict[str, Any], seeds: Sequence[int], final: bool) -> None:
         for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
             self.sender.send(Message(picture, {"run": self.name, **facts, "seed": seed, "image_index": i}, final))
 
-    def close(self) -> None:
-        """Wait a little for what is on its way, and say what became of it."""
-        for receiver, counts in self.sender.close(PATIENCE).items():
+
+class SentNumbers(Logger):
+    """A run's numbers, as they are logged.
+
+    Args:
+        run: name of the run, sent along.
+    """
+
+    name, version = "webhook", 0
+
+    def __init__(self, sender: Sender, run: str):
+        super().__init__()
+        self.sender, self.run = sender, run
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.sender.tell(self.run, step or 0, metrics)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nobody is told."""
+
+
+class Farewell(Callback):
+    """Waits a little, when all is over, for what is on its way, and says what became of it. Comes after all that sends."""
+
+    def __init__(self, sender: Sender):
+        self.sender = sender
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close(PATIENCE)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close(0.0)
+
+    def _close(self, patience: float) -> None:
+        for receiver, counts in self.sender.close(patience).items():
             log.info("webhook %s: %s", receiver, ", ".join(f"{n} {what}" for what, n in counts.items()))
 
 

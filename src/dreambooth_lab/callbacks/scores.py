@@ -4,29 +4,29 @@ Cosine similarities on a 0–1 scale, every one also kept per picture in scores.
 compared picture by picture (same prompt, same noise).
 
     clip/mean …    CLIP-T: each picture with its own prompt; mean, min, max, std over all pictures
-    subject/…      pictures of prompts with the rare word, each with the mean of the subject's photos: clip_i, dino
+    subject/…      pictures of prompts with the rare word, each with the mean of the subject's photos: clip_i, dino, dino_masked
     class/pres_…   the same for prompts of the class without the rare word: how far the class has become the subject
     class/div_…    1 - mean similarity among the pictures of one such prompt: falls when the class collapses
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Sequence
-from statistics import fmean, pstdev
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist, fmean, pstdev, stdev
 from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from ..models.judges import Clip, Judge
+from ..config import words
+from ..models.judges import Clip, Judge, MaskedDino, Photo
 from ..runfolder import RunFolder
-
-HEADER = ["step", "metric", "prompt", "image", "value"]
+from .ledger import Ledger
 
 
 class Score(NamedTuple):
     step: int
+    weights: str  # live or ema
     metric: str
     prompt: str
     image: int
@@ -44,39 +44,35 @@ class Scores:
     """
 
     def __init__(
-        self, folder: RunFolder, clip: Clip | None, judges: dict[str, Judge], photos: Sequence[Image.Image],
+        self, folder: RunFolder, clip: Clip | None, judges: Mapping[str, Judge | MaskedDino], photos: Sequence[Photo],
         instance_prompt: str, class_prompt: str | None,
     ):  # fmt: skip
-        self.folder, self.clip, self.judges = folder, clip, judges
-        self.photos = {name: judge.see(photos) for name, judge in judges.items()}
-        self.rare = set(instance_prompt.split()) - set((class_prompt or "").split()) - {"a", "an", "the"}
-        self.noun = class_prompt.split()[-1] if class_prompt else None
+        self.ledger, self.clip, self.judges = Ledger(folder.scores, Score), clip, judges
+        self.photos = {name: judge.see_photos(photos) for name, judge in judges.items()}
+        self.rare = set(words(instance_prompt)) - set(words(class_prompt or "")) - {"a", "an", "the"}
+        self.noun = words(class_prompt)[-1] if class_prompt else None
 
-    def __call__(self, step: int, prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> dict[str, float]:
-        """Score and keep; returns the means to log."""
-        scores = [score for prompt, row in zip(prompts, rows, strict=True) for score in self._score(step, prompt, row)]
-        self._keep(step, scores)
-        return summary(scores)
+    def __call__(self, prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> list[Score]:
+        """Score pictures, a row a prompt; whose they are is for the caller to fill in."""
+        return [score for prompt, row in zip(prompts, rows, strict=True) for score in self._score(prompt, row)]
 
-    def _score(self, step: int, prompt: str, row: Sequence[Image.Image]) -> Iterator[Score]:
+    def _score(self, prompt: str, row: Sequence[Image.Image]) -> Iterator[Score]:
         seen = {name: judge.see(row) for name, judge in self.judges.items()}
         if self.clip:
             fits = (seen["clip_i"] @ self.clip.read([prompt]).T)[:, 0]
-            yield from (Score(step, "clip_t", prompt, i, v) for i, v in enumerate(fits.tolist()))
-        words = set(prompt.split())
+            yield from _scores("clip_t", prompt, fits.tolist())
+        said = set(words(prompt))
         for name, vectors in seen.items():
             alike = (vectors @ self.photos[name].T).mean(1).tolist()
-            if self.rare & words:
-                yield from (Score(step, name, prompt, i, v) for i, v in enumerate(alike))
-            elif self.noun in words:
-                yield from (Score(step, f"pres_{name}", prompt, i, v) for i, v in enumerate(alike))
-                yield from (Score(step, f"div_{name}", prompt, i, v) for i, v in enumerate(_apart(vectors)))
+            if self.rare & said:
+                yield from _scores(name, prompt, alike)
+            elif self.noun in said:
+                yield from _scores(f"pres_{name}", prompt, alike)
+                yield from _scores(f"div_{name}", prompt, _apart(vectors))
 
-    def _keep(self, step: int, scores: list[Score]) -> None:
-        """Append to scores.csv; a step that is scored again (after a resume) replaces its older lines."""
-        older = [score for score in read_scores(self.folder) if score.step < step]
-        with self.folder.scores.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([HEADER, *older, *scores])
+
+def _scores(metric: str, prompt: str, values: Sequence[float]) -> Iterator[Score]:
+    return (Score(0, "", metric, prompt, i, value) for i, value in enumerate(values))
 
 
 def _apart(vectors: Tensor) -> list[float]:
@@ -86,10 +82,7 @@ def _apart(vectors: Tensor) -> list[float]:
 
 
 def read_scores(folder: RunFolder) -> list[Score]:
-    if not folder.scores.is_file():
-        return []
-    with folder.scores.open(newline="", encoding="utf-8") as file:
-        return [Score(int(s), metric, prompt, int(i), float(v)) for s, metric, prompt, i, v in list(csv.reader(file))[1:]]
+    return Ledger(folder.scores, Score).read()
 
 
 def summary(scores: Sequence[Score]) -> dict[str, float]:
@@ -107,7 +100,7 @@ def summary(scores: Sequence[Score]) -> dict[str, float]:
 
 
 class Change(NamedTuple):
-    """A metric's mean at the first and at the last step, and the 95 % interval of the paired differences' mean."""
+    """A metric's mean at the first step and at a later one, and the 95 % interval of the paired differences' mean."""
 
     metric: str
     first: float
@@ -116,22 +109,41 @@ class Change(NamedTuple):
     high: float
 
 
-def changes(scores: Sequence[Score]) -> list[Change]:
-    """Per metric, paired by prompt and picture: the same noise before and after. Normal approximation."""
-    steps = sorted({score.step for score in scores})
+def changes(scores: Sequence[Score], weights: str = "live", step: int | None = None) -> list[Change]:
+    """Per metric, paired by prompt and picture: the same noise before and after.
+
+    Args:
+        weights: whose pictures: live or ema.
+        step: the later one; None: the last.
+    """
+    mine = [score for score in scores if score.weights == weights]
+    steps = sorted({score.step for score in mine})
     if len(steps) < 2:
         return []
-    first = {(s.metric, s.prompt, s.image): s.value for s in scores if s.step == steps[0]}
-    last = {(s.metric, s.prompt, s.image): s.value for s in scores if s.step == steps[-1]}
+    first = {(s.metric, s.prompt, s.image): s.value for s in mine if s.step == steps[0]}
+    last = {(s.metric, s.prompt, s.image): s.value for s in mine if s.step == (step or steps[-1])}
     found = []
-    for metric in dict.fromkeys(s.metric for s in scores):
+    for metric in dict.fromkeys(s.metric for s in mine):
         pairs = [(first[key], value) for key, value in last.items() if key[0] == metric]
-        apart = [after - before for before, after in pairs]
-        half = (
-            1.96 * (pstdev(apart) * (len(apart) / (len(apart) - 1)) ** 0.5 / len(apart) ** 0.5)
-            if len(apart) > 1
-            else float("nan")
-        )
-        mean = fmean(apart)
-        found.append(Change(metric, fmean(a for a, _ in pairs), fmean(b for _, b in pairs), mean - half, mean + half))
+        if pairs:
+            low, high = interval([after - before for before, after in pairs])
+            found.append(Change(metric, fmean(a for a, _ in pairs), fmean(b for _, b in pairs), low, high))
     return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean, by Student's t; not a number for fewer than three values."""
+    n = len(values)
+    if n < 3:
+        return float("nan"), float("nan")
+    half = _student(n - 1) * stdev(values) / n**0.5
+    return fmean(values) - half, fmean(values) + half
+
+
+def _student(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t, within 1 % from 3 degrees on (Abramowitz & Stegun 26.7.5)."""
+    z, v = NormalDist().inv_cdf(0.975), degrees
+    return (
+        z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )  # fmt: skip

@@ -1,8 +1,9 @@
 """Telling other programs, without ever waiting for them.
 
-Each receiver has its own thread and its own bounded queue. Previews give way: the oldest is dropped when the queue is full.
-Pictures that are final are kept and tried again, with growing pauses, until they are delivered or the run has ended and the
-patience for that is over. Every outcome is counted.
+Each receiver has its own thread and its own bounded queues. Previews give way: the oldest is dropped when the queue is full.
+Pictures that are final are kept, as files, and tried again, with growing pauses, until they are delivered or the run has ended
+and the patience for that is over. Numbers travel together, once a second at most, are tried once, and the oldest give way. Every
+outcome is counted.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import base64
 import io
 import json
 import logging
+import math
 import os
 import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx
 from PIL import Image
@@ -27,28 +30,65 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)  # seconds
 PREVIEWS_WAITING = 8  # per receiver
+NUMBERS_WAITING = 2000  # per receiver
+NUMBERS_EVERY = 1.0  # seconds between two letters of numbers
 PREVIEW_TRIES = 2
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next try; the last repeats
+OUTCOMES = ("sent", "retried", "dropped", "numbers sent", "numbers dropped")
 
 
 @dataclass(frozen=True)
 class Message:
     """One picture and what it is."""
 
-    picture: Image.Image
-    facts: dict[str, Any]  # prompt, sampler_step, total_steps, training_step, seed, image_index, run
+    picture: Image.Image | Path  # a final one lies on disk, so that what waits takes no memory
+    facts: dict[str, Any]  # prompt, sampler_step, total_steps, training_step, weights, seed, image_index, run
     final: bool
+    kind: ClassVar[str] = ""  # begins the names of its counts
+    size: ClassVar[int] = 1
+
+    @property
+    def tries(self) -> float:
+        return math.inf if self.final else PREVIEW_TRIES
 
     def png(self) -> bytes:
+        """
+        Raises:
+            OSError: the file is gone.
+        """
+        if isinstance(self.picture, Path):
+            return self.picture.read_bytes()
         buffer = io.BytesIO()
         self.picture.save(buffer, "PNG")
         return buffer.getvalue()
+
+
+Line = tuple[int, str, float | None]  # optimiser step, name, value; None where it is no number
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Some logged numbers of a run."""
+
+    run: str
+    lines: tuple[Line, ...]
+    kind: ClassVar[str] = "numbers "
+    tries: ClassVar[float] = 1
+
+    @property
+    def size(self) -> int:
+        return len(self.lines)
 
 
 def raw_request(message: Message) -> dict[str, Any]:
     """Arguments of an HTTP POST: JSON with the picture as base64 PNG."""
     kind = "image" if message.final else "preview"
     return {"json": {"type": kind, **message.facts, "image": base64.b64encode(message.png()).decode()}}
+
+
+def numbers_request(numbers: Numbers) -> dict[str, Any]:
+    """Arguments of an HTTP POST: JSON, each line [step, name, value]."""
+    return {"json": {"type": "metrics", "run": numbers.run, "lines": numbers.lines}}
 
 
 def discord_request(message: Message) -> dict[str, Any]:
@@ -67,16 +107,20 @@ class Receiver(threading.Thread):
 
     Args:
         name: as in the configuration.
+        kind: raw receivers get numbers too.
         url: http(s) address; never logged.
         token: sent as a bearer token, or None.
     """
 
     def __init__(self, name: str, kind: ReceiverKind, url: str, token: str | None):
         super().__init__(name=f"webhook-{name}", daemon=True)
-        self.label, self.request, self.url = name, REQUESTS[kind], url
+        self.label, self.url, self.wants_numbers = name, url, kind is ReceiverKind.raw
+        self.request = REQUESTS[kind]
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.previews: deque[Message] = deque()
         self.finals: deque[Message] = deque()
+        self.numbers: deque[tuple[str, Line]] = deque()  # with their run
+        self.numbers_due = 0.0  # monotonic time before which no letter of numbers leaves
         self.counts: Counter[str] = Counter()
         self.wake = threading.Condition()
         self.deadline: float | None = None  # monotonic time after which nothing is tried any more
@@ -93,6 +137,17 @@ class Receiver(threading.Thread):
                     self.counts["dropped"] += 1
             self.wake.notify()
 
+    def tell(self, run: str, lines: list[Line]) -> None:
+        """Take numbers over; returns at once."""
+        with self.wake:
+            idle = not self.numbers
+            self.numbers.extend((run, line) for line in lines)
+            while len(self.numbers) > NUMBERS_WAITING:
+                self.numbers.popleft()
+                self.counts["numbers dropped"] += 1
+            if idle:
+                self.wake.notify()
+
     def close(self, patience: float) -> None:
         """No more messages come; what waits may take `patience` seconds more."""
         with self.wake:
@@ -104,31 +159,52 @@ class Receiver(threading.Thread):
             while message := self._next():
                 self._deliver(client, message)
 
-    def _next(self) -> Message | None:
-        """The next message, finals first; None when closed and empty, or out of time."""
+    def _next(self) -> Message | Numbers | None:
+        """What is to be delivered next, final pictures first; None when closed and empty, or out of time."""
         with self.wake:
-            while not self.finals and not self.previews and self.deadline is None:
-                self.wake.wait()
-            if self.deadline is not None and (self._late() or not (self.finals or self.previews)):
-                self.counts["dropped"] += len(self.finals) + len(self.previews)
-                return None
-            return self.finals.popleft() if self.finals else self.previews.popleft()
+            while not self._late():
+                if self.finals or self.previews:
+                    return (self.finals or self.previews).popleft()
+                ending, pause = self.deadline is not None, self.numbers_due - time.monotonic()
+                if self.numbers and (ending or pause <= 0):
+                    return self._letter()
+                if ending:
+                    return None
+                self.wake.wait(pause if self.numbers else None)
+            self.counts["dropped"] += len(self.finals) + len(self.previews)
+            self.counts["numbers dropped"] += len(self.numbers)
+            return None
+
+    def _letter(self) -> Numbers:
+        """All waiting numbers of the oldest one's run."""
+        run = self.numbers[0][0]
+        lines = tuple(line for name, line in self.numbers if name == run)
+        self.numbers = deque(item for item in self.numbers if item[0] != run)
+        self.numbers_due = time.monotonic() + NUMBERS_EVERY
+        return Numbers(run, lines)
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def _deliver(self, client: httpx.Client, message: Message) -> None:
-        arguments, tries = self.request(message), 0
+    def _deliver(self, client: httpx.Client, message: Message | Numbers) -> None:
+        try:
+            arguments = numbers_request(message) if isinstance(message, Numbers) else self.request(message)
+        except OSError:
+            self.counts[f"{message.kind}dropped"] += message.size
+            log.warning("webhook %s: a picture is gone from the run's folder before it was sent", self.label)
+            return
+        tries = 0
         while True:
             pause = self._post(client, arguments, tries)
             if pause is None:
-                self.counts["sent"] += 1
+                self.counts[f"{message.kind}sent"] += message.size
                 return
             tries += 1
-            if tries == 1 and not self.counts["retried"]:
+            if not self.counts["failed"]:
                 log.warning("webhook %s does not take messages; trying again while the run goes on", self.label)
-            if self._late() or (not message.final and tries >= PREVIEW_TRIES):
-                self.counts["dropped"] += 1
+            self.counts["failed"] += 1
+            if self._late() or tries >= message.tries:
+                self.counts[f"{message.kind}dropped"] += message.size
                 return
             self.counts["retried"] += 1
             with self.wake:
@@ -144,7 +220,7 @@ class Receiver(threading.Thread):
                 if response.status_code == 429:
                     return min(float(response.headers.get("retry-after", pause)), 60.0)
                 return pause
-        except (httpx.HTTPError, ValueError):
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError):
             return pause
 
 
@@ -161,13 +237,20 @@ class Sender:
         for receiver in self.receivers:
             receiver.put(message)
 
+    def tell(self, run: str, step: int, values: dict[str, float]) -> None:
+        """Hand logged numbers to every receiver that wants them; returns at once, raises nothing."""
+        lines: list[Line] = [(step, name, value if math.isfinite(value) else None) for name, value in values.items()]
+        for receiver in self.receivers:
+            if receiver.wants_numbers:
+                receiver.tell(run, lines)
+
     def close(self, patience: float) -> dict[str, dict[str, int]]:
-        """Let what waits be delivered for at most `patience` seconds; receiver → how many were sent, retried, dropped."""
+        """Let what waits be delivered for at most `patience` seconds; receiver → its counts by `OUTCOMES`."""
         for receiver in self.receivers:
             receiver.close(patience)
         for receiver in self.receivers:
             receiver.join(patience + TIMEOUT.read if TIMEOUT.read else patience)
-        return {r.label: {name: r.counts[name] for name in ("sent", "retried", "dropped")} for r in self.receivers}
+        return {r.label: {name: r.counts[name] for name in OUTCOMES} for r in self.receivers}
 
 
 def build_receiver(name: str, cfg: ReceiverConfig) -> Receiver:

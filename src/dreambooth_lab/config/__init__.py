@@ -17,9 +17,11 @@ from .choices import (
     CropAspect,
     DatasetType,
     Dtype,
+    EmaValidation,
     HuberSchedule,
     LossKind,
     MaskFrom,
+    Mode,
     Outside,
     PriorKind,
     PriorSource,
@@ -41,6 +43,10 @@ from .composing import (
 from .lycoris_file import (
     read_lycoris_file,
 )
+from .prompts import (
+    rare_word,
+    words,
+)
 from .schema import (
     Config,
     PreviewConfig,
@@ -58,9 +64,11 @@ __all__ = [
     "CropAspect",
     "DatasetType",
     "Dtype",
+    "EmaValidation",
     "HuberSchedule",
     "LossKind",
     "MaskFrom",
+    "Mode",
     "Outside",
     "PreviewConfig",
     "PriorKind",
@@ -79,5 +87,7 @@ __all__ = [
     "anchor",
     "check",
     "conf_dir",
+    "rare_word",
     "read_lycoris_file",
+    "words",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from .choices import REGEX, Dtype, QuantKind
@@ -29,6 +30,9 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from _adapter_problems(read)
     yield from _layer_problems(read)
     yield from _text_encoder_problems(read)
+    for key in ("quant.kind", "quant.text_encoder_1", "quant.text_encoder_2"):
+        if read(key) is QuantKind.nf4 and not find_spec("bitsandbytes"):
+            yield f"{key} is nf4, but bitsandbytes is not installed; pip install 'dreambooth-lab[bnb]', or use int4"
 
 
 def _adapter_problems(read: Reader) -> Iterator[str | None]:

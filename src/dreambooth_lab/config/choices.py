@@ -110,6 +110,17 @@ class RolloutTarget(Enum):
     original = "original"
 
 
+class EmaValidation(Enum):
+    none = "none"
+    ema_only = "ema_only"
+    comparison = "comparison"
+
+
+class Mode(Enum):
+    min = "min"
+    max = "max"
+
+
 class Ramp(Enum):
     linear = "linear"
     cosine = "cosine"

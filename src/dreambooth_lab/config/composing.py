@@ -11,6 +11,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 from .choices import SIMPLETUNER_QUANT
+from .prompts import prompts_of
 from .schema import Config
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 for theirs, ours in SIMPLETUNER_QUANT.items():
     ConfigStore.instance().store(group="quant", name=theirs, node={"defaults": [ours]})
 Plugins.instance().register(ExperimentFolder)
+OmegaConf.register_new_resolver("prompt_library", prompts_of, replace=True)
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 
 
@@ -49,6 +51,8 @@ def anchor(cfg: DictConfig) -> DictConfig:
         "model.tae",
         "eval.clip_model",
         "eval.dino_model",
+        "eval.path",
+        "validation.library",
     ):
         value = None if OmegaConf.is_missing(cfg, key) else OmegaConf.select(cfg, key)
         if value and (key == "cache" or Path(value).expanduser().exists()):

@@ -27,7 +27,7 @@ def problems(read: Reader) -> Iterator[str | None]:
         yield f"{said}, but class pictures come from the dataset file (is_regularisation_data); leave it out"
     if read("prior.prompt") != read("dataset.class_prompt"):
         yield f"prior.prompt is {read('prior.prompt')!r}, but class captions come from the dataset file; leave it out"
-    if read("validation.every_n_steps") and not any(read("validation.prompts") or []):
+    if (read("validation.every_n_steps") or read("validation.every_n_epochs")) and not any(read("validation.prompts") or []):
         yield "validation.prompts is empty, and the dataset file has no instance_prompt; set dataset.instance_prompt=…"
 
 

@@ -16,7 +16,7 @@ BOUNDS: Bounds = (
     ("rollout.reflexflow.direction", 0), ("rollout.reflexflow.frequency", 0), ("optimizer.lr", 0),
     ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0), ("optimizer.cycles", 1), ("optimizer.lora_plus_ratio", 1e-3),
     ("trainer.max_steps", 1), ("trainer.accumulate_grad_batches", 1), ("trainer.gradient_clip_norm", 0),
-    ("trainer.log_every_n_steps", 1),
+    ("trainer.log_every_n_steps", 1), ("trainer.devices", 1),
 )  # fmt: skip
 
 

@@ -12,9 +12,11 @@ from .choices import (
     CropAspect,
     DatasetType,
     Dtype,
+    EmaValidation,
     HuberSchedule,
     LossKind,
     MaskFrom,
+    Mode,
     Outside,
     PriorKind,
     PriorSource,
@@ -199,11 +201,14 @@ class EmaConfig:
     decay: float
     update_interval: int
     device: str
+    validation: EmaValidation
 
 
 @dataclass
 class ValidationConfig:
     every_n_steps: int
+    every_n_epochs: float
+    library: str | None
     prompts: list[str]
     negative_prompt: str
     num_images: int
@@ -218,6 +223,11 @@ class EvalConfig:
     clip_model: str | None
     dino_model: str | None
     batch_size: int
+    path: str | None
+    every_n_steps: int
+    every_n_epochs: float
+    num_images: int
+    timesteps: int
 
 
 @dataclass
@@ -257,6 +267,7 @@ class TrainerConfig:
     accumulate_grad_batches: int
     gradient_clip_norm: float
     accelerator: str
+    devices: int
     log_every_n_steps: int
     deterministic: bool
     progress: bool
@@ -266,6 +277,16 @@ class TrainerConfig:
 class CheckpointConfig:
     every_n_steps: int
     keep_all: bool
+    monitor: str | None
+    mode: Mode
+    patience: int
+
+
+@dataclass
+class OneLoggerConfig:
+    _target_: str
+    package: str
+    options: dict[str, Any]
 
 
 @dataclass
@@ -278,7 +299,7 @@ class ExportConfig:
 
 @dataclass
 class LoggerConfig:
-    tensorboard: bool
+    loggers: dict[str, OneLoggerConfig]
 
 
 @dataclass

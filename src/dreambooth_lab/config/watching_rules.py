@@ -1,33 +1,113 @@
-"""Problems of what is watched and what is given away: eval, preview, webhook, export."""
+"""Problems of what is watched and what is given away: ema, validation, eval, preview, webhook, checkpoint, logger, export."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 
+from .choices import CaptionKind, DatasetType, EmaValidation, Mode, PriorKind
+from .prompts import library
 from .reader import Bounds, Reader, is_absent_folder
 
 BOUNDS: Bounds = (
-    ("ema.decay", 0, 1), ("ema.update_interval", 1), ("validation.every_n_steps", 0), ("validation.num_images", 1),
-    ("validation.num_inference_steps", 1), ("preview.every_n_steps", 1), ("eval.batch_size", 1),
-    ("checkpoint.every_n_steps", 1),
+    ("ema.decay", 0, 1), ("ema.update_interval", 1), ("validation.every_n_steps", 0), ("validation.every_n_epochs", 0),
+    ("validation.num_images", 1), ("validation.num_inference_steps", 1), ("preview.every_n_steps", 1), ("eval.batch_size", 1),
+    ("eval.every_n_steps", 0), ("eval.every_n_epochs", 0), ("eval.num_images", 1), ("eval.timesteps", 1),
+    ("checkpoint.every_n_steps", 1), ("checkpoint.patience", 0),
 )  # fmt: skip
+NUMBERS = {  # what each family of logged numbers needs
+    "train/": "",
+    "eval/": "eval pictures (eval.path=FOLDER, or a dataset file's) and eval.every_n_steps",
+    "clip/": "eval.clip_model and validation pictures",
+    "subject/": "eval.clip_model or eval.dino_model, and validation pictures",
+    "class/": "eval.clip_model or eval.dino_model, dataset.class_prompt, and validation pictures of the class",
+}
 
 
 def problems(read: Reader) -> Iterator[str | None]:
     yield from read.all_bounded(BOUNDS)
+    yield from _prompt_problems(read)
     yield from _eval_problems(read)
     yield from _preview_problems(read)
     yield from _hub_problems(read)
+    yield from _checkpoint_problems(read)
+    yield from _logger_problems(read)
+
+
+def _paints(read: Reader) -> bool:
+    return bool(read("validation.every_n_steps") or read("validation.every_n_epochs"))
+
+
+def _evaluates(read: Reader) -> bool:
+    pictures = read("eval.path") or read("dataset.type") is DatasetType.simpletuner  # whose file may have some
+    return bool(pictures and (read("eval.every_n_steps") or read("eval.every_n_epochs")))
+
+
+def _prompt_problems(read: Reader) -> Iterator[str | None]:
+    place, prompts = read("validation.library"), list(read("validation.prompts") or [])
+    instance = read("dataset.instance_prompt")
+    if place and instance:
+        said = f"validation.library is {place!r}"
+        try:
+            if prompts != library(place, instance, read("dataset.class_prompt")):
+                yield f"{said}, but validation.prompts says others; leave one of them out"
+        except ValueError as error:
+            yield f"{said}: {error}"
+    elif _paints(read) and not prompts and read("dataset.type") is not DatasetType.simpletuner:
+        yield "validation.prompts is empty; list some, or set validation.every_n_steps=0 for no pictures"
 
 
 def _eval_problems(read: Reader) -> Iterator[str | None]:
     for key in ("eval.clip_model", "eval.dino_model"):
-        if read(key) and not read("validation.every_n_steps"):
+        if read(key) and not _paints(read):
             yield f"{key} is set, but validation.every_n_steps is 0, so there are no pictures to score; set it, or eval=none"
         if is_absent_folder(read(key)):
             yield f"{key} is {read(key)!r}, a folder that does not exist; give a folder, a hub id, or null"
+    if read("eval.path") is not None:
+        yield read.folder("eval.path", "pictures that are never trained on")
+        if not _evaluates(read):
+            said = f"eval.path is {read('eval.path')!r}, but eval.every_n_steps and eval.every_n_epochs are both 0"
+            yield f"{said}, so nobody looks; set one"
+        if read("dataset.caption") is CaptionKind.column and not read("dataset.only_instance_prompt"):
+            yield "eval.path is a folder, which has no caption column; use dataset.only_instance_prompt=true, or leave it out"
+
+
+def _checkpoint_problems(read: Reader) -> Iterator[str | None]:
+    monitor, mode, patience = read("checkpoint.monitor"), read("checkpoint.mode"), read("checkpoint.patience")
+    if not monitor:
+        if patience:
+            yield f"checkpoint.patience is {patience}, but nothing is watched; set checkpoint.monitor, such as eval/loss"
+        return
+    averaged, name = monitor.startswith("ema/"), monitor.removeprefix("ema/")
+    family = next((prefix for prefix in NUMBERS if name.startswith(prefix)), None)
+    said = f"checkpoint.monitor is {monitor!r}"
+    if (read("trainer.devices") or 1) > 1:
+        yield f"{said} with trainer.devices={read('trainer.devices')}, of which the first alone evaluates; use one, or null here"
+    if family is None or (averaged and family == "train/"):
+        yield f"{said}, which is no logged number; they begin with {', '.join(NUMBERS)}, all but the first also with ema/ before"
+        return
+    judged = _paints(read) and (read("eval.clip_model") or (read("eval.dino_model") and family != "clip/"))
+    if not {"train/": True, "eval/": _evaluates(read)}.get(family, judged):
+        yield f"{said}, which needs {NUMBERS[family]}"
+    if name == "train/loss_prior" and read("prior.kind") is PriorKind.none:
+        yield f"{said}, but prior is none; choose another prior or another number"
+    looked = read("ema.validation") if read("ema.enabled") else EmaValidation.none
+    if family != "train/" and looked is (EmaValidation.none if averaged else EmaValidation.ema_only):
+        yield f"{said}, but {'only' if averaged else 'not'} the live weights are looked at; set ema.enabled and ema.validation"
+    if "loss" in name and mode is Mode.max:
+        yield f"checkpoint.mode is max, but {said}, a loss; use min"
+
+
+def _logger_problems(read: Reader) -> Iterator[str | None]:
+    for name, logger in (read("logger.loggers") or {}).items():
+        key = f"logger.loggers.{name}"
+        library, _, kind = logger._target_.rpartition(".")
+        if not find_spec(logger.package):
+            yield f"{key} needs {logger.package}, which is not installed; pip install {logger.package}, or leave it out of logger"
+        elif not kind.endswith("Logger") or not library:
+            yield f"{key}._target_ is {logger._target_!r}; it must name a class, such as lightning.pytorch.loggers.CSVLogger"
 
 
 def _hub_problems(read: Reader) -> Iterator[str | None]:
@@ -45,7 +125,7 @@ def _hub_problems(read: Reader) -> Iterator[str | None]:
 
 def _preview_problems(read: Reader) -> Iterator[str | None]:
     receivers = read("webhook.receivers") or {}
-    if read("preview.enabled") and not read("validation.every_n_steps"):
+    if read("preview.enabled") and not _paints(read):
         yield "preview.enabled is true, but validation.every_n_steps is 0, so nothing is drawn; set it, or preview.enabled=false"
     if read("preview.enabled") and not receivers:
         yield "preview.enabled is true, but nobody receives previews; choose webhook=raw or discord, or preview.enabled=false"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import draw
 from ..batch import Cond, Size, Text, stack_text
+from ..config import ConfigError
 from ..diffusion.time import Times
 from ..draw import Purpose
 from ..models.family import Family
@@ -70,8 +71,19 @@ class Bank:
         return int(draw.uniform(self.cfg.seed, sample, Purpose.BANK) * self.draws)
 
     def read(self, item: Item, number: int) -> Tensor:
-        """The base model's answer [C h w]."""
-        return self.answers.read(self.key(item, number))["answer"]
+        """The base model's answer [C h w].
+
+        Raises:
+            ConfigError: it was damaged since `fill`; only the base model could make it again, and that is being trained now.
+        """
+        key = self.key(item, number)
+        try:
+            return self.answers.read(key)["answer"]
+        except cache.Damaged as error:
+            self.answers.drop(key)
+            raise ConfigError(
+                f"the target bank was damaged during training ({error}); resume the run: it is made again"
+            ) from error
 
     def fill(self, items: list[Item]) -> None:
         """Make what is missing or damaged; the denoiser must be the base model now.

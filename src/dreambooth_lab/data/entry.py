@@ -68,9 +68,8 @@ class Collector:
                 continue
             self.done.found[spec.id] = len(scanned.pictures) + len(scanned.rejected)
             self.done.rejected[spec.id] += scanned.rejected
-            usable = self._usable(spec, scanned.pictures)
-            if not spec.is_eval:
-                self._add(spec, scanned, usable)
+            self._add(spec, scanned, self._usable(spec, scanned.pictures))
+        self.done.problems.extend(_trained_on(self.done.entries))
         read = sum(s.read for s in self.scans.values() if isinstance(s, Scanned))
         return self.done._replace(read=read, problems=list(dict.fromkeys(self.done.problems)))
 
@@ -95,7 +94,7 @@ class Collector:
             return usable
         order = draw.permutation(_number(spec.id), 0, Purpose.SUBSET, len(usable)).tolist()
         chosen = set(order[: spec.most])
-        rejected += [Rejected(p.name, f"beyond max_num_samples={spec.most}") for i, p in enumerate(usable) if i not in chosen]
+        rejected += [Rejected(p.name, f"beyond the {spec.most} asked for") for i, p in enumerate(usable) if i not in chosen]
         return [p for i, p in enumerate(usable) if i in chosen]
 
     def _add(self, spec: DatasetSpec, scanned: Scanned, pictures: list[Picture]) -> None:
@@ -114,7 +113,7 @@ class Collector:
                 self.done.problems.append(f"{spec.id}: {picture.name}: {error}")
                 continue
             weight = (spec.repeats + 1) * spec.probability / among
-            variants = _variants(spec, picture, shape)
+            variants = _variants(spec, picture, shape)[: 1 if spec.is_eval else None]
             self.done.entries.append(Entry(spec, picture, shape, variants, said, masks.get(picture.name), weight))
 
     def _masks(self, spec: DatasetSpec, scanned: Scanned, pictures: list[Picture]) -> dict[str, Mask]:
@@ -133,6 +132,13 @@ class Collector:
         self.done.problems.extend(pairs.problems)
         self.done.notices.extend(n for n in pairs.notices if n not in self.done.notices)
         return pairs.masks
+
+
+def _trained_on(entries: list[Entry]) -> list[str]:
+    """Eval pictures whose very bytes are trained on too, each named."""
+    seen = {e.picture.digest: f"{e.spec.id}: {e.picture.name}" for e in entries if not e.spec.is_eval}
+    both = [(e, seen[e.picture.digest]) for e in entries if e.spec.is_eval and e.picture.digest in seen]
+    return [f"{e.spec.named}: {e.picture.name} is also trained on ({twin}); take it out of one of them" for e, twin in both]
 
 
 def _share_shapes(own: list[tuple[Picture, HW, int]], taken: list[HW]) -> list[tuple[Picture, HW, int]]:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..batch import Batch, Text
 from ..config import DatasetType, PriorKind
 from ..diffusion.time import build_times
 from ..models.family import Family
-from . import mixture, source, spec
+from ..models.judges import Photo
+from . import mask, mixture, source, spec
 from .assemble import Assembler
 from .bank import Bank, item
 from .cached import Cached
@@ -72,11 +74,13 @@ class DreamBoothData(LightningDataModule):
         entries, problems = fill_masks(self.stores, collected.entries, self.family.factor)
         refuse(self.specs, entries, self.rejected, collected.problems + problems)
         self.cached.fill_texts(self._captions(entries), self.cfg.trainer.progress)
-        self.entries = self._fill_latents(entries)
-        refuse(self.specs, self.entries, self.rejected, [])
+        whole = self._fill_latents(entries)
+        refuse(self.specs, whole, self.rejected, [])
+        self.entries = [entry for entry in whole if not entry.spec.is_eval]
+        self.held_out = [entry for entry in whole if entry.spec.is_eval]
         self.bank = self._fill_bank() if self.cfg.prior.kind is PriorKind.bank else None
         self.build = Assembler(self.cfg, self.family, self.cached, self.entries, self.bank)
-        self.schedule = self._schedule(world_size=1)
+        self.schedule = self._schedule(self.cfg.trainer.devices)
         self.stores.save_seals()
 
     def _captions(self, entries: list[Entry]) -> set[str]:
@@ -121,7 +125,7 @@ class DreamBoothData(LightningDataModule):
     def summaries(self) -> list[Summary]:
         made = []
         for one in self.specs:
-            own = [entry for entry in self.entries if entry.spec.id == one.id]
+            own = [entry for entry in (*self.entries, *self.held_out) if entry.spec.id == one.id]
             masks = len({entry.picture.name for entry in own if entry.mask})
             shapes = len({entry.shape for entry in own})
             of = one.id
@@ -141,11 +145,11 @@ class DreamBoothData(LightningDataModule):
                 rows[self.entries[group.entries[0]].spec.id] += group.rows
         return rows
 
-    def photos(self) -> list[Image.Image]:
-        """The subject's photos, upright and whole, each once."""
-        own = (entry.picture for entry in self.entries if not entry.spec.is_class)
-        unique = {(picture.source.root, picture.name): picture for picture in own}.values()
-        return [Image.fromarray(source.decode(p.source.read(p.name)).permute(1, 2, 0).numpy()) for p in unique]
+    def photos(self) -> list[Photo]:
+        """The subject's photos, upright and whole, each once, with their masks."""
+        own = (entry for entry in self.entries if not entry.spec.is_class)
+        unique = {(entry.picture.source.root, entry.picture.name): entry for entry in own}.values()
+        return [Photo(_image(source.decode(e.picture.source.read(e.picture.name))), _mask_of(e)) for e in unique]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer: Any = self.trainer
@@ -181,6 +185,15 @@ class Samples(IterableDataset[Batch]):
         """All rows of the optimiser step to which a batch belongs."""
         first = number - number % self.together
         return [row for n in range(first, first + self.together) for row in self.schedule.batch(n)]
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    """[3 H W] or [1 H W] uint8."""
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def _mask_of(entry: Entry) -> Image.Image | None:
+    return _image(mask.load(entry.mask, entry.picture)) if entry.mask else None
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -14,11 +14,11 @@ def refuse(specs: list[DatasetSpec], entries: list[Entry], rejected: dict[str, l
     """Raise one `ConfigError` with all problems, a dataset without a usable picture among them; silent if there is none."""
     usable, said = {entry.spec.id for entry in entries}, list(problems)
     for one in specs:
-        if one.is_eval or one.id in usable or any(p.startswith((one.named, f"{one.id}:")) for p in said):
+        if one.id in usable or any(p.startswith((one.named, f"{one.id}:")) for p in said):
             continue
         reasons = "; ".join(f"{r.name}: {r.reason}" for r in rejected[one.id][:MOST_LISTED]) or "no picture files"
         said.append(f"{one.named} is {one.where.path!r}, which has no usable picture ({reasons})")
-    if not said and not any(entry.weight for entry in entries):
+    if not said and not any(entry.weight for entry in entries if not entry.spec.is_eval):
         said.append("no dataset has rows to give; set a probability above 0")
     if len(said) == 1:
         raise ConfigError(said[0])

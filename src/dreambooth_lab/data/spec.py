@@ -98,8 +98,32 @@ def plan(cfg: DictConfig, classes: str | None = None) -> DataPlan:
     if cfg.dataset.type is DatasetType.simpletuner:
         from .simpletuner import read
 
-        return read(Path(cfg.dataset.path).expanduser(), cfg)
-    return DataPlan(_own(cfg, classes), [])
+        made = read(Path(cfg.dataset.path).expanduser(), cfg)
+    else:
+        made = DataPlan(_own(cfg, classes), [])
+    return _with_eval(made, cfg)
+
+
+def _with_eval(made: DataPlan, cfg: DictConfig) -> DataPlan:
+    """With the folder of eval pictures, if there is one; without any eval dataset if nobody looks at them."""
+    specs = [*made.specs, *_at_each_size(cfg, [_held_out(cfg)] if cfg.eval.path else [])]
+    training = [spec for spec in specs if not spec.is_eval]
+    watched = [spec._replace(most=min(spec.most or cfg.eval.num_images, cfg.eval.num_images)) for spec in specs if spec.is_eval]
+    if cfg.eval.every_n_steps or cfg.eval.every_n_epochs:
+        return made._replace(specs=training + watched)
+    off = [f"{spec.id} is left alone: eval.every_n_steps and eval.every_n_epochs are both 0" for spec in watched]
+    return made._replace(specs=training, notices=[*made.notices, *off])
+
+
+def _held_out(cfg: DictConfig) -> DatasetSpec:
+    where = Where(DatasetType.folder, str(cfg.eval.path))
+    return DatasetSpec("eval", where, _captions(cfg), _shaping(cfg, 0), is_eval=True, named="eval.path")
+
+
+def _captions(cfg: DictConfig) -> Captions:
+    data = cfg.dataset
+    prompts = tuple(data.prompts) or (data.instance_prompt,)
+    return Captions(data.caption, prompts, data.prepend_instance_prompt, data.only_instance_prompt)
 
 
 def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
@@ -107,19 +131,22 @@ def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
     data, prior = cfg.dataset, cfg.prior
     columns = (data.caption_column,) if data.caption_column else ()
     where = Where(data.type, str(data.path), data.image_column, columns, None, data.split, data.streaming)
-    prompts = tuple(data.prompts) or (data.instance_prompt,)
-    captions = Captions(data.caption, prompts, data.prepend_instance_prompt, data.only_instance_prompt)
-    made = [DatasetSpec("instance", where, captions, _shaping(cfg, 0), repeats=data.repeats, masks=_masks(cfg))]
+    made = [DatasetSpec("instance", where, _captions(cfg), _shaping(cfg, 0), repeats=data.repeats, masks=_masks(cfg))]
     if prior.kind is not PriorKind.none and (classes or prior.source is PriorSource.captions):
         said = Captions(CaptionKind.instanceprompt, (prior.prompt,))
         place = where if prior.source is PriorSource.captions else Where(DatasetType.folder, classes or "")
         made.append(
             DatasetSpec("class", place, said, _shaping(cfg, 0), True, share_shapes=True, named="prior.path", repeats=data.repeats)
         )
+    return _at_each_size(cfg, made)
+
+
+def _at_each_size(cfg: DictConfig, specs: list[DatasetSpec]) -> list[DatasetSpec]:
+    suffix = _suffix(cfg.dataset.resolution_type)
     return [
-        spec._replace(id=f"{spec.id}-{edge:g}{_suffix(data.resolution_type)}", shaping=_shaping(cfg, edge))
-        for spec in made
-        for edge in data.resolutions
+        spec._replace(id=f"{spec.id}-{edge:g}{suffix}", shaping=_shaping(cfg, edge))
+        for spec in specs
+        for edge in cfg.dataset.resolutions
     ]
 
 

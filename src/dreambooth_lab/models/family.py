@@ -117,8 +117,9 @@ class Family(ABC):
         """Write `learned_embeds.safetensors` with one embedding per text encoder, as textual inversion files have them."""
 
     @abstractmethod
-    def load_token(self, pipeline: Any, folder: Folder, word: str) -> None:
-        """Put a saved embedding in a word's place in a pipeline's text encoders."""
+    def load_token(self, pipeline: Any, folder: Folder, word: str) -> Callable[[float], None]:
+        """Put a saved embedding in a word's place in a pipeline's text encoders; returns what puts a point in its place that lies
+        so far on the line from the base model's (0) to the saved one (1)."""
 
     @abstractmethod
     def release_encoders(self) -> None:

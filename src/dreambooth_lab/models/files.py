@@ -47,15 +47,19 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
         ) from error
 
 
+NOT_NEWS = ("torchvision", "No LoRA keys associated to")  # nothing here needs it; most LoRAs leave text encoders alone
+
+
 def quiet() -> None:
-    """Silence the libraries' loading bars and their advice to install torchvision, which nothing here needs."""
+    """Silence the libraries' loading bars, and what they say of things that are as they should be."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
     of_diffusers.disable_progress_bar()
     of_transformers.disable_progress_bar()
-    for handler in logging.getLogger("transformers").handlers:
-        handler.addFilter(lambda record: "torchvision" not in record.getMessage())
+    for library in ("transformers", "diffusers"):
+        for handler in logging.getLogger(library).handlers:
+            handler.addFilter(lambda record: not any(words in record.getMessage() for words in NOT_NEWS))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path as Folder
 from typing import Any, ClassVar
@@ -238,12 +238,21 @@ for name, end in (("clip_l", ""), ("clip_g", "_2")):
         named = {name: row.detach().cpu().float()[None] for name, row in zip(TOKEN_KEYS, rows, strict=True)}
         save_file(named, folder / TOKEN_FILE)
 
-    def load_token(self, pipeline: Any, folder: Folder, word: str) -> None:
+    def load_token(self, pipeline: Any, folder: Folder, word: str) -> Callable[[float], None]:
+        if not (folder / TOKEN_FILE).is_file():
+            raise ConfigError(f"{str(folder)!r} has no {TOKEN_FILE}, which this export needs beside it: {word!r} was learned too")
         saved = load_file(folder / TOKEN_FILE)
-        pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
-        for name, (tokenizer, encoder) in zip(TOKEN_KEYS, pairs, strict=True):
-            layer, row = _slot(tokenizer, encoder, word)
-            layer.weight.data[row] = saved[name][0].to(layer.weight.dtype)
+        pairs = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
+        slots = self.token_slots(word, pairs)
+        before = [layer.weight[row].detach().clone() for layer, row in slots]
+
+        def mean(strength: float) -> None:
+            for name, (layer, row), base in zip(TOKEN_KEYS, slots, before, strict=True):
+                learned = saved[name][0].to(base)
+                layer.weight.data[row] = torch.lerp(base, learned, strength).to(layer.weight.device)
+
+        mean(1.0)
+        return mean
 
 
 def _slot(tokenizer: Any, encoder: Any, word: str) -> Slot:

@@ -2,6 +2,7 @@
 
     photos/SUBJECT/    the held-out individual, as its owner would photograph it
     masks/SUBJECT/     white where it is
+    unseen/SUBJECT/    more photos of it, to be held back from training: for the eval loss
     classes/SUBJECT/   ordinary members of its class, as a user of prior preservation would collect them
 
 The package ships what this writes, so that `dataset=toybox` needs nothing else. With `--place "in the city"` every photo of a
@@ -22,7 +23,7 @@ from dreambooth_lab.toybox.subjects import PLACES, subject_photos
 from dreambooth_lab.toybox.world import BACKGROUNDS, SUBJECTS, Picture, draw_individual, place, render
 
 SHIPPED = Path(__file__).resolve().parents[1] / "toybox" / "pictures"
-PHOTOS, MEMBERS = 5, 12
+PHOTOS, UNSEEN, MEMBERS = 5, 4, 12
 
 
 def class_pictures(kind: str, n: int) -> list[Picture]:
@@ -36,9 +37,12 @@ def class_pictures(kind: str, n: int) -> list[Picture]:
 def write(folder: Path, places: Sequence[str] = PLACES) -> None:
     """All of it; `places` are those of the subjects' photos, in turn."""
     for subject, who in SUBJECTS.items():
-        for i, photo in enumerate(subject_photos(subject, PHOTOS, places=places)):
+        drawn = subject_photos(subject, PHOTOS + UNSEEN, places=places)
+        for i, photo in enumerate(drawn[:PHOTOS]):
             _save(photo.image, folder / "photos" / subject / f"{i:02d}.png")
             _save(photo.mask, folder / "masks" / subject / f"{i:02d}.png")
+        for i, photo in enumerate(drawn[PHOTOS:]):
+            _save(photo.image, folder / "unseen" / subject / f"{i:02d}.png")
         for i, picture in enumerate(class_pictures(who.kind, MEMBERS)):
             _save(picture.image, folder / "classes" / subject / f"{i:02d}.png")
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dreambooth_lab.callbacks.validation import save
+from dreambooth_lab.callbacks.pictures import save
 from dreambooth_lab.lab import Run, load
 from dreambooth_lab.models.judges import Clip
 from dreambooth_lab.run import build_family
@@ -115,7 +115,8 @@ def drawn(run: Run, num_steps: int, bases: dict[str, list[Pictures]]) -> dict[in
     """The same, drawn anew with another number of sampler steps; the base model's are shared by the runs that ask the same."""
     asked = OmegaConf.to_yaml(run.config.validation, resolve=True) + run.config.model.pretrained
     if asked not in bases:
-        bases[asked] = _draw(run, build_family(run.config).pipeline(), num_steps)
+        family = build_family(run.config)
+        bases[asked] = _draw(run, family.pipeline().to(family.device), num_steps)
     rows = {0: bases[asked], run.steps: _draw(run, run.pipeline(), num_steps)}
     for step, made in rows.items():
         save(run.folder.root / f"sampled_{num_steps}", step, made)

@@ -1,0 +1,67 @@
+"""What prompts are made of: words, the rare one among them, and libraries of prompts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+BUILT_IN = Path(__file__).resolve().parents[1] / "prompts"
+
+
+def words(text: str) -> list[str]:
+    """As CLIP's tokenizer parts them before it looks for pieces: lower case, letters together, each digit alone."""
+    return re.findall(r"[^\W\d_]+|\d", text.lower())
+
+
+def rare_word(instance_prompt: str, class_prompt: str | None) -> str | None:
+    """The one word that the instance prompt has and the class prompt lacks; None if there is not exactly one.
+
+    Articles differ for grammar's sake ("sks dog", "a dog") and don't count.
+    """
+    known = {*words(class_prompt or ""), "a", "an", "the"}
+    rare = {word for word in words(instance_prompt) if word not in known}
+    return rare.pop() if class_prompt and len(rare) == 1 else None
+
+
+def library(place: str, instance_prompt: str, class_prompt: str | None) -> list[str]:
+    """The prompts of a library with the run's subject in them.
+
+    Args:
+        place: a built-in one by name, or a YAML or JSON file: a list of prompts, or names with prompts. In them {subject} is the
+            rare word with what follows it ("sks dog"), {class} what follows it alone ("dog").
+
+    Raises:
+        ValueError: the text names the problem and the way out.
+    """
+    prompts = _read(place)
+    rare = rare_word(instance_prompt, class_prompt)
+    found = re.search(rf"\b{rare}\b(.*)", instance_prompt, re.IGNORECASE) if rare else None
+    if found is None and any("{subject}" in prompt or "{class}" in prompt for prompt in prompts):
+        told = f"the rare word of dataset.instance_prompt={instance_prompt!r} is not clear"
+        raise ValueError(f"{told}; set dataset.class_prompt to the same prompt without it")
+    subject, kind = (found[0].strip(), found[1].strip()) if found else ("", "")
+    return [prompt.replace("{subject}", subject).replace("{class}", kind) for prompt in prompts]
+
+
+def _read(place: str) -> list[str]:
+    names = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+    path = BUILT_IN / f"{place}.yaml" if place in names else Path(place).expanduser()
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"it can't be read ({told}); give {', '.join(names)}, or a YAML or JSON file") from error
+    prompts = list(held.values()) if isinstance(held, dict) else held
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ValueError("it must hold a list of prompts, or names with prompts")
+    return prompts
+
+
+def prompts_of(place: str | None, instance_prompt: str, class_prompt: str | None) -> list[str]:
+    """OmegaConf resolver `prompt_library`: a library's prompts, or the instance prompt alone; `check` says what is wrong."""
+    try:
+        return library(place, instance_prompt, class_prompt) if place else [instance_prompt]
+    except ValueError:
+        return []

@@ -1,0 +1,119 @@
+"""One self-contained HTML page a run: what was asked, the curves, the pictures over time, and how to go on."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from html import escape
+from pathlib import Path
+from string import Template
+
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ..callbacks.card import usage
+from ..callbacks.pictures import beside
+from ..runfolder import RunFolder
+from . import story
+from .story import Numbers
+
+PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+USAGE = Template("""# pictures from it, each prompt at several strengths (0: the base model):
+python -m dreambooth_lab.tools.generate run=$root $prompt strengths=[0,0.5,1]
+$kept
+# go on for longer:
+python -m dreambooth_lab resume=$root trainer.max_steps=$more
+
+# in diffusers alone:
+$code""")
+
+
+def write(folder: RunFolder) -> None:
+    """Write the page from what the folder holds now."""
+    cfg = folder.saved_config()
+    numbers: Numbers = {}
+    for step, name, value in folder.read_metrics():
+        numbers.setdefault(name, []).append((step, value))
+    steps = int(max((values[-1][0] for values in numbers.values()), default=0))
+    page = PAGE.substitute(
+        title=escape(folder.root.resolve().name),
+        prompt=escape(cfg.dataset.instance_prompt),
+        steps=f"{steps:,}",
+        verdict=story.verdict(folder, numbers),
+        pictures=_pictures(folder, list(cfg.validation.prompts)),
+        curves=story.losses(folder, numbers),
+        metrics=story.metrics(numbers),
+        changes=story.changed(folder),
+        values="".join(f"<tr><td>{escape(name)}</td><td>{v[-1][1]:.6g}</td></tr>" for name, v in numbers.items()),
+        cost=_cost(folder),
+        preflight=escape(folder.preflight.read_text(encoding="utf-8")),
+        usage=escape(_usage(folder, steps)),
+        config=escape(OmegaConf.to_yaml(cfg)),
+    )
+    folder.report.write_text(page, encoding="utf-8")
+
+
+def _usage(folder: RunFolder, steps: int) -> str:
+    """Commands that can be pasted into a shell, and Python."""
+    cfg = folder.saved_config()
+    said, root = cfg.dataset.instance_prompt, shlex.quote(str(folder.root))
+    prompt = shlex.quote(f"prompt='{said}'" if "'" not in said else f'prompt="{said}"')
+    kept = f"python -m dreambooth_lab.tools.generate file={shlex.quote(str(folder.best_export))} {prompt}   # the step kept\n"
+    return USAGE.substitute(
+        root=root, prompt=prompt, kept=kept if folder.best() else "", more=2 * steps,
+        code=usage(folder.export) if folder.export.is_dir() else "it has no export yet",
+    )  # fmt: skip
+
+
+def _pictures(folder: RunFolder, prompts: list[str]) -> str:
+    """Per prompt the base model's pictures beside the last ones, same noise in each column; every step's grid below."""
+    grids = sorted(folder.pictures.glob("step_*.png"))
+    if not grids:
+        return "<p>None were asked for.</p>"
+    beside([Image.open(grids[i]) for i in (0, -1)], len(prompts)).save(folder.before_after)
+    best = folder.best()
+    kept = folder.pictures / f"step_{best[1]:07d}.png" if best else None
+    rows = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
+    pair = f"left: {_step(grids[0])}; right: {_step(grids[-1])}; a column on either side starts from the same noise"
+    compared = sorted(folder.compared.glob("step_*.png"))
+    average = f"base, live weights and their average, {_step(compared[-1])}" if compared else ""
+    return (
+        f"<p>Rows from above:</p><ol>{rows}</ol>{_figure(folder.before_after, pair)}"
+        + (_figure(kept, f"the step kept, {_step(kept)}") if kept in grids[1:-1] else "")
+        + (_figure(compared[-1], average) if compared else "")
+        + f"<details><summary>every step</summary>{''.join(_figure(path, _step(path)) for path in grids)}</details>"
+        + (f"<details><summary>base, live, average: every step</summary>{_all(compared[:-1])}</details>" if compared[1:] else "")
+    )
+
+
+def _all(paths: list[Path]) -> str:
+    return "".join(_figure(path, _step(path)) for path in paths)
+
+
+def _cost(folder: RunFolder) -> str:
+    """Phases of every start that came to its end."""
+    rows = "".join(
+        f"<tr><td>{escape(start['started'])}</td><td>{escape(phase)}</td><td>{took['seconds']:.1f}</td>"
+        f"<td>{took['memory_mib']:,.0f}</td><td>{took['device_memory_mib'] or '-'}</td></tr>"
+        for start in folder.starts()
+        for phase, took in start.get("cost", {}).items()
+    )
+    head = "<tr><th>started</th><th>phase</th><th>seconds</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
+    return f'<div class="wide"><table>{head}{rows}</table></div>' if rows else "<p>It has not come to its end yet.</p>"
+
+
+def _step(path: Path) -> str:
+    step = int(path.stem.removeprefix("step_"))
+    return f"step {step:,}" if step else "step 0: the base model"
+
+
+def _figure(path: Path, caption: str, widest: int = 1600) -> str:
+    """A grid as an inlined JPEG; the full pictures stay beside the page."""
+    picture = Image.open(path).convert("RGB")
+    picture.thumbnail((widest, 10 * widest))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img alt="{escape(caption)}" width="{picture.width}" height="{picture.height}" src="data:image/jpeg;base64,{data}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"

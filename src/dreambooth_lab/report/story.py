@@ -1,0 +1,123 @@
+"""What a run's numbers say, as parts of its page."""
+
+from __future__ import annotations
+
+from html import escape
+from statistics import fmean
+
+from ..callbacks.ema import EMA, LIVE, PREFIX
+from ..callbacks.eval_loss import Answer
+from ..callbacks.ledger import Ledger
+from ..callbacks.scores import changes, interval, read_scores
+from ..runfolder import RunFolder
+from .curves import Line, Series, chart, smoothed
+
+Numbers = dict[str, Series]  # name → (step, value)
+
+
+def verdict(folder: RunFolder, numbers: Numbers) -> str:
+    """Which step to keep, if anything tells."""
+    monitor, best = folder.saved_config().checkpoint.monitor, folder.best()
+    if monitor and best:
+        values = dict(numbers[monitor])
+        step = best[1]
+        told = f"{escape(monitor)} is {values[step]:.4g} there"
+        base = values.get(0)
+        told += f", {base:.4g} for the base model" if base is not None else ""
+        told += f", {values[max(values)]:.4g} at the last step ({max(values):,})"
+        return f'<p class="verdict">keep step {step:,}: {told}. It is in {escape(folder.best_export.name)}/.</p>'
+    lows = [(PREFIX[kind] + "eval/loss", dict(numbers.get(PREFIX[kind] + "eval/loss", []))) for kind in (LIVE, EMA)]
+    told = "".join(
+        f"<p>{escape(name)} was lowest at step {min(values, key=values.__getitem__):,.0f}; "
+        f"checkpoint.monitor={escape(name)} keeps it.</p>"
+        for name, values in lows
+        if values
+    )
+    return told or "<p>Nothing tells which step to keep: eval pictures (eval.path) and checkpoint.monitor=eval/loss would.</p>"
+
+
+def losses(folder: RunFolder, numbers: Numbers) -> str:
+    """Training losses with their running means; eval losses against the base model's."""
+    best = folder.best()
+    made = [
+        chart(f"{name} over steps; thick: running mean", [Line(values, "thin"), Line(smoothed(values), "thick")], from_zero=True)
+        for name, values in numbers.items()
+        if name.startswith("train/loss")
+    ]
+    watched = [(kind, numbers.get(PREFIX[kind] + "eval/loss", [])) for kind in (LIVE, EMA)]
+    lines = [Line(values, style, kind) for (kind, values), style in zip(watched, ("thick", "other"), strict=True) if values]
+    if lines:
+        base = dict(lines[0].points).get(0)
+        caption = "eval/loss over steps; dashed: the base model" + ("; upright: the step kept" if best else "")
+        made.append(chart(caption, lines, level=base, mark=best[1] if best else None))
+    return f'<div class="few">{"".join(made)}{_by_time(folder)}</div>{_eval_changes(folder)}'
+
+
+def _by_time(folder: RunFolder) -> str:
+    """The eval loss by t: of the base model, of the step kept, and of the last."""
+    answers, steps = _answers(folder)
+    lines = []
+    for step, style in zip(steps, ("thin", "thick", "other"), strict=False):
+        times: dict[float, list[float]] = {}
+        for answer in answers:
+            if answer.step == step:
+                times.setdefault(answer.t, []).append(answer.loss)
+        lines.append(Line([(t, fmean(found)) for t, found in sorted(times.items())], style, f"step {step:,}"))
+    return chart("eval/loss by time, from data (left) to noise (right)", lines) if len(lines) > 1 else ""
+
+
+def _answers(folder: RunFolder) -> tuple[list[Answer], list[int]]:
+    """Of the live weights, with the steps that tell most: the base model, the step kept, the last."""
+    answers: list[Answer] = [a for a in Ledger(folder.eval, Answer).read() if a.weights == LIVE]
+    steps, best = sorted({a.step for a in answers}), folder.best()
+    kept = [best[1]] if best and best[1] in steps else []
+    return answers, list(dict.fromkeys([*steps[:1], *kept, *steps[-1:]]))
+
+
+def _eval_changes(folder: RunFolder) -> str:
+    """Paired with the base model row by row."""
+    answers, steps = _answers(folder)
+    rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in answers if a.step == step} for step in steps}
+    told = ""
+    for step in steps[1:]:
+        apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]
+        low, high = interval(apart)
+        against = f"<p>eval/loss at step {step:,} against the base model: {fmean(apart):+.4g}"
+        told += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
+    return told
+
+
+def _between(low: float, high: float, form: str) -> str:
+    return f"{low:{form}} to {high:{form}}" if low == low else "too few to tell"
+
+
+def metrics(numbers: Numbers) -> str:
+    """Every score over the steps."""
+    seen = {name: values for name, values in numbers.items() if not name.startswith(("train/", "eval/", "ema/"))}
+    charts = "".join(_metric(name, values, numbers) for name, values in seen.items() if len(values) > 1)
+    return f'<div class="many">{charts}</div>' if charts else ""
+
+
+def _metric(name: str, values: Series, numbers: Numbers) -> str:
+    averaged = numbers.get(PREFIX[EMA] + name, [])
+    lines = [Line(values, "thick", LIVE if averaged else ""), *([Line(averaged, "other", EMA)] if averaged else [])]
+    return chart(f"{name} over steps", lines, level=dict(values).get(0))
+
+
+def changed(folder: RunFolder) -> str:
+    """Each metric before and after, with the 95 % interval of the paired change; of the kept step, and of the average, too."""
+    scores, best = read_scores(folder), folder.best()
+    tables = ""
+    for weights in (LIVE, EMA):
+        steps = sorted({score.step for score in scores if score.weights == weights})
+        chosen = {steps[-1]} | ({best[1]} & set(steps) if best else set()) if len(steps) > 1 else set()
+        for step in sorted(chosen):
+            rows = "".join(
+                f"<tr><td>{escape(c.metric)}</td><td>{c.first:.3f}</td><td>{c.last:.3f}</td>"
+                f"<td>{c.last - c.first:+.3f}</td><td>{_between(c.low, c.high, '+.3f')}</td></tr>"
+                for c in changes(scores, weights, step)
+            )
+            head = f"<tr><th>{weights}</th><th>step 0</th><th>step {step:,}</th><th>change</th><th>95 % interval</th></tr>"
+            tables += f'<div class="wide"><table>{head}{rows}</table></div>'
+    note = "<p>Paired by prompt and noise; the interval (Student's t) covers pictures, not training seeds.</p>"
+    return tables + note if tables else "<p>Nothing was scored: choose eval=paper or eval=toybox.</p>"

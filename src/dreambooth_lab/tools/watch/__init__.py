@@ -1,0 +1,1 @@
+"""The live page: previews, pictures and curves of runs as they come."""

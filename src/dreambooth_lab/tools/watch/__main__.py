@@ -1,0 +1,58 @@
+"""A page that shows runs while they go on, several at once:
+
+    export DREAMBOOTH_WATCH_TOKEN=$(python -c 'import secrets; print(secrets.token_urlsafe())')
+    python -m dreambooth_lab.tools.watch                        # here, or on a machine the runs can reach
+    python -m dreambooth_lab webhook=watch preview.enabled=true …
+
+The browser asks for a name and a password: any name, and the token. Nothing is kept on disk. The connection is not encrypted:
+from another machine, go through ssh -L 8765:localhost:8765, or put a server with TLS before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+from importlib.util import find_spec
+
+SHORTEST = 16  # characters of a token that is taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--token_env", default="DREAMBOOTH_WATCH_TOKEN", help="environment variable that holds the token")
+    said = parser.parse_args()
+    absent = [name for name in ("starlette", "uvicorn") if not find_spec(name)]
+    token = os.environ.get(said.token_env, "")
+    if absent:
+        sys.exit(f"error: {' and '.join(absent)} not installed; pip install 'dreambooth-lab[watch]'")
+    if len(token) < SHORTEST:
+        make = f"export {said.token_env}=$(python -c 'import secrets; print(secrets.token_urlsafe())')"
+        sys.exit(f"error: {said.token_env} holds no token of at least {SHORTEST} characters; {make}")
+    serve(said.host, said.port, token)
+
+
+def serve(host: str, port: int, token: str) -> None:
+    import uvicorn
+
+    from .app import build
+
+    print(f"http://{host}:{port}: any name, and the token as password; runs send with webhook=watch", flush=True)
+    if not _is_loopback(host):
+        print("warning: whoever can read this network's traffic can read the token; prefer ssh -L", file=sys.stderr, flush=True)
+    uvicorn.run(build(token), host=host, port=port, access_log=False, log_level="warning", server_header=False,
+                limit_concurrency=64, timeout_graceful_shutdown=1)  # fmt: skip
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    main()

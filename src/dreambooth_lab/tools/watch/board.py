@@ -1,0 +1,106 @@
+"""What the page knows of its runs, and who is looking. Bounded in every direction: the oldest gives way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from itertools import count
+from typing import Any, NamedTuple
+
+from .letter import Numbers, Picture
+
+MOST_RUNS, MOST_SERIES, MOST_POINTS = 20, 300, 5000
+MOST_BYTES = 256 * 2**20  # of pictures, all runs together
+MOST_WAITING = 1000  # events for one browser; one that is slower must come anew
+
+Slot = tuple[Any, ...]
+Event = dict[str, Any]
+
+
+class Kept(NamedTuple):
+    number: int  # names it in addresses
+    slot: Slot
+    picture: Picture
+
+    def event(self) -> Event:
+        said = self.picture
+        about = {"run": said.run, "prompt": said.prompt, "weights": said.weights, "final": said.final}
+        return {"kind": "picture", "number": self.number, **about, **said.facts}
+
+
+class Board:
+    def __init__(self) -> None:
+        self.runs: OrderedDict[str, dict[str, deque[tuple[int, float | None]]]] = OrderedDict()  # numbers by name
+        self.pictures: OrderedDict[Slot, Kept] = OrderedDict()
+        self.by_number: dict[int, Kept] = {}
+        self.bytes = 0
+        self.numbers = count(1)
+        self.listeners: set[asyncio.Queue[Event | None]] = set()
+
+    def take(self, letter: Picture | Numbers) -> None:
+        """Keep what a run says, and tell whoever looks."""
+        self._know(letter.run)
+        self._publish(self._picture(letter) if isinstance(letter, Picture) else self._numbers(letter))
+
+    def _know(self, run: str) -> None:
+        self.runs.setdefault(run, {})
+        self.runs.move_to_end(run)
+        if len(self.runs) > MOST_RUNS:
+            gone, _ = self.runs.popitem(last=False)
+            for slot in [slot for slot in self.pictures if slot[0] == gone]:
+                self._drop(slot)
+            self._publish({"kind": "gone", "run": gone})
+
+    def _picture(self, said: Picture) -> Event:
+        place = (said.run, said.weights, said.prompt, said.facts["image_index"])
+        self._drop((*place, "preview"))  # there is one preview of a picture, the newest, until it is done
+        slot = (*place, said.facts["training_step"]) if said.final else (*place, "preview")
+        self._drop(slot)
+        kept = Kept(next(self.numbers), slot, said)
+        self.pictures[slot] = self.by_number[kept.number] = kept
+        self.bytes += len(said.png)
+        while self.bytes > MOST_BYTES and len(self.pictures) > 1:
+            self._drop(next(iter(self.pictures)))
+        return kept.event()
+
+    def _drop(self, slot: Slot) -> None:
+        kept = self.pictures.pop(slot, None)
+        if kept:
+            del self.by_number[kept.number]
+            self.bytes -= len(kept.picture.png)
+
+    def _numbers(self, said: Numbers) -> Event:
+        series = self.runs[said.run]
+        lines = [line for line in said.lines if line[1] in series or len(series) < MOST_SERIES]
+        for step, name, value in lines:
+            series.setdefault(name, deque(maxlen=MOST_POINTS)).append((step, value))
+        return {"kind": "numbers", "run": said.run, "lines": lines}
+
+    def png(self, number: int) -> bytes | None:
+        return self.by_number[number].picture.png if number in self.by_number else None
+
+    def snapshot(self) -> list[Event]:
+        """Events that bring a new browser up to date."""
+        told: list[Event] = [
+            {"kind": "numbers", "run": run, "lines": [(step, name, v) for name, points in series.items() for step, v in points]}
+            for run, series in self.runs.items()
+        ]
+        return told + [kept.event() for kept in self.pictures.values()]
+
+    def join(self) -> asyncio.Queue[Event | None]:
+        """A browser begins to look; None in its queue says that it must come anew."""
+        queue: asyncio.Queue[Event | None] = asyncio.Queue(MOST_WAITING)
+        self.listeners.add(queue)
+        return queue
+
+    def leave(self, queue: asyncio.Queue[Event | None]) -> None:
+        self.listeners.discard(queue)
+
+    def _publish(self, event: Event) -> None:
+        for queue in list(self.listeners):
+            if queue.full():
+                self.listeners.discard(queue)
+                queue.get_nowait()
+                queue.put_nowait(None)
+            else:
+                queue.put_nowait(event)

@@ -1,0 +1,148 @@
+"""tools.generate: the pictures a run showed, at every strength, from any of its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.run import run
+from dreambooth_lab.tools.generate import Ask, Picture, grid, paint, read
+
+FAST = ["steps=2", "prompt=a photo of q dog"]
+LEARNED = ["adapter.train_token=true", "adapter.token=q", 'dataset.instance_prompt="a photo of q dog"', "trainer.max_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """Adapter kind → a finished run that also learned the token."""
+    done = {}
+    for kind, words in {"lora": ["adapter.text_encoders=[1,2]"], "lokr": ["adapter=lokr"], "full": ["adapter=full"]}.items():
+        root = tmp_path_factory.mktemp("generate") / kind
+        more = ["adapter.rank=1"] if kind == "full" else []
+        run(lab.compose(*small, *LEARNED, *words, *more), root)
+        done[kind] = lab.load(root)
+    return done
+
+
+def close(path, other) -> int:
+    a, b = (torch.frombuffer(bytearray(Image.open(p).convert("RGB").tobytes()), dtype=torch.uint8).int() for p in (path, other))
+    return int((a - b).abs().max())
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "full"])
+def test_strength_0_is_the_base_model_and_1_what_training_showed(kind, finished, tmp_path):
+    done = finished[kind]
+    words = [f"run={done.folder.root}", *FAST, "seeds=2", "strengths=[1,0,0.5,1]", f"out={tmp_path / 'out'}"]
+    assert paint(read(words)) == tmp_path / "out" / "grid.png"
+    shown = done.folder.pictures
+    for seed in range(2):
+        made = [tmp_path / "out" / f"{row:02d}_{seed:02d}.png" for row in range(4)]
+        assert close(made[0], shown / "step_0000003" / f"00_{seed:02d}.png") <= 1
+        assert close(made[1], shown / "step_0000000" / f"00_{seed:02d}.png") <= 1
+        assert close(made[0], made[3]) == 0, "strengths leave nothing behind"
+        assert close(made[2], made[0]) > 1 and close(made[2], made[1]) > 1
+
+
+FILES = [("lora", "kohya.safetensors"), ("lora", "."), ("lora", "ema"), ("lokr", "lycoris.safetensors"), ("full", "unet")]
+
+
+@pytest.mark.parametrize(("kind", "file"), FILES)
+def test_a_file_alone_gives_the_pictures_of_its_run(kind, file, finished, tmp_path):
+    done = finished[kind]
+    alone = shutil.copytree(done.folder.export, tmp_path / "elsewhere")
+    if kind == "full":
+        shutil.copy(alone / "learned_embeds.safetensors", alone / "unet")
+    by_file = paint(read([f"file={alone / file}", *FAST, "seeds=[7]", f"out={tmp_path / 'a'}"]))
+    by_run = paint(read([f"run={done.folder.root}", *FAST, "seeds=[7]", f"ema={file == 'ema'}", f"out={tmp_path / 'b'}"]))
+    assert close(by_file, by_run) <= 1
+
+
+def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_path):
+    save_file(load_file(finished["lora"].folder.export / "kohya.safetensors"), tmp_path / "theirs.safetensors")
+    words = [f"file={tmp_path / 'theirs.safetensors'}", *FAST, "seeds=1", "resolution=64"]
+    with pytest.raises(ConfigError, match="does not say how it was made; give model=BASE"):
+        paint(read(words))
+    grids = [paint(read([*words, f"model={tiny_sdxl}", f"strengths={s}", f"out={tmp_path / str(s)}"])) for s in (0, 1)]
+    assert close(*grids) > 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (("dreambooth_lab.adapter.LoRA", "subprocess.Popen"), "subprocess.Popen', which is no Adapter of this project"),
+        (("name: dreambooth", "name: ${oc.env:HOME}"), "interpolates"),
+    ],
+)
+def test_a_strangers_file_chooses_no_code_and_reads_no_secret(edit, said, finished, tmp_path):
+    file = finished["lora"].folder.export / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    assert edit[0] in header["config"]
+    save_file(load_file(file), tmp_path / "evil.safetensors", header | {"config": header["config"].replace(*edit)})
+    with pytest.raises(ConfigError, match=said):
+        paint(read([f"file={tmp_path / 'evil.safetensors'}", "prompt=a dog", f"out={tmp_path / 'out'}"]))
+
+
+def test_pictures_say_how_they_were_made_and_nothing_is_overwritten(finished, tmp_path):
+    words = [f"run={finished['lora'].folder.root}", *FAST, "seeds=[3]", "negative=a: b", f"out={tmp_path / 'out'}"]
+    first, second = paint(read(words)), paint(read(words))
+    assert (first.parent.name, second.parent.name) == ("out", "out_2")
+    said = json.loads(Image.open(first.parent / "00_00.png").info["dreambooth_lab"])
+    assert (said["prompt"], said["seed"], said["strength"], said["negative"]) == ("a photo of q dog", 3, 1.0, "a: b")
+
+
+def test_the_grid_has_a_row_for_each_prompt_and_strength_and_a_column_for_each_seed():
+    asked = [Picture(prompt, strength, seed) for prompt in ("x", "y") for strength in (0.0, 1.0) for seed in (5, 6, 7)]
+    made = [Image.new("RGB", (64, 48), (10 * i, 0, 0)) for i in range(12)]
+    sheet = grid(asked, made, 3)
+    line = (sheet.height - 4 * 48) // 5
+    assert sheet.width == 3 * 64
+    for i in range(12):
+        x, y = i % 3 * 64 + 32, line + i // 3 * (48 + line) + line + 24
+        assert sheet.getpixel((x, y)) == (10 * i, 0, 0)
+    assert len(sheet.crop((0, 0, 64, line)).getcolors()) > 1, "the seed is written over its column"
+
+
+def test_words_are_read_as_they_were_typed():
+    ask = read(["run=r", "prompt=a photo: of, [sks] dog", "seeds=[4,2]", "strengths=0.5", "ema=true"])
+    assert (ask.prompt, ask.seeds, ask.strengths, ask.ema) == (["a photo: of, [sks] dog"], [4, 2], [0.5], True)
+    assert read(["run=r", 'prompt=["a, b", c]']).prompt == ["a, b", "c"] and Ask().out == "generated"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prompt=x"], "one of them"),
+        (["run=a", "file=b", "prompt=x"], "one of them"),
+        (["run=a"], "prompt is None; give one, or a list"),
+        (["run=a", "prompt=x", "seeds=[]"], "seeds is"),
+        (["run=a", "prompt=x", "strengths=[a]"], "strengths is"),
+        (["run=a", "prompt=x", "sedes=3"], "known: run, file"),
+        (["run=a", "prompt=x", "steps=0"], "steps is 0"),
+        (["run=a", "prompt=x", "model=b"], "leave it out"),
+        (["run=.", "prompt=x"], "is not a run folder"),
+        (["file=/no/such.safetensors", "prompt=x"], "which does not exist"),
+    ],
+)
+def test_what_cant_be_is_refused(words, said):
+    with pytest.raises(ConfigError) as error:
+        paint(read(words))
+    assert said in str(error.value)
+
+
+def test_the_command_prints_the_grids_path_or_one_line_of_error(finished, tmp_path):
+    command = [sys.executable, "-m", "dreambooth_lab.tools.generate", f"run={finished['lora'].folder.root}", *FAST, "seeds=1"]
+    done = subprocess.run([*command, f"out={tmp_path / 'out'}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip().endswith("out/grid.png"), done.stderr
+    wrong = subprocess.run([*command, "ema=maybe"], capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
