@@ -17,6 +17,7 @@ PAGE = {
     "scheduled_sampling_ramp_steps": 1000, "scheduled_sampling_sampler": "unipc", "use_ema": True, "validation_preview": False,
     "validation_preview_steps": 5, "--data_aesthetic_score": 5.6, "--model_type": "lora", "--model_family": "sdxl",
     "learning_rate": "8e-5", "validation_prompt": 'a "sks", it\'s [a] dog = {x}', "hub_token": "hf_very_secret",
+    "report_to": "none", "eval_epoch_interval": 0.5, "ema_validation": "ema_only",
 }  # fmt: skip
 
 
@@ -45,6 +46,7 @@ def test_the_written_experiment_composes_to_what_was_said(config, capsys):
     cfg = lab.compose("experiment=mine", f"hydra.searchpath=[file://{output.parents[1]}]")
     assert cfg.quant.kind.name == "int8" and cfg.rollout.enabled and cfg.rollout.grid == "native" and cfg.ema.enabled
     assert (cfg.rollout.sampler.name, cfg.rollout.ramp_steps, cfg.rollout.max_step_offset) == ("unipc", 1000, 10)
+    assert not cfg.logger.loggers and cfg.eval.every_n_epochs == 0.5 and cfg.ema.validation.name == "ema_only"
     assert cfg.optimizer.lr == 8e-5 and list(cfg.validation.prompts) == [PAGE["validation_prompt"]]
     assert cfg.dataset.path == str(config().parent / "multidatabackend.json")
 
@@ -72,8 +74,12 @@ def test_whatever_is_taken_over_is_a_key_of_this_project():
             assert bool(became.here) or became.note
             taken |= {option} if said else set()
             for key, chosen in said.items():
-                group = conf_dir() / key[1:] / f"{chosen}.yaml"
-                assert group.is_file() if key.startswith("/") else OmegaConf.select(cfg, key, default=...) is not ..., key
+                name = chosen[0] if isinstance(chosen, list) else chosen
+                assert (
+                    (conf_dir() / key[1:] / f"{name}.yaml").is_file()
+                    if key.startswith("/")
+                    else OmegaConf.select(cfg, key, default=...) is not ...
+                ), key
     assert len(taken) > 50
 
 

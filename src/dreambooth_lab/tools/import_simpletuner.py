@@ -24,7 +24,7 @@ from ..config import ConfigError, check, conf_dir
 from ..data.simpletuner import first_prompt
 from .simpletuner_options import OPTIONS, Left, Options, Said
 
-PLACES = ("dataset.path", "adapter.preset", "adapter.init_from")
+PLACES = ("dataset.path", "adapter.preset", "adapter.init_from", "validation.library")
 HIDDEN = ("token", "secret", "webhook", "password", "api_key")  # values that are not shown
 
 

@@ -87,6 +87,10 @@ def _ema_device(value: Any, _: Options) -> Said:
     return {"ema.device": {"cpu": "cpu", "accelerator": "cuda"}.get(str(value), str(value))}
 
 
+def _no_eval_loss(value: Any, _: Options) -> Said:
+    return {"eval.every_n_steps": 0, "eval.every_n_epochs": 0} if flag(value) else {}
+
+
 DTYPES = {"bf16": "bfloat16", "no": "float32", "fp32": "float32", "fp16": "float16"}
 OPTIMIZERS = {
     "adamw_bf16": "adamw", "torch-adamw": "adamw", "optimi-adamw": "adamw", "adamw": "adamw", "bnb-adamw8bit": "adamw8bit",
@@ -140,6 +144,7 @@ OPTIONS: dict[str, Option] = {
     "ema_decay": to("ema.decay", number),
     "ema_update_interval": to("ema.update_interval", number, "the decay is compensated here"),
     "ema_device": Option(_ema_device),
+    "ema_validation": choice("ema.validation", {"none": "none", "ema_only": "ema_only", "comparison": "comparison"}),
     "validation_prompt": Option(lambda value, _: {"validation.prompts": [str(value)]}),
     "validation_negative_prompt": to("validation.negative_prompt", str),
     "validation_step_interval": to("validation.every_n_steps", number),
@@ -154,10 +159,18 @@ OPTIONS: dict[str, Option] = {
     "validation_preview_steps": to("preview.every_n_steps", number),
     "evaluation_type": choice("/eval", {"clip": "paper", "none": "none"}),
     "pretrained_evaluation_model_name_or_path": to("eval.clip_model", str),
+    "eval_steps_interval": to("eval.every_n_steps", number),
+    "eval_epoch_interval": to("eval.every_n_epochs", number),
+    "eval_timesteps": to("eval.timesteps", number),
+    "num_eval_images": to("eval.num_images", number, "pictures here, batches there"),
+    "eval_loss_disable": Option(_no_eval_loss),
     "checkpoint_step_interval": to("checkpoint.every_n_steps", number),
     "checkpointing_steps": to("checkpoint.every_n_steps", number),
+    "push_to_hub": to("export.push_to_hub", flag, "the token is read from HF_TOKEN"),
+    "hub_model_id": to("export.repo", str),
+    "user_prompt_library": to("validation.library", str),
     "checkpoints_total_limit": Option(lambda value, _: {"checkpoint.keep_all": number(value) > 1}, "only the newest, or all"),
-    "report_to": Option(lambda value, _: {"logger.tensorboard": str(value) in ("tensorboard", "all")}, "metrics.csv always is"),
+    "report_to": choice("/logger", {name: [name] for name in ("tensorboard", "wandb", "none")}, "metrics.csv always is"),
     "lora_type": idle(WITH.format("model_type")), "use_dora": idle(WITH.format("model_type")),
     "noise_offset": idle(WITH.format("offset_noise")), "noise_offset_probability": idle(WITH.format("offset_noise")),
     "text_encoder_3_precision": idle("the families that are built have two text encoders"),
@@ -174,8 +187,6 @@ OPTIONS: dict[str, Option] = {
     "delete_unwanted_images": idle("no file of yours is ever deleted"),
     "resume_from_checkpoint": idle("resume=RUN goes on with a run"),
     "webhook_config": idle(SECRET), "webhook_reporting_interval": idle(SECRET),
-    "push_to_hub": idle("say it at the command line: see conf/export"), "hub_model_id": idle("see conf/export"),
-    "ema_validation": idle("the averaged weights are exported beside the live ones"),
     "disable_benchmark": idle("the base model is always drawn at step 0"),
     "attention_mechanism": idle("model.attention has PyTorch's own kernels"),
     "allow_tf32": idle("PyTorch's default is kept"), "use_xformers": idle("PyTorch's own attention is used"),
