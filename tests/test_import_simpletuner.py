@@ -35,7 +35,6 @@ def config(photos, tmp_path):
 
 def imported(config: Path, capsys, *words) -> tuple[int, str, Path]:
     output = config.parent / "search/experiment/mine.yaml"
-    output.parent.mkdir(parents=True, exist_ok=True)
     status = tool.main([str(config), "--output", str(output), *words])
     return status, " ".join(capsys.readouterr().out.split()), output
 
