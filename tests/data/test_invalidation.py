@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError
 from dreambooth_lab.data import cache
 from dreambooth_lab.data.cache import Store
 from dreambooth_lab.data.module import DreamBoothData
@@ -44,12 +45,21 @@ def counted(small, photos, tiny_sdxl, tmp_path, monkeypatch):
     monkeypatch.setattr(SDXL, "encode_text", encode_text)
     base = [w for w in small if not w.startswith(("dataset.path", "model.pretrained", "prior", "cache"))]
 
+    def files():
+        found = (path for kind in ("latents", "text") for path in (tmp_path / "cache" / kind).rglob("*.safetensors"))
+        return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+
     def make(*overrides):
         counts.update(images=0, texts=0)
+        before = files()
         words = [*base, f"dataset.path={own}", f"model.pretrained={model}", f"cache={tmp_path / 'cache'}", *overrides]
         cfg = lab.compose(*words)
         data = DreamBoothData(cfg, build_family(cfg))
         data.prepare()
+        after = files()
+        if not data.damaged:
+            assert all(after[path] == before[path] for path in before), "what was there is left alone"
+            assert len(after) - len(before) == counts["images"] + counts["texts"], "what is encoded is new"
         return counts["images"], counts["texts"]
 
     make.own, make.model, make.cache = own, model, tmp_path / "cache"
@@ -70,6 +80,11 @@ def test_each_change_makes_again_what_depends_on_it_and_nothing_else(counted):
     assert counted('dataset.instance_prompt="a photo of zwx dog"') == (0, 1), "the caption"
     assert counted("model.encoder_dtype=bfloat16") == (5, 2), "the encoders' precision"
     assert counted() == (0, 0), "nothing of before is lost"
+    assert counted("quant.text_encoder_1=int8") == (0, 2), "one text encoder's precision"
+    assert counted("model.dtype=bfloat16") == (0, 0), "the denoiser's is of no account"
+    file = counted.model / "tokenizer/tokenizer.json"
+    file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false') + "\n")
+    assert counted() == (0, 2), "the tokenizer"
     file = next((counted.model / "vae").glob("*.safetensors"))
     weights = load_file(file)
     save_file({name: w + 1e-3 if name == "encoder.conv_in.weight" else w for name, w in weights.items()}, file)
@@ -101,6 +116,21 @@ def test_damage_after_the_start_is_healed_at_the_reading(small, photos, tmp_path
     for a, b in zip(expected, again, strict=True):
         assert torch.equal(a.latents(), b.latents()) and torch.equal(a.cond.states, b.cond.states)
     assert data.stores.damaged > 0
+
+
+@pytest.mark.parametrize("kind", ["latents", "masks"])
+def test_damage_that_cannot_be_healed_names_what_is_gone(small, tmp_path, kind):
+    own, masks = (tiny.save_photos(tmp_path / name, [(80, 80)], seed) for name, seed in (("own", 0), ("m", 1)))
+    words = [w for w in small if not w.startswith(("dataset.path", "dataset=", "cache", "prior"))]
+    cfg = lab.compose(*words, "dataset=masked", f"dataset.path={own}", f"dataset.mask_path={masks}", f"cache={tmp_path / 'c'}")
+    data = DreamBoothData(cfg, build_family(cfg))
+    data.prepare()
+    store = data.stores.masks if kind == "masks" else data.stores.placed[None]
+    shutil.rmtree(masks if kind == "masks" else own)
+    shutil.rmtree(store.folder)
+    store.read.cache_clear()
+    with pytest.raises(ConfigError, match=r"00\.png: its .*No such file"):
+        data.build(data.schedule.batch(0))
 
 
 @pytest.fixture
