@@ -108,3 +108,8 @@ def test_what_is_still_to_be_done_is_said(config, capsys):
 def test_text_that_is_no_number_is_left_behind_rather_than_guessed():
     said, became = tool.translate({"lora_rank": "many", "use_ema": "perhaps"}, Path())
     assert not said and all(not one.here and one.note for one in became)
+
+
+def test_a_value_chooses_no_other_value():
+    said, (became,) = tool.translate({"validation_prompt": "${oc.env:HOME}"}, Path())
+    assert not said and "reads another value" in became.note

@@ -89,6 +89,8 @@ def translate(options: Options, beside: Path) -> tuple[Said, list[Became]]:
             became.append(Became(name, shown, "", "not known here" + (f"; the nearest known is {near[0]}" if near else "")))
             continue
         try:
+            if "${" in str(value):
+                raise Left("it has ${…}, which reads another value or the environment here; say it at the command line")
             mine = OPTIONS[name].say(value, options)
         except Left as reason:
             became.append(Became(name, shown, "", str(reason)))
