@@ -73,12 +73,9 @@ def test_whatever_is_taken_over_is_a_key_of_this_project():
             assert bool(became.here) or became.note
             taken |= {option} if said else set()
             for key, chosen in said.items():
-                name = chosen[0] if isinstance(chosen, list) else chosen
-                assert (
-                    (conf_dir() / key[1:] / f"{name}.yaml").is_file()
-                    if key.startswith("/")
-                    else OmegaConf.select(cfg, key, default=...) is not ...
-                ), key
+                files = [conf_dir() / key[1:] / f"{one}.yaml" for one in (chosen if isinstance(chosen, list) else [chosen])]
+                known = OmegaConf.select(cfg, key, default=...) is not ...
+                assert all(file.is_file() for file in files) if key.startswith("/") else known, key
     assert len(taken) > 50
 
 

@@ -217,6 +217,18 @@ def test_at_rest_there_is_no_dropout_and_after_it_there_is(adapter, tiny_sdxl):
     assert parts and all(part.training for part in parts)
 
 
+def test_a_step_is_no_longer_than_the_clipped_gradient(small, tmp_path):
+    """Plain gradient descent at rate 1 moves by the gradient itself."""
+    sgd = ["optimizer._target_=torch.optim.SGD", *(f"~optimizer.options.{key}" for key in ("betas", "eps", "fused"))]
+    words = [*small, *sgd, "optimizer.lr=1", "optimizer.weight_decay=0", "validation.every_n_steps=0", "ema.enabled=false"]
+    weights = []
+    for steps in (1, 2):
+        run(lab.compose(*words, f"trainer.max_steps={steps}", "trainer.gradient_clip_norm=1e-3"), tmp_path / str(steps))
+        weights.append(torch.load(lab.load(tmp_path / str(steps)).folder.newest()[0], weights_only=True)["state_dict"])
+    moved = torch.stack([(weights[1][key] - weights[0][key]).square().sum() for key in weights[0]]).sum().sqrt()
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["schedulefree", "prodigy"])
 def test_a_resumed_run_goes_on_bit_for_bit(name, small, tmp_path):
     words = [*small, f"optimizer={name}", "ema.enabled=false", "validation.every_n_steps=0", "trainer.gradient_clip_norm=0.5"]

@@ -172,6 +172,35 @@ def test_the_average_follows_its_closed_form(small, tmp_path):
         assert_close(ema.shadow["denoiser.w"], expected)
 
 
+def test_weights_that_arrive_later_are_averaged_as_if_they_came_at_once(monkeypatch):
+    """The way from a CUDA device: copies of a step's weights, added when they are next needed."""
+    from unittest.mock import MagicMock
+
+    from dreambooth_lab.callbacks.ema import Ema
+    from dreambooth_lab.dreambooth import DreamBooth
+
+    module, live = MagicMock(spec=DreamBooth), {"w": torch.tensor([0.0, 4.0])}
+    module.learning.return_value = live
+    at_once, later = Ema(0.9, 1, "cpu"), Ema(0.9, 1, "cpu")
+    waited = []
+
+    def send(learning):
+        later.staged = {name: p.clone() for name, p in learning.items()}
+        return MagicMock(synchronize=lambda: waited.append(1))
+
+    later._send = send
+    for ema in (at_once, later):
+        ema.shadow = {"w": live["w"].clone()}
+    for step in range(1, 9):
+        live["w"] += 1
+        for ema in (at_once, later):
+            ema.on_train_batch_end(MagicMock(global_step=step), module, None, None, 0)
+        if step == 4:
+            assert_close(later.state_dict()["shadow"]["w"], at_once.state_dict()["shadow"]["w"], rtol=0, atol=0)
+    assert_close(later.average()["w"], at_once.average()["w"], rtol=0, atol=0)
+    assert len(waited) == 8, "each copy is waited for once"
+
+
 def test_compare_shows_what_differs(done, small, tmp_path):
     run(lab.compose(*small, "adapter.alpha=8", "seed=1", "validation.every_n_steps=0"), tmp_path / "c")
     rows = lab.compare([done, lab.load(tmp_path / "c")])

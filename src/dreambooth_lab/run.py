@@ -102,7 +102,7 @@ def build(cfg: DictConfig, group: str, kind: type, *but: str) -> Any:
 
 
 def build_adapter(cfg: DictConfig) -> Adapter:
-    """The adapter, not yet attached; what the group says of the token is `learned_word`'s."""
+    """The adapter, not yet attached; what else the group says is for `build_text`, `attach` and the optimiser."""
     return build(cfg, "adapter", Adapter, "init_from", "text_encoders", "text_lr_ratio", "train_token", "token", "token_lr_ratio")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from dreambooth_lab import lab
@@ -118,3 +119,27 @@ def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, de
 def test_the_other_cells_are_refused_with_their_reason(adapter, kind, dtype, tiny_sdxl):
     with pytest.raises(ConfigError, match=r"full|needs the weights themselves|can't mix|small updates"):
         check(compose(tiny_sdxl, adapter, kind, dtype))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "locon", "full"])
+def test_a_file_that_does_not_fit_is_no_start(adapter, tiny_sdxl, tmp_path):
+    cfg = compose(tiny_sdxl, adapter)
+    cfg.adapter.parts = ["attention"]
+    module, _ = build(cfg)
+    module.adapter.export(tmp_path / "export", learned(module))
+    cfg.adapter.init_from = str(tmp_path / "export")
+    if adapter == "full":
+        weights = next((tmp_path / "export").rglob("*.safetensors"))
+        save_file({"other": torch.zeros(1)}, weights)
+    else:
+        cfg.adapter.parts = ["attention", "feed_forward"]
+    with pytest.raises(ConfigError, match=r"adapter\.init_from is .*export"):
+        build(cfg)
+    for key in ("rank", "alpha") if adapter != "full" else ():
+        other = compose(tiny_sdxl, adapter)
+        other.adapter.parts, other.adapter.init_from, other.adapter[key] = ["attention"], cfg.adapter.init_from, 2
+        with pytest.raises(ConfigError, match=rf"adapter\.init_from is .*export.*{'alpha' if key == 'alpha' else ''}"):
+            build(other)
+    cfg.adapter.init_from = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"adapter\.init_from is .*(can't be read|lacks)"):
+        build(cfg)

@@ -107,7 +107,7 @@ def test_the_export_is_pushed_once_at_the_end_and_the_token_is_written_nowhere(h
     made, sent = hub.calls
     assert made == ("create", "me/sks-dog", True, True) and sent[1] == "me/sks-dog" and sent[3].endswith("2 steps")
     assert {"README.md", "pictures.png", "pytorch_lora_weights.safetensors"} <= sent[2]
-    assert 'load_lora_weights("me/sks-dog")' in (tmp_path / "run" / "export" / "README.md").read_text()
+    assert 'export = snapshot_download("me/sks-dog")' in (tmp_path / "run" / "export" / "README.md").read_text()
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import REGEX, ConfigError
@@ -43,7 +45,7 @@ class Adapter(ABC):
     """
 
     model: nn.Module
-    usage: ClassVar[str]  # how diffusers or the adapter's library loads an export; {base}, {export} and {part} are put in
+    usage: ClassVar[str]  # code that loads the folder `export` with diffusers or the adapter's library, {base} and {part} put in
 
     def __init__(
         self, rank: int, alpha: float, dropout: float, parts: Sequence[str], targets: Sequence[str], algorithm: str = "lora",
@@ -146,6 +148,18 @@ def endings(parts: Sequence[str], learns: Mapping[str, tuple[str, ...]], key: st
     if strangers := [part for part in parts if part not in learns]:
         raise ConfigError(f"{key} has {strangers}; this model family names {sorted(learns)}")
     return [ending for part in parts for ending in learns[part]]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """What `adapter.init_from`, or an export, holds.
+
+    Raises:
+        ConfigError: there is no such file, or it is no safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"adapter.init_from is {str(path)!r}, which can't be read: {error}") from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import ConfigError
-from .base import Adapter, Learned, swapped
+from .base import Adapter, Learned, read_weights, swapped
 
 
 class Full(Adapter):
@@ -22,7 +22,7 @@ class Full(Adapter):
 
     usage: ClassVar[str] = """\
 from diffusers import AutoModel, DiffusionPipeline
-trained = AutoModel.from_pretrained("{export}", subfolder="{part}")
+trained = AutoModel.from_pretrained(export, subfolder="{part}")
 pipeline = DiffusionPipeline.from_pretrained("{base}", {part}=trained)"""
 
     def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
@@ -43,8 +43,8 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", {part}=trained)"""
         folders = [path, *(child for child in path.glob("*/") if (child / "training.json").is_file())] if path.is_dir() else []
         path = folders[-1] if folders else path
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        absent = [name for name in self.learning if name not in saved]
+        saved = {name: tensor for file in files for name, tensor in read_weights(file).items()}
+        absent = [name for name, p in self.learning.items() if name not in saved or saved[name].shape != p.shape]
         if absent:
             raise ConfigError(f"adapter.init_from is {str(path)!r}, which lacks {len(absent)} weights ({', '.join(absent[:3])})")
         for name, parameter in self.learning.items():

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import ConfigError
 from . import kohya
-from .base import Adapter, Learned, endings, match, named, refuse_unknown
+from .base import Adapter, Learned, endings, match, named, read_weights, refuse_unknown
 
-OPTIONS = (
-    "use_rslora",
-    "init_lora_weights",
-)  # of peft's LoraConfig: those after which the base is the base and exports are whole
+OPTIONS = ("use_rslora", "init_lora_weights")  # of peft's LoraConfig: what leaves the base alone and exports whole
 NAME = "default"  # the one adapter of a run, as diffusers' loader calls it
 DIFFUSERS_FILE, KOHYA_FILE, PEFT_FOLDER = "pytorch_lora_weights.safetensors", "kohya.safetensors", "peft"
 
@@ -31,7 +29,7 @@ class LoRA(Adapter):
     usage: ClassVar[str] = """\
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{base}")
-pipeline.load_lora_weights("{export}")"""
+pipeline.load_lora_weights(export)"""
 
     def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         self.model, self.text = model, dict[str, nn.Module]()
@@ -64,21 +62,31 @@ pipeline.load_lora_weights("{export}")"""
         from peft import set_peft_model_state_dict
 
         path = path / DIFFUSERS_FILE if path.is_dir() else path
-        saved = load_file(path)
+        saved = read_weights(path)
+        self._check_alpha(path)
         parts = {name.partition(".")[0] for name in saved}
-        absent, strange = [f"all of {part}" for part in self.text.keys() - parts], list[str]()
+        wrong = [f"all of {part}" for part in self.text.keys() - parts]
         for part in parts:
             model = self.text.get(part, self.model)
             own = {name.partition(".")[2]: tensor for name, tensor in saved.items() if name.startswith(part + ".")}
-            own = {_live(name, model): tensor for name, tensor in own.items()}
-            result: Any = set_peft_model_state_dict(model, own, adapter_name=NAME)
-            strange += result.unexpected_keys
-            absent += [name for name in result.missing_keys if "lora_" in name]
-        if strange or absent:
+            try:
+                result: Any = set_peft_model_state_dict(model, {_live(n, model): w for n, w in own.items()}, adapter_name=NAME)
+            except RuntimeError as error:  # sizes
+                raise ConfigError(f"adapter.init_from is {str(path)!r}, where {str(error).splitlines()[1].strip()}") from error
+            wrong += [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]
+        if wrong:
             raise ConfigError(
-                f"adapter.init_from is {str(path)!r}, which does not fit: {len(absent)} weights absent, {len(strange)} too many "
-                f"({', '.join((absent + strange)[:3])}); use the same adapter, rank, targets and text encoders"
+                f"adapter.init_from is {str(path)!r}, which does not fit in {len(wrong)} weights ({', '.join(wrong[:3])}); use "
+                "the same adapter, rank, targets and text encoders"
             )
+
+    def _check_alpha(self, path: Path) -> None:
+        """The same weights under another alpha are another update."""
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        others = {value for key, value in said.items() if key.endswith(".lora_alpha")} - {self.alpha}
+        if others:
+            raise ConfigError(f"adapter.init_from is {str(path)!r} with alpha {others.pop():g}; set adapter.alpha to it")
 
     def layer_of(self, parameter: str) -> str:
         return parameter.partition(".lora_")[0]

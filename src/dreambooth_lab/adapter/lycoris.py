@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import ConfigError, read_lycoris_file
-from .base import Adapter, Learned, refuse_unknown, swapped
+from .base import Adapter, Learned, read_weights, refuse_unknown, swapped
 
 FILE, CONFIG_FILE = "lycoris.safetensors", "lycoris_config.json"
 BETWEEN = ":"  # parameter names may hold no dot
@@ -52,7 +52,7 @@ class Lycoris(Adapter):
 from diffusers import DiffusionPipeline
 from lycoris import create_lycoris_from_weights
 pipeline = DiffusionPipeline.from_pretrained("{base}")
-network, _ = create_lycoris_from_weights(1.0, "{export}/lycoris.safetensors", pipeline.{part})
+network, _ = create_lycoris_from_weights(1.0, export + "/lycoris.safetensors", pipeline.{part})
 network.apply_to()"""
 
     def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
@@ -104,8 +104,15 @@ network.apply_to()"""
 
     def take(self, path: Path) -> None:
         path = path / FILE if path.is_dir() else path
-        saved = load_file(path)
-        mine = dict(self.network.named_parameters())
+        saved, mine = read_weights(path), dict(self.network.named_parameters())
+        scales = {name: alpha for name, alpha in self.network.state_dict().items() if name.endswith(".alpha")}
+        if moved := [
+            name for name, alpha in scales.items() if name in saved and not torch.equal(saved[name].float(), alpha.float())
+        ]:
+            name = moved[0]
+            raise ConfigError(
+                f"adapter.init_from is {str(path)!r}, whose {name} is {saved[name]:g}, not {scales[name]:g}; set alpha to it"
+            )
         absent = [name for name, p in mine.items() if name not in saved or saved[name].shape != p.shape]
         if absent:
             raise ConfigError(

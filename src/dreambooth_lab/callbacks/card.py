@@ -29,9 +29,9 @@ def card(
         why: this step's weights are kept, if they are not the last.
     """
     averaged = folder.name == "ema"
-    where = cfg.export.repo if cfg.export.push_to_hub and not why else str(place)
-    usage = adapter.usage.format(base=cfg.model.pretrained, export=where, part=family.denoiser_part)
-    usage += "\n" + family.token_usage.format(export=where, word=word) if word else ""
+    code = _place(cfg, place, averaged, cfg.export.push_to_hub and not why)
+    code += adapter.usage.format(base=cfg.model.pretrained, part=family.denoiser_part)
+    code += "\n" + family.token_usage.format(word=word) if word else ""
     files = "\n".join(f"- `{path.relative_to(folder).as_posix()}`" for path in sorted(folder.rglob("*.safetensors")))
     return f"""---
 {_front_matter(cfg)}
@@ -42,7 +42,7 @@ def card(
 configuration.
 
 ```python
-{usage}
+{code}
 pipeline({json.dumps(cfg.dataset.instance_prompt, ensure_ascii=False)}).images[0].save("picture.png")
 ```
 
@@ -62,6 +62,14 @@ def usage(folder: Path) -> str:
     """The code on an export's card."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     return text.partition("```python\n")[2].partition("```")[0]
+
+
+def _place(cfg: DictConfig, place: Path, averaged: bool, pushed: bool) -> str:
+    """Code that says where the export is: on the hub, or where the run leaves it."""
+    if pushed:
+        below = ' + "/ema"' if averaged else ""
+        return f'from huggingface_hub import snapshot_download\nexport = snapshot_download("{cfg.export.repo}"){below}\n'
+    return f'export = "{place.as_posix()}"\n'
 
 
 def _what(cfg: DictConfig, step: int, averaged: bool) -> str:

@@ -37,7 +37,7 @@ class Family(ABC):
     folder: Folder  # where its files lie
     denoiser_part: str  # the denoiser's folder in a pipeline's
     text_encoder_parts: tuple[str, ...]  # and the text encoders'
-    token_usage: ClassVar[str]  # how a pipeline gets a saved embedding; {export} and {word} are put in
+    token_usage: ClassVar[str]  # code that puts the embedding in the folder `export` into `pipeline`, {word} put in
     kohya: ClassVar[Mapping[str, str]]  # part → what kohya's key layout calls it
     keeps: ClassVar[tuple[str, ...]]  # components of layer names that quantisation leaves alone
     device: torch.device = torch.device("cpu")

@@ -54,7 +54,7 @@ class SDXL(Family):
     text_encoder_parts = ("text_encoder", "text_encoder_2")
     token_usage: ClassVar[str] = """\
 from safetensors.torch import load_file
-learned = load_file("{export}/learned_embeds.safetensors")
+learned = load_file(export + "/learned_embeds.safetensors")
 for name, end in (("clip_l", ""), ("clip_g", "_2")):
     tokenizer, encoder = getattr(pipeline, "tokenizer" + end), getattr(pipeline, "text_encoder" + end)
     (row,) = tokenizer("{word}", add_special_tokens=False).input_ids

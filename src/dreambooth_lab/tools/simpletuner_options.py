@@ -88,9 +88,10 @@ def _ema_device(value: Any, _: Options) -> Said:
 
 
 def _no_eval_loss(value: Any, _: Options) -> Said:
-    return {"eval.every_n_steps": 0, "eval.every_n_epochs": 0} if flag(value) else {}
+    return {"eval.every_n_steps": 0, "eval.every_n_epochs": 0.0} if flag(value) else {}
 
 
+LOGGERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": ["none"]}
 DTYPES = {"bf16": "bfloat16", "no": "float32", "fp32": "float32", "fp16": "float16"}
 OPTIMIZERS = {
     "adamw_bf16": "adamw", "torch-adamw": "adamw", "optimi-adamw": "adamw", "adamw": "adamw", "bnb-adamw8bit": "adamw8bit",
@@ -144,7 +145,7 @@ OPTIONS: dict[str, Option] = {
     "ema_decay": to("ema.decay", number),
     "ema_update_interval": to("ema.update_interval", number, "the decay is compensated here"),
     "ema_device": Option(_ema_device),
-    "ema_validation": choice("ema.validation", {"none": "none", "ema_only": "ema_only", "comparison": "comparison"}),
+    "ema_validation": choice("ema.validation", {name: name for name in ("none", "ema_only", "comparison")}),
     "validation_prompt": Option(lambda value, _: {"validation.prompts": [str(value)]}),
     "validation_negative_prompt": to("validation.negative_prompt", str),
     "validation_step_interval": to("validation.every_n_steps", number),
@@ -157,20 +158,21 @@ OPTIONS: dict[str, Option] = {
     "num_validation_images": to("validation.num_images", number),
     "validation_preview": to("preview.enabled", flag, "needs a webhook: webhook=raw"),
     "validation_preview_steps": to("preview.every_n_steps", number),
-    "evaluation_type": choice("/eval", {"clip": "paper", "none": "none"}),
-    "pretrained_evaluation_model_name_or_path": to("eval.clip_model", str),
+    "validation_epoch_interval": to("validation.every_n_epochs", number),
+    "user_prompt_library": to("validation.library", str),
     "eval_steps_interval": to("eval.every_n_steps", number),
     "eval_epoch_interval": to("eval.every_n_epochs", number),
-    "eval_timesteps": to("eval.timesteps", number),
     "num_eval_images": to("eval.num_images", number, "pictures here, batches there"),
+    "eval_timesteps": to("eval.timesteps", number),
     "eval_loss_disable": Option(_no_eval_loss),
+    "evaluation_type": choice("/eval", {"clip": "paper", "none": "none"}),
+    "pretrained_evaluation_model_name_or_path": to("eval.clip_model", str),
     "checkpoint_step_interval": to("checkpoint.every_n_steps", number),
     "checkpointing_steps": to("checkpoint.every_n_steps", number),
     "push_to_hub": to("export.push_to_hub", flag, "the token is read from HF_TOKEN"),
     "hub_model_id": to("export.repo", str),
-    "user_prompt_library": to("validation.library", str),
     "checkpoints_total_limit": Option(lambda value, _: {"checkpoint.keep_all": number(value) > 1}, "only the newest, or all"),
-    "report_to": choice("/logger", {name: [name] for name in ("tensorboard", "wandb", "none")}, "metrics.csv always is"),
+    "report_to": choice("/logger", LOGGERS, "metrics.csv is always written"),
     "lora_type": idle(WITH.format("model_type")), "use_dora": idle(WITH.format("model_type")),
     "noise_offset": idle(WITH.format("offset_noise")), "noise_offset_probability": idle(WITH.format("offset_noise")),
     "text_encoder_3_precision": idle("the families that are built have two text encoders"),

@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import draw, lab
+from .. import lab
 from ..batch import Batch
 from ..config import ConfigError, anchor, check
 from ..data.module import DreamBoothData, Samples
-from ..draw import Purpose
 from ..dreambooth import DreamBooth
-from ..run import build_adapter, build_family
+from ..run import attach, build_adapter, build_family, build_text
 
 ROUNDS, WARM = 5, 1
 STRIDES = (1, 4, 8)
@@ -45,8 +44,9 @@ class Kind:
         data = DreamBoothData(cfg, family)
         data.prepare()
         adapter = build_adapter(cfg)
-        adapter.attach(family.denoiser, family.learns, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
-        self.module = DreamBooth(cfg, family, adapter).train()
+        text = build_text(cfg, family)
+        attach(cfg, family, adapter, text)
+        self.module = DreamBooth(cfg, family, adapter, text).train()
         self.stream = iter(Samples(data, data.schedule, 0, 0, 1))
         self.seconds: list[float] = []
 
