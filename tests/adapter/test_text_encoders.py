@@ -109,6 +109,18 @@ def test_a_run_learns_shows_and_exports_them(small, tmp_path):
     assert first > 0, "it goes on from what was learned"
 
 
+def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
+    words = [*small, BOTH, "adapter.dropout=0.3", "validation.every_n_steps=0"]
+    run(lab.compose(*words, "trainer.max_steps=4"), tmp_path / "whole")
+    run(lab.compose(*words, "trainer.max_steps=2"), tmp_path / "part")
+    run(lab.compose(*words, "trainer.max_steps=4", f"resume={tmp_path / 'part'}"), tmp_path / "part")
+    whole, part = (lab.load(tmp_path / one) for one in ("whole", "part"))
+    assert whole.metrics == part.metrics
+    a, b = (torch.load(one.folder.newest()[0], weights_only=True)["state_dict"] for one in (whole, part))
+    assert any(key.startswith("text.encoders.text_encoder_2.") for key in a) and all("lora_" in key for key in a)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
