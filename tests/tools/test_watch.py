@@ -140,6 +140,13 @@ def test_memory_is_bounded_and_a_slow_browser_must_come_anew(monkeypatch):
     assert [slow.get_nowait() for _ in range(5)][-1] is None and not held.listeners
 
 
+def test_a_resumed_runs_numbers_take_the_place_of_the_older_ones():
+    held = board.Board()
+    held.take(letter.Numbers("r", [(step, "a", float(step)) for step in range(6)]))
+    held.take(letter.Numbers("r", [(4, "a", 9.0), (5, "a", 8.0)]))
+    assert list(held.runs["r"]["a"]) == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 9.0), (5, 8.0)]
+
+
 def test_it_starts_only_with_a_token_and_never_says_it():
     command = [sys.executable, "-m", "dreambooth_lab.tools.watch", "--port", "0"]
     bare = {key: value for key, value in os.environ.items() if key != "DREAMBOOTH_WATCH_TOKEN"}

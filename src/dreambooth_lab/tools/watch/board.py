@@ -73,7 +73,10 @@ class Board:
         series = self.runs[said.run]
         lines = [line for line in said.lines if line[1] in series or len(series) < MOST_SERIES]
         for step, name, value in lines:
-            series.setdefault(name, deque(maxlen=MOST_POINTS)).append((step, value))
+            points = series.setdefault(name, deque(maxlen=MOST_POINTS))
+            while points and points[-1][0] >= step:  # a run that was taken up from an earlier step tells it anew
+                points.pop()
+            points.append((step, value))
         return {"kind": "numbers", "run": said.run, "lines": lines}
 
     def png(self, number: int) -> bytes | None:

@@ -17,12 +17,12 @@ function runOf(name) {
   make("h2", section, name);
   const run = {name, step: 0, series: new Map(), finals: new Map(), previews: new Map(), chosen: NEWEST, section};
   run.about = make("p", section, "", "about");
-  run.forming = make("div", section);
+  run.forming = make("div", section, undefined, "prompts");
   const head = make("h3", section, "Pictures at step ");
   run.select = make("select", head);
   run.select.setAttribute("aria-label", "training step");
   run.select.addEventListener("change", () => { run.chosen = run.select.value; draw(run); });
-  run.grid = make("div", section);
+  run.grid = make("div", section, undefined, "prompts");
   make("h3", section, "Numbers");
   run.curves = make("div", section, undefined, "curves");
   runs.set(name, run);
@@ -39,7 +39,9 @@ const take = {
     const run = runOf(event.run);
     for (const [step, name, value] of event.lines) {
       if (!run.series.has(name)) run.series.set(name, []);
-      run.series.get(name).push([step, value]);
+      const points = run.series.get(name);
+      while (points.length && points[points.length - 1][0] >= step) points.pop(); // told anew after a resume
+      points.push([step, value]);
       run.step = Math.max(run.step, step);
     }
     stale.add(run);
@@ -80,8 +82,9 @@ function byPrompt(events) {
 function strips(parent, events, caption) {
   parent.replaceChildren();
   for (const [prompt, row] of byPrompt(events)) {
-    make("p", parent, prompt, "prompt");
-    const strip = make("div", parent, undefined, "row");
+    const item = make("div", parent);
+    make("p", item, prompt, "prompt");
+    const strip = make("div", item, undefined, "row");
     for (const event of row) figure(strip, event, caption(event));
   }
 }
@@ -103,7 +106,7 @@ function draw(run) {
 }
 
 function byWeight(a, b) {
-  const weight = (name) => ["train/loss", "eval/loss"].indexOf(name) === -1 ? 1 : 0;
+  const weight = (name) => name.includes("eval/loss_") ? 2 : ["train/loss", "eval/loss"].includes(name) ? 0 : 1;
   return weight(a) - weight(b) || a.localeCompare(b);
 }
 
