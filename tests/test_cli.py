@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from dreambooth_lab import lab
 from dreambooth_lab.runfolder import RunFolder
 
@@ -52,7 +53,8 @@ def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, more):
     words = [
         *small, "adapter.dropout=0.3", "trainer.accumulate_grad_batches=2", "optimizer.schedule=cosine", "trainer.max_steps=40",
         "checkpoint.every_n_steps=3", "validation.every_n_steps=10", "dataset.flip=true", "dataset.caption_dropout=0.2",
-        *more,
+        f"eval.path={tiny.save_photos(tmp_path / 'held', [(80, 80)], seed=7)}", "eval.every_n_steps=5", "eval.timesteps=2",
+        "checkpoint.monitor=eval/loss", *more,
     ]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
@@ -71,6 +73,7 @@ def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, more):
     assert_same(a["state_dict"], b["state_dict"])
     assert_same(a["callbacks"]["Ema"]["shadow"], b["callbacks"]["Ema"]["shadow"])
     assert_same(a["optimizer_states"][0]["state"], b["optimizer_states"][0]["state"])
+    assert (run / "eval.csv").read_text() == (theirs.root / "eval.csv").read_text() and ours.best()[1] == theirs.best()[1]
     for step, grid in lab.load(run).pictures.items():
         assert grid.read_bytes() == lab.load(theirs.root).pictures[step].read_bytes()
 

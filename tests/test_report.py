@@ -5,6 +5,7 @@ import pytest
 import browser
 import tiny
 from dreambooth_lab import lab
+from dreambooth_lab.report import story
 from dreambooth_lab.report.curves import Frame, Line, chart, path, smoothed
 from dreambooth_lab.run import run
 
@@ -45,6 +46,15 @@ def test_it_says_which_step_to_keep_and_how_to_use_it(folder):
     for said in (f"resume={folder.root} trainer.max_steps=8", f"generate run={folder.root}", str(folder.best_export)):
         assert said in page
     assert "<th>ema</th>" in page and "against the base model" in page
+
+
+def test_the_verdict_is_honest_about_the_base_model():
+    values = {0: 0.5, 10: 0.6, 20: 0.7}
+    assert story._chosen("eval/loss", values, 10, True).startswith(
+        "keep step 10: eval/loss is 0.6 there, 0.5 for the base model (which"
+    )
+    assert "(which" not in story._chosen("clip/mean", values, 20, False)
+    assert story._lowest("eval/loss", values) == "eval/loss was at no step lower than the base model's."
 
 
 def test_the_curve_shows_the_values():

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dreambooth_lab import lab
 from dreambooth_lab.callbacks import preview, webhook
-from dreambooth_lab.callbacks.webhook import Message, Receiver, Sender
+from dreambooth_lab.callbacks.messages import Message
+from dreambooth_lab.callbacks.webhook import Receiver, Sender
 from dreambooth_lab.config import ConfigError, ReceiverKind, check
 from dreambooth_lab.run import run
 
@@ -170,11 +171,67 @@ def test_the_oldest_previews_give_way():
     assert steps[-webhook.PREVIEWS_WAITING :] == list(range(30 - webhook.PREVIEWS_WAITING, 30))
 
 
+def test_a_run_that_ends_does_not_besiege_its_receiver(monkeypatch):
+    monkeypatch.setattr(webhook, "PAUSES", (0.2,))
+    with server(status(500)) as (url, bodies):
+        sending = sender(url)
+        sending.send(message(final=True))
+        time.sleep(0.05)
+        counts = sending.close(1.0)["mine"]
+    assert counts["dropped"] == 1 and 4 <= len(bodies) <= 8, "now and then, not all the time"
+
+
+def test_numbers_travel_together_and_the_oldest_give_way(monkeypatch):
+    monkeypatch.setattr(webhook, "NUMBERS_WAITING", 50)
+    with server(status(200)) as (url, bodies):
+        sending = sender(url)
+        for step in range(200):
+            sending.tell("r", step, {"train/loss": 0.5, "train/odd": float("nan")})
+        sending.send(message(final=True))
+        counts = sending.close(5)["mine"]
+    letters = [said for said in (json.loads(body) for _, body in bodies) if said["type"] == "metrics"]
+    lines = [line for letter in letters for line in letter["lines"]]
+    assert counts["numbers sent"] == len(lines) and counts["numbers sent"] + counts["numbers dropped"] == 400
+    assert len(letters) <= 3 and lines[-2:] == [[199, "train/loss", 0.5], [199, "train/odd", None]]
+    assert counts["sent"] == 1 and counts["dropped"] == 0, "pictures are counted apart"
+
+
+def test_numbers_wait_for_nobody_and_discord_gets_none():
+    with server(status(500)) as (url, bodies):
+        sending = Sender([Receiver("raw", ReceiverKind.raw, url, None), Receiver("discord", ReceiverKind.discord, url, None)])
+        start = time.monotonic()
+        for step in range(1000):
+            sending.tell("r", step, {"train/loss": 0.5})
+        assert time.monotonic() - start < 0.2
+        counts = sending.close(1)
+    assert counts["raw"]["numbers dropped"] == 1000 and counts["raw"]["retried"] == 0, "they are tried once"
+    assert sum(counts["discord"].values()) == 0 and all(b"metrics" in body for _, body in bodies)
+
+
+def test_a_finished_picture_is_read_when_it_is_sent(tmp_path):
+    """What waits for a receiver lies on disk; a file that is gone by then is counted, and the next is sent."""
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4), "blue").save(tmp_path / f"{name}.png")
+    with server(status(200)) as (url, bodies):
+        sending = sender(url)
+        (tmp_path / "a.png").unlink()
+        for name in ("a", "b"):
+            sending.send(Message(tmp_path / f"{name}.png", message().facts, True))
+        counts = sending.close(5)["mine"]
+    assert (counts["sent"], counts["dropped"]) == (1, 1)
+    assert base64.b64decode(json.loads(bodies[0][1])["image"]) == (tmp_path / "b.png").read_bytes()
+
+
 def test_secrets_stay_out_of_the_log(caplog):
+    caplog.set_level("INFO")
     with server(status(500)) as (url, _):
         sending = sender(url, token="hush")
         sending.send(message(final=True))
         sending.close(0.3)
+    with server(status(200)) as (url, _):
+        sending = sender(url, token="hush")
+        sending.send(message(final=True))
+        assert sending.close(3)["mine"]["sent"] == 1
     assert "does not take messages" in caplog.text and "secret-path" not in caplog.text and "hush" not in caplog.text
 
 
@@ -211,6 +268,7 @@ def test_previews_do_not_touch_training(small, tmp_path):
         (["preview.enabled=true"], "nobody receives previews"),
         (["preview.enabled=true", "validation.every_n_steps=0", "webhook=raw"], "nothing is drawn"),
         (["webhook=raw"], "webhook.receivers.raw has no http(s) address"),
+        (["webhook=discord", "validation.every_n_steps=0"], "but no pictures are drawn, and Discord gets no numbers"),
         (["webhook=raw", "webhook.receivers.raw.url=ftp://x"], "webhook.receivers.raw has no http(s) address"),
         (["webhook=[raw,discord]", "webhook.receivers.raw.url=http://x"], "'DISCORD_WEBHOOK_URL', an environment variable"),
     ],

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..config import PreviewConfig
 from ..models.family import Family, OnStep
-from .webhook import Message, Sender
+from .messages import Message
+from .webhook import Sender
 
 log = logging.getLogger(__name__)
 

@@ -8,98 +8,30 @@ outcome is counted.
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import logging
 import math
 import os
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx
-from PIL import Image
 
 from ..config import ReceiverConfig, ReceiverKind
+from .messages import REQUESTS, Line, Message, Numbers, numbers_request
 
 log = logging.getLogger(__name__)
+for _talker in ("httpx", "httpcore"):
+    logging.getLogger(_talker).setLevel(logging.WARNING)  # they log every address, and a webhook's address can be its secret
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)  # seconds
 PREVIEWS_WAITING = 8  # per receiver
 NUMBERS_WAITING = 2000  # per receiver
 NUMBERS_EVERY = 1.0  # seconds between two letters of numbers
-PREVIEW_TRIES = 2
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next try; the last repeats
+LAST_PAUSE = 0.5  # seconds at most, once the run has ended
 OUTCOMES = ("sent", "retried", "dropped", "numbers sent", "numbers dropped")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One picture and what it is."""
-
-    picture: Image.Image | Path  # a final one lies on disk, so that what waits takes no memory
-    facts: dict[str, Any]  # prompt, sampler_step, total_steps, training_step, weights, seed, image_index, run
-    final: bool
-    kind: ClassVar[str] = ""  # begins the names of its counts
-    size: ClassVar[int] = 1
-
-    @property
-    def tries(self) -> float:
-        return math.inf if self.final else PREVIEW_TRIES
-
-    def png(self) -> bytes:
-        """
-        Raises:
-            OSError: the file is gone.
-        """
-        if isinstance(self.picture, Path):
-            return self.picture.read_bytes()
-        buffer = io.BytesIO()
-        self.picture.save(buffer, "PNG")
-        return buffer.getvalue()
-
-
-Line = tuple[int, str, float | None]  # optimiser step, name, value; None where it is no number
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Some logged numbers of a run."""
-
-    run: str
-    lines: tuple[Line, ...]
-    kind: ClassVar[str] = "numbers "
-    tries: ClassVar[float] = 1
-
-    @property
-    def size(self) -> int:
-        return len(self.lines)
-
-
-def raw_request(message: Message) -> dict[str, Any]:
-    """Arguments of an HTTP POST: JSON with the picture as base64 PNG."""
-    kind = "image" if message.final else "preview"
-    return {"json": {"type": kind, **message.facts, "image": base64.b64encode(message.png()).decode()}}
-
-
-def numbers_request(numbers: Numbers) -> dict[str, Any]:
-    """Arguments of an HTTP POST: JSON, each line [step, name, value]."""
-    return {"json": {"type": "metrics", "run": numbers.run, "lines": numbers.lines}}
-
-
-def discord_request(message: Message) -> dict[str, Any]:
-    """Arguments of an HTTP POST: Discord's multipart form. Mentions in prompts ping nobody."""
-    f = message.facts
-    text = f"**{f['run']}** step {f['training_step']}, {f['sampler_step']}/{f['total_steps']}: {f['prompt']}"
-    payload = {"content": text[:2000], "allowed_mentions": {"parse": []}}
-    return {"data": {"payload_json": json.dumps(payload)}, "files": {"files[0]": ("picture.png", message.png(), "image/png")}}
-
-
-REQUESTS = {ReceiverKind.raw: raw_request, ReceiverKind.discord: discord_request}
 
 
 class Receiver(threading.Thread):
@@ -207,8 +139,15 @@ class Receiver(threading.Thread):
                 self.counts[f"{message.kind}dropped"] += message.size
                 return
             self.counts["retried"] += 1
-            with self.wake:
+            self._rest(pause)
+
+    def _rest(self, pause: float) -> None:
+        """Wait before the next try; the run's end cuts a pause short once, and makes those after it shorter."""
+        with self.wake:
+            if self.deadline is None:
                 self.wake.wait_for(lambda: self.deadline is not None, timeout=pause)
+            else:
+                self.wake.wait(max(min(pause, LAST_PAUSE, self.deadline - time.monotonic()), 0.01))
 
     def _post(self, client: httpx.Client, arguments: dict[str, Any], tries: int) -> float | None:
         """None when delivered, else seconds to wait. The answer's body is never read: only its status matters."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from .choices import CaptionKind, DatasetType, EmaValidation, Mode, PriorKind
+from .choices import CaptionKind, DatasetType, EmaValidation, Mode, PriorKind, ReceiverKind
 from .prompts import library
 from .reader import Bounds, Reader, is_absent_folder
 
@@ -131,6 +131,8 @@ def _preview_problems(read: Reader) -> Iterator[str | None]:
         yield "preview.enabled is true, but nobody receives previews; choose webhook=raw or discord, or preview.enabled=false"
     for name, receiver in receivers.items():
         key = f"webhook.receivers.{name}"
+        if receiver.kind is ReceiverKind.discord and not _paints(read):
+            yield f"{key} is there, but no pictures are drawn, and Discord gets no numbers; set validation.every_n_steps"
         for field in ("url_env", "token_env"):
             if receiver[field] and not os.environ.get(receiver[field]):
                 unset = f"{key}.{field} is {receiver[field]!r}, an environment variable that is not set"

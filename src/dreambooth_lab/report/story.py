@@ -9,6 +9,7 @@ from ..callbacks.ema import EMA, LIVE, PREFIX
 from ..callbacks.eval_loss import Answer
 from ..callbacks.ledger import Ledger
 from ..callbacks.scores import changes, interval, read_scores
+from ..config import Mode
 from ..runfolder import RunFolder
 from .curves import Line, Series, chart, smoothed
 
@@ -17,23 +18,29 @@ Numbers = dict[str, Series]  # name → (step, value)
 
 def verdict(folder: RunFolder, numbers: Numbers) -> str:
     """Which step to keep, if anything tells."""
-    monitor, best = folder.saved_config().checkpoint.monitor, folder.best()
-    if monitor and best:
-        values = dict(numbers[monitor])
-        step = best[1]
-        told = f"{escape(monitor)} is {values[step]:.4g} there"
-        base = values.get(0)
-        told += f", {base:.4g} for the base model" if base is not None else ""
-        told += f", {values[max(values)]:.4g} at the last step ({max(values):,})"
-        return f'<p class="verdict">keep step {step:,}: {told}. It is in {escape(folder.best_export.name)}/.</p>'
+    checkpoint, best = folder.saved_config().checkpoint, folder.best()
+    values = dict(numbers.get(checkpoint.monitor or "", []))
+    if best and best[1] in values:
+        told = _chosen(checkpoint.monitor, values, best[1], checkpoint.mode is Mode.min)
+        return f'<p class="verdict">{told} It is in {escape(folder.best_export.name)}/.</p>'
     lows = [(PREFIX[kind] + "eval/loss", dict(numbers.get(PREFIX[kind] + "eval/loss", []))) for kind in (LIVE, EMA)]
-    told = "".join(
-        f"<p>{escape(name)} was lowest at step {min(values, key=values.__getitem__):,.0f}; "
-        f"checkpoint.monitor={escape(name)} keeps it.</p>"
-        for name, values in lows
-        if values
-    )
+    told = "".join(f"<p>{_lowest(name, values)}</p>" for name, values in lows if values)
     return told or "<p>Nothing tells which step to keep: eval pictures (eval.path) and checkpoint.monitor=eval/loss would.</p>"
+
+
+def _chosen(name: str, values: dict[float, float], step: int, least: bool) -> str:
+    told = f"keep step {step:,}: {escape(name)} is {values[step]:.4g} there"
+    if 0 in values:
+        worse = values[step] >= values[0] if least else values[step] <= values[0]
+        told += f", {values[0]:.4g} for the base model" + (" (which is no worse)" if worse else "")
+    return f"{told}, {values[max(values)]:.4g} at the last step ({max(values):,})."
+
+
+def _lowest(name: str, values: dict[float, float]) -> str:
+    step = min(values, key=values.__getitem__)
+    if step == 0:
+        return f"{escape(name)} was at no step lower than the base model's."
+    return f"{escape(name)} was lowest at step {step:,}; checkpoint.monitor={escape(name)} keeps it."
 
 
 def losses(folder: RunFolder, numbers: Numbers) -> str:
