@@ -17,6 +17,7 @@ PAGE = {
     "scheduled_sampling_ramp_steps": 1000, "scheduled_sampling_sampler": "unipc", "use_ema": True, "validation_preview": False,
     "validation_preview_steps": 5, "--data_aesthetic_score": 5.6, "--model_type": "lora", "--model_family": "sdxl",
     "learning_rate": "8e-5", "validation_prompt": 'a "sks", it\'s [a] dog = {x}', "hub_token": "hf_very_secret",
+    "report_to": "none", "eval_epoch_interval": 0.5, "ema_validation": "ema_only",
 }  # fmt: skip
 
 
@@ -34,7 +35,6 @@ def config(photos, tmp_path):
 
 def imported(config: Path, capsys, *words) -> tuple[int, str, Path]:
     output = config.parent / "search/experiment/mine.yaml"
-    output.parent.mkdir(parents=True, exist_ok=True)
     status = tool.main([str(config), "--output", str(output), *words])
     return status, " ".join(capsys.readouterr().out.split()), output
 
@@ -45,6 +45,7 @@ def test_the_written_experiment_composes_to_what_was_said(config, capsys):
     cfg = lab.compose("experiment=mine", f"hydra.searchpath=[file://{output.parents[1]}]")
     assert cfg.quant.kind.name == "int8" and cfg.rollout.enabled and cfg.rollout.grid == "native" and cfg.ema.enabled
     assert (cfg.rollout.sampler.name, cfg.rollout.ramp_steps, cfg.rollout.max_step_offset) == ("unipc", 1000, 10)
+    assert not cfg.logger.loggers and cfg.eval.every_n_epochs == 0.5 and cfg.ema.validation.name == "ema_only"
     assert cfg.optimizer.lr == 8e-5 and list(cfg.validation.prompts) == [PAGE["validation_prompt"]]
     assert cfg.dataset.path == str(config().parent / "multidatabackend.json")
 
@@ -104,3 +105,8 @@ def test_what_is_still_to_be_done_is_said(config, capsys):
 def test_text_that_is_no_number_is_left_behind_rather_than_guessed():
     said, became = tool.translate({"lora_rank": "many", "use_ema": "perhaps"}, Path())
     assert not said and all(not one.here and one.note for one in became)
+
+
+def test_a_value_chooses_no_other_value():
+    said, (became,) = tool.translate({"validation_prompt": "${oc.env:HOME}"}, Path())
+    assert not said and "reads another value" in became.note

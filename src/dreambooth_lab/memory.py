@@ -7,7 +7,7 @@ Text encoders that learn are counted by their weights only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size:
         average: whether an average of the weights lies on the device too.
     """
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    frozen = sum(s.nbytes() for p in module.parameters() if not p.requires_grad for s in _storages(p))
+    frozen = stored(p for p in module.parameters() if not p.requires_grad)
     worked = working(module, text, shape, batch_size)
     parts = {
         "frozen weights": frozen,
@@ -101,6 +101,11 @@ def probe(module: DreamBooth, text: Text, height: int, width: int, rows: int = 1
     cond = Cond(*(part.to(family.device) for part in told))
     x_t = torch.zeros(rows, family.channels, height, width, device=family.device)
     return x_t, torch.full((rows,), 0.5, device=family.device), cond
+
+
+def stored(tensors: Iterable[Tensor]) -> int:
+    """Bytes in which tensors lie."""
+    return sum(storage.nbytes() for tensor in tensors for storage in _storages(tensor))
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from lycoris import create_lycoris_from_weights
 from test_matrix import compose, learned, question
 from torch.testing import assert_close
 
@@ -107,3 +108,33 @@ def test_what_is_not_there_or_twice_is_refused(make, tmp_path):
         make(preset="attn-mlp", targets=["to_q"])
     with pytest.raises(ConfigError, match=r"adapter\.options has 'factr', which LyCORIS' lokr does not know; near: factor"):
         make(options={"factr": 4})
+
+
+KINDS = [
+    ("locon", {"dora_wd": True}), ("loha", {"dora_wd": True}), ("lokr", {"dora_wd": True, "factor": 2}), ("glora", {}),
+    ("boft", {}), ("diag-oft", {}), ("lokr", {"full_matrix": True}), ("locon", {"use_tucker": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("algorithm", "options"), KINDS, ids=[f"{kind} {''.join(options)}" for kind, options in KINDS])
+def test_other_algorithms_learn_export_and_load_by_the_library_alone(algorithm, options, make, tiny_sdxl, tmp_path):
+    module, _ = make("locon", algorithm=algorithm, options=options)
+    ask = question()
+    with torch.no_grad(), module.adapter.base():
+        base = module.predict(*ask)
+    optimizer = torch.optim.Adam(module.learning().values(), lr=3e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (module.predict(*ask) - 1).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained = module.predict(*ask)
+        with module.adapter.base():
+            assert torch.equal(module.predict(*ask), base)
+    assert (trained - base).abs().max() > 1e-3
+    module.adapter.export(tmp_path, learned(module))
+    fresh = build_family(module.cfg)
+    network, _ = create_lycoris_from_weights(1.0, str(tmp_path / "lycoris.safetensors"), fresh.denoiser)
+    network.apply_to()
+    with torch.no_grad():
+        assert_close(fresh.denoise(*ask), trained, atol=1e-4, rtol=1e-4)

@@ -1,8 +1,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from dreambooth_lab.data.cache import Damaged, Store, key
 from dreambooth_lab.tools import cache as tool
+from processes import ended, fork
 
 VALUE = {"mean": torch.arange(12.0).view(3, 4), "std": torch.ones(3, 4)}
 
@@ -42,14 +41,14 @@ def test_different_parts_have_different_keys():
     assert len(set(keys)) == len(keys)
 
 
-def test_two_processes_build_one_cache(tmp_path):
-    code = (
-        "import torch, sys; from pathlib import Path; from dreambooth_lab.data.cache import Store\n"
-        "s = Store(Path(sys.argv[1]), 'latents')\n"
-        "[s.write(f'aa{i % 5}', {'x': torch.full((50_000,), float(i % 5))}) for i in range(60)]"
-    )
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
-    assert [process.wait(120) for process in running] == [0, 0]
+def test_two_processes_write_the_same_entries(tmp_path):
+    def write():
+        store = Store(tmp_path, "latents")
+        for i in range(60):
+            store.write(f"aa{i % 5}", {"x": torch.full((50_000,), float(i % 5))})
+
+    running = [fork(write) for _ in range(2)]
+    assert [ended(child) for child in running] == [0, 0]
     store = Store(tmp_path, "latents")
     assert all(store.intact(f"aa{i}") and (store.read(f"aa{i}")["x"] == i).all() for i in range(5))
 
@@ -92,19 +91,18 @@ def test_damaged_seals_only_cost_a_reading(tmp_path, text):
 
 
 def test_a_killed_writer_leaves_whole_entries_only(tmp_path):
-    code = (
-        "import torch, sys; from pathlib import Path; from dreambooth_lab.data.cache import Store\n"
-        "s = Store(Path(sys.argv[1]), 'latents')\n"
-        "for i in range(10**6): s.write(f'{i % 256:02x}{i}', {'x': torch.full((200_000,), float(i))})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    store = Store(tmp_path, "latents")
+    def write():
+        store = Store(tmp_path, "latents")
+        for i in range(10**6):
+            store.write(f"{i % 256:02x}{i}", {"x": torch.full((200_000,), float(i))})
+
+    child, store = fork(write), Store(tmp_path, "latents")
     deadline = time.monotonic() + 120
     while len(list(store.keys())) < 12:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL
     keys = list(store.keys())
     assert len(keys) >= 12 and all(store.intact(key) for key in keys) and store.damaged == 0
 

@@ -108,7 +108,7 @@ def test_a_run_trains_on_them(setting):
 
 def test_captions_are_the_photos_under_the_class_prompt(setting, photos):
     cfg, family = setting("prior.source=captions")
-    assert class_folder(cfg, family) == photos
+    assert class_folder(cfg, family) == str(photos)
     data = DreamBoothData(cfg, family)
     data.prepare()
     mine = {e.picture.name for e in data.entries if e.spec.is_class}

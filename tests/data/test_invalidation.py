@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError
 from dreambooth_lab.data import cache
 from dreambooth_lab.data.cache import Store
 from dreambooth_lab.data.module import DreamBoothData
 from dreambooth_lab.models.sdxl import SDXL
 from dreambooth_lab.run import build_family
+from processes import ended, fork
 
 
 @pytest.fixture
@@ -44,12 +45,21 @@ def counted(small, photos, tiny_sdxl, tmp_path, monkeypatch):
     monkeypatch.setattr(SDXL, "encode_text", encode_text)
     base = [w for w in small if not w.startswith(("dataset.path", "model.pretrained", "prior", "cache"))]
 
+    def files():
+        found = (path for kind in ("latents", "text") for path in (tmp_path / "cache" / kind).rglob("*.safetensors"))
+        return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+
     def make(*overrides):
         counts.update(images=0, texts=0)
+        before = files()
         words = [*base, f"dataset.path={own}", f"model.pretrained={model}", f"cache={tmp_path / 'cache'}", *overrides]
         cfg = lab.compose(*words)
         data = DreamBoothData(cfg, build_family(cfg))
         data.prepare()
+        after = files()
+        if not data.damaged:
+            assert all(after[path] == before[path] for path in before), "what was there is left alone"
+            assert len(after) - len(before) == counts["images"] + counts["texts"], "what is encoded is new"
         return counts["images"], counts["texts"]
 
     make.own, make.model, make.cache = own, model, tmp_path / "cache"
@@ -70,6 +80,11 @@ def test_each_change_makes_again_what_depends_on_it_and_nothing_else(counted):
     assert counted('dataset.instance_prompt="a photo of zwx dog"') == (0, 1), "the caption"
     assert counted("model.encoder_dtype=bfloat16") == (5, 2), "the encoders' precision"
     assert counted() == (0, 0), "nothing of before is lost"
+    assert counted("quant.text_encoder_1=int8") == (0, 2), "one text encoder's precision"
+    assert counted("model.dtype=bfloat16") == (0, 0), "the denoiser's is of no account"
+    file = counted.model / "tokenizer/tokenizer.json"
+    file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false') + "\n")
+    assert counted() == (0, 2), "the tokenizer"
     file = next((counted.model / "vae").glob("*.safetensors"))
     weights = load_file(file)
     save_file({name: w + 1e-3 if name == "encoder.conv_in.weight" else w for name, w in weights.items()}, file)
@@ -103,33 +118,19 @@ def test_damage_after_the_start_is_healed_at_the_reading(small, photos, tmp_path
     assert data.stores.damaged > 0
 
 
-BUILD = """
-import sys, time
-from dreambooth_lab import lab
-from dreambooth_lab.data.module import DreamBoothData
-from dreambooth_lab.run import build_family
-cfg = lab.compose(*sys.argv[1:])
-DreamBoothData(cfg, build_family(cfg)).prepare()
-"""
-
-
-def test_killing_the_build_leaves_a_usable_cache(small, tmp_path):
-    own = tiny.save_photos(tmp_path / "own", [(300 + i, 300) for i in range(24)])
-    words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
-    words += [f"dataset.path={own}", f"cache={tmp_path / 'cache'}", "dataset.resolutions=[256]"]
-    process = subprocess.Popen([sys.executable, "-c", BUILD, *words])
-    store, deadline = Store(tmp_path / "cache", "latents"), time.monotonic() + 300
-    while len(list(store.keys())) < 4:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    there = len(list(store.keys()))
-    cfg = lab.compose(*words)
+@pytest.mark.parametrize("kind", ["latents", "masks"])
+def test_damage_that_cannot_be_healed_names_what_is_gone(small, tmp_path, kind):
+    own, masks = (tiny.save_photos(tmp_path / name, [(80, 80)], seed) for name, seed in (("own", 0), ("m", 1)))
+    words = [w for w in small if not w.startswith(("dataset.path", "dataset=", "cache", "prior"))]
+    cfg = lab.compose(*words, "dataset=masked", f"dataset.path={own}", f"dataset.mask_path={masks}", f"cache={tmp_path / 'c'}")
     data = DreamBoothData(cfg, build_family(cfg))
     data.prepare()
-    (summary,) = data.summaries()
-    assert (summary.cached, summary.built) == (there, 24 - there) and data.stores.damaged == 0
+    store = data.stores.masks if kind == "masks" else data.stores.placed[None]
+    shutil.rmtree(masks if kind == "masks" else own)
+    shutil.rmtree(store.folder)
+    store.read.cache_clear()
+    with pytest.raises(ConfigError, match=r"00\.png: its .*No such file"):
+        data.build(data.schedule.batch(0))
 
 
 @pytest.fixture
@@ -137,26 +138,44 @@ def forked(small, tmp_path):
     """Prepares data of two pictures in a child process; tells its process id."""
     own = tiny.save_photos(tmp_path / "own", [(80, 80), (60, 120)])
     words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
-    cfg = lab.compose(*words, f"dataset.path={own}", f"cache={tmp_path / 'cache'}")
 
-    def prepared():
+    @lru_cache
+    def config(*changes):
+        return lab.compose(*words, f"dataset.path={own}", f"cache={tmp_path / 'cache'}", *changes)
+
+    def prepared(*changes):
+        cfg = config(*changes)
         data = DreamBoothData(cfg, build_family(cfg))
         data.prepare()
         return data
 
-    def make(before=lambda: None):
-        child = os.fork()
-        if child:
-            return child
-        try:
-            before()
-            prepared()
-            os._exit(0)
-        finally:
-            os._exit(1)
+    def make(*changes, before=lambda: None):
+        config(*changes)
 
-    make.here, make.cache = prepared, tmp_path / "cache"
+        def work():
+            before()
+            prepared(*changes)
+
+        return fork(work)
+
+    make.here, make.own, make.cache = prepared, own, tmp_path / "cache"
     return make
+
+
+def test_killing_the_build_leaves_a_usable_cache(forked):
+    tiny.save_photos(forked.own, [(300 + i, 300) for i in range(24)], seed=2)
+    child, store = forked("dataset.resolutions=[256]"), Store(forked.cache, "latents")
+    deadline = time.monotonic() + 120
+    while len(list(store.keys())) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    status = ended(child)
+    there = len(list(store.keys()))
+    data = forked.here("dataset.resolutions=[256]")
+    (summary,) = data.summaries()
+    assert status == -signal.SIGKILL and 4 <= there < 24
+    assert (summary.cached, summary.built, data.damaged) == (there, 24 - there, 0)
 
 
 def die_at(number: int, counted: list[int]):
@@ -183,8 +202,7 @@ def test_a_build_that_ends_at_any_point_leaves_a_usable_cache(forked):
     while not ends or ends[-1] == 9:
         number += 1
         shutil.rmtree(forked.cache, ignore_errors=True)
-        _, status = os.waitpid(forked(lambda n=number: die_at(n, [0])), 0)
-        ends.append(os.waitstatus_to_exitcode(status))
+        ends.append(ended(forked(before=lambda n=number: die_at(n, [0]))))
         there = len(list(Store(forked.cache, "latents").keys()))
         data = forked.here()
         (summary,) = data.summaries()
@@ -195,7 +213,7 @@ def test_a_build_that_ends_at_any_point_leaves_a_usable_cache(forked):
 
 def test_two_processes_may_build_one_cache_together(forked):
     running = [forked() for _ in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in running] == [0, 0]
+    assert [ended(child) for child in running] == [0, 0]
     data = forked.here()
     (summary,) = data.summaries()
     assert (summary.cached, summary.built, data.damaged) == (2, 0, 0)

@@ -112,3 +112,27 @@ def test_a_bucket_of_a_dataset_file_is_a_url(tmp_path):
     entry = samples.entry(tmp_path, type="aws", aws_bucket_name="b", aws_data_prefix="photos/dog", instance_data_dir=None)
     (made,) = plan(lab.compose("dataset=simpletuner", f"dataset.path={samples.save(tmp_path / 'a.json', entry)}")).specs
     assert made.where.path == "s3://b/photos/dog"
+
+
+def test_a_bucket_of_a_local_s3_server(folder, tmp_path, monkeypatch):
+    """Needs `s3fs` and `moto[server]`; listing, reading, stamps, and what a wrong bucket says."""
+    s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    running = server.ThreadedMotoServer(port=0)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "y")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        files = s3fs.S3FileSystem()
+        files.mkdir("dogs")
+        files.put(f"{folder}/", "dogs/photos/", recursive=True)
+        far = open_source(Where(DatasetType.folder, "s3://dogs/photos"), "")
+        scans = [scan.scan(far, Memory(tmp_path / "m")) for _ in range(2)]
+        near = scan.scan(Folder(str(folder)), Memory(tmp_path / "n"))
+        assert [s.read for s in scans] == [3, 0] and scans[1].rejected == near.rejected
+        assert [(p.name, p.digest) for p in scans[1].pictures] == [(p.name, p.digest) for p in near.pictures]
+        assert far.text("below/00.png") == "a caption"
+        with pytest.raises(ConfigError, match="s3://nobody/x' can't be listed"):
+            scan.scan(open_source(Where(DatasetType.folder, "s3://nobody/x"), ""), Memory(tmp_path / "m"))
+    finally:
+        running.stop()

@@ -157,6 +157,7 @@ IDLE = [
     ({"cache_dir": "x"}, "cache_dir has", "a text_embeds entry says it"),
     ({"conditioning_type": "mask"}, "conditioning_type has", "holds no masks"),
     ({"dataset_type": "eval", "repeats": 9, "is_regularisation_data": True}, "repeats, is_regularisation_data have", "never"),
+    ({"dataset_type": "eval", "conditioning_data": "other"}, "conditioning_data has", "whole pictures"),
     ({"dataset_type": "conditioning", "conditioning_type": "mask", "instance_prompt": None, "caption_strategy": None},
      "resolution, resolution_type have", "the very geometry of its picture"),
     ({"dataset_type": "text_embeds", "resolution": None, "resolution_type": None, "instance_prompt": None,
@@ -166,7 +167,9 @@ IDLE = [
 
 @pytest.mark.parametrize(("change", "keys", "why"), IDLE, ids=[keys for _, keys, _ in IDLE])
 def test_a_key_that_says_nothing_where_it_stands_gives_one_notice(photos, tmp_path, change, keys, why):
-    (notice,) = told(tmp_path, samples.entry(photos, id="other"), samples.entry(photos, **change))
+    other = samples.entry(photos, id="train")
+    mask = {"id": "other", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "x"}
+    (notice,) = told(tmp_path, other, mask, samples.entry(photos, **change))
     assert notice.startswith(f"entry 'photos': {keys} no meaning here: ") and why in notice
 
 

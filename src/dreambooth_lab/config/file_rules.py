@@ -40,7 +40,7 @@ def _told_twice(read: Reader) -> Iterator[str]:
             yield f"dataset.{key} is {getattr(value, 'name', value)}, but the entries of the dataset file say it; set it there"
     share = read("prior.share")
     if share != _files(PriorConfig, "prior/none").share:
-        yield f"prior.share is {share}, but the dataset file's repeats and probability say how often classes come"
+        yield f"prior.share is {share}, but the dataset file says how often class pictures come; leave it out"
 
 
 def _files(schema: type, *names: str) -> DictConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..batch import Text
+from ..config import ConfigError
 from . import cache
 from .entry import Entry
 from .fill import Encoder, Stores, fill_masks, fill_texts, heal
@@ -43,7 +44,11 @@ class Cached:
         return entry.key(which, self.encoder.identity)
 
     def posterior(self, entry: Entry, which: int) -> dict[str, Tensor]:
-        """A variant's mean and std [C h w]."""
+        """A variant's mean and std [C h w].
+
+        Raises:
+            ConfigError: they are damaged, and the picture is gone.
+        """
         key = self.key(entry, which)
         try:
             return self.stores.latents(entry).read(key)
@@ -52,7 +57,11 @@ class Cached:
             return self.stores.latents(entry).read(key)
 
     def mask(self, entry: Entry, which: int) -> Tensor | None:
-        """A variant's mask [1 h w] in [0, 1]."""
+        """A variant's mask [1 h w] in [0, 1].
+
+        Raises:
+            ConfigError: it is damaged, and the picture's mask is gone.
+        """
         if entry.mask is None:
             return None
         key = entry.mask.key(entry.variants[which], self.family.factor)
@@ -60,5 +69,7 @@ class Cached:
             return self.stores.masks.read(key)["mask"]
         except cache.Damaged:
             self.stores.masks.drop(key)
-            fill_masks(self.stores, [entry], self.family.factor)
+            _, problems = fill_masks(self.stores, [entry], self.family.factor)
+            if problems:
+                raise ConfigError(f"a cached mask is damaged, and can't be made again: {problems[0]}") from None
             return self.stores.masks.read(key)["mask"]

@@ -163,12 +163,14 @@ def heal(stores: Stores, entry: Entry, which: int, encoder: Encoder) -> None:
     """Make a damaged entry again.
 
     Raises:
-        One of `source.UNREADABLE`: the picture is gone.
+        ConfigError: the picture is gone.
     """
     stores.latents(entry).drop(entry.key(which, encoder.identity))
     pixels = _decode(entry)
     if isinstance(pixels, str):
-        raise OSError(f"{entry.picture.name}: its cached latents are damaged, and the picture {pixels}")
+        raise ConfigError(
+            f"{entry.picture.name}: its cached latents are damaged, and the picture {pixels}; put it back, and resume"
+        )
     encode(stores, entry, pixels, encoder)
     encoder.family.release_encoders()
 

@@ -169,8 +169,8 @@ def _located(place: str, beside: Path) -> str:
 
 def _spec(entry: Entry, entries: list[Entry], cfg: DictConfig, path: Path) -> DatasetSpec:
     asked = asked_masks(entry)
-    mask = next((e for e in entries if asked and e.get("id") == asked[0]), None)
     prompts, is_eval = entry.get("instance_prompt") or (), kind_of(entry) == "eval"
+    mask = next((e for e in entries if asked and not is_eval and e.get("id") == asked[0]), None)
     captions = Captions(
         CAPTIONS.get(strategy_of(entry), CaptionKind.column), (prompts,) if isinstance(prompts, str) else tuple(prompts),
         bool(entry.get("prepend_instance_prompt")), bool(entry.get("only_instance_prompt")),

@@ -68,6 +68,7 @@ RULES = (
     Rule((*TRAINED, "max_num_samples", "conditioning_data"), _kind("conditioning"), "a mask comes whenever its picture does"),
     Rule(("conditioning_type",), _kind("image", "eval", "text_embeds", "image_embeds"), "this entry holds no masks"),
     Rule(TRAINED, _kind("eval"), "eval pictures are never trained on"),
+    Rule(("conditioning_data",), _kind("eval"), "the eval loss is that of whole pictures"),
     Rule(CUT, lambda e: has_pictures(e) and e.get("crop") is not True, "without crop=true a picture keeps its own aspect"),
     Rule(
         ("crop_aspect_buckets",),

@@ -129,7 +129,7 @@ NESTED = {
     "parquet": {
         "path": Key(TEXT), "filename_column": Key(TEXT), "caption_column": Key((str, list)),
         "fallback_caption_column": Key(TEXT), "width_column": idle(TEXT, "sizes are read from the pictures"),
-        "height_column": idle(TEXT, "sizes are read from the pictures"), 
+        "height_column": idle(TEXT, "sizes are read from the pictures"),
         "identifier_includes_extension": idle(FLAG, "pictures are found with and without"),
     },
     "huggingface": {

@@ -50,6 +50,7 @@ def main(words: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(experiment(said, options.config), encoding="utf-8")
     _show(became)
     print(f"written: {output}")
@@ -88,15 +89,16 @@ def translate(options: Options, beside: Path) -> tuple[Said, list[Became]]:
             became.append(Became(name, shown, "", "not known here" + (f"; the nearest known is {near[0]}" if near else "")))
             continue
         try:
+            if "${" in str(value):
+                raise Left("it has ${…}, which reads another value or the environment here; say it at the command line")
             mine = OPTIONS[name].say(value, options)
         except Left as reason:
             became.append(Became(name, shown, "", str(reason)))
             continue
         mine |= {key: _located(mine[key], beside) for key in PLACES if key in mine}
         said |= mine
-        became.append(
-            Became(name, shown, ", ".join(f"{k.lstrip('/')}={v}" for k, v in mine.items()) or "(off)", OPTIONS[name].note)
-        )
+        here = "\n".join(f"{key.lstrip('/')}={value}" for key, value in mine.items())
+        became.append(Became(name, shown, here or "(off)", OPTIONS[name].note))
     return said, became
 
 

@@ -9,13 +9,14 @@ records, so the interpreter and the libraries are left out on both.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from math import inf
+from itertools import count
+from pathlib import Path
 
-import torch
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from .. import draw, lab, memory
 from ..batch import Batch
@@ -26,7 +27,8 @@ from ..dreambooth import DreamBooth
 from ..run import build_adapter, build_family
 
 
-def main(words: list[str]) -> None:
+def built(words: list[str]) -> tuple[DreamBooth, DreamBoothData]:
+    """The module of a training run, and its data."""
     cfg = anchor(lab.compose(*words))
     check(cfg)
     family = build_family(cfg)
@@ -34,11 +36,12 @@ def main(words: list[str]) -> None:
     data.prepare()
     adapter = build_adapter(cfg)
     adapter.attach(family.denoiser, family.learns, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
-    module = DreamBooth(cfg, family, adapter).train()
-    largest = max((bucket.shape for bucket in data.schedule.buckets), key=lambda shape: shape[0] * shape[1])
-    parts = memory.estimate(module, data.text(""), largest, cfg.dataset.batch_size, False)
+    return DreamBooth(cfg, family, adapter).train(), data
+
+
+def true_peak(module: DreamBooth, batch: Batch) -> int:
+    """Bytes on the device at the worst moment of a training step."""
     optimizer = module.configure_optimizers()["optimizer"]
-    batch = next(b for b in map(_batch(data), range(10**6)) if b.mean.shape[2] * family.factor == largest[0])
 
     def step() -> None:
         module.training_step(batch, 0)["loss"].backward()
@@ -46,18 +49,23 @@ def main(words: list[str]) -> None:
         optimizer.zero_grad()
 
     step()  # the optimiser's moments are there from now on
-    there = list(module.denoiser.parameters()) + [s for state in optimizer.state.values() for s in state.values()]
-    resident = sum(t.numel() * t.element_size() for t in there if isinstance(t, torch.Tensor))
-    true = resident + memory.peak(step, family.device)
-    table = Table("for", "MiB", title=f"{cfg.model.pretrained.split('/')[-1]}, batch {cfg.dataset.batch_size}, {largest}")
-    for what, size in [*parts.items(), ("together", sum(parts.values())), ("true peak", true)]:
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return memory.stored([*module.parameters(), *moments]) + memory.peak(step, module.family.device)
+
+
+def main(words: list[str]) -> None:
+    module, data = built(words)
+    rows, pretrained, factor = module.cfg.dataset.batch_size, Path(module.cfg.model.pretrained).name, module.family.factor
+    largest = max((bucket.shape for bucket in data.schedule.buckets), key=lambda shape: shape[0] * shape[1])
+    parts = memory.estimate(module, data.text(""), largest, rows, False)
+    batches = (data.build(data.schedule.batch(number)) for number in count())
+    batch = next(b for b in batches if (b.mean.shape[2] * factor, b.mean.shape[3] * factor) == largest)
+    true, together = true_peak(module, move_data_to_device(batch, module.family.device)), sum(parts.values())
+    table = Table("for", "MiB", title=f"{pretrained}, batch {rows}, {largest[1]} × {largest[0]} px")
+    for what, size in [*parts.items(), ("together", together), ("true peak", true)]:
         table.add_row(what, f"{size / 2**20:,.1f}")
-    table.add_row("estimate / true peak", f"{sum(parts.values()) / (true or inf):.2f}")
+    table.add_row("estimate / true peak", f"{together / true:.2f}")
     Console(width=100).print(table)
-
-
-def _batch(data: DreamBoothData) -> Callable[[int], Batch]:
-    return lambda number: data.build(data.schedule.batch(number))
 
 
 if __name__ == "__main__":
