@@ -41,7 +41,7 @@ from ..runfolder import RunFolder
 from ..watching import build_watchers, timetable
 
 ROUNDS = 3
-BACK_AFTER = 3.0  # seconds after which the receiver that comes back does
+BACK_AFTER = 3.0  # seconds after its first message in which the receiver that comes back takes none
 PATIENCE = 4.0  # seconds that a run waits for its receivers in the end; the lab's own patience only costs time here
 
 
@@ -106,12 +106,14 @@ TAKES = {"takes all", "closes mid-body", "answers 10 MB"}  # whose status is 200
 def receive(temper: str, pipe: Any) -> None:
     """A receiver's process: tells its port, then, when asked, how many finished pictures it answered with 200."""
     answer: Answer = TEMPERS[temper] or hangs
-    started, taken = time.monotonic(), Counter[bool]()
+    taken: Counter[bool] = Counter()
+    first: list[float] = []  # when the first message came
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            age = time.monotonic() - started
+            first.append(time.monotonic())
+            age = first[-1] - first[0]
             taken[b'"type":"image"' in body and (temper in TAKES or (answer is comes_back and age > BACK_AFTER))] += 1
             answer(self, age)
 
