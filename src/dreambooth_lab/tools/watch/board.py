@@ -11,6 +11,7 @@ from .letter import Numbers, Picture
 
 MOST_RUNS, MOST_SERIES, MOST_POINTS = 20, 300, 5000
 MOST_BYTES = 256 * 2**20  # of pictures, all runs together
+MOST_REPLACED = 32  # previews that are still served though newer ones have come
 MOST_WAITING = 1000  # events for one browser; one that is slower must come anew
 
 Slot = tuple[Any, ...]
@@ -33,6 +34,7 @@ class Board:
         self.runs: OrderedDict[str, dict[str, deque[tuple[int, float | None]]]] = OrderedDict()  # numbers by name
         self.pictures: OrderedDict[Slot, Kept] = OrderedDict()
         self.by_number: dict[int, Kept] = {}
+        self.replaced: OrderedDict[int, bytes] = OrderedDict()  # previews that a browser may be about to ask for
         self.bytes = 0
         self.numbers = count(1)
         self.listeners: set[asyncio.Queue[Event | None]] = set()
@@ -53,7 +55,7 @@ class Board:
 
     def _picture(self, said: Picture) -> Event:
         place = (said.run, said.weights, said.prompt, said.facts["image_index"])
-        self._drop((*place, "preview"))  # there is one preview of a picture, the newest, until it is done
+        self._replace((*place, "preview"))  # there is one preview of a picture, the newest, until it is done
         slot = (*place, said.facts["training_step"]) if said.final else (*place, "preview")
         self._drop(slot)
         kept = Kept(next(self.numbers), slot, said)
@@ -62,6 +64,15 @@ class Board:
         while self.bytes > MOST_BYTES and len(self.pictures) > 1:
             self._drop(next(iter(self.pictures)))
         return kept.event()
+
+    def _replace(self, slot: Slot) -> None:
+        """Drop it from the board, but not at once from under a browser that has just heard of it."""
+        if slot in self.pictures:
+            old = self.pictures[slot]
+            self.replaced[old.number] = old.picture.png
+            if len(self.replaced) > MOST_REPLACED:
+                self.replaced.popitem(last=False)
+            self._drop(slot)
 
     def _drop(self, slot: Slot) -> None:
         kept = self.pictures.pop(slot, None)
@@ -80,7 +91,7 @@ class Board:
         return {"kind": "numbers", "run": said.run, "lines": lines}
 
     def png(self, number: int) -> bytes | None:
-        return self.by_number[number].picture.png if number in self.by_number else None
+        return self.by_number[number].picture.png if number in self.by_number else self.replaced.get(number)
 
     def snapshot(self) -> list[Event]:
         """Events that bring a new browser up to date."""
