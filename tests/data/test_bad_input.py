@@ -281,6 +281,7 @@ ENTRIES = [
     ({"is_regularization_dat": True}, "did you mean 'is_regularization_data'?"),
     ({"instance_data_dir": None}, "it needs instance_data_dir"),
     ({"instance_prompt": None}, 'it needs an "instance_prompt"'),
+    ({"instance_prompt": "a photo of ${oc.env:HOME}"}, "would read as a reference"),
     ({"instance_prompt": ["a", 3]}, "must be a list of strings"),
     ({"caption_strategy": "text"}, "it must be one of instanceprompt"),
     ({"caption_strategy": "parquet"}, "it needs a caption_column"),

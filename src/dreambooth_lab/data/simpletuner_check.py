@@ -88,6 +88,8 @@ def _meaning_problems(entry: Entry) -> Iterator[str]:
         yield 'it needs an "instance_prompt"'
     if isinstance(prompts, list) and not all(isinstance(p, str) and p.strip() for p in prompts):
         yield "instance_prompt must be a list of strings"
+    if "${" in str(prompts):
+        yield "instance_prompt has ${, which the run's config.yaml would read as a reference to another key; leave it out"
     if strategy in COLUMN_STRATEGIES and not columns_of(entry):
         yield f"caption_strategy is {strategy!r}, so it needs a caption_column"
     yield from _size_problems(entry)
