@@ -1,10 +1,14 @@
 """The shipped base: it opens with no options, knows the world, and stays small."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPModel, CLIPProcessor
 
+from dreambooth_lab.models.judges import Dino, MaskedDino
 from dreambooth_lab.tools.pretrain_toybox.judge import chosen, draw_all, score
 from dreambooth_lab.tools.pretrain_toybox.scorer import choices
 from dreambooth_lab.tools.pretrain_toybox.unet import sample
@@ -12,7 +16,7 @@ from dreambooth_lab.toybox import base_folder
 from dreambooth_lab.toybox.evaluator import Evaluator
 from dreambooth_lab.toybox.subjects import subject_photos
 from dreambooth_lab.toybox.tokenizer import build_tokenizer
-from dreambooth_lab.toybox.world import SUBJECTS
+from dreambooth_lab.toybox.world import SUBJECTS, draw_individual, render
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,17 @@ def test_the_scorer_opens_as_a_clip_and_tells_prompts_apart():
     folder = base_folder() / "scorer"
     assert CLIPModel.from_pretrained(folder).dtype == torch.float32 and CLIPProcessor.from_pretrained(folder)
     assert min(choices(folder, n=32).values()) > 0.7
+
+
+@pytest.mark.parametrize("kind", [Dino, MaskedDino])
+def test_the_shipped_dino_tells_individuals_of_one_class_apart(kind):
+    """Photos of a held-out subject in other places are nearer to each other than to others of its class in the same places."""
+    dino = Dino(str(base_folder() / "dino"), "eval.dino_model", torch.device("cpu"), 64)
+    judge = dino if kind is Dino else MaskedDino(dino)
+    for name in SUBJECTS:
+        own = subject_photos(name, 4)
+        rng = np.random.default_rng(0)
+        others = [render(replace(photo.scene, who=replace(draw_individual(rng), kind=name))) for photo in own]
+        of_own, of_others = (judge.see([p.image for p in pictures]) for pictures in (own, others))
+        alike = (of_own @ of_own.T)[~torch.eye(4, dtype=torch.bool)].mean()
+        assert alike > (of_own @ of_others.T).mean() + 0.2, name

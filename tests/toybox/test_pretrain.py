@@ -7,7 +7,8 @@ from hydra import compose, initialize_config_dir
 from torch.testing import assert_close
 
 from dreambooth_lab.config import ConfigError, conf_dir
-from dreambooth_lab.tools.pretrain_toybox import latents, scorer, unet, vae
+from dreambooth_lab.models.judges import Dino
+from dreambooth_lab.tools.pretrain_toybox import dino, export, latents, scorer, unet, vae
 from dreambooth_lab.tools.pretrain_toybox.runner import fit
 from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding, new_text_encoders
 from dreambooth_lab.tools.pretrain_toybox.textures import texture
@@ -144,3 +145,19 @@ def test_a_saved_evaluator_judges_alike(tmp_path):
     x = torch.rand(2, 3, 128, 128) * 2 - 1
     assert_close(Evaluator.load(tmp_path).features(x), net.features(x), atol=2e-2, rtol=2e-2)
     assert len(net.judge(x).kind) == 2
+
+
+def test_a_saved_dino_sees_alike_and_all_of_it_learns(tmp_path):
+    cfg = config("dino.width=16", "dino.layers=1", "dino.batch=4").dino
+    torch.manual_seed(0)
+    net = dino.new_dino(cfg).eval()
+    batch = dino.draw_batch(3, cfg, 0)
+    assert all(torch.equal(a, b) for a, b in zip(batch, dino.draw_batch(3, cfg, 0), strict=True))
+    assert batch.cover.shape == (4, 64) and 0 < batch.cover.mean() < 1
+    token, patches = dino.features(net, batch)
+    (token.sum() + patches.sum()).backward()
+    assert all(p.grad is not None for name, p in net.named_parameters() if "mask_token" not in name)
+    dino.save(net, cfg, tmp_path / "vit")
+    export.export_judge(tmp_path / "vit", tmp_path / "dino")
+    shipped = Dino(str(tmp_path / "dino"), "eval.dino_model", torch.device("cpu"), 4)
+    assert_close(torch.nn.functional.normalize(shipped._features(batch.images), dim=-1), token.detach(), atol=2e-3, rtol=2e-2)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from dreambooth_lab.config import ConfigError, conf_dir
 
-ORDER = ("vae", "polish", "latents", "evaluator", "unet", "scorer", "export", "judge", "pictures")
+ORDER = ("vae", "polish", "latents", "evaluator", "unet", "scorer", "dino", "export", "judge", "pictures")
 
 
 def cpu_seconds() -> float:

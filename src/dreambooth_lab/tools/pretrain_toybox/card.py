@@ -26,8 +26,9 @@ pipe = StableDiffusionXLPipeline.from_pretrained(base_folder())
 pipe("a photo of a red robot on the beach", num_inference_steps=20, guidance_scale=4.0).images[0]
 ```
 
-Beside it: `evaluator/` (`dreambooth_lab.toybox.evaluator.Evaluator`: class, colour, place, identity) and `scorer/`
-(a `CLIPModel` for CLIP-I and CLIP-T). `sks`, `zwx` and ten other tokens never occurred in training; their
+Beside it: `evaluator/` (`dreambooth_lab.toybox.evaluator.Evaluator`: class, colour, place, identity), `scorer/` (a
+`CLIPModel` for CLIP-I and CLIP-T) and `dino/` (a `Dinov2Model` that tells individuals apart, taught by pairs of pictures
+rather than by itself). `sks`, `zwx` and ten other tokens never occurred in training; their
 embeddings are random and as long as a trained word's. Held-out subjects: `dreambooth_lab.toybox.subjects`.
 
 ## Numbers
@@ -54,10 +55,15 @@ def card(cfg: Any) -> str:
         lines.append(f"- VAE, held-out scenes: step {psnr.read_text().splitlines()[-1]} (dB)")
     done = torch.load(out / "unet/last.ckpt", map_location="cpu", weights_only=True)["global_step"]
     lines.append(f"- UNet and text encoders: {done:,} steps of {cfg.unet.batch} pictures, {cfg.latents.scenes:,} scenes")
-    for name, told in (("evaluator", "Evaluator"), ("scorer", "Scorer, zero-shot over all 288 prompts")):
+    told_of = {
+        "evaluator": "Evaluator, accuracy on held-out scenes",
+        "scorer": "Scorer, zero-shot over all 288 prompts, accuracy on held-out scenes",
+        "dino": "DINO's stand-in, the nearest of 127 pictures shows the same individual",
+    }
+    for name, told in told_of.items():
         numbers = read(out / name / "accuracies.json")
         if numbers:
-            lines.append(f"- {told}, accuracy on held-out scenes: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
+            lines.append(f"- {told}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
     judged = read(out / "judge/judge.json")
     if judged:
         told = ", ".join(f"{k} {v}" for k, v in judged.items() if k in ("class", "colour", "background"))

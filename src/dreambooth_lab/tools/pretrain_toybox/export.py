@@ -39,11 +39,12 @@ def add(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ckpt", "*.jsonl", "*.png"))
 
 
-def export_scorer(source: Path, target: Path) -> None:
-    from transformers import CLIPModel
+def export_judge(source: Path, target: Path) -> None:
+    """A network that transformers can open, in half precision, with its preprocessing."""
+    from transformers import AutoModel
 
     add(source, target)
-    CLIPModel.from_pretrained(source).half().save_pretrained(target)
+    AutoModel.from_pretrained(source).half().save_pretrained(target)
     say_float32(target)
 
 
@@ -58,8 +59,9 @@ def run(cfg: Any) -> None:
         say_float32(base / name)
     if (out / "evaluator/model.safetensors").exists():
         add(out / "evaluator", base / "evaluator")
-    if (out / "scorer/clip").exists():
-        export_scorer(out / "scorer/clip", base / "scorer")
+    for source, name in (("scorer/clip", "scorer"), ("dino/vit", "dino")):
+        if (out / source).exists():
+            export_judge(out / source, base / name)
     (base / "README.md").write_text(card(cfg))
     files = [p for p in base.rglob("*") if p.is_file()]
     for path in files:
