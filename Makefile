@@ -25,8 +25,8 @@ demo: install  ## teach the embedded model a robot from five photos, and look at
 	 echo "  $$run/pictures/before_after.png        left the base model, right after training; a row a prompt"; \
 	 echo "  $$run/export/                          the LoRA and the learned token"
 
-test: install  ## the tests that need no GPU and no patience
-	$(BIN)/python -m pytest
+test: install  ## the tests that need no GPU and no patience, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
