@@ -92,7 +92,6 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best(stopped):
     [
         (["checkpoint.patience=3"], "checkpoint.patience is 3, but nothing is watched"),
         (["checkpoint.monitor=loss"], "which is no logged number; they begin with train/"),
-        (["checkpoint.monitor=train/loss", "trainer.devices=2"], "of which the first alone evaluates"),
         (["checkpoint.monitor=eval/loss"], "which needs eval pictures"),
         (["checkpoint.monitor=clip/mean"], "which needs eval.clip_model"),
         (["checkpoint.monitor=train/loss", "checkpoint.mode=max"], "a loss; use min"),

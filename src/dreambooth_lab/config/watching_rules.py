@@ -83,8 +83,6 @@ def _checkpoint_problems(read: Reader) -> Iterator[str | None]:
     averaged, name = monitor.startswith("ema/"), monitor.removeprefix("ema/")
     family = next((prefix for prefix in NUMBERS if name.startswith(prefix)), None)
     said = f"checkpoint.monitor is {monitor!r}"
-    if (read("trainer.devices") or 1) > 1:
-        yield f"{said} with trainer.devices={read('trainer.devices')}, of which the first alone evaluates; use one, or null here"
     if family is None or (averaged and family == "train/"):
         yield f"{said}, which is no logged number; they begin with {', '.join(NUMBERS)}, all but the first also with ema/ before"
         return
