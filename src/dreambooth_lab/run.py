@@ -39,7 +39,7 @@ def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     Raises:
         ConfigError: something the files or the machine can't give; nothing has been trained then.
     """
-    _quiet_libraries()
+    quiet_libraries()
     folder, phases = RunFolder(root), Phases()
     start = folder.newest() if cfg.resume else None
     require_optimizer(cfg.optimizer)
@@ -221,7 +221,7 @@ def _strategy(cfg: DictConfig) -> Strategy | str:
     )  # fmt: skip
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence advice that doesn't apply here; warnings about the work itself stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

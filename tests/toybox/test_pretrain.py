@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from dreambooth_lab.config import ConfigError, conf_dir
 from dreambooth_lab.models.judges import Dino
 from dreambooth_lab.tools.pretrain_toybox import dino, export, latents, scorer, unet, vae
+from dreambooth_lab.tools.pretrain_toybox.card import minutes
+from dreambooth_lab.tools.pretrain_toybox.evaluator import found_partner
 from dreambooth_lab.tools.pretrain_toybox.runner import fit
 from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding, new_text_encoders
 from dreambooth_lab.tools.pretrain_toybox.textures import texture
@@ -131,6 +133,26 @@ def test_free_tokens_become_as_strong_as_words():
     after = nets["text_encoder"].get_input_embeddings().weight.detach()
     changed = (before != after).any(1).nonzero().flatten().tolist()
     assert sorted(tokenizer.convert_ids_to_tokens(changed)) == sorted(f"{t}</w>" for t in FREE_TOKENS)
+
+
+def test_a_partner_is_found_by_the_nearest_features():
+    features = torch.eye(6)[[0, 1, 2, 0, 1, 2]]  # picture i and picture 3 + i are alike
+    assert found_partner(features) == 1
+    assert found_partner(features[[0, 1, 2, 1, 2, 0]]) == 0
+
+
+def test_the_card_adds_up_what_a_stage_took_in_all(tmp_path):
+    told = [("vae", 1800), ("export", 12), ("unet", 3000), ("vae", 600)]
+    path = tmp_path / "times.jsonl"
+    path.write_text("".join(f'{{"stage": "{stage}", "wall_s": {seconds}}}\n' for stage, seconds in told))
+    assert minutes(path) == "vae 40, unet 50"
+
+
+def test_progress_is_told_as_it_is_logged(tmp_path, capsys):
+    train_unet(tmp_path / "unet", config("unet.steps=2", "unet.keep_every=2", "unet.log_every=1"))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith('unet: {"step": 1,') and "of 2, about" in first and '"step": 2,' in second
+    assert (tmp_path / "unet/log.jsonl").read_text().count("\n") == 2
 
 
 def test_captions_fit_the_pictures_they_are_true_of():

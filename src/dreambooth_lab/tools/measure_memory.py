@@ -8,29 +8,26 @@ records, so the interpreter and the libraries are left out on both.
 
 from __future__ import annotations
 
-import sys
 from itertools import count
 from pathlib import Path
 
 from lightning.fabric.utilities import move_data_to_device
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .. import draw, lab, memory
+from .. import draw, memory
 from ..batch import Batch
-from ..config import ConfigError, anchor, check
 from ..data.module import DreamBoothData
 from ..draw import Purpose
 from ..dreambooth import DreamBooth
 from ..run import build_adapter, build_family
+from .words import checked, command
 
 
 def built(words: list[str]) -> tuple[DreamBooth, DreamBoothData]:
     """The module of a training run, and its data."""
-    cfg = anchor(lab.compose(*words))
-    check(cfg)
+    cfg = checked(words)
     family = build_family(cfg)
     data = DreamBoothData(cfg, family)
     data.prepare()
@@ -69,8 +66,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    OmegaConf.register_new_resolver("run_folder", lambda *_: "", replace=True)
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    command(main)

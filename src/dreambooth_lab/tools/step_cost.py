@@ -9,24 +9,21 @@ those of one more step, counted by torch.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import lab
 from ..batch import Batch
-from ..config import ConfigError, anchor, check
 from ..data.module import DreamBoothData, Samples
 from ..dreambooth import DreamBooth
 from ..run import attach, build_adapter, build_family, build_text
+from .words import checked, command
 
 ROUNDS, WARM = 5, 1
 STRIDES = (1, 4, 8)
@@ -38,8 +35,7 @@ class Kind:
 
     def __init__(self, name: str, words: list[str], row_by_row: bool = False):
         self.name, self.row_by_row = name, row_by_row
-        cfg = anchor(lab.compose(*words))
-        check(cfg)
+        cfg = checked(words)
         family = build_family(cfg)
         data = DreamBoothData(cfg, family)
         data.prepare()
@@ -127,8 +123,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    OmegaConf.register_new_resolver("run_folder", lambda *_: "", replace=True)
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    command(main)

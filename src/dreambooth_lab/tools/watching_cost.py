@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,19 +25,17 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from .. import lab
 from ..callbacks import preview
 from ..callbacks.periodic import Timetable
-from ..config import ConfigError, anchor, check
 from ..data.module import DreamBoothData
 from ..phases import Phases
 from ..run import build_family, build_module, build_trainer, fit
 from ..runfolder import RunFolder
 from ..watching import build_watchers, timetable
+from .words import checked, command
 
 ROUNDS = 3
 BACK_AFTER = 3.0  # seconds after its first message in which the receiver that comes back takes none
@@ -155,8 +152,7 @@ class Measured(NamedTuple):
 
 def train(words: list[str]) -> Measured:
     """One run of these words, in a folder that is thrown away."""
-    cfg: DictConfig = anchor(lab.compose(*words))
-    check(cfg)
+    cfg = checked(words)
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
         folder, family = RunFolder(Path(root) / "run"), build_family(cfg)
         data = DreamBoothData(cfg, family)
@@ -204,8 +200,4 @@ def table(made: dict[str, list[Measured]], delivered: dict[str, list[int]]) -> T
 
 
 if __name__ == "__main__":
-    OmegaConf.register_new_resolver("run_folder", lambda *_: "", replace=True)
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -41,6 +41,9 @@ def timed(stage: str, out: Path) -> Iterator[None]:
 def main(cfg: DictConfig) -> None:
     import torch
 
+    from dreambooth_lab.run import quiet_libraries
+
+    quiet_libraries()
     torch.set_flush_denormal(True)
     torch.set_num_threads(cfg.threads)
     if cfg.stage not in (*ORDER, "all"):

@@ -48,6 +48,15 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def minutes(path: Path) -> str:
+    """Of each stage, repeats and resumed parts added up, in the order of the file; those under half a minute are left out."""
+    spent: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        told = json.loads(line)
+        spent[told["stage"]] = spent.get(told["stage"], 0) + told["wall_s"] / 60
+    return ", ".join(f"{stage} {m:.0f}" for stage, m in spent.items() if m >= 0.5)
+
+
 def card(cfg: Any) -> str:
     out, lines = Path(cfg.out), []
     psnr = next((p for p in (out / "polish/psnr.txt", out / "vae/psnr.txt") if p.exists()), out / "vae/psnr.txt")
@@ -68,4 +77,5 @@ def card(cfg: Any) -> str:
     if judged:
         told = ", ".join(f"{k} {v}" for k, v in judged.items() if k in ("class", "colour", "background"))
         lines.append(f"- {judged['prompts']} prompts, judged by the evaluator (`stage=judge`): {told}")
+    lines.append(f"- Minutes of the stages on {cfg.threads} threads: {minutes(out / 'times.jsonl')}")
     return TEXT.format(numbers="\n".join(lines))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, Dinov2Config, Dinov2Model
 
-from dreambooth_lab.tools.pretrain_toybox.evaluator import pair, same_individual, soften
+from dreambooth_lab.tools.pretrain_toybox.evaluator import found_partner, pair, same_individual, soften
 from dreambooth_lab.tools.pretrain_toybox.runner import Stage, fit
 from dreambooth_lab.tools.pretrain_toybox.scorer import MEAN, STD, shrink
 from dreambooth_lab.tools.pretrain_toybox.vae import to_tensor
@@ -74,9 +74,7 @@ def accuracies(dino: Any, cfg: Any, n: int = 64) -> dict[str, float]:
     rng = np.random.default_rng(1)
     pairs = [pair(rng) for _ in range(n)]
     both = features(dino, seen([a for a, _ in pairs] + [b for _, b in pairs], cfg, None))
-    nearest = [(vectors @ vectors.T).fill_diagonal_(-2).argmax(-1) for vectors in both]
-    right = [(found == torch.arange(2 * n).roll(n)).float().mean().item() for found in nearest]
-    return dict(zip(("class token", "patches"), (round(share, 3) for share in right), strict=True))
+    return {name: round(found_partner(vectors), 3) for name, vectors in zip(("class token", "patches"), both, strict=True)}
 
 
 def save(dino: Any, cfg: Any, folder: Path) -> None:

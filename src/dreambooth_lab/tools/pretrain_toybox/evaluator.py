@@ -71,6 +71,12 @@ def same_individual(features: Tensor, temperature: float = 0.1) -> Tensor:
     return F.cross_entropy(scores, torch.arange(2 * n).roll(n))
 
 
+def found_partner(features: Tensor) -> float:
+    """Share of pictures whose nearest other one is their partner. Unit features [2N C]."""
+    nearest = (features @ features.T).fill_diagonal_(-2).argmax(-1)
+    return (nearest == torch.arange(len(features)).roll(len(features) // 2)).float().mean().item()
+
+
 class EvaluatorStage(Stage):
     def __init__(self, cfg: Any) -> None:
         nets = [nn.ModuleDict({"evaluator": Evaluator(tuple(cfg.widths))}) for _ in range(2)]
@@ -92,9 +98,7 @@ def accuracies(net: Evaluator, n: int = 384) -> dict[str, float]:
     result = {k: (answers[k].argmax(-1) == y).float().mean().item() for k, y in batch.labels.items()}
     rng = np.random.default_rng(1)
     pairs = [pair(rng) for _ in range(64)]
-    features = net.features(batch_of([a for a, _ in pairs] + [b for _, b in pairs], BUCKETS[0]).images)
-    nearest = (features @ features.T).fill_diagonal_(-2).argmax(-1)
-    result["identity"] = (nearest == torch.arange(128).roll(64)).float().mean().item()
+    result["identity"] = found_partner(net.features(batch_of([a for a, _ in pairs] + [b for _, b in pairs], BUCKETS[0]).images))
     return {k: round(v, 3) for k, v in result.items()}
 
 

@@ -50,7 +50,8 @@ def run(cfg: Any) -> None:
     net, asked = Evaluator.load(base / "evaluator"), chosen(cfg.judge.prompts, cfg.seed)
     pictures = draw_all(pipe, asked, cfg.judge)
     result = score(net, pictures, asked) | {"by class": by_class(net, pictures, asked), "prompts": len(asked)}
-    grid([row for row in pictures[:96].split(12) if len(row) == 12], out / "samples.png")
+    across = min(12, len(pictures))
+    grid([row for row in pictures[:96].split(across) if len(row) == across], out / "samples.png")
     (out / "judge.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     if (Path(cfg.out) / "unet/last.ckpt").exists():  # the card tells these numbers too

@@ -6,6 +6,7 @@ continues bit for bit.
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Steps(IterableDataset):
         return (self.draw(step) for step in range(self.start, self.stop))
 
 
-class Stage(L.LightningModule):
+class Stage(L.LightningModule, ABC):
     """A module with an averaged copy of its weights; subclasses implement `loss(batch)`."""
 
     nets: Any  # nn.ModuleDict; its members have methods of their own, which `Module` can't say
@@ -40,8 +41,9 @@ class Stage(L.LightningModule):
         self.ema.load_state_dict(nets.state_dict())
         self.logged: dict[str, float] = {}
 
+    @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError
+        """The loss of a batch, and the parts that the progress log tells."""
 
     def groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.nets.parameters()), "lr": self.cfg.lr}]
@@ -75,7 +77,7 @@ class Stage(L.LightningModule):
 
 
 class Log(L.Callback):
-    """A line every `every` steps: step, seconds a step, the running means."""
+    """A line every `every` steps, to the file and the terminal: step, seconds a step, the running means."""
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every, self.since = path, every, time.perf_counter()
@@ -89,6 +91,8 @@ class Log(L.Callback):
         line = {"step": step, "s": round(seconds, 3), **{k: round(v, 5) for k, v in module.logged.items()}}
         with self.path.open("a") as f:
             f.write(json.dumps(line) + "\n")
+        left = (module.cfg.steps - step) * seconds / 60
+        print(f"{self.path.parent.name}: {json.dumps(line)} of {module.cfg.steps}, about {left:.0f} min left", flush=True)
 
 
 class Keep(L.Callback):
