@@ -1,6 +1,7 @@
 """`python -m dreambooth_lab.tools.pretrain_toybox stage=all`, or one of `ORDER`.
 
-Each finished stage adds a line to `out`/times.jsonl: its wall seconds, CPU seconds (its workers' too) and peak memory.
+Each stage adds a line to `out`/times.jsonl when it ends, finished or interrupted: its wall seconds, CPU seconds (its workers'
+too) and peak memory.
 """
 
 import json
@@ -28,13 +29,15 @@ def cpu_seconds() -> float:
 @contextmanager
 def timed(stage: str, out: Path) -> Iterator[None]:
     wall, cpu = time.perf_counter(), cpu_seconds()
-    yield
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process so far
-    line = {"stage": stage, "wall_s": round(time.perf_counter() - wall), "cpu_s": round(cpu_seconds() - cpu), "peak_mb": peak}
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "times.jsonl").open("a") as f:
-        f.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
+    try:
+        yield
+    finally:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process so far
+        line = {"stage": stage, "wall_s": round(time.perf_counter() - wall), "cpu_s": round(cpu_seconds() - cpu), "peak_mb": peak}
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "times.jsonl").open("a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="pretrain_toybox")
