@@ -35,8 +35,8 @@ embeddings are random and as long as a trained word's. Held-out subjects: `dream
 {numbers}
 
 ## Training
-`python -m dreambooth_lab.tools.pretrain_toybox stage=all`, on two CPU cores. Only drawn pictures and generated textures
-were seen: no photographs, no people.
+`python -m dreambooth_lab.tools.pretrain_toybox stage=all`, two and a half hours on two CPU cores. Only drawn pictures and
+generated textures were seen: no photographs, no people.
 
 ## Limits
 Small details (whiskers, spots, chimneys) are often wrong; positions and counts can't be asked for; words outside the
