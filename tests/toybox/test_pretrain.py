@@ -1,5 +1,7 @@
 """The training stages on settings small enough for seconds."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.testing import assert_close
 from dreambooth_lab.config import ConfigError, conf_dir
 from dreambooth_lab.models.judges import Dino
 from dreambooth_lab.tools.pretrain_toybox import dino, export, latents, scorer, unet, vae
+from dreambooth_lab.tools.pretrain_toybox.__main__ import timed
 from dreambooth_lab.tools.pretrain_toybox.card import minutes
 from dreambooth_lab.tools.pretrain_toybox.evaluator import found_partner
 from dreambooth_lab.tools.pretrain_toybox.runner import fit
@@ -146,6 +149,13 @@ def test_the_card_adds_up_what_a_stage_took_in_all(tmp_path):
     path = tmp_path / "times.jsonl"
     path.write_text("".join(f'{{"stage": "{stage}", "wall_s": {seconds}}}\n' for stage, seconds in told))
     assert minutes(path) == "vae 40, unet 50"
+
+
+def test_an_interrupted_stage_counts_its_time(tmp_path):
+    with pytest.raises(KeyboardInterrupt), timed("unet", tmp_path):
+        raise KeyboardInterrupt
+    (line,) = (tmp_path / "times.jsonl").read_text().splitlines()
+    assert json.loads(line)["stage"] == "unet" and json.loads(line)["peak_mb"] > 0
 
 
 def test_progress_is_told_as_it_is_logged(tmp_path, capsys):
