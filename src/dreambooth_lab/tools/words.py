@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from .. import lab
 from ..config import ConfigError, anchor, check
@@ -19,9 +20,8 @@ def checked(words: list[str]) -> DictConfig:
 
 
 def command(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command line's words; config problems end it with a line instead of a traceback."""
-    OmegaConf.register_new_resolver("run_folder", lambda *_: "", replace=True)  # nothing is written
+    """Call `main` with the command line's words; config problems end it without a traceback."""
     try:
         main(sys.argv[1:])
-    except ConfigError as error:
+    except (ConfigError, HydraException) as error:
         sys.exit(f"error: {error}")
