@@ -1,21 +1,57 @@
 """The records that travel from the data to the loss. Immutable, typed, shapes said once.
 
-Letters: B rows, C latent channels, h w latent grid, L text tokens, D text width, P pooled width.
+Letters: B rows, C latent channels, h w latent grid.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-class Text(NamedTuple):
+class Record(dict[str, Tensor]):
+    """Named tensors, a row for each sample first. Only the model family knows the names; everybody else moves whole rows."""
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.values())))
+
+    def take(self, rows: Tensor) -> Self:
+        """Some of the rows."""
+        return type(self)({name: tensor[rows] for name, tensor in self.items()})
+
+    def put(self, rows: Tensor, other: Record) -> Self:
+        """With other tensors at some rows, for the names that `other` has; the rest stays."""
+        made = type(self)(self)
+        for name, tensor in other.items():
+            own, tensor = _same_shape([self[name], tensor.to(self[name])])
+            made[name] = own.index_copy(0, rows, tensor)
+        return made
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)({name: tensor.to(device) for name, tensor in self.items()})
+
+    def repeat(self, n: int) -> Self:
+        """A single row n times."""
+        return type(self)({name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in self.items()})
+
+    @classmethod
+    def stack(cls, records: Sequence[Self]) -> Self:
+        """All rows of all records. Tensors of different length are padded with zeros at their ends; a family whose captions
+        differ in length has a mask or a length among its tensors, so that padding is never read."""
+        return cls({name: torch.cat(_same_shape([record[name] for record in records])) for name in records[0]})
+
+
+class Text(Record):
     """What the text encoders say about captions."""
 
-    states: Tensor  # [B L D]
-    pooled: Tensor  # [B P]
+
+class Cond(Record):
+    """Everything the denoiser is told besides x_t and t."""
 
 
 class Size(NamedTuple):
@@ -26,20 +62,13 @@ class Size(NamedTuple):
     target: tuple[int, int]  # height, width
 
 
-class Cond(NamedTuple):
-    """Everything the denoiser is told besides x_t and t."""
+class Shown(NamedTuple):
+    """A picture as the denoiser may be told of it."""
 
-    states: Tensor  # [B L D]
-    pooled: Tensor  # [B P]
-    size: Tensor  # [B 6] original h w, crop top left, target h w
-
-    def take(self, rows: Tensor) -> Cond:
-        return Cond(*(part[rows] for part in self))
-
-    def put(self, rows: Tensor, text: Text) -> Cond:
-        """With other text at some rows."""
-        states = self.states.index_copy(0, rows, text.states.to(self.states.dtype))
-        return self._replace(states=states, pooled=self.pooled.index_copy(0, rows, text.pooled.to(self.pooled.dtype)))
+    size: Size
+    latents: Tensor  # [C h w], the mean of its posterior
+    seed: int
+    index: int  # with the seed, what further draws of this row are keyed by
 
 
 class Kinds(NamedTuple):
@@ -74,6 +103,14 @@ class Batch(NamedTuple):
         return self.mean + self.std * self.z
 
 
-def stack_text(texts: list[Text]) -> Text:
-    """Rows of one caption each ([1 L D], [1 P]) as one record."""
-    return Text(torch.cat([t.states for t in texts]), torch.cat([t.pooled for t in texts]))
+
+def _same_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors [B_i …] padded with zeros at the end of each dimension but the first, until all agree."""
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return list(tensors)
+    whole = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    made = []
+    for tensor in tensors:
+        padding = [(0, most - size) for most, size in zip(whole, tensor.shape[1:], strict=True)]
+        made.append(F.pad(tensor, [side for pair in reversed(padding) for side in pair]))
+    return made

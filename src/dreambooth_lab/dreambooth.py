@@ -20,7 +20,17 @@ from .config import LossKind, Outside
 from .diffusion.time import build_times
 from .draw import Purpose
 from .learned_text import LearnedText
-from .losses import Penalty, huber_width, masked_error, outside_error, preserve_prior, pseudo_huber, squared, time_weight
+from .losses import (
+    Penalty,
+    huber_width,
+    masked_error,
+    outside_error,
+    preserve_prior,
+    pseudo_huber,
+    require_finite,
+    squared,
+    time_weight,
+)
 from .models.family import Family
 from .optimizer import Rate, build_optimizer, build_schedule, plus
 from .prior import Teacher, build_prior
@@ -43,15 +53,16 @@ class DreamBooth(LightningModule):
         self.denoiser, self.outside, self.text = family.denoiser, adapter.outside(), text
         self._point: list[Tensor] = []
         self.path = family.path
-        self.times = build_times(cfg.objective, family.times)
+        require_finite(cfg.objective.weight, family.path)
+        self.times = build_times(cfg.objective, family.times, family.shift)
         self.teacher = Teacher(family.denoise, adapter.base)
         self.prior = build_prior(cfg.prior.kind, self.teacher)
-        self.rollout = build_rollout(cfg.rollout, self.path, family.times[1], self.predict, self.at_rest)
+        self.rollout = build_rollout(cfg.rollout, self.path, family.times[1], family.shift, self.predict, self.at_rest)
         self.reflexflow = build_reflexflow(cfg.rollout, self.path, self.predict)
 
     def training_step(self, batch: Batch, _: int) -> dict[str, Tensor]:
         x0, cond = batch.latents(), self.told(batch)
-        t = self.times(batch.u)  #                                                       [B]        when
+        t = self.times(batch.u, x0.shape[2:])  #                                         [B]        when
         at = self.rollout(x0, batch, cond, t, self.global_step)  #                       [B C h w]  x_t, by ε or by the model
         output = self.predict(at.x_t, t, cond)
         target = self.path.target(x0, at.eps, t)
@@ -112,7 +123,7 @@ class DreamBooth(LightningModule):
         if not self.text or not rows:
             return batch.cond
         text = self.text.read([batch.captions[i] for i in rows])
-        return batch.cond.put(torch.tensor(rows, device=batch.cond.states.device), text)
+        return batch.cond.put(torch.tensor(rows, device=batch.u.device), text)
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
         """What little uses torch's own generator (adapter dropout) restarts from the sample index: no state to save."""

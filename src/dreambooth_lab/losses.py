@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .batch import Kinds
-from .config import HuberSchedule, Weight
+from .config import ConfigError, HuberSchedule, Weight
 from .diffusion.path import Path
 
 Penalty = Callable[[Tensor], Tensor]  # difference → error, element by element
@@ -82,29 +82,43 @@ def preserve_prior(
 
 
 def min_snr(snr: Tensor, gamma: float) -> Tensor:
-    """min(SNR, γ) (Hang et al. 2023, eq. 8)."""
-    return snr.clamp(max=gamma)
+    """min(1, γ / SNR): min(SNR, γ) on the error of x_0 (Hang et al. 2023, eq. 8)."""
+    return (gamma / snr).clamp(max=1)
 
 
 def soft_min_snr(snr: Tensor, gamma: float) -> Tensor:
-    """SNR γ / (SNR + γ), min-SNR without its corner (Crowson et al. 2024, eq. 16)."""
-    return snr * gamma / (snr + gamma)
+    """γ / (SNR + γ): min-SNR without its corner (Crowson et al. 2024, eq. 16)."""
+    return gamma / (snr + gamma)
 
 
 def debiased(snr: Tensor, gamma: float) -> Tensor:
-    """√SNR: 1/√SNR on the error of ε (Yu et al. 2023); γ plays no part."""
-    return snr.sqrt()
+    """1 / √SNR (Yu et al. 2023); γ plays no part."""
+    return snr.rsqrt()
 
 
-IN_DATA = {Weight.min_snr: min_snr, Weight.soft_min_snr: soft_min_snr, Weight.debiased: debiased}
+ON_NOISE = {Weight.min_snr: min_snr, Weight.soft_min_snr: soft_min_snr, Weight.debiased: debiased}
 
 
 def time_weight(kind: Weight, gamma: float, path: Path, t: Tensor) -> Tensor:
     """Weight of each row's error [B], float32.
 
-    The papers weigh the error of x_0 by w(SNR); the network's own error is `path.gain` times smaller or larger, so its weight is
-    w · gain. For min-SNR that is min(SNR, γ) / SNR on ε, min(SNR, γ) / (SNR + 1) on v, min(SNR, γ) t² on a velocity.
+    The error of ε is weighed by w(SNR), which stays finite where the signal is gone; the network's own error is `path.gain` times
+    smaller or larger, so its weight is w · gain. For min-SNR that is min(1, γ / SNR) on ε, min(SNR, γ) / (SNR + 1) on v, and
+    min(SNR, γ) t² on a velocity.
     """
     if kind is Weight.none:
         return torch.ones_like(t, dtype=torch.float32)
-    return (IN_DATA[kind](path.snr(t), gamma) * path.gain(t)).float()
+    return (ON_NOISE[kind](path.snr(t), gamma) * path.gain(t)).float()
+
+
+def require_finite(kind: Weight, path: Path) -> None:
+    """Refuse a weight that is infinite somewhere on the path.
+
+    Raises:
+        ConfigError: debiased, on a path that ends in pure noise.
+    """
+    if kind is Weight.debiased and path.top < 1:
+        raise ConfigError(
+            "objective.weight is debiased, which is infinite at pure noise, and this model's schedule has zero terminal SNR; "
+            "use min_snr, soft_min_snr or none"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .batch import Cond, Size, Text, stack_text
+from .batch import Cond, Shown, Size, Text
 from .dreambooth import DreamBooth
 
 SIDES = (16, 32)  # of the probes, latent cells, times the family's stride in cells where that is more
@@ -97,10 +97,10 @@ _NO_EXPERIMENT = torch._C._profiler._ExperimentalConfig()
 def probe(module: DreamBooth, text: Text, height: int, width: int, rows: int = 1) -> tuple[Tensor, Tensor, Cond]:
     """Something to predict: rows of so many latent cells."""
     family = module.family
-    told = family.cond(stack_text([text] * rows), [Size((64, 64), (0, 0), (64, 64))] * rows)
-    cond = Cond(*(part.to(family.device) for part in told))
-    x_t = torch.zeros(rows, family.channels, height, width, device=family.device)
-    return x_t, torch.full((rows,), 0.5, device=family.device), cond
+    x_t = torch.zeros(rows, family.channels, height, width)
+    shown = [Shown(Size((64, 64), (0, 0), (64, 64)), latents, 0, 0) for latents in x_t]
+    cond = family.cond(Text.stack([text] * rows), shown).to(family.device)
+    return x_t.to(family.device), torch.full((rows,), 0.5, device=family.device), cond
 
 
 def stored(tensors: Iterable[Tensor]) -> int:

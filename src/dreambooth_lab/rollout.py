@@ -19,7 +19,7 @@ from .batch import Batch, Cond
 from .config import ConfigError, Ramp, RolloutKind, RolloutTarget
 from .diffusion.path import Path
 from .diffusion.solve import SOLVERS
-from .diffusion.time import shift
+from .diffusion.time import Shift, build_shift, shift
 
 Predict = Callable[[Tensor, Tensor, Cond], Tensor]  # (x_t, t, cond) → the network's answer
 
@@ -68,6 +68,25 @@ class InputPerturbation:
         return Reached(self.path.noise(x0, noise, t), batch.eps, due)
 
 
+class Grid(NamedTuple):
+    """The strides of a schedule: `number` of them on a clock where all are alike, before its time shift."""
+
+    number: int
+    shift: float
+
+    def even(self, t: Tensor) -> Tensor:
+        """t on the clock whose strides are all alike."""
+        return shift(t, 1 / self.shift)
+
+    def above(self, t: Tensor, strides: Tensor) -> Tensor:
+        """The times so many strides above t [B]."""
+        return torch.where(strides > 0, shift(self.even(t) + strides / self.number, self.shift), t)
+
+    def room(self, t: Tensor, top: float) -> Tensor:
+        """Whole strides between t [B] and the top."""
+        return ((self.even(torch.full_like(t, top)) - self.even(t)) * self.number + 1e-9).floor()
+
+
 class Walk:
     """Starts up to K strides above t and walks down, all rows at once, without gradient or dropout.
 
@@ -77,52 +96,48 @@ class Walk:
 
     Args:
         top: t at which sampling begins.
+        model_shift: the model's own time shift, for `shift: model`.
         predict: the network with its current weights.
         at_rest: enters a state without dropout.
     """
 
     def __init__(
-        self, cfg: DictConfig, path: Path, top: float, predict: Predict, at_rest: Callable[[], AbstractContextManager[None]]
-    ):
-        self.cfg, self.path, self.top, self.predict, self.at_rest = cfg, path, top, predict, at_rest
+        self, cfg: DictConfig, path: Path, top: float, model_shift: Shift, predict: Predict,
+        at_rest: Callable[[], AbstractContextManager[None]],
+    ):  # fmt: skip
+        self.cfg, self.path, self.top, self.predict, self.at_rest = cfg, path, min(top, path.top), predict, at_rest
+        self.shift = build_shift(cfg.shift, model_shift)
         self.grid = path.num_steps if cfg.grid == "native" else int(cfg.grid)
 
     def __call__(self, x0: Tensor, batch: Batch, cond: Cond, t: Tensor, step: int) -> Reached:
-        length = self.lengths(batch.walk, t, step)
+        grid = Grid(self.grid, self.shift(*x0.shape[2:]))
+        length = self.lengths(batch.walk, t, step, grid)
         with torch.no_grad(), self.at_rest():
-            x_t = self.walk(x0, batch.eps, cond, t, length)
+            x_t = self.walk(x0, batch.eps, cond, t, length, grid)
         strayed = length > 0
         if self.cfg.target is RolloutTarget.original:
             return Reached(x_t, batch.eps, strayed)
         eps = torch.where(_wide(strayed), self.path.implied_noise(x_t, x0, t), batch.eps)
         return Reached(x_t, eps, strayed)
 
-    def lengths(self, walk: Tensor, t: Tensor, step: int) -> Tensor:
+    def lengths(self, walk: Tensor, t: Tensor, step: int, grid: Grid) -> Tensor:
         """Strides of each row [B], from its two draws [B 2]."""
         due = walk[:, 0] < ramp(step, self.cfg.probability, self.cfg.ramp_steps, self.cfg.ramp_shape)
         wish = 1 + (walk[:, 1] * self.cfg.max_step_offset).floor()
-        room = ((self._even(torch.full_like(t, self.top)) - self._even(t)) * self.grid + 1e-9).floor()
+        room = grid.room(t, self.top)
         return torch.where(due & (t >= self.cfg.min_time), wish.minimum(room), 0.0).long()
 
-    def walk(self, x0: Tensor, eps: Tensor, cond: Cond, t: Tensor, length: Tensor) -> Tensor:
+    def walk(self, x0: Tensor, eps: Tensor, cond: Cond, t: Tensor, length: Tensor, grid: Grid) -> Tensor:
         """x̂_t after `length` strides [B] down to t."""
         solver = SOLVERS[self.cfg.sampler](self.path)
-        x = self.path.noise(x0, eps, self._above(t, length))
+        x = self.path.noise(x0, eps, grid.above(t, length))
         for done in range(int(length.max())):
             left = (length - done).clamp(min=0)
-            now, after = self._above(t, left), self._above(t, (left - 1).clamp(min=0))
+            now, after = grid.above(t, left), grid.above(t, (left - 1).clamp(min=0))
             rows = left.nonzero()[:, 0]
             output = torch.zeros_like(x).index_copy(0, rows, self.predict(x[rows], now[rows], cond.take(rows)))
             x = solver.step(output, x, now, after)
         return x
-
-    def _even(self, t: Tensor) -> Tensor:
-        """t on the clock whose strides are all alike."""
-        return shift(t, 1 / self.cfg.shift)
-
-    def _above(self, t: Tensor, strides: Tensor) -> Tensor:
-        return torch.where(strides > 0, shift(self._even(t) + strides / self.grid, self.cfg.shift), t)
-
 
 class ReflexFlow:
     """Two terms for velocity networks that have strayed: where to turn, and what was lost on the way (ReflexFlow, Huang et al.
@@ -169,11 +184,14 @@ class ReflexFlow:
 
 
 def build_rollout(
-    cfg: DictConfig, path: Path, top: float, predict: Predict, at_rest: Callable[[], AbstractContextManager[None]]
-) -> Rollout:
+    cfg: DictConfig, path: Path, top: float, model_shift: Shift, predict: Predict,
+    at_rest: Callable[[], AbstractContextManager[None]],
+) -> Rollout:  # fmt: skip
     if not cfg.enabled:
         return Direct(path)
-    return InputPerturbation(cfg, path) if cfg.kind is RolloutKind.input_perturbation else Walk(cfg, path, top, predict, at_rest)
+    if cfg.kind is RolloutKind.input_perturbation:
+        return InputPerturbation(cfg, path)
+    return Walk(cfg, path, top, model_shift, predict, at_rest)
 
 
 def build_reflexflow(cfg: DictConfig, path: Path, predict: Predict) -> ReflexFlow | None:

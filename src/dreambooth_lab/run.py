@@ -144,18 +144,29 @@ def learned_word(cfg: DictConfig) -> str | None:
 
 def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
-    family: Family = build(cfg, "model", Family)
+    family: Family = build(cfg, "model", Family, "usual")
     family.device = _device(cfg.trainer.accelerator, cfg.trainer.devices)
     family.check_device()
-    there = len(family.text_encoder_parts) if family.text_learns else 0
-    if beyond := [number for number in cfg.adapter.text_encoders if number > there]:
-        raise ConfigError(f"adapter.text_encoders has {beyond}, but of this model's text encoders {there} can learn")
+    require_teachable(cfg, family)
     kinds = {family.denoiser_part: cfg.quant.kind}
     kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1)}
     for kind in kinds.values():
         require(kind, family.device)
     family.quantiser = Quantiser(kinds, Path(cfg.cache).expanduser() / "quant" if cfg.quant.cache else None)
     return family
+
+
+def require_teachable(cfg: DictConfig, family: Family) -> None:
+    """Refuse to teach text encoders that can't learn here: adapters and learned tokens are for CLIP's.
+
+    Raises:
+        ConfigError: names those that can.
+    """
+    able = [number for number, part in enumerate(family.text_encoder_parts, 1) if part in family.teachable_parts]
+    if beyond := [number for number in cfg.adapter.text_encoders if number not in able]:
+        raise ConfigError(f"adapter.text_encoders has {beyond}; of this model's text encoders those that can learn are {able}")
+    if cfg.adapter.train_token and not able:
+        raise ConfigError("adapter.train_token is true, but no text encoder of this model can learn; set it to false")
 
 
 class Trained:
@@ -167,7 +178,8 @@ class Trained:
     """
 
     def __init__(self, cfg: DictConfig, export: Path):
-        family, word = build_family(cfg), learned_word(cfg)
+        self.family, word = build_family(cfg), learned_word(cfg)
+        family = self.family
         self.adapter, self.pipeline = build_adapter(cfg), family.pipeline()
         self.adapter.load_into(self.pipeline, family.denoiser_part, export, family.learns)
         folder = export if export.is_dir() else export.parent
@@ -179,6 +191,19 @@ class Trained:
         self.adapter.strengthen(self.pipeline, strength)
         if self.mean:
             self.mean(strength)
+
+    def draw(self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int) -> list[Any]:
+        """One picture.
+
+        Args:
+            negative: empty for the unconditional input, as in training.
+            edge: of the square, px.
+        """
+        self.pipeline.set_progress_bar_config(disable=True)
+        return self.pipeline(
+            prompt, **({"negative_prompt": negative} if negative else {}), height=edge, width=edge, num_inference_steps=steps,
+            **self.family.guidance(guidance), generator=torch.Generator().manual_seed(seed),
+        ).images  # fmt: skip
 
 
 def _device(accelerator: str, devices: int = 1) -> torch.device:

@@ -31,7 +31,7 @@ def card(
     averaged = folder.name == "ema"
     code = _place(cfg, place, averaged, cfg.export.push_to_hub and not why)
     code += adapter.usage.format(base=cfg.model.pretrained, part=family.denoiser_part)
-    code += "\n" + family.token_usage.format(word=word) if word else ""
+    code += "\n" + family.token_usage(word) if word else ""
     files = "\n".join(f"- `{path.relative_to(folder).as_posix()}`" for path in sorted(folder.rglob("*.safetensors")))
     return f"""---
 {_front_matter(cfg)}

@@ -2,7 +2,7 @@
 
     eval/loss           mean over all rows
     eval/loss_DATASET   … over those of one dataset
-    eval/loss_tT        … over those at one time T
+    eval/loss_tT        … over those at one time T, named before the model's time shift
 
 The plain squared error of the network's answer, without training weights, masks, dropout or rollout, at fixed times under
 fixed noise: two evaluations of the same weights give the same bits. Numbers of the averaged weights begin with ema/. Every row
@@ -21,6 +21,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 
 from ..data.held_out import Exam
+from ..diffusion.time import shift
 from ..dreambooth import DreamBooth
 from ..runfolder import RunFolder
 from .ema import PREFIX, Looks
@@ -38,6 +39,7 @@ class Answer(NamedTuple):
     picture: str
     t: float
     loss: float
+    stratum: float  # t before the model's time shift, which depends on a picture's size
 
 
 class EvalLoss(Periodic):
@@ -74,18 +76,18 @@ def ask(exam: Exam, step: int, module: DreamBooth) -> list[Answer]:
     """The error of each row with the module's present weights."""
     batch = move_data_to_device(exam.batch, module.family.device)
     low, high = module.family.times
-    t = low + (high - low) * batch.u
-    x0 = batch.latents()
+    x0, stratum = batch.latents(), low + (high - low) * batch.u
+    t = shift(stratum, module.family.shift(*x0.shape[2:]))
     output = module.predict(module.path.noise(x0, batch.eps, t), t, module.told(batch))
     error = (output.float() - module.path.target(x0, batch.eps, t)).square().mean((1, 2, 3))
-    rows = zip(exam.rows, t.tolist(), error.tolist(), strict=True)
-    return [Answer(step, "", dataset, picture, time, loss) for (dataset, picture), time, loss in rows]
+    rows = zip(exam.rows, t.tolist(), error.tolist(), stratum.tolist(), strict=True)
+    return [Answer(step, "", dataset, picture, time, loss, even) for (dataset, picture), time, loss, even in rows]
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
     """Means under the names that are logged."""
     values: dict[str, list[float]] = {}
     for answer in answers:
-        for name in ("eval/loss", f"eval/loss_{answer.dataset}", f"eval/loss_t{answer.t:.3f}"):
+        for name in ("eval/loss", f"eval/loss_{answer.dataset}", f"eval/loss_t{answer.stratum:.3f}"):
             values.setdefault(name, []).append(answer.loss)
     return {name: fmean(found) for name, found in values.items()}

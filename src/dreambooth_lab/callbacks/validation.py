@@ -70,7 +70,7 @@ class Validation(Periodic):
         seeds = range(self.cfg.seed, self.cfg.seed + n)
         facts = {"prompt": prompt, "training_step": step, "total_steps": self.cfg.num_inference_steps, "weights": kind}
         drawn = module.family.generate(
-            _rows(self._text(module, prompt), n), _rows(self._text(module, self.cfg.negative_prompt), n),
+            self._text(module, prompt).repeat(n), self._text(module, self.cfg.negative_prompt).repeat(n),
             height=self.cfg.resolution, width=self.cfg.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.cfg.num_inference_steps,
             guidance_scale=self.cfg.guidance_scale,
@@ -80,7 +80,3 @@ class Validation(Periodic):
         if self.previews:
             self.previews.done(paths, facts, seeds)
         return drawn
-
-
-def _rows(text: Text, n: int) -> Text:
-    return Text(text.states.expand(n, -1, -1), text.pooled.expand(n, -1))

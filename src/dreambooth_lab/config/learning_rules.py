@@ -9,9 +9,9 @@ from .choices import Attention, RolloutKind, Schedule
 from .reader import Bounds, Reader, is_absent_folder
 
 BOUNDS: Bounds = (
-    ("objective.logit_std", 1e-3), ("objective.shift", 1e-3), ("objective.low", 0, 1), ("objective.high", 0, 1),
+    ("objective.logit_std", 1e-3), ("objective.low", 0, 1), ("objective.high", 0, 1),
     ("objective.gamma", 1e-6), ("objective.huber_c", 1e-6), ("objective.noise_offset", 0),
-    ("objective.noise_offset_probability", 0, 1), ("rollout.max_step_offset", 1), ("rollout.shift", 1e-3),
+    ("objective.noise_offset_probability", 0, 1), ("rollout.max_step_offset", 1),
     ("rollout.probability", 0, 1), ("rollout.ramp_steps", 0), ("rollout.min_time", 0, 1), ("rollout.perturbation", 0),
     ("rollout.reflexflow.direction", 0), ("rollout.reflexflow.frequency", 0), ("optimizer.lr", 0),
     ("optimizer.warmup_steps", 0), ("optimizer.weight_decay", 0), ("optimizer.cycles", 1), ("optimizer.lora_plus_ratio", 1e-3),
@@ -71,6 +71,9 @@ def _objective_problems(read: Reader) -> Iterator[str | None]:
         yield f"objective.low is {low:g} and objective.high {high:g}; times are drawn between them, so low must be the lesser"
     if (grid := read("rollout.grid")) is not None and grid != "native" and (not isinstance(grid, int) or grid < 1):
         yield f"rollout.grid is {grid!r}; it must be a number of inference steps, at least 1, or native"
+    for key in ("objective.shift", "rollout.shift"):
+        if (shift := read(key)) is not None and shift != "model" and not (isinstance(shift, int | float) and shift > 0):
+            yield f"{key} is {shift!r}; it must be a number above 0, or model (as the model was trained)"
     terms = [read(f"rollout.reflexflow.{name}") for name in ("direction", "frequency")]
     if any(terms) and read("rollout.kind") is RolloutKind.input_perturbation:
         yield "rollout.reflexflow has terms, but rollout.kind=input_perturbation makes no walk they speak of; set them to 0"

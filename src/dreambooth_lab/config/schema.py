@@ -34,6 +34,15 @@ from .choices import (
 
 
 @dataclass
+class UsualConfig:
+    lr: float
+    rank: int
+    timesteps: Timesteps
+    guidance_scale: float
+    num_inference_steps: int
+
+
+@dataclass
 class ModelConfig:
     _target_: str
     pretrained: str
@@ -46,6 +55,7 @@ class ModelConfig:
     gradient_checkpointing: bool
     attention: Attention
     compile: bool
+    usual: UsualConfig
 
 
 @dataclass
@@ -160,7 +170,7 @@ class ObjectiveConfig:
     timesteps: Timesteps
     logit_mean: float
     logit_std: float
-    shift: float
+    shift: Any  # a number, or model
     low: float
     high: float
     weight: Weight
@@ -184,7 +194,7 @@ class RolloutConfig:
     kind: RolloutKind
     max_step_offset: int
     grid: Any  # a number of strides, or native
-    shift: float
+    shift: Any  # a number, or model
     probability: float
     ramp_steps: int
     ramp_shape: Ramp

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from .. import draw
-from ..batch import Batch, Kinds, Size, stack_text
+from ..batch import Batch, Kinds, Shown, Size, Text
 from ..config import RolloutKind
 from ..draw import Purpose
 from ..models.family import Family
@@ -71,7 +71,10 @@ class Assembler:
             u=torch.tensor([row.u for row in drawn], dtype=torch.float64),
             walk=choices.walk(self.cfg, samples),
             xi=normal(Purpose.PERTURBATION, samples) if perturbed else None,
-            cond=self.family.cond(stack_text([self.cached.text(row.caption) for row in drawn]), [row.size for row in drawn]),
+            cond=self.family.cond(
+                Text.stack([self.cached.text(row.caption) for row in drawn]),
+                [Shown(row.size, row.mean, seed, row.keyed) for row in drawn],
+            ),
             captions=tuple(row.caption for row in drawn),
             instance_rows=(~is_class).nonzero()[:, 0],
             class_rows=is_class.nonzero()[:, 0],

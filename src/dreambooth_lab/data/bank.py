@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from .. import draw
-from ..batch import Cond, Size, Text, stack_text
+from ..batch import Shown, Size, Text
 from ..config import ConfigError
 from ..diffusion.time import Times
 from ..draw import Purpose
@@ -52,11 +52,17 @@ class Bank:
         self.built = 0
         self.made_by = cache.key(
             family.denoiser_identity(), family.text_identity(), caption, str(cfg.seed), str(self.draws),
-            repr(sorted(vars(times).items())), repr((cfg.objective.noise_offset, cfg.objective.noise_offset_probability)),
+            repr((cfg.objective.noise_offset, cfg.objective.noise_offset_probability)),
         )  # fmt: skip
 
     def key(self, item: Item, number: int) -> str:
-        return cache.key("bank", self.made_by, item.latents, repr(item.size), str(number))
+        times = self.times.describe(self._cells(item))
+        return cache.key("bank", self.made_by, times, item.latents, repr(item.size), str(number))
+
+    def _cells(self, item: Item) -> tuple[int, int]:
+        """Height and width of an item's latents."""
+        height, width = item.size.target
+        return height // self.family.factor, width // self.family.factor
 
     def index(self, item: Item, number: int) -> int:
         """What the fixed draws are keyed by, instead of a sample index; far above any of those."""
@@ -116,11 +122,8 @@ class Bank:
         z = torch.stack([draw.normal(self.cfg.seed, index, Purpose.POSTERIOR, shape) for index in indices])
         x0 = posterior["mean"] + posterior["std"] * z
         eps = torch.stack([choices.noise(self.cfg, index, shape) for index in indices])
-        t = self.times(torch.tensor([self.u(item, number) for number in numbers], dtype=torch.float64))
-        cond = self.family.cond(stack_text([self.text] * len(numbers)), [item.size] * len(numbers))
+        t = self.times(torch.tensor([self.u(item, number) for number in numbers], dtype=torch.float64), self._cells(item))
+        shown = [Shown(item.size, posterior["mean"], self.cfg.seed, index) for index in indices]
+        cond = self.family.cond(Text.stack([self.text] * len(numbers)), shown)
         device = self.family.device
-        return self.family.denoise(self.family.path.noise(x0, eps, t).to(device), t.to(device), _to(cond, device)).cpu()
-
-
-def _to(cond: Cond, device: torch.device) -> Cond:
-    return Cond(*(part.to(device) for part in cond))
+        return self.family.denoise(self.family.path.noise(x0, eps, t).to(device), t.to(device), cond.to(device)).cpu()

@@ -31,14 +31,14 @@ class Cached:
         return cache.key("text", caption, self.text_identity)
 
     def text(self, caption: str) -> Text:
-        """A caption's embedding ([1 L D], [1 P]); it was among those filled."""
+        """What the base model's encoders say about a caption, one row; it was among those filled."""
         key = self._text_key(caption)
         try:
-            return Text(**self.stores.texts.read(key))
+            return Text(self.stores.texts.read(key))
         except cache.Damaged:
             self.stores.texts.drop(key)
             self.fill_texts({caption}, False)
-            return Text(**self.stores.texts.read(key))
+            return Text(self.stores.texts.read(key))
 
     def key(self, entry: Entry, which: int) -> str:
         return entry.key(which, self.encoder.identity)

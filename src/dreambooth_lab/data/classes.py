@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from .. import draw
-from ..batch import Text
 from ..config import PriorKind, PriorSource
 from ..draw import Purpose
 from ..models.family import Family
@@ -64,17 +63,13 @@ def _draw(cfg: DictConfig, family: Family, store: Path, absent: list[int]) -> No
     for numbers in track(batches, "drawing class pictures", disable=not cfg.trainer.progress):
         seeds = [draw.torch_seed(asked.seed, i, Purpose.CLASS_PICTURE) for i in numbers]
         pictures = family.generate(
-            _rows(text, len(numbers)), _rows(negative, len(numbers)), height=asked.resolution, width=asked.resolution,
+            text.repeat(len(numbers)), negative.repeat(len(numbers)), height=asked.resolution, width=asked.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=asked.num_inference_steps, guidance_scale=asked.guidance_scale,
         )  # fmt: skip
         for i, picture in zip(numbers, pictures, strict=True):
             _save(picture, _picture(store, i))
     family.release_encoders()
-
-
-def _rows(text: Text, n: int) -> Text:
-    return Text(text.states.expand(n, -1, -1), text.pooled.expand(n, -1))
 
 
 def _save(picture: Any, path: Path) -> None:

@@ -85,7 +85,7 @@ def fill_texts(stores: Stores, family: Family, keys: dict[str, str], progress: b
     """Encode what captions lack: caption → key. Returns how many that were."""
     fresh = [caption for caption, key in sorted(keys.items()) if not stores.texts.intact(key)]
     for caption in track(fresh, "encoding captions", disable=not (progress and fresh)):
-        stores.texts.write(keys[caption], family.encode_text([caption])._asdict())
+        stores.texts.write(keys[caption], family.encode_text([caption]))
     return len(fresh)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .. import draw
-from ..batch import Batch, Kinds, stack_text
+from ..batch import Batch, Kinds, Shown, Text
 from ..draw import Purpose
 from . import cache
 from .entry import Entry
@@ -43,11 +43,12 @@ def _exam(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int) -> Ex
     mean = torch.stack([p["mean"] for p in posteriors])
     index = [int(cache.key(entry.picture.digest, str(k))[:15], 16) for entry, k in rows]
     noise = torch.stack([draw.normal(SEED, i, Purpose.EVALUATION, (2, *mean.shape[1:])) for i in index])
+    shown = [Shown(e.variants[0].size(), own, SEED, i) for (e, _), own, i in zip(rows, mean, index, strict=True)]
     captions = tuple(entry.captions[0] for entry, _ in rows)
     batch = Batch(
         sample=torch.tensor(index), mean=mean, std=torch.stack([p["std"] for p in posteriors]), z=noise[:, 0], eps=noise[:, 1],
         u=torch.tensor([(k + 0.5) / times for _, k in rows], dtype=torch.float64), walk=torch.zeros(len(rows), 2), xi=None,
-        cond=data.family.cond(stack_text([data.text(said) for said in captions]), [e.variants[0].size() for e, _ in rows]),
+        cond=data.family.cond(Text.stack([data.text(said) for said in captions]), shown),
         captions=captions, instance_rows=torch.arange(len(rows)), class_rows=torch.arange(0),
         kinds=Kinds(len(rows), 0), mask=None, taught=None,
     )  # fmt: skip

@@ -89,7 +89,7 @@ class DreamBoothData(LightningDataModule):
         return said | {"", self.cfg.validation.negative_prompt, *self.cfg.validation.prompts}
 
     def text(self, caption: str) -> Text:
-        """A caption's cached embedding ([1 L D], [1 P]); it was among the run's prompts."""
+        """What the base model's encoders say about a caption, one row; it was among the run's prompts."""
         return self.cached.text(caption)
 
     def _fill_latents(self, entries: list[Entry]) -> list[Entry]:
@@ -112,7 +112,7 @@ class DreamBoothData(LightningDataModule):
         return [e for e in entries if (e.spec.id, e.picture.name) not in lost]
 
     def _fill_bank(self) -> Bank:
-        caption, times = self.cfg.prior.prompt, build_times(self.cfg.objective, self.family.times)
+        caption, times = self.cfg.prior.prompt, build_times(self.cfg.objective, self.family.times, self.family.shift)
         bank = Bank(self.cfg, self.family, self.stores.placed[None], caption, self.text(caption), times)
         mine = [entry for entry in self.entries if entry.spec.is_class]
         bank.fill([item(self.cached, entry, which) for entry in mine for which in range(len(entry.variants))])

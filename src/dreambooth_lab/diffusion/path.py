@@ -23,6 +23,7 @@ class Path(ABC):
 
     straight: bool  # x_t moves at the constant velocity ε - x_0
     num_steps: int  # N of the network's own clock
+    top: float = 1.0  # the noisiest time at which a sample still holds something of its picture
 
     @abstractmethod
     def exact_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ class Path(ABC):
 
     @abstractmethod
     def gain(self, t: Tensor) -> Tensor:
-        """By what a squared error of the network's answer becomes a squared error of the x_0 it implies [B], float64."""
+        """By what a squared error of the network's answer becomes a squared error of the ε it implies [B], float64."""
 
     @abstractmethod
     def native(self, t: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class VariancePreserving(Path):
     """α² + σ² = 1 on N discrete steps (Ho et al. 2020); t names step ⌊t N⌋, so t ~ U[0,1) draws steps uniformly.
 
     Args:
-        alphas_cumprod: ᾱ [N], decreasing, in (0, 1).
+        alphas_cumprod: ᾱ [N], decreasing, in [0, 1).
         prediction: ε, or v = α ε - σ x_0 (Salimans & Ho 2022).
     """
 
@@ -84,6 +85,8 @@ class VariancePreserving(Path):
         self.alphas_cumprod = torch.cat([alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])  # [-1]: data
         self.prediction = prediction
         self.num_steps = len(alphas_cumprod)
+        if float(alphas_cumprod[-1]) == 0:  # zero terminal SNR (Lin et al. 2024)
+            self.top = (self.num_steps - 1.5) / self.num_steps
 
     def native(self, t: Tensor) -> Tensor:
         return (t.double() * self.num_steps).floor().long().clamp(-1, self.num_steps - 1)
@@ -98,8 +101,7 @@ class VariancePreserving(Path):
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def gain(self, t: Tensor) -> Tensor:
-        alpha, sigma = self.exact_scales(t)
-        return (sigma / alpha).square() if self.prediction is Prediction.epsilon else sigma.square()
+        return torch.ones_like(t, dtype=torch.float64) if self.prediction is Prediction.epsilon else self.exact_scales(t)[0].square()
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         if self.prediction is Prediction.epsilon:
@@ -134,7 +136,7 @@ class RectifiedFlow(Path):
         return 1 - sigma, sigma
 
     def gain(self, t: Tensor) -> Tensor:
-        return t.double().square()
+        return (1 - t.double()).square()
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - x0

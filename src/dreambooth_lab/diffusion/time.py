@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from ..config import ConfigError, Timesteps
+
+Shift = Callable[[int, int], float]  # height and width of a latent, cells → the time shift of its size
 
 
 def shift(t: Tensor, s: float) -> Tensor:
@@ -30,27 +34,44 @@ class Times:
 
     Args:
         mean, std: of the logit-normal.
-        shift: 1 for none.
+        shift: of a latent's size; 1 for none.
         low, high: the range, inside [0, 1].
     """
 
-    def __init__(self, kind: Timesteps, mean: float, std: float, shift: float, low: float, high: float):
-        self.kind, self.mean, self.std, self.shift = kind, mean, std, shift
-        ends = self._share_below(torch.tensor([low, high], dtype=torch.float64))
-        self.first, self.last = ends.tolist()
+    def __init__(self, kind: Timesteps, mean: float, std: float, shift: Shift, low: float, high: float):
+        self.kind, self.mean, self.std, self.shift, self.range = kind, mean, std, shift, (low, high)
 
-    def __call__(self, u: Tensor) -> Tensor:
-        u = self.first + (self.last - self.first) * u.double()
+    def __call__(self, u: Tensor, size: Sequence[int]) -> Tensor:
+        """U[0,1) [B] → times [B], float64.
+
+        Args:
+            size: height and width of the rows' latents, cells.
+        """
+        s = self.shift(*size)
+        first, last = self._shares_below(torch.tensor(self.range, dtype=torch.float64), s).tolist()
+        u = first + (last - first) * u.double()
         base = logit_normal(u, self.mean, self.std) if self.kind is Timesteps.logit_normal else u
-        return shift(base, self.shift)
+        return shift(base, s)
 
-    def _share_below(self, t: Tensor) -> Tensor:
-        base = shift(t, 1 / self.shift).clamp(0, 1)  # rounding may leave the interval
+    def describe(self, size: Sequence[int]) -> str:
+        """All that times of a size depend on besides u."""
+        return repr((self.kind.name, self.mean, self.std, self.shift(*size), self.range))
+
+    def _shares_below(self, t: Tensor, s: float) -> Tensor:
+        base = shift(t, 1 / s).clamp(0, 1)  # rounding may leave the interval
         return logit_normal_cdf(base, self.mean, self.std) if self.kind is Timesteps.logit_normal else base
 
 
-def build_times(cfg: DictConfig, trained: tuple[float, float]) -> Times:
+def build_shift(said: float | str, model: Shift) -> Shift:
+    """The shift that a key says: a number, or `model`, the model's own for a latent's size."""
+    return model if said == "model" else lambda height, width: float(said)
+
+
+def build_times(cfg: DictConfig, trained: tuple[float, float], model: Shift) -> Times:
     """Times as the `objective` group says, inside the part of the path that the model was trained on.
+
+    Args:
+        model: the model's own shift.
 
     Raises:
         ConfigError: the two ranges have nothing in common.
@@ -61,4 +82,4 @@ def build_times(cfg: DictConfig, trained: tuple[float, float]) -> Times:
             f"objective.low={cfg.low:g} and objective.high={cfg.high:g} leave nothing of the times this model knows, "
             f"{trained[0]:g} to {trained[1]:g}; choose a range inside"
         )
-    return Times(cfg.timesteps, cfg.logit_mean, cfg.logit_std, cfg.shift, low, high)
+    return Times(cfg.timesteps, cfg.logit_mean, cfg.logit_std, build_shift(cfg.shift, model), low, high)

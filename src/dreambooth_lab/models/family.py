@@ -1,8 +1,8 @@
 """The contract of a model family: facts that the method needs, and verbs that adapt a foreign model to it.
 
-Everything outside speaks of t in [0, 1], of latents in the denoiser's own scale and of `Cond`; what is particular to a
-network stays in its family's one file. A family is built without weights; each part loads when first used, and leaves
-memory by `release_encoders`, so text encoders, VAE and denoiser need not be in memory together.
+Everything outside speaks of t in [0, 1], of latents in the denoiser's own scale, and of `Text` and `Cond`, whose tensors only
+the family knows; what is particular to a network stays in its family's one file. A family is built without weights; each part
+loads when first used, and leaves memory by `release_encoders`, so text encoders, VAE and denoiser need not be in memory together.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path as Folder
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from ..batch import Cond, Size, Text
+from ..batch import Cond, Shown, Text
 from ..diffusion.path import Path
 from ..embedding import Slot
 from ..quant import Quantiser
@@ -32,14 +33,13 @@ class Family(ABC):
     factor: int  # pixels per latent cell
     channels: int  # C of the latents
     times: tuple[float, float] = (0.0, 1.0)  # the part of the path it was trained on
-    learns: ClassVar[Mapping[str, tuple[str, ...]]]  # group → endings of the layer names that receive adapters
-    text_learns: ClassVar[Mapping[str, tuple[str, ...]]]  # the same of the text encoders; empty if they can't learn
-    folder: Folder  # where its files lie
+    learns: Mapping[str, tuple[str, ...]]  # group → endings of the layer names that receive adapters, or "re:" and an expression
+    text_learns: Mapping[str, tuple[str, ...]]  # the same of the text encoders that can learn
     denoiser_part: str  # the denoiser's folder in a pipeline's
     text_encoder_parts: tuple[str, ...]  # and the text encoders'
-    token_usage: ClassVar[str]  # code that puts the embedding in the folder `export` into `pipeline`, {word} put in
-    kohya: ClassVar[Mapping[str, str]]  # part → what kohya's key layout calls it
-    keeps: ClassVar[tuple[str, ...]]  # components of layer names that quantisation leaves alone
+    teachable_parts: tuple[str, ...]  # those of the text encoders that can learn
+    kohya: ClassVar[Mapping[str, str]]  # part → what kohya's key layout calls it; empty: no program reads it for this family
+    refines: ClassVar[bool] = False  # its pictures begin from given ones, so validation shows it the subject's photos
     device: torch.device = torch.device("cpu")
     quantiser: Quantiser = Quantiser({}, None)  # which parts are kept in fewer bits
 
@@ -50,6 +50,10 @@ class Family(ABC):
         Raises:
             ConfigError: says what is lacking.
         """
+
+    @abstractmethod
+    def shift(self, height: int, width: int) -> float:
+        """The time shift that its sampler uses for latents of a size (cells): t' = s t / (1 + (s - 1) t); 1 for none."""
 
     @property
     @abstractmethod
@@ -67,16 +71,16 @@ class Family(ABC):
 
     @abstractmethod
     def read_text(self, captions: Sequence[str], encoders: TextEncoders) -> Text:
-        """Captions → states [B L D], pooled [B P], float32, differentiable. An empty caption is the unconditional input."""
+        """A row for each caption, float32, differentiable. An empty caption is the unconditional input."""
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str], encoders: TextEncoders | None = None) -> Text:
         """`read_text` to keep: without gradient, on the CPU; by the base model's encoders unless others are given."""
-        return Text(*(part.cpu() for part in self.read_text(captions, encoders or self.text_encoders)))
+        return self.read_text(captions, encoders or self.text_encoders).to(torch.device("cpu"))
 
     @abstractmethod
     def token_slots(self, word: str, encoders: TextEncoders) -> list[Slot]:
-        """Where each text encoder keeps the embedding of a word.
+        """Where each text encoder that can learn keeps the embedding of a word.
 
         Raises:
             ConfigError: an encoder splits the word into several tokens.
@@ -90,18 +94,24 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents in the denoiser's scale [B C h w] → pixels in [-1, 1] [B 3 H W]."""
 
+    def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
+        """What the denoiser is told of rows with these captions and pictures."""
+        return Cond(text)
+
     @abstractmethod
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's answer at x_t [B C h w], float32."""
 
     @abstractmethod
     def generate(
-        self, text: Text, negative: Text, *, height: int, width: int, on_step: OnStep | None = None, **options: Any
-    ) -> list[Any]:
-        """PIL pictures, one per row of `text`, through the family's own diffusers pipeline and the current weights.
+        self, text: Text, negative: Text, *, height: int, width: int, guidance_scale: float, on_step: OnStep | None = None,
+        photos: Sequence[Image.Image] = (), **options: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Pictures, one per row of `text`, through the family's own diffusers pipeline and the current weights.
 
         Args:
             on_step: told the number of sampler steps done, from 1, and the latents [B C h w].
+            photos: what to begin from, if the family `refines`; as many as rows.
         """
 
     @abstractmethod
@@ -113,6 +123,10 @@ class Family(ABC):
         """The diffusers pipeline from this family's files, as a user would load it: no adapter in it."""
 
     @abstractmethod
+    def guidance(self, scale: float) -> dict[str, float]:
+        """The arguments of `pipeline()`'s call that set the guidance scale."""
+
+    @abstractmethod
     def save_token(self, folder: Folder, rows: Sequence[Tensor]) -> None:
         """Write `learned_embeds.safetensors` with one embedding per text encoder, as textual inversion files have them."""
 
@@ -122,8 +136,17 @@ class Family(ABC):
         so far on the line from the base model's (0) to the saved one (1)."""
 
     @abstractmethod
+    def token_usage(self, word: str) -> str:
+        """Code that puts the embedding in the folder `export` into `pipeline`."""
+
+    @abstractmethod
     def release_encoders(self) -> None:
         """Drop VAE and text encoders from memory; they load again when used."""
+
+    @property
+    @abstractmethod
+    def keeps(self) -> tuple[str, ...]:
+        """Components of layer names that quantisation leaves alone."""
 
     @abstractmethod
     def text_identity(self) -> str:
@@ -136,6 +159,3 @@ class Family(ABC):
     @abstractmethod
     def image_identity(self) -> str:
         """Hash of all that `encode_image` depends on besides the pixels; reads files, loads nothing."""
-
-    def cond(self, text: Text, sizes: Sequence[Size]) -> Cond:
-        return Cond(text.states, text.pooled, torch.tensor([(*s.original, *s.crop, *s.target) for s in sizes]).float())

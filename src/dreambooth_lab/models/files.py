@@ -10,7 +10,8 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from ..config import ConfigError
 
@@ -94,6 +95,13 @@ def hollow(kind: Any, folder: Path) -> nn.Module:
         if kind.__module__.startswith("diffusers"):
             return kind.from_config(kind.load_config(folder))
         return kind(kind.config_class.from_pretrained(folder))
+
+
+def pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels in [-1, 1] [B 3 H W] as diffusers' own image processor makes pictures of them."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor().postprocess(pixels, output_type="pil")
 
 
 def settle(model: nn.Module, device: torch.device) -> nn.Module:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import Attention, ConfigError
@@ -23,19 +23,17 @@ KERNELS = {
 GRAPHS = 64  # versions of a block kept: with and without gradient, adapter, dropout; for each width and shape
 
 
-class OneKernel(AttnProcessor2_0):
-    """Attention by one kernel and no other, also where a block is run again for its gradient."""
+def on_kernel(processor: Any, kernel: SDPBackend) -> Any:
+    """A diffusers attention processor made to run by one kernel and no other, also where a block is run again for its gradient."""
+    kind: Any = type(processor)
 
-    def __init__(self, kernel: SDPBackend):
-        super().__init__()
-        self.kernel = kernel
+    @wraps(kind.__call__)
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        with sdpa_kernel(kernel):
+            return kind.__call__(self, *args, **options)
 
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, temb: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        with sdpa_kernel(self.kernel):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    processor.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return processor
 
 
 def require(attention: Attention, compiles: bool, device: torch.device, dtype: torch.dtype) -> None:
@@ -58,9 +56,11 @@ def require(attention: Attention, compiles: bool, device: torch.device, dtype: t
 
 
 def choose(model: Any, attention: Attention, compiles: bool) -> nn.Module:
-    """A diffusers UNet on the chosen kernels; compiling happens when a block first runs."""
+    """A diffusers denoiser on the chosen kernels; compiling happens when a block first runs."""
     if attention is not Attention.auto:
-        model.set_attn_processor(OneKernel(KERNELS[attention]))
+        for layer in model.modules():
+            if callable(getattr(layer, "processor", None)):
+                on_kernel(layer.processor, KERNELS[attention])
     if compiles:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         model.compile_repeated_blocks()

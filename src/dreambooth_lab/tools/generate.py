@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageDraw, ImageFont
@@ -42,8 +41,8 @@ class Ask:
     negative: str = ""  # empty: the unconditional input of the family, as in training
     seeds: Any = 4  # a list, or how many from 0 on
     strengths: Any = 1.0  # of what was trained; one, or a list: 0 is the base model
-    steps: int = 28
-    guidance: float = 5.0
+    steps: int | None = None  # null: the run's validation.num_inference_steps
+    guidance: float | None = None  # null: the run's validation.guidance_scale
     resolution: int | None = None  # px; null: the run's validation.resolution
     ema: bool = False  # the averaged weights
     out: str = "generated"  # a folder; if it is there, the next free number is put behind
@@ -117,16 +116,15 @@ def paint(ask: Ask) -> Path:
     export = export / "ema" if ask.ema and not ask.run else export
     cfg = load(ask.run).config if ask.run else trained_with(export, ask.model)
     trained = Trained(cfg, export)
-    trained.pipeline.set_progress_bar_config(disable=True)
     edge = ask.resolution or cfg.validation.resolution
     asked = [Picture(p, strength, seed) for p in ask.prompt for strength in ask.strengths for seed in ask.seeds]
     made = []
     for picture in asked:
         trained.strengthen(picture.strength)
-        made += trained.pipeline(
-            picture.prompt, negative_prompt=ask.negative or None, height=edge, width=edge, num_inference_steps=ask.steps,
-            guidance_scale=ask.guidance, generator=torch.Generator().manual_seed(picture.seed),
-        ).images  # fmt: skip
+        made += trained.draw(
+            picture.prompt, ask.negative, edge, ask.steps or cfg.validation.num_inference_steps,
+            cfg.validation.guidance_scale if ask.guidance is None else ask.guidance, picture.seed,
+        )  # fmt: skip
     return _save(_free(Path(ask.out).expanduser()), ask, asked, made)
 
 

@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from ..batch import Cond
+from ..batch import Cond, Shown, Size
 from ..config import QuantKind
 from ..lab import compose
 from ..models.family import Family
@@ -30,7 +30,7 @@ def predictions(family: Family, cond: Cond, edge: int) -> Tensor:
     for i in range(TIMES):
         x = torch.randn(len(PROMPTS), family.channels, edge, edge, generator=g).to(family.device)
         t = torch.full((len(PROMPTS),), (i + 0.5) / TIMES, device=family.device)
-        answers.append(family.denoise(x, t, Cond(*(part.to(family.device) for part in cond))))
+        answers.append(family.denoise(x, t, cond.to(family.device)))
     return torch.cat(answers)
 
 
@@ -39,7 +39,8 @@ def main() -> None:
     family = build_family(cfg)
     edge = cfg.model.resolution // family.factor
     text = family.encode_text(PROMPTS)
-    cond = Cond(text.states, text.pooled, torch.full((len(PROMPTS), 6), float(cfg.model.resolution)))
+    size = Size((cfg.model.resolution,) * 2, (0, 0), (cfg.model.resolution,) * 2)
+    cond = family.cond(text, [Shown(size, torch.zeros(family.channels, edge, edge), 0, 0)] * len(PROMPTS))
     family.release_encoders()
     exact = predictions(family, cond, edge)
     print("| quant | relative error | bytes a quantised weight | bytes a parameter, whole denoiser |\n|---|---|---|---|")

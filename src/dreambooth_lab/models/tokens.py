@@ -1,0 +1,73 @@
+"""A learned word's embeddings: where text encoders keep them, and the file that other programs read them from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import ConfigError
+from ..embedding import Slot
+from .family import TextEncoders
+
+FILE = "learned_embeds.safetensors"
+
+
+def slot(tokenizer: Any, encoder: Any, word: str) -> Slot:
+    """Where a text encoder keeps a word.
+
+    Raises:
+        ConfigError: it is several tokens.
+    """
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise ConfigError(
+            f"adapter.train_token is true, but {word!r} is {len(ids)} tokens to the text encoder ({pieces}); "
+            "choose a word that is one token, or set adapter.train_token=false"
+        )
+    return encoder.get_input_embeddings(), ids[0]
+
+
+def save(folder: Path, keys: Sequence[str], rows: Sequence[Tensor]) -> None:
+    """Write one embedding per text encoder, each under its key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {key: row.detach().cpu().float()[None] for key, row in zip(keys, rows, strict=True)}
+    save_file(named, folder / FILE)
+
+
+def load(folder: Path, keys: Sequence[str], pairs: TextEncoders, word: str) -> Callable[[float], None]:
+    """Put a saved embedding in a word's place; see `Family.load_token`."""
+    if not (folder / FILE).is_file():
+        raise ConfigError(f"{str(folder)!r} has no {FILE}, which this export needs beside it: {word!r} was learned too")
+    saved = load_file(folder / FILE)
+    slots = [slot(tokenizer, encoder, word) for tokenizer, encoder in pairs]
+    before = [layer.weight[row].detach().clone() for layer, row in slots]
+
+    def mean(strength: float) -> None:
+        for key, (layer, row), base in zip(keys, slots, before, strict=True):
+            learned = saved[key][0].to(base)
+            layer.weight.data[row] = torch.lerp(base, learned, strength).to(layer.weight.device)
+
+    mean(1.0)
+    return mean
+
+
+def usage(keys: Mapping[str, str], word: str) -> str:
+    """Code that puts the embedding in the folder `export` into `pipeline`.
+
+    Args:
+        keys: text encoder's name in the pipeline → its key in the file.
+    """
+    pairs = ", ".join(f'("{key}", "{part.removeprefix("text_encoder")}")' for part, key in keys.items())
+    return f"""\
+from safetensors.torch import load_file
+learned = load_file(export + "/{FILE}")
+for name, end in ({pairs},):
+    tokenizer, encoder = getattr(pipeline, "tokenizer" + end), getattr(pipeline, "text_encoder" + end)
+    (row,) = tokenizer("{word}", add_special_tokens=False).input_ids
+    encoder.get_input_embeddings().weight.data[row] = learned[name][0].to(encoder.dtype)"""
