@@ -32,6 +32,8 @@ from .watching import Watchers, build_watchers
 
 log = logging.getLogger(__name__)
 
+TEXT_ENCODERS = 3  # for which conf/quant has keys
+
 
 def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     """Train as a checked config says, in the folder `root`; returns the last step's numbers.
@@ -149,7 +151,7 @@ def build_family(cfg: DictConfig) -> Family:
     family.check_device()
     require_teachable(cfg, family)
     kinds = {family.denoiser_part: cfg.quant.kind}
-    kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1)}
+    kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1) if i <= TEXT_ENCODERS}
     for kind in kinds.values():
         require(kind, family.device)
     family.quantiser = Quantiser(kinds, Path(cfg.cache).expanduser() / "quant" if cfg.quant.cache else None)
@@ -192,17 +194,22 @@ class Trained:
         if self.mean:
             self.mean(strength)
 
-    def draw(self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int) -> list[Any]:
+    def draw(
+        self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int, image: Any = None
+    ) -> list[Any]:
         """One picture.
 
         Args:
             negative: empty for the unconditional input, as in training.
             edge: of the square, px.
+            image: to begin from, for models that change a given one.
         """
         self.pipeline.set_progress_bar_config(disable=True)
+        said = {"negative_prompt": negative} if negative else {}
+        said |= self.family.begin(image) if image else {"height": edge, "width": edge}
         return self.pipeline(
-            prompt, **({"negative_prompt": negative} if negative else {}), height=edge, width=edge, num_inference_steps=steps,
-            **self.family.guidance(guidance), generator=torch.Generator().manual_seed(seed),
+            prompt, num_inference_steps=steps, **said, **self.family.guidance(guidance),
+            generator=torch.Generator().manual_seed(seed),
         ).images  # fmt: skip
 
 

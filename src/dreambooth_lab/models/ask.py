@@ -84,13 +84,13 @@ class Asked:
             raise Reached(original(*args, **options))
 
         with self._replaced("encode_prompt", leave), self._scheduled(torch.zeros(1)):
-            said = self._run(call)
+            said = self.run(call)
         return dict(zip(self.says, said if isinstance(said, tuple) else (said,), strict=True))
 
     def shift(self, **call: Any) -> float | None:
         """The μ that the call tells its scheduler for a size of picture; None if it tells none."""
         with self._without_text(), self._scheduled(None):
-            return self._run(call | {"prompt": [""]})
+            return self.run(call | {"prompt": [""]})
 
     def answer(self, x_t: Tensor, native: Tensor, **call: Any) -> Tensor:
         """The denoiser's answer at x_t [B C h w], differentiable.
@@ -100,7 +100,7 @@ class Asked:
         """
         unpack = self.unpacking(x_t.shape[1:], **call)
         with self._started_from(lambda shape, dtype: x_t.reshape(shape).to(dtype)), self._scheduled(native):
-            answer = self._run(call)
+            answer = self.run(call)
         return unpack(answer[:, : x_t.shape[1]] if answer.ndim == x_t.ndim else answer)  # the rest is a learned variance
 
     def unpacking(self, shape: torch.Size, **call: Any) -> Callable[[Tensor], Tensor]:
@@ -125,10 +125,15 @@ class Asked:
 
         first = self._started_from(lambda shape, _: numbers.reshape(shape))
         with first, self._replaced(self.prepare, leave), self._without_text(), self._scheduled(torch.zeros(1)):
-            placed = self._run(call | {"prompt": [""]})[0].flatten().long()
+            placed = self.run(call | {"prompt": [""]})[0].flatten().long()
         return None if torch.equal(placed, torch.arange(len(placed))) else placed.argsort()
 
-    def _run(self, call: Mapping[str, Any]) -> Any:
+    def run(self, call: Mapping[str, Any]) -> Any:
+        """What an exception brings out of the pipeline's call, with those of the arguments that it knows.
+
+        Raises:
+            ConfigError: the call fails, or comes to its end.
+        """
         known = {name: value for name, value in call.items() if name in self.parameters}
         try:
             inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, **known)

@@ -39,7 +39,7 @@ class Family(ABC):
     text_encoder_parts: tuple[str, ...]  # and the text encoders'
     teachable_parts: tuple[str, ...]  # those of the text encoders that can learn
     kohya: ClassVar[Mapping[str, str]]  # part → what kohya's key layout calls it; empty: no program reads it for this family
-    refines: ClassVar[bool] = False  # its pictures begin from given ones, so validation shows it the subject's photos
+    refines: bool = False  # its pictures begin from given ones, so validation shows it the subject's photos
     device: torch.device = torch.device("cpu")
     quantiser: Quantiser = Quantiser({}, None)  # which parts are kept in fewer bits
 
@@ -121,6 +121,10 @@ class Family(ABC):
     @abstractmethod
     def pipeline(self) -> Any:
         """The diffusers pipeline from this family's files, as a user would load it: no adapter in it."""
+
+    @abstractmethod
+    def begin(self, image: Any) -> dict[str, Any]:
+        """Arguments of `pipeline()`'s call that make it begin from a picture, if the family `refines`."""
 
     @abstractmethod
     def guidance(self, scale: float) -> dict[str, float]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..config import ConfigError
@@ -102,6 +103,12 @@ def pictures(pixels: Tensor) -> list[Image.Image]:
     from diffusers.image_processor import VaeImageProcessor
 
     return VaeImageProcessor().postprocess(pixels, output_type="pil")
+
+
+def pixels(picture: Image.Image, height: int, width: int) -> Tensor:
+    """A picture, cut to fit, as pixels in [-1, 1] [1 3 H W]."""
+    fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def settle(model: nn.Module, device: torch.device) -> nn.Module:

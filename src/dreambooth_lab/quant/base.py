@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -127,8 +128,13 @@ def require(kind: QuantKind, device: torch.device) -> None:
 def chosen(model: nn.Module, keeps: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of the linear layers to quantise, and of those left alone."""
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    left = [name for name in linear if set(name.split(".")) & set(keeps)]
+    left = [name for name in linear if any(_fits(name, keep) for keep in keeps)]
     return [name for name in linear if name not in set(left)], left
+
+
+def _fits(name: str, keep: str) -> bool:
+    """Whether a layer is one that is left alone: by a component of its name, or by "re:" and an expression of the whole."""
+    return bool(re.fullmatch(keep[3:], name)) if keep.startswith("re:") else keep in name.split(".")
 
 
 def quantise(model: nn.Module, kind: QuantKind, keeps: Sequence[str]) -> list[str]:
