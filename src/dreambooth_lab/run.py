@@ -208,7 +208,7 @@ class Trained:
         said = {"negative_prompt": negative} if negative else {}
         said |= self.family.begin(image) if image else {"height": edge, "width": edge}
         return self.pipeline(
-            prompt, num_inference_steps=steps, **said, **self.family.guidance(guidance),
+            prompt=prompt, num_inference_steps=steps, **said, **self.family.guidance(guidance),
             generator=torch.Generator().manual_seed(seed),
         ).images  # fmt: skip
 

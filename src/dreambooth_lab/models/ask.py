@@ -44,7 +44,7 @@ class StandIn:
 
     def __init__(self, config: Any, native: Tensor | None):
         self.config, self.native = config, native
-        self.timesteps = torch.zeros(1) if native is None else native[None]
+        self.timesteps = torch.zeros(1) if native is None else native if len(native) == 1 else native[None]
 
     def set_timesteps(
         self, num_inference_steps: Any = None, device: Any = None, timesteps: Any = None, sigmas: Any = None,
@@ -55,6 +55,10 @@ class StandIn:
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """There is one step."""
+
+    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """Pipelines that begin from a picture are asked about the sample itself."""
+        return noise
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample

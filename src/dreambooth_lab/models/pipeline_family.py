@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 LENGTH = ".length"  # ends the name of a tensor that says how many of another's tokens a caption has
 # Pictures of the very size, and captions of the very words, that are asked for.
 AS_ASKED = {"output_type": "latent", "use_resolution_binning": False, "clean_caption": False}
+NOT_NEEDED = {"safety_checker", "feature_extractor", "watermarker", "image_encoder"}  # components that no training and no prompt needs
 SAID = ("pretrained", "revision", "variant", "dtype", "encoder_dtype", "tae", "resolution", "gradient_checkpointing", "attention", "compile")
 CLIP = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
@@ -330,9 +331,9 @@ class PipelineFamily(Family):
         return files.pictures(self.decode(latents))
 
     def pipeline(self) -> Any:
-        parts = self.checkpoint.parts
-        left_out = {part: None for part in parts if part in ("safety_checker", "feature_extractor", "watermarker", "image_encoder")}
-        quiet = {name: value for name, value in shell.OPTIONS.items() if name in shell.wanted(self.pipeline_class)}
+        wanted, parts = shell.wanted(self.pipeline_class), set(self.checkpoint.parts) - NOT_NEEDED
+        left_out = {name: None for name in wanted if name.startswith(shell.COMPONENTS) and name not in parts}
+        quiet = {name: value for name, value in shell.OPTIONS.items() if name in wanted}
         return self.pipeline_class.from_pretrained(
             self.checkpoint.folder, torch_dtype=self.dtype, use_safetensors=True, **left_out, **quiet,
             variant=files.weight_variant(self.checkpoint.folder / self.denoiser_part, self.checkpoint.variant),

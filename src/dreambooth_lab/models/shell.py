@@ -14,6 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from .checkpoint import Checkpoint
 
 NETWORKS = ("unet", "transformer", "vae")  # whose settings a pipeline reads also while their weights are elsewhere
+COMPONENTS = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker", "image_encoder")  # that may be absent
 OPTIONS = {"add_watermarker": False, "requires_safety_checker": False}  # of pipelines that have them
 
 
