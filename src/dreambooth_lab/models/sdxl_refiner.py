@@ -16,6 +16,8 @@ from . import files
 from .family import OnStep
 from .sdxl import SDXL
 
+LEAST = 5  # sampler steps over the whole noise, of which the refiner takes a fifth
+
 
 class SDXLRefiner(SDXL):
     """Any checkpoint of the architecture. Validation begins from photos, noised as far as the refiner knows, not from prompts."""
@@ -41,9 +43,10 @@ class SDXLRefiner(SDXL):
         photos: Sequence[Image.Image] = (), **options: Any,
     ) -> list[Image.Image]:  # fmt: skip
         first = torch.cat([self.encode_image(files.pixels(photo, height, width))[0] for photo in photos])
-        begin = self.begin(first.to(self.device, self.dtype))
+        options |= self.begin(first.to(self.device, self.dtype))
+        options["num_inference_steps"] = max(options["num_inference_steps"], LEAST)
         return super().generate(
-            text, negative, height=height, width=width, guidance_scale=guidance_scale, on_step=on_step, **begin, **options
+            text, negative, height=height, width=width, guidance_scale=guidance_scale, on_step=on_step, **options
         )
 
     def begin(self, image: Any) -> dict[str, Any]:
