@@ -3,6 +3,9 @@ Asked through the pipeline's own call."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from .flux import Flux
 from .pipeline_family import PipelineFamily
 
@@ -12,3 +15,4 @@ class Chroma(PipelineFamily):
 
     pipelines = ("ChromaPipeline",)
     learns = Flux.learns
+    kohya: ClassVar[Mapping[str, str]] = {"transformer": "lora_transformer"}

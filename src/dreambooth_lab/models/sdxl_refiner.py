@@ -23,7 +23,7 @@ class SDXLRefiner(SDXL):
     """Any checkpoint of the architecture. Validation begins from photos, noised as far as the refiner knows, not from prompts."""
 
     pipelines = ("StableDiffusionXLImg2ImgPipeline",)
-    kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
+    kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder_2": "lora_te"}  # ComfyUI's
     times = (0.0, 0.2)
     refines = True
 
