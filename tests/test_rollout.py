@@ -47,7 +47,7 @@ def walk(cfg, path, predict=network, top=1.0):
     return Walk(cfg, path, top, unshifted, predict, nullcontext)
 
 
-def lengths(made, walk, t, step):
+def lengths_of(made, walk, t, step):
     return made.lengths(walk, t, step, Grid(made.grid, made.shift(8, 8)))
 
 
@@ -95,7 +95,7 @@ def test_a_batch_walks_as_its_rows_do_one_by_one_with_few_forwards(path, sampler
     cfg, calls = config(f"rollout.sampler={sampler.value}"), []
     counted = walk(cfg, path, lambda x, *a: calls.append(len(x)) or network(x, *a))
     at = counted(x0, batch, cond, t, 5)
-    lengths = lengths(counted, batch.walk, t, 5)
+    lengths = lengths_of(counted, batch.walk, t, 5)
     assert len(set(lengths.tolist())) > 2
     assert calls == [int((lengths > i).sum()) for i in range(int(lengths.max()))]
     for i in range(len(t)):
@@ -109,11 +109,11 @@ def test_walks_have_every_length_equally_often_and_end_below_the_top():
     u = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1]
     draws, t = torch.stack([torch.zeros_like(u), u], 1), torch.full_like(u, 0.5)
     made = walk(config("rollout.max_step_offset=4"), PATHS["flow"])
-    assert torch.bincount(lengths(made, draws, t, 0)).tolist() == [0, 1000, 1000, 1000, 1000]
-    high = lengths(made, draws, torch.full_like(u, 1 - 2.5 / 28), 0)
+    assert torch.bincount(lengths_of(made, draws, t, 0)).tolist() == [0, 1000, 1000, 1000, 1000]
+    high = lengths_of(made, draws, torch.full_like(u, 1 - 2.5 / 28), 0)
     assert high.max() == 2, "there are two strides and a half up to pure noise"
     limited = walk(config("rollout.max_step_offset=4"), PATHS["flow"], top=0.55)
-    assert lengths(limited, draws, t, 0).max() == 1, "nor above what the model was trained on"
+    assert lengths_of(limited, draws, t, 0).max() == 1, "nor above what the model was trained on"
 
 
 def test_strides_are_those_of_inference():
@@ -164,7 +164,7 @@ def test_the_seed_projects_own_example_ramps_up():
                       "rollout.ramp_steps=1000", "rollout.sampler=unipc").rollout  # fmt: skip
     made, t = walk(cfg, PATHS["epsilon"]), torch.full((2000,), 0.5, dtype=torch.float64)
     draws = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shares = [(lengths(made, draws, t, step) > 0).double().mean().item() for step in (0, 250, 500, 750, 1000, 9000)]
+    shares = [(lengths_of(made, draws, t, step) > 0).double().mean().item() for step in (0, 250, 500, 750, 1000, 9000)]
     assert shares[0] == 0 and shares[-2:] == [1.0, 1.0] and shares == sorted(shares)
     assert_close(shares, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0], atol=0.03, rtol=0)
 
@@ -172,7 +172,7 @@ def test_the_seed_projects_own_example_ramps_up():
 def test_a_row_that_rolls_out_goes_on_doing_so_as_the_ramp_rises():
     draws = torch.rand(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     made, t = walk(config("rollout.ramp_steps=1000"), PATHS["flow"]), torch.full((64,), 0.4, dtype=torch.float64)
-    lengths = torch.stack([lengths(made, draws, t, step) for step in range(0, 2000, 50)])
+    lengths = torch.stack([lengths_of(made, draws, t, step) for step in range(0, 2000, 50)])
     before, after = lengths[:-1], lengths[1:]
     assert ((before == 0) | (before == after)).all() and (before != after).any()
 
