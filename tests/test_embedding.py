@@ -60,8 +60,8 @@ def test_a_token_is_found_as_the_tokenizer_finds_it(caption, there):
 
 def test_an_unlearned_token_means_what_it_meant(made):
     module, batch = made
-    assert_close(module.told(batch).states, batch.cond.states)
-    assert_close(module.told(batch).pooled, batch.cond.pooled)
+    assert_close(module.told(batch)["prompt_embeds"], batch.cond["prompt_embeds"])
+    assert_close(module.told(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])
 
 
 def test_a_learned_token_changes_the_captions_that_have_it_and_no_other(made):
@@ -69,10 +69,10 @@ def test_a_learned_token_changes_the_captions_that_have_it_and_no_other(made):
     for row in module.text.token.parameters():
         row.data += 1
     told = module.told(batch)
-    assert (told.states[batch.instance_rows] - batch.cond.states[batch.instance_rows]).abs().max() > 1e-2
-    assert torch.equal(told.states[batch.class_rows], batch.cond.states[batch.class_rows])
+    assert (told["prompt_embeds"][batch.instance_rows] - batch.cond["prompt_embeds"][batch.instance_rows]).abs().max() > 1e-2
+    assert torch.equal(told["prompt_embeds"][batch.class_rows], batch.cond["prompt_embeds"][batch.class_rows])
     plain = build_family(module.cfg).encode_text(["a photo of a dog"])
-    assert torch.equal(module.text.encode(["a photo of a dog"]).states, plain.states)
+    assert torch.equal(module.text.encode(["a photo of a dog"])["prompt_embeds"], plain["prompt_embeds"])
 
 
 def test_gradients_reach_the_token_in_both_encoders_and_nothing_else_there(made):

@@ -36,6 +36,10 @@ def build(cfg):
     return DreamBooth(cfg, family, adapter).train(), data
 
 
+def times(module, batch):
+    return module.times(batch.u, batch.eps.shape[2:])
+
+
 def move(module, scale=0.05):
     """Give the adapter weights as after training."""
     generator = torch.Generator().manual_seed(5)
@@ -72,7 +76,7 @@ def test_every_kind_of_adapter_has_the_base_as_teacher_to_the_bit(made, kind):
     """While it trains, with dropout, fresh and moved; and only what learns gets a gradient."""
     module, stream = made(f"adapter={kind}", *([] if kind in ("full", "oft") else ["adapter.dropout=0.5"]))
     batch = next(stream)
-    rows, t = batch.class_rows, module.times(batch.u)
+    rows, t = batch.class_rows, times(module, batch)
     x_t = module.path.noise(batch.latents(), batch.eps, t)
     base = build_family(module.cfg).denoise(x_t[rows], t[rows], batch.cond.take(rows))
     assert module.training_step(batch, 0)["prior"] < 1e-9, "a fresh adapter has no prior loss"
@@ -91,8 +95,8 @@ def test_the_teacher_sees_the_rolled_out_sample(made):
     module, stream = made("prior=teacher", *WALK)
     move(module, 0.2)
     batch = strayed(module, next(stream))
-    at = module.rollout(batch.latents(), batch, batch.cond, module.times(batch.u), 0)
-    off = (at.x_t - module.path.noise(batch.latents(), batch.eps, module.times(batch.u)))[batch.class_rows]
+    at = module.rollout(batch.latents(), batch, batch.cond, times(module, batch), 0)
+    off = (at.x_t - module.path.noise(batch.latents(), batch.eps, times(module, batch)))[batch.class_rows]
     assert at.strayed.all() and off.abs().max() > 1e-3
     seen = []
     real = module.teacher.predict
@@ -159,7 +163,7 @@ def test_each_rows_weight_follows_the_row(made, kind):
     batch = next(stream)._replace(u=torch.tensor([0.05, 0.9], dtype=torch.float64))
     plain, _ = made("prior=noise")
     move(plain)
-    weights = module.weight(module.times(batch.u))
+    weights = module.weight(times(module, batch))
     assert weights.max() > 1.5 * weights.min()
     for name, rows in (("instance", batch.instance_rows), ("prior", batch.class_rows)):
         expected = plain.training_step(batch, 0)[name] * weights[rows].mean()
@@ -195,7 +199,7 @@ def test_the_walk_has_no_dropout_and_leaves_the_modes_and_the_generator_as_they_
     dropouts = [part for part in module.modules() if isinstance(part, torch.nn.Dropout) and part.p == 0.5]
     assert dropouts and all(part.training for part in dropouts)
     state = torch.get_rng_state()
-    reached = [module.rollout(batch.latents(), batch, batch.cond, module.times(batch.u), 0) for _ in range(2)]
+    reached = [module.rollout(batch.latents(), batch, batch.cond, times(module, batch), 0) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(reached[0].x_t, reached[1].x_t)
     assert modes == [(name, part.training) for name, part in module.named_modules()]
 
@@ -273,7 +277,7 @@ def test_outside_the_mask_the_base_model_is_kept(made):
     assert_close(keeping.training_step(batch, 0), ignoring.training_step(batch, 0)), "a fresh adapter has not left it"
     move(ignoring), move(keeping)
     apart = keeping.training_step(batch, 0)["loss"] - ignoring.training_step(batch, 0)["loss"]
-    t = keeping.times(batch.u)
+    t = times(keeping, batch)
     x_t = keeping.path.noise(batch.latents(), batch.eps, t)
     with torch.no_grad():
         student = keeping.predict(x_t, t, batch.cond)
@@ -291,7 +295,7 @@ def test_what_lies_outside_the_mask_is_not_learned(made):
     batch = batch._replace(mask=halves(batch))
     inside = batch.mask.bool().expand_as(batch.eps)
     other = batch._replace(eps=batch.eps)
-    t = module.times(batch.u)
+    t = times(module, batch)
     x_t = module.path.noise(batch.latents(), batch.eps, t)
     output = module.predict(x_t, t, batch.cond)
     loss = module.training_step(other, 0)["loss"]
@@ -310,5 +314,5 @@ def test_huber_pulls_less_on_outliers(made):
 
 def test_times_are_the_objectives(made):
     module, stream = made("objective.low=0.4", "objective.high=0.6", "objective.timesteps=logit_normal", "objective.shift=2")
-    t = torch.cat([module.times(next(stream).u) for _ in range(20)])
+    t = torch.cat([times(module, next(stream)) for _ in range(20)])
     assert 0.4 <= t.min() < t.max() <= 0.6

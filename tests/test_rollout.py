@@ -14,7 +14,7 @@ from dreambooth_lab import lab
 from dreambooth_lab.batch import Cond
 from dreambooth_lab.config import ConfigError, Ramp, Sampler
 from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePreserving
-from dreambooth_lab.rollout import Direct, InputPerturbation, ReflexFlow, Walk, build_reflexflow, build_rollout, ramp
+from dreambooth_lab.rollout import Direct, Grid, InputPerturbation, ReflexFlow, Walk, build_reflexflow, build_rollout, ramp
 
 ALPHAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
 PATHS = {p.value: VariancePreserving(ALPHAS, p) for p in Prediction} | {"flow": RectifiedFlow(1000)}
@@ -32,15 +32,23 @@ def rows(n=6, seed=0):
     t = 0.1 + 0.85 * torch.rand(n, generator=g, dtype=torch.float64)
     draws = torch.rand(n, 2, generator=g, dtype=torch.float64)
     batch = SimpleNamespace(eps=eps, xi=xi, walk=draws, latents=lambda: x0)
-    return x0, batch, Cond(torch.arange(n).float().view(n, 1, 1), torch.zeros(n, 2), torch.zeros(n, 6)), t
+    return x0, batch, Cond(states=torch.arange(n).float().view(n, 1, 1)), t
 
 
 def network(x, t, cond):
-    return torch.tanh(1.2 * x + t.float().view(-1, 1, 1, 1) + 0.1 * cond.states[:, :, :, None])
+    return torch.tanh(1.2 * x + t.float().view(-1, 1, 1, 1) + 0.1 * cond["states"][:, :, :, None])
+
+
+def unshifted(height, width):
+    return 1.0
 
 
 def walk(cfg, path, predict=network, top=1.0):
-    return Walk(cfg, path, top, predict, nullcontext)
+    return Walk(cfg, path, top, unshifted, predict, nullcontext)
+
+
+def lengths_of(made, walk, t, step):
+    return made.lengths(walk, t, step, Grid(made.grid, made.shift(8, 8)))
 
 
 @every_path
@@ -50,7 +58,7 @@ def test_an_oracle_stays_on_the_path(path, sampler, grid):
     x0, batch, cond, t = rows()
 
     def oracle(x, now, cond):
-        mine = cond.states[:, 0, 0].long()
+        mine = cond["states"][:, 0, 0].long()
         return path.target(x0[mine], batch.eps[mine], now)
 
     at = walk(config(f"rollout.sampler={sampler.value}", f"rollout.grid={grid}"), path, oracle)(x0, batch, cond, t, 5)
@@ -87,7 +95,7 @@ def test_a_batch_walks_as_its_rows_do_one_by_one_with_few_forwards(path, sampler
     cfg, calls = config(f"rollout.sampler={sampler.value}"), []
     counted = walk(cfg, path, lambda x, *a: calls.append(len(x)) or network(x, *a))
     at = counted(x0, batch, cond, t, 5)
-    lengths = counted.lengths(batch.walk, t, 5)
+    lengths = lengths_of(counted, batch.walk, t, 5)
     assert len(set(lengths.tolist())) > 2
     assert calls == [int((lengths > i).sum()) for i in range(int(lengths.max()))]
     for i in range(len(t)):
@@ -101,11 +109,11 @@ def test_walks_have_every_length_equally_often_and_end_below_the_top():
     u = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1]
     draws, t = torch.stack([torch.zeros_like(u), u], 1), torch.full_like(u, 0.5)
     made = walk(config("rollout.max_step_offset=4"), PATHS["flow"])
-    assert torch.bincount(made.lengths(draws, t, 0)).tolist() == [0, 1000, 1000, 1000, 1000]
-    high = made.lengths(draws, torch.full_like(u, 1 - 2.5 / 28), 0)
+    assert torch.bincount(lengths_of(made, draws, t, 0)).tolist() == [0, 1000, 1000, 1000, 1000]
+    high = lengths_of(made, draws, torch.full_like(u, 1 - 2.5 / 28), 0)
     assert high.max() == 2, "there are two strides and a half up to pure noise"
     limited = walk(config("rollout.max_step_offset=4"), PATHS["flow"], top=0.55)
-    assert limited.lengths(draws, t, 0).max() == 1, "nor above what the model was trained on"
+    assert lengths_of(limited, draws, t, 0).max() == 1, "nor above what the model was trained on"
 
 
 def test_strides_are_those_of_inference():
@@ -139,7 +147,7 @@ def test_the_walk_is_without_gradient_and_at_rest():
         inside.append(torch.is_grad_enabled())
         return weight * network(x, now, cond)
 
-    at = Walk(config(), PATHS["flow"], 1.0, predict, Rest)(x0, batch, cond, t, 5)
+    at = Walk(config(), PATHS["flow"], 1.0, unshifted, predict, Rest)(x0, batch, cond, t, 5)
     assert not at.x_t.requires_grad and inside[0] == "in" and inside[-1] == "out" and set(inside[1:-1]) == {False}
 
 
@@ -156,7 +164,7 @@ def test_the_seed_projects_own_example_ramps_up():
                       "rollout.ramp_steps=1000", "rollout.sampler=unipc").rollout  # fmt: skip
     made, t = walk(cfg, PATHS["epsilon"]), torch.full((2000,), 0.5, dtype=torch.float64)
     draws = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shares = [(made.lengths(draws, t, step) > 0).double().mean().item() for step in (0, 250, 500, 750, 1000, 9000)]
+    shares = [(lengths_of(made, draws, t, step) > 0).double().mean().item() for step in (0, 250, 500, 750, 1000, 9000)]
     assert shares[0] == 0 and shares[-2:] == [1.0, 1.0] and shares == sorted(shares)
     assert_close(shares, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0], atol=0.03, rtol=0)
 
@@ -164,7 +172,7 @@ def test_the_seed_projects_own_example_ramps_up():
 def test_a_row_that_rolls_out_goes_on_doing_so_as_the_ramp_rises():
     draws = torch.rand(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     made, t = walk(config("rollout.ramp_steps=1000"), PATHS["flow"]), torch.full((64,), 0.4, dtype=torch.float64)
-    lengths = torch.stack([made.lengths(draws, t, step) for step in range(0, 2000, 50)])
+    lengths = torch.stack([lengths_of(made, draws, t, step) for step in range(0, 2000, 50)])
     before, after = lengths[:-1], lengths[1:]
     assert ((before == 0) | (before == after)).all() and (before != after).any()
 
@@ -182,7 +190,7 @@ def test_input_perturbation_adds_noise_that_the_answer_leaves_out(path):
 
 
 def test_what_is_built_is_what_is_said():
-    made = [build_rollout(lab.compose(*words).rollout, PATHS["flow"], 1.0, network, nullcontext)
+    made = [build_rollout(lab.compose(*words).rollout, PATHS["flow"], 1.0, unshifted, network, nullcontext)
             for words in ([], ["rollout.enabled=true"], ["rollout.enabled=true", "rollout.kind=input_perturbation"])]  # fmt: skip
     assert [type(m) for m in made] == [Direct, Walk, InputPerturbation]
 

@@ -93,7 +93,7 @@ def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_pa
     adapter.attach(family.denoiser, family.learns, seed=9)
     DreamBooth(done.config, family, adapter).load_state_dict(weights, strict=False)
     x, text = torch.randn(1, 4, 8, 8), family.encode_text(["a photo of sks dog"])
-    inputs = {"x": x, "t": torch.tensor([500]), "states": text.states, "pooled": text.pooled, "size": torch.zeros(1, 6)}
+    inputs = {"x": x, "t": torch.tensor([500]), "states": text["prompt_embeds"], "pooled": text["pooled_prompt_embeds"], "size": torch.zeros(1, 6)}
     save_file(inputs, tmp_path / "in")
     export = done.folder.export / ("ema" if which == "ema" else "")
     subprocess.run([sys.executable, "-c", FRESH, done.config.model.pretrained, export, tmp_path / "in"], check=True, timeout=300)
@@ -101,9 +101,9 @@ def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_pa
     from dreambooth_lab.batch import Cond
 
     with torch.no_grad():
-        ours = family.denoise(x, family.path.time(inputs["t"]), Cond(text.states, text.pooled, inputs["size"]))
+        ours = family.denoise(x, family.path.time(inputs["t"]), Cond(text, size=inputs["size"]))
         with adapter.base():
-            base = family.denoise(x, family.path.time(inputs["t"]), Cond(text.states, text.pooled, inputs["size"]))
+            base = family.denoise(x, family.path.time(inputs["t"]), Cond(text, size=inputs["size"]))
     assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert (ours - base).abs().max() > 1e-3, "the adapter does something"
 

@@ -71,7 +71,7 @@ def answer(module, weights):
             p.copy_(weights[name])
         x, t, cond = question()
         text = module.text.encode([PROMPT]) if module.text else module.family.encode_text([PROMPT])
-        cond = cond._replace(states=text.states.expand(2, -1, -1), pooled=text.pooled.expand(2, -1))
+        cond = cond.put(torch.arange(2), text.repeat(2))
         return module.eval().predict(x, t, cond), text
 
 
@@ -93,7 +93,7 @@ def written(tiny_sdxl, tmp_path_factory):
         Export(cfg, folder, ema).on_train_end(At(3), module)
         jobs += [(how, str(export)) for how in hows for export in (folder.export, folder.export / "ema")]
     x, t, cond = question()
-    given = {"x": x, "t": module.path.native(t), "size": cond.size}
+    given = {"x": x, "t": module.path.native(t), "size": cond["size"]}
     save_file(given, root / "in")
     words = [sys.executable, "-c", FRESH, str(tiny_sdxl), json.dumps(jobs), str(root / "in")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
@@ -115,11 +115,11 @@ def test_an_export_answers_the_same_without_us(kind, how, which, written):
     theirs = load_file(root / kind / "export" / ("ema" if which == "ema" else "") / f"{how}.out")
     y, text = ours[kind, which]
     assert_close(theirs["y"], y, atol=1e-4, rtol=1e-4)
-    assert_close(theirs["pooled"], text.pooled, atol=1e-4, rtol=1e-4)
-    assert_close(theirs["states"], text.states, atol=1e-4, rtol=1e-4)
+    assert_close(theirs["pooled"], text["pooled_prompt_embeds"], atol=1e-4, rtol=1e-4)
+    assert_close(theirs["states"], text["prompt_embeds"], atol=1e-4, rtol=1e-4)
     before, base_text = ours[kind, "base"]
     assert (y - before).abs().max() > 1e-3, "it learned"
-    assert kind.endswith("+text") == bool((text.states - base_text.states).abs().max() > 1e-2)
+    assert kind.endswith("+text") == bool((text["prompt_embeds"] - base_text["prompt_embeds"]).abs().max() > 1e-2)
 
 
 @pytest.mark.parametrize("kind", LOADS)

@@ -73,7 +73,8 @@ def learned(module, header=(("steps", "3"),)):
 def question(device="cpu"):
     g = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
-    cond = Cond(draw(2, 77, 24), draw(2, 16), torch.full((2, 6), 64.0, device=device))
+    size = torch.full((2, 6), 64.0, device=device)
+    cond = Cond(prompt_embeds=draw(2, 77, 24), pooled_prompt_embeds=draw(2, 16), size=size)
     return draw(2, 4, 8, 8), torch.tensor([0.2, 0.7], device=device), cond
 
 

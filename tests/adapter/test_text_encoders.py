@@ -50,16 +50,16 @@ def test_the_base_models_text_is_left_alone_and_is_what_the_teacher_hears(make):
     module, data, _ = make()
     batch = batch_of(data)
     base = batch.cond
-    assert_close(module.told(batch).states, base.states), "fresh adapters change nothing"
+    assert_close(module.told(batch)["prompt_embeds"], base["prompt_embeds"]), "fresh adapters change nothing"
     assert module.training_step(batch, 0)["prior"] < 1e-12, "captions encoded together round a little otherwise"
     taught = module.teacher.answer(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
     move(module)
     told = module.told(batch)
-    assert (told.states - base.states).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
+    assert (told["prompt_embeds"] - base["prompt_embeds"]).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
     again = module.teacher.answer(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
     assert torch.equal(taught, again), "the teacher hears the base model's text"
-    assert torch.equal(module.family.encode_text(batch.captions).states, base.states), "the family's encoders are the base's"
-    assert torch.equal(batch_of(data).cond.states, base.states), "and so are cached texts"
+    assert torch.equal(module.family.encode_text(batch.captions)["prompt_embeds"], base["prompt_embeds"]), "the family's encoders are the base's"
+    assert torch.equal(batch_of(data).cond["prompt_embeds"], base["prompt_embeds"]), "and so are cached texts"
 
 
 def test_gradients_reach_the_adapters_of_both_and_nothing_else_there(made):
@@ -149,7 +149,7 @@ def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make,
 def test_they_sit_on_quantised_encoders_too(kind, make):
     module, data, _ = make(f"quant.text_encoder_1={kind}", f"quant.text_encoder_2={kind}", "quant.cache=false")
     batch = batch_of(data)
-    assert_close(module.told(batch).pooled, batch.cond.pooled)
+    assert_close(module.told(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])
     move(module)
     module.training_step(batch, 0)["loss"].backward()
     assert sum(p.grad is not None for p in module.text.encoders.parameters()) > 20

@@ -100,8 +100,8 @@ def test_a_number_of_pictures_is_a_fixed_choice(small, held):
 def test_a_step_told_again_replaces_what_was_told(tmp_path):
     ledger = Ledger(tmp_path / "a.csv", Answer)
     for step in (0, 1, 2):
-        ledger.add(step, [Answer(step, "live", "d", "p, q", 0.25, 0.1 + step)])
-    ledger.add(1, [Answer(1, "live", "d", "p, q", 0.25, 9.0)])
+        ledger.add(step, [Answer(step, "live", "d", "p, q", 0.25, 0.1 + step, 0.25)])
+    ledger.add(1, [Answer(1, "live", "d", "p, q", 0.25, 9.0, 0.25)])
     assert [(a.step, a.picture, a.loss) for a in ledger.read()] == [(0, "p, q", 0.1), (1, "p, q", 9.0)]
 
 

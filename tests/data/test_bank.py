@@ -46,7 +46,7 @@ def test_draws_are_fixed_few_and_spread_over_all_times(banked):
     data = banked()
     seen = {}
     for batch, row, taught in rows(data):
-        point = (tuple(batch.cond.size[row].tolist()), tuple(batch.mean[row].flatten()[:4].tolist()))
+        point = (tuple(batch.cond["size"][row].tolist()), tuple(batch.mean[row].flatten()[:4].tolist()))
         seen.setdefault(point, {})[float(batch.u[row])] = taught
     for times in seen.values():
         assert len(times) <= 4 and len({int(u * 4) for u in times}) == len(times), "one in each quarter"

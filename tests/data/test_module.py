@@ -37,7 +37,7 @@ def test_rows_have_the_bucket_shape_and_their_own_captions(prepared):
         }
         for rows, prompt in ((batch.instance_rows, "a photo of sks dog"), (batch.class_rows, "a photo of a dog")):
             for row in rows:
-                assert torch.equal(batch.cond.states[row], data.text(prompt).states[0])
+                assert torch.equal(batch.cond["prompt_embeds"][row], data.text(prompt)["prompt_embeds"][0])
         assert len(batch.instance_rows) == len(batch.class_rows) == 1
 
 
@@ -65,7 +65,7 @@ def test_draws_do_not_depend_on_the_batch_size_the_ranks_or_the_workers(prepared
             for batch in (next(loader) for _ in range(16 // (batch_size * ranks))):
                 classes = batch.class_rows.tolist()
                 for i, n in enumerate(batch.sample.tolist()):
-                    told = (batch.cond.states[i], batch.cond.size[i], batch.u[i], batch.walk[i])
+                    told = (batch.cond["prompt_embeds"][i], batch.cond["size"][i], batch.u[i], batch.walk[i])
                     more = [] if batch.xi is None else [batch.xi[i]]
                     more += [batch.taught[classes.index(i)]] if batch.taught is not None and i in classes else []
                     flat[n] = (batch.latents()[i], batch.eps[i], *told, *more)
@@ -97,16 +97,16 @@ def test_posterior_noise_is_fresh_and_two_passes_differ(prepared):
 def test_mirrored_and_cropped_variants_are_all_used(prepared):
     data = prepared("dataset.flip=true", "dataset.crop=random", "dataset.crop_variants=3", "dataset.batch_size=4")
     assert {len(entry.variants) for entry in data.entries} <= {2, 4, 6}  # equal crops count once
-    sizes = {tuple(size.tolist()) for batch in batches(data, 60) for size in batch.cond.size}
+    sizes = {tuple(size.tolist()) for batch in batches(data, 60) for size in batch.cond["size"]}
     assert len(sizes) > 8
 
 
 def test_dropped_captions_are_the_subjects_only(prepared):
     data = prepared("dataset.caption_dropout=0.5")
-    empty, dropped, kept = data.text("").states[0], 0, 0
+    empty, dropped, kept = data.text("")["prompt_embeds"][0], 0, 0
     for batch in batches(data, 40):
-        assert all(not torch.equal(batch.cond.states[row], empty) for row in batch.class_rows)
-        dropped += sum(torch.equal(batch.cond.states[row], empty) for row in batch.instance_rows)
+        assert all(not torch.equal(batch.cond["prompt_embeds"][row], empty) for row in batch.class_rows)
+        dropped += sum(torch.equal(batch.cond["prompt_embeds"][row], empty) for row in batch.instance_rows)
         kept += len(batch.instance_rows)
     assert 0.25 < dropped / kept < 0.75
 

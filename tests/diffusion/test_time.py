@@ -9,10 +9,15 @@ from dreambooth_lab.config import ConfigError, Timesteps
 from dreambooth_lab.diffusion.time import Times, build_times, logit_normal, logit_normal_cdf, shift
 
 U = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+SIZE = (8, 8)
+
+
+def none(height, width):
+    return 1.0
 
 
 def test_uniform_over_everything_is_u_itself():
-    assert torch.equal(Times(Timesteps.uniform, 0.0, 1.0, 1.0, 0.0, 1.0)(U), U)
+    assert torch.equal(Times(Timesteps.uniform, 0.0, 1.0, none, 0.0, 1.0)(U, SIZE), U)
 
 
 @given(st.floats(0.1, 8), st.floats(0, 1))
@@ -40,7 +45,7 @@ def test_logit_normal_has_its_moments_and_its_cdf():
 @pytest.mark.parametrize("kind", Timesteps, ids=lambda k: k.value)
 @pytest.mark.parametrize("s", [1.0, 3.0])
 def test_a_range_leaves_the_distribution_inside_it_as_it_was(kind, s):
-    whole, limited = Times(kind, 0.3, 1.2, s, 0.0, 1.0)(U), Times(kind, 0.3, 1.2, s, 0.2, 0.7)(U)
+    whole, limited = (Times(kind, 0.3, 1.2, lambda height, width: s, *ends)(U, SIZE) for ends in ((0.0, 1.0), (0.2, 0.7)))
     assert limited.min() >= 0.2 - 1e-9 and limited.max() <= 0.7 + 1e-9
     inside = whole[(whole >= 0.2) & (whole < 0.7)]
     for q in (0.1, 0.5, 0.9):
@@ -49,11 +54,25 @@ def test_a_range_leaves_the_distribution_inside_it_as_it_was(kind, s):
 
 def test_more_u_is_more_noise_so_that_pairs_stay_comparable():
     for kind in Timesteps:
-        assert (Times(kind, 0.0, 1.0, 2.0, 0.1, 0.9)(U).diff() >= 0).all()
+        assert (Times(kind, 0.0, 1.0, lambda height, width: 2.0, 0.1, 0.9)(U, SIZE).diff() >= 0).all()
 
 
 def test_a_range_outside_what_the_model_knows_is_refused():
     cfg = lab.compose("objective.low=0.5").objective
-    assert build_times(cfg, (0.0, 0.8))(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.5, 0.8])
+    assert build_times(cfg, (0.0, 0.8), none)(torch.tensor([0.0, 1.0]), SIZE).tolist() == pytest.approx([0.5, 0.8])
     with pytest.raises(ConfigError, match=r"objective\.low=0\.5 .* leave nothing of the times this model knows, 0 to 0\.2"):
-        build_times(cfg, (0.0, 0.2))
+        build_times(cfg, (0.0, 0.2), none)
+
+
+def test_the_shift_is_the_models_for_the_latents_size_or_the_number_that_is_said():
+    def grows(height, width):
+        return height * width / 64
+
+    u = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    own = build_times(lab.compose("objective.shift=model").objective, (0.0, 1.0), grows)
+    assert torch.equal(own(u, (8, 8)), u)
+    assert_close(own(u, (16, 8)), shift(u, 2.0))
+    assert own.describe((8, 8)) == own.describe((4, 16)) != own.describe((16, 8))
+    said = build_times(lab.compose("objective.shift=3").objective, (0.0, 1.0), grows)
+    assert_close(said(u, (8, 8)), shift(u, 3.0))
+    assert said.describe((8, 8)) == said.describe((16, 8))

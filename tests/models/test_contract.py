@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch.testing import assert_close
 
 import tiny
-from dreambooth_lab.batch import Size
+from dreambooth_lab.batch import Shown, Size
 from dreambooth_lab.config import Attention, ConfigError, Dtype
 from dreambooth_lab.models.sdxl import SDXL
 
@@ -46,7 +46,7 @@ def noisy(rows=2, channels=4):
 
 
 def cond(family):
-    return family.cond(family.encode_text(CAPTIONS), [SIZE, SIZE])
+    return family.cond(family.encode_text(CAPTIONS), [Shown(SIZE, torch.zeros(family.channels, 8, 8), 0, i) for i in range(2)])
 
 
 def test_facts(family):
@@ -57,8 +57,8 @@ def test_facts(family):
 def test_text_is_what_the_pipeline_encodes(family, pipeline):
     text = family.encode_text(CAPTIONS)
     states, empty, pooled, empty_pooled = pipeline.encode_prompt(CAPTIONS[0], negative_prompt=None, device="cpu")
-    assert_close(text.states, torch.cat([states, empty]))
-    assert_close(text.pooled, torch.cat([pooled, empty_pooled]))
+    assert_close(text["prompt_embeds"], torch.cat([states, empty]))
+    assert_close(text["pooled_prompt_embeds"], torch.cat([pooled, empty_pooled]))
 
 
 def test_latents_are_what_the_pipeline_decodes(family, pipeline):
@@ -74,10 +74,10 @@ def test_the_answer_is_the_networks_at_its_own_clock(family, pipeline):
     c, x = cond(family), noisy()
     native = torch.tensor([0, 999])
     theirs = pipeline.unet(
-        x, native, c.states, added_cond_kwargs={"text_embeds": c.pooled, "time_ids": c.size}
+        x, native, c["prompt_embeds"], added_cond_kwargs={"text_embeds": c["pooled_prompt_embeds"], "time_ids": c["size"]}
     ).sample  # fmt: skip
     assert_close(family.denoise(x, family.path.time(native), c), theirs)
-    assert c.size[0].tolist() == [100, 80, 3, 5, 64, 64]
+    assert c["size"][0].tolist() == [100, 80, 3, 5, 64, 64]
 
 
 def test_pictures_are_the_pipelines(family, pipeline):
@@ -98,7 +98,7 @@ def test_encoders_leave_memory_and_come_back(family):
     before = family.encode_text(CAPTIONS)
     family.release_encoders()
     assert not family.__dict__.keys() & {"vae", "text_encoders"}
-    assert torch.equal(family.encode_text(CAPTIONS).states, before.states)
+    assert torch.equal(family.encode_text(CAPTIONS)["prompt_embeds"], before["prompt_embeds"])
 
 
 def test_checkpointing_changes_memory_not_gradients(tiny_sdxl):
@@ -155,7 +155,7 @@ def test_identity_follows_the_weights_and_the_precision(tiny_sdxl, tmp_path):
     base = load(tiny_sdxl)
     copy = load(shutil.copytree(tiny_sdxl, tmp_path / "copy"))
     assert (copy.text_identity(), copy.image_identity()) == (base.text_identity(), base.image_identity())
-    weights = next((copy.folder / "vae").glob("*.safetensors"))
+    weights = next((copy.checkpoint.folder / "vae").glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
