@@ -1,9 +1,7 @@
-"""Where a pretrained model's files are, and what identifies them. Only safetensors are ever read."""
+"""Where a pretrained model's files are, and how one becomes a model. Only safetensors are ever read."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from pathlib import Path
 from textwrap import shorten
@@ -61,32 +59,6 @@ def quiet() -> None:
     for library in ("transformers", "diffusers"):
         for handler in logging.getLogger(library).handlers:
             handler.addFilter(lambda record: not any(words in record.getMessage() for words in NOT_NEWS))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def weight_variant(folder: Path, variant: str | None) -> str | None:
-    """`variant` if the folder has weights of that name, else None: the plain files."""
-    return variant if variant and any(folder.glob(f"*.{variant}.safetensors")) else None
-
-
-def identity(folder: Path, parts: tuple[str, ...], *also: str) -> str:
-    """SHA-256 over the settings and weights of some components, and over whatever else is said."""
-    digest = hashlib.sha256("\0".join(also).encode())
-    for part in parts:
-        for file in sorted(p for p in (folder / part).iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model")):
-            digest.update(f"{part}/{file.name}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def weights(folder: Path, variant: str | None) -> tuple[Path, ...]:
-    """The settings and weight files of a component, in name order."""
-    stem = f"*.{variant}.safetensors" if variant else "*.safetensors"
-    return (folder / "config.json", *sorted(folder.glob(stem)))
 
 
 def hollow(kind: Any, folder: Path) -> nn.Module:

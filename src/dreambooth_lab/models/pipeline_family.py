@@ -23,7 +23,7 @@ from ..config import Attention, ConfigError, Dtype
 from ..embedding import Slot
 from . import files, kernels, latents, schedule, shell, tokens
 from .ask import Asked
-from .checkpoint import Checkpoint
+from .checkpoint import LEFT_OUT, Checkpoint
 from .family import Family, OnStep, TextEncoders
 
 log = logging.getLogger(__name__)
@@ -292,12 +292,11 @@ class PipelineFamily(Family):
         return files.pictures(self.decode(latents))
 
     def pipeline(self) -> Any:
-        parts = self.checkpoint.parts
-        left_out = {part: None for part in parts if part in ("safety_checker", "feature_extractor", "watermarker", "image_encoder")}
+        left_out = {part: None for part in self.checkpoint.index if part in LEFT_OUT}
         quiet = {name: value for name, value in shell.OPTIONS.items() if name in shell.wanted(self.pipeline_class)}
         return self.pipeline_class.from_pretrained(
             self.checkpoint.folder, torch_dtype=self.dtype, use_safetensors=True, **left_out, **quiet,
-            variant=files.weight_variant(self.checkpoint.folder / self.denoiser_part, self.checkpoint.variant),
+            variant=self.checkpoint.read_variant,
         )  # fmt: skip
 
     # Learned tokens, and what identifies the parts.
