@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_lab.config import ConfigError
-from dreambooth_lab.models import weights
+from dreambooth_lab.config import ConfigError, QuantKind
+from dreambooth_lab.models import files, weights
 from dreambooth_lab.models.checkpoint import Checkpoint
 from dreambooth_lab.quant import Quantiser
 
@@ -61,7 +63,7 @@ def test_a_folder_with_half_precision_only_loads(tiny_sdxl, tmp_path):
     half = add_half(copy(tiny_sdxl, tmp_path / "m"), *NETWORKS, keep=False)
     checkpoint = Checkpoint(str(half), None, "auto")
     assert all(load(checkpoint, part).dtype is torch.float32 for part in NETWORKS)
-    with pytest.raises(ConfigError, match=r"variant fp16 only, and model\.variant is null; set it to auto"):
+    with pytest.raises(ConfigError, match=r"only weights of the variant fp16, and model\.variant is null; set it to auto"):
         Checkpoint(str(half), None, None)
 
 
@@ -169,3 +171,43 @@ def test_identity_is_of_the_files_that_are_read(tiny_sdxl, tmp_path):
         (folder / "scheduler" / "scheduler_config.json").read_text() + " "
     )
     assert identity() != before
+
+
+def test_digests_are_taken_once_and_again_when_a_file_changes(tiny_sdxl, tmp_path, monkeypatch):
+    folder, opened = copy(tiny_sdxl, tmp_path / "m"), []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, kind: opened.append(stream.name) or real(stream, kind))
+
+    def identity(cache: Path | None) -> tuple[str, int]:
+        opened.clear()
+        return Checkpoint(str(folder), None, None, cache).identity(("unet", "tokenizer"), PLAIN), len(opened)
+
+    (plain, n), (first, m), (second, none) = identity(None), identity(tmp_path / "c"), identity(tmp_path / "c")
+    assert plain == first == second and n == m > 2 and none == 0
+    file = weight_file(folder, "unet")
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    after, again = identity(tmp_path / "c")
+    assert after != first and again == 1
+
+
+def test_quantising_shares_the_digests(tiny_sdxl, tmp_path, monkeypatch):
+    """The denoiser's gigabytes are hashed once for what was trained on it and for its quantised weights."""
+    checkpoint = Checkpoint(str(tiny_sdxl), None, None, tmp_path)
+    checkpoint.identity(("unet",), PLAIN)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    checkpoint.load("unet", torch.float32, CPU, Quantiser({"unet": QuantKind.int8}, tmp_path / "quant"), [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_trim_gives_memory_back():
+    import psutil
+
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    pieces = [torch.ones(16_000) for _ in range(3000)]  # 64 kB each: below the size that malloc maps by itself
+    last = torch.ones(16_000)  # at the heap's end: what is free before it stays malloc's
+    full = resident()
+    del pieces
+    files.trim()
+    assert full - resident() > 100e6 and last.all()

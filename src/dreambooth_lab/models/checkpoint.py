@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, QuantKind
+from ..digests import digest
 from ..quant import Quantiser, Source
 from . import files, weights
 
@@ -27,13 +28,14 @@ class Checkpoint:
         pretrained: folder written by save_pretrained, or hub id.
         revision: of a hub id.
         variant: which weight files to fetch and to read; auto takes those in fp16 where there are such, None the plain ones.
+        cache: folder that remembers files' hashes; None: they are taken anew at every start.
 
     Raises:
         ConfigError: something that a load would need is not there, or is no file of a kind that is read.
     """
 
-    def __init__(self, pretrained: str, revision: str | None, variant: str | None):
-        self.pretrained, self.variant = pretrained, variant
+    def __init__(self, pretrained: str, revision: str | None, variant: str | None, cache: Path | None = None):
+        self.pretrained, self.variant, self.cache = pretrained, variant, cache
         self.said = f"model.pretrained is {pretrained!r}, which"
         self.folder = files.resolve(pretrained, revision, variant)
         self.index = weights.read_json(self.folder / "model_index.json", self.said)
@@ -53,7 +55,7 @@ class Checkpoint:
             raise ConfigError(f"{self.said} has a model_index.json that names no pipeline class; {files.WAY_OUT}")
         for part in self._named():
             if not weights.plain(part):
-                raise ConfigError(f"{self.said} names a component {part!r} in model_index.json; take a checkpoint with plain names")
+                raise ConfigError(f"{self.said} names a component {part!r} in model_index.json; take one with plain names")
             folder = self.folder / part
             if not folder.is_dir():
                 raise ConfigError(f"{self.said} has no folder {part}, which its model_index.json names; fetch or save it again")
@@ -86,7 +88,7 @@ class Checkpoint:
 
     @cached_property
     def parts(self) -> dict[str, type]:
-        """Component → its class, in the order of the index; what the checkpoint leaves empty, or nothing needs, is absent.
+        """Component → its class, in the order of the index; what it leaves empty and what nothing needs is absent.
 
         Raises:
             ConfigError: a class is not diffusers' or transformers' own.
@@ -110,9 +112,7 @@ class Checkpoint:
         path = next((folder / name for name in CONFIGS if (folder / name).is_file()), folder / CONFIGS[0])
         return weights.read_json(path, self._said(part))
 
-    def load(
-        self, part: str, dtype: torch.dtype, device: torch.device, quantiser: Quantiser, keeps: Sequence[str]
-    ) -> Any:
+    def load(self, part: str, dtype: torch.dtype, device: torch.device, quantiser: Quantiser, keeps: Sequence[str]) -> Any:
         """A component, frozen, on its device, in fewer bits if the quantiser is to keep it so.
 
         Args:
@@ -128,7 +128,7 @@ class Checkpoint:
             return files.settle(model, device)
 
         decide = (folder / "config.json", *([index] if index else []), *shards)
-        source = Source(read, lambda: files.hollow(kind, folder), decide, dtype, device)
+        source = Source(read, lambda: files.hollow(kind, folder), decide, dtype, device, self.cache)
         return quantiser.load(part, source, keeps)
 
     def hollow(self, part: str) -> nn.Module:
@@ -139,12 +139,11 @@ class Checkpoint:
         """Hash of some components' files, of how they are quantised, and of whatever else is said; loads nothing."""
         kinds = {part: quantiser.kind(part) for part in parts}
         fewer = [f"{part} {kind.value}" for part, kind in kinds.items() if kind is not QuantKind.none]
-        digest = hashlib.sha256("\0".join((*also, *fewer)).encode())
+        whole = hashlib.sha256("\0".join((*also, *fewer)).encode())
         for file in (file for part in parts for file in self._read(part)):
-            digest.update(f"{file.parent.name}/{file.name}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+            whole.update(f"{file.parent.name}/{file.name}\0".encode())
+            whole.update(bytes.fromhex(digest(file, self.cache)))
+        return whole.hexdigest()
 
     def _read(self, part: str) -> list[Path]:
         """The files of a component that a load reads, in name order."""

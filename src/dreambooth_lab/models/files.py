@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import ConfigError
+from ..heap import trim as trim
 
 WAY_OUT = "set model.pretrained to a folder written by diffusers' save_pretrained, or to a hub id this machine can reach"
 

@@ -43,6 +43,7 @@ class PipelineFamily(Family):
         gradient_checkpointing: keep blocks' inputs only, and run the blocks again for their gradients.
         attention: PyTorch's kernel for it; auto takes the fastest that fits.
         compile: the transformer blocks, by torch.compile.
+        cache: folder of what need not be found out twice; None: it is, at every start.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()  # classes whose checkpoints are this family's; empty: all
@@ -64,9 +65,10 @@ class PipelineFamily(Family):
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
         tae: str | None, resolution: int, gradient_checkpointing: bool, attention: Attention, compile: bool,
+        cache: Folder | None = None,
     ):  # fmt: skip
         files.quiet()
-        self.checkpoint = Checkpoint(pretrained, revision, variant)
+        self.checkpoint = Checkpoint(pretrained, revision, variant, cache)
         self.tae = tae
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
         self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
@@ -154,6 +156,7 @@ class PipelineFamily(Family):
     def release_encoders(self) -> None:
         self.__dict__.pop("vae", None)
         self.__dict__.pop("text_encoders", None)
+        files.trim()
 
     # The text.
 

@@ -91,7 +91,9 @@ def _lacks(names: Collection[str], variant: str | None) -> str:
     """Why a folder's weights can't be read, and the way out."""
     if others := sorted(has for name in names if (has := variant_of(name))):
         value = "null" if variant is None else variant
-        return f"has weights of the variant {' and '.join(sorted(set(others)))} only, and model.variant is {value}; set it to auto"
+        return (
+            f"has only weights of the variant {' and '.join(sorted(set(others)))}, and model.variant is {value}; set it to auto"
+        )
     if unread := sorted(name for name in names if name.endswith(OTHER_KINDS)):
         return (
             f"has {unread[0]} and no .safetensors; pickles can run code and are never read; save the pipeline anew by diffusers' "
