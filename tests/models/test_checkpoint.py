@@ -211,3 +211,91 @@ def test_trim_gives_memory_back():
     del pieces
     files.trim()
     assert full - resident() > 100e6 and last.all()
+
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of the hub's, and the hub's answers counted: there are none."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    asked: list[str] = []
+
+    def unreachable(repo: str, *_: object, **__: object) -> None:
+        asked.append(repo)
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, name, unreachable)
+    return tmp_path / "hub", asked
+
+
+def cache(pipeline: Path, root: Path) -> Path:
+    repo = root / "models--owner--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(REVISION)
+    return copy(pipeline, repo / "snapshots" / REVISION)
+
+
+def test_a_hub_id_that_is_whole_in_the_cache_asks_no_network(tiny_sdxl, hub_cache):
+    root, asked = hub_cache
+    folder = cache(tiny_sdxl, root)
+    for revision in (None, "main", REVISION):
+        checkpoint = Checkpoint("owner/name", revision, "auto")
+        assert checkpoint.folder == folder and asked == []
+    assert torch.equal(weight(checkpoint), weight(Checkpoint(str(tiny_sdxl), None, None)))
+
+
+@pytest.mark.parametrize("lost", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json",
+                                  "scheduler/scheduler_config.json", "model_index.json"])  # fmt: skip
+def test_a_hub_id_that_is_not_whole_in_the_cache_goes_to_the_network(lost, tiny_sdxl, hub_cache):
+    root, asked = hub_cache
+    (cache(tiny_sdxl, root) / lost).unlink()
+    with pytest.raises(
+        ConfigError, match=r"'owner/name', which is no folder, is not whole .*no route to the hub.*model\.pretrained"
+    ):
+        Checkpoint("owner/name", None, "auto")
+    assert asked == ["owner/name"]
+
+
+def test_what_is_fetched(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
+    """A fetch through the hub's own calls takes one variant and leaves pickles, code and what nothing needs."""
+    import huggingface_hub
+
+    remote = add_half(copy(tiny_sdxl, tmp_path / "remote"), "unet", keep=True)
+    (remote / "unet" / "diffusion_pytorch_model.bin").write_text("")
+    (remote / "safety_checker").mkdir()
+    (remote / "safety_checker" / "model.safetensors").write_text("")
+    names = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
+
+    def snapshot(_: str, revision: str | None, allow_patterns: list[str]) -> str:
+        for name in allow_patterns:
+            (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(remote / name, tmp_path / "here" / name)
+        return str(tmp_path / "here")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, revision: str(remote / name))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, _, revision: names)
+    assert Checkpoint("owner/name", None, "auto").read_variant == "fp16"
+    assert [path.name for path in (tmp_path / "here").rglob("*.safetensors") if path.parent.name == "unet"] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    assert not (tmp_path / "here" / "safety_checker").exists() and not list((tmp_path / "here").rglob("*.bin"))
+
+
+def test_other_models_come_from_the_cache_first():
+    asked = []
+
+    def load(name: str, local_files_only: bool = False, lacks: bool = False) -> str:
+        asked.append(local_files_only)
+        if local_files_only and lacks:
+            raise OSError("not cached")
+        return name
+
+    assert files.cache_first(load, "owner/tae") == "owner/tae" and asked == [True]
+    assert files.cache_first(load, "owner/tae", lacks=True) == "owner/tae" and asked == [True, True, False]

@@ -17,7 +17,6 @@ from ..quant import Quantiser, Source
 from . import files, weights
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes a checkpoint may name; code of its own never runs
-LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")  # components that nothing here needs
 CONFIGS = ("config.json", "scheduler_config.json")
 
 
@@ -53,19 +52,14 @@ class Checkpoint:
         """Refuse components that are outside the folder, that are not there, or whose settings can't be read."""
         if not isinstance(self.index.get("_class_name"), str):
             raise ConfigError(f"{self.said} has a model_index.json that names no pipeline class; {files.WAY_OUT}")
-        for part in self._named():
+        for part in weights.named(self.index):
             if not weights.plain(part):
-                raise ConfigError(f"{self.said} names a component {part!r} in model_index.json; take one with plain names")
+                raise ConfigError(f"{self.said} names a component {part!r} in model_index.json, which is no plain name")
             folder = self.folder / part
             if not folder.is_dir():
-                raise ConfigError(f"{self.said} has no folder {part}, which its model_index.json names; fetch or save it again")
+                raise ConfigError(f"{self.said} has no folder {part}, which model_index.json names; fetch or save it again")
             for path in sorted(folder.glob("*config.json")):
                 weights.read_json(path, self._said(part))
-
-    def _named(self) -> dict[str, list[str]]:
-        """Component → library and class, as the index has them."""
-        said = {part: said for part, said in self.index.items() if not part.startswith("_") and part not in LEFT_OUT}
-        return {part: said for part, said in said.items() if isinstance(said, list) and len(said) == 2 and said[0] is not None}
 
     def _require_variant(self) -> None:
         """Refuse a variant that was asked for and is nowhere."""
@@ -88,12 +82,12 @@ class Checkpoint:
 
     @cached_property
     def parts(self) -> dict[str, type]:
-        """Component → its class, in the order of the index; what it leaves empty and what nothing needs is absent.
+        """Component → its class, in the order of the index.
 
         Raises:
             ConfigError: a class is not diffusers' or transformers' own.
         """
-        return {part: self._kind(part, *said) for part, said in self._named().items()}
+        return {part: self._kind(part, *said) for part, said in weights.named(self.index).items()}
 
     def _kind(self, part: str, library: str, name: str) -> type:
         import importlib
@@ -120,14 +114,14 @@ class Checkpoint:
         """
         kind: Any = self.parts[part]
         folder = self.folder / part
-        variant, shards, index = self.weights[part]
+        variant, shards, table = self.weights[part]
         named = {"torch_dtype" if kind.__module__.startswith("diffusers") else "dtype": dtype}
 
         def read() -> nn.Module:
             model = kind.from_pretrained(self.folder, subfolder=part, variant=variant, use_safetensors=True, **named)
             return files.settle(model, device)
 
-        decide = (folder / "config.json", *([index] if index else []), *shards)
+        decide = (folder / "config.json", *([table] if table else []), *shards)
         source = Source(read, lambda: files.hollow(kind, folder), decide, dtype, device, self.cache)
         return quantiser.load(part, source, keeps)
 
@@ -152,5 +146,5 @@ class Checkpoint:
             return []
         small = {path for path in folder.iterdir() if path.suffix in weights.SMALL and ".index." not in path.name}
         if found:
-            small |= {*found.files, *([found.index] if found.index else [])}
+            small |= {*found.files, *([found.table] if found.table else [])}
         return sorted(small)

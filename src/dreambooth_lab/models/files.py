@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..heap import trim as trim
+from . import hub
 
 WAY_OUT = "set model.pretrained to a folder written by diffusers' save_pretrained, or to a hub id this machine can reach"
 
@@ -25,26 +26,18 @@ def resolve(pretrained: str, revision: str | None, variant: str | None) -> Path:
     """
     folder = Path(pretrained).expanduser()
     if not folder.is_dir():
-        folder = _download(pretrained, revision, variant)
+        folder = hub.folder(pretrained, revision, variant, WAY_OUT)
     if not (folder / "model_index.json").is_file():
         raise ConfigError(f"model.pretrained is {pretrained!r}, which has no model_index.json; {WAY_OUT}")
     return folder
 
 
-def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
-    from huggingface_hub import constants
-
-    constants.HF_HUB_ETAG_TIMEOUT = min(constants.HF_HUB_ETAG_TIMEOUT, 10)  # seconds until "unreachable"
-    from diffusers import DiffusionPipeline
-
+def cache_first(load: Callable[..., Any], name: str | None, **options: Any) -> Any:
+    """What a library loads by a name: from the hub's cache, and from the network only if that lacks it."""
     try:
-        return Path(DiffusionPipeline.download(hub_id, revision=revision, variant=variant, use_safetensors=True))
-    except Exception as error:  # the hub's client raises a dozen kinds
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ConfigError(
-            f"model.pretrained is {hub_id!r}, which is no folder and could not be fetched ({type(error).__name__}: "
-            f"{shorten(reason, 160)}); {WAY_OUT}"
-        ) from error
+        return load(name, local_files_only=True, **options)
+    except (OSError, ValueError):
+        return load(name, **options)
 
 
 NOT_NEWS = ("torchvision", "No LoRA keys associated to")  # nothing here needs it; most LoRAs leave text encoders alone

@@ -23,8 +23,9 @@ from ..config import Attention, ConfigError, Dtype
 from ..embedding import Slot
 from . import files, kernels, latents, schedule, shell, tokens
 from .ask import Asked
-from .checkpoint import LEFT_OUT, Checkpoint
+from .checkpoint import Checkpoint
 from .family import Family, OnStep, TextEncoders
+from .weights import LEFT_OUT
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class PipelineFamily(Family):
     @cached_property
     def _preview_decoder(self) -> Any:
         try:
-            tiny = AutoencoderTiny.from_pretrained(self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True)
+            tiny = files.cache_first(AutoencoderTiny.from_pretrained, self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             way_out = "set model.tae to a folder or hub id of an AutoencoderTiny, or to null for the VAE itself"
             raise ConfigError(f"model.tae is {self.tae!r}, which could not be loaded; {way_out}") from error

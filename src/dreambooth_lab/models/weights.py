@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from ..config import ConfigError
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' weight files
 SMALL = (".json", ".txt", ".model", ".jinja")  # settings and vocabularies
+LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")  # components that nothing here needs
 AUTO, HALF = "auto", "fp16"
 OTHER_KINDS = (".bin", ".pt", ".ckpt", ".msgpack", ".h5")  # weights that are never read
 
@@ -31,7 +32,13 @@ class Weights(NamedTuple):
 
     variant: str | None
     files: tuple[Path, ...]  # in name order
-    index: Path | None  # which tensor is in which file, where there are several
+    table: Path | None  # which tensor is in which file, where there are several
+
+
+def named(index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Component → library and class, as a model_index.json has them; what it leaves empty and what nothing needs is absent."""
+    said = {part: said for part, said in index.items() if not part.startswith("_") and part not in LEFT_OUT}
+    return {part: said for part, said in said.items() if isinstance(said, list) and len(said) == 2 and said[0] is not None}
 
 
 def wishes(variant: str | None) -> tuple[str | None, ...]:
