@@ -87,8 +87,8 @@ def fit(trainer: Trainer, module: DreamBooth, data: DreamBoothData, checkpoint: 
         raise
 
 
-def build(cfg: DictConfig, group: str, kind: type, *but: str) -> Any:
-    """The object that a config group names by `_target_`, made from the group's other keys but some.
+def build(cfg: DictConfig, group: str, kind: type, *but: str, **more: Any) -> Any:
+    """The object that a config group names by `_target_`, made from the group's other keys but some, and from what more is said.
 
     Raises:
         ConfigError: `_target_` is no subclass of `kind`. Configurations come in the headers of strangers' files too, and must not
@@ -100,7 +100,7 @@ def build(cfg: DictConfig, group: str, kind: type, *but: str) -> Any:
         raise ConfigError(
             f"{group}._target_ is {node._target_!r}, which is no {kind.__name__} of this project; see conf/{group}/"
         )
-    return target(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
+    return target(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)}, **more)
 
 
 def build_adapter(cfg: DictConfig) -> Adapter:
@@ -146,7 +146,8 @@ def learned_word(cfg: DictConfig) -> str | None:
 
 def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
-    family: Family = build(cfg, "model", Family, "usual")
+    cache = Path(cfg.cache).expanduser()
+    family: Family = build(cfg, "model", Family, "usual", cache=cache)
     family.device = _device(cfg.trainer.accelerator, cfg.trainer.devices)
     family.check_device()
     require_teachable(cfg, family)
@@ -154,7 +155,7 @@ def build_family(cfg: DictConfig) -> Family:
     kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1) if i <= TEXT_ENCODERS}
     for kind in kinds.values():
         require(kind, family.device)
-    family.quantiser = Quantiser(kinds, Path(cfg.cache).expanduser() / "quant" if cfg.quant.cache else None)
+    family.quantiser = Quantiser(kinds, cache / "quant" if cfg.quant.cache else None)
     return family
 
 

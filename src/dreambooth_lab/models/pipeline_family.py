@@ -26,14 +26,14 @@ from . import files, kernels, latents, schedule, shell, tokens
 from .ask import Asked, Reached
 from .checkpoint import Checkpoint
 from .family import Family, OnStep, TextEncoders
+from .weights import LEFT_OUT
 
 log = logging.getLogger(__name__)
 
 LENGTH = ".length"  # ends the name of a tensor that says how many of another's tokens a caption has
 # Pictures of the very size, and captions of the very words, that are asked for.
 AS_ASKED = {"output_type": "latent", "use_resolution_binning": False, "clean_caption": False}
-NOT_NEEDED = {"safety_checker", "feature_extractor", "watermarker", "image_encoder"}  # components that no training and no prompt needs
-SAID = ("pretrained", "revision", "variant", "dtype", "encoder_dtype", "tae", "resolution", "gradient_checkpointing", "attention", "compile")
+SAID = ("pretrained", "revision", "variant", "dtype", "encoder_dtype", "tae", "resolution", "gradient_checkpointing", "attention", "compile", "cache")
 CLIP = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -49,6 +49,7 @@ class PipelineFamily(Family):
         attention: PyTorch's kernel for it; auto takes the fastest that fits.
         compile: the transformer blocks, by torch.compile.
         options: a family's own; see `known_options`.
+        cache: folder of what need not be found out twice; None: it is, at every start.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()  # classes whose checkpoints are this family's; empty: all
@@ -70,13 +71,13 @@ class PipelineFamily(Family):
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
         tae: str | None, resolution: int, gradient_checkpointing: bool, attention: Attention, compile: bool,
-        options: Mapping[str, Any],
+        options: Mapping[str, Any], cache: Folder | None = None,
     ):  # fmt: skip
         files.quiet()
         self.options, self.said_by_user = dict(options), {name: value for name, value in locals().items() if name in SAID}
         if strange := sorted(self.options.keys() - set(self.known_options())):
             raise ConfigError(f"model.options has {strange}; this model knows {sorted(self.known_options())}")
-        self.checkpoint = Checkpoint(pretrained, revision, variant)
+        self.checkpoint = Checkpoint(pretrained, revision, variant, cache)
         self.tae = tae
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
         self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
@@ -172,6 +173,7 @@ class PipelineFamily(Family):
     def release_encoders(self) -> None:
         self.__dict__.pop("vae", None)
         self.__dict__.pop("text_encoders", None)
+        files.trim()
 
     # The text.
 
@@ -253,7 +255,7 @@ class PipelineFamily(Family):
     @cached_property
     def _preview_decoder(self) -> Any:
         try:
-            tiny = AutoencoderTiny.from_pretrained(self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True)
+            tiny = files.cache_first(AutoencoderTiny.from_pretrained, self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             way_out = "set model.tae to a folder or hub id of an AutoencoderTiny, or to null for the VAE itself"
             raise ConfigError(f"model.tae is {self.tae!r}, which could not be loaded; {way_out}") from error
@@ -331,12 +333,12 @@ class PipelineFamily(Family):
         return files.pictures(self.decode(latents))
 
     def pipeline(self) -> Any:
-        wanted, parts = shell.wanted(self.pipeline_class), set(self.checkpoint.parts) - NOT_NEEDED
+        wanted, parts = shell.wanted(self.pipeline_class), self.checkpoint.parts.keys() - LEFT_OUT
         left_out = {name: None for name in wanted if name.startswith(shell.COMPONENTS) and name not in parts}
         quiet = {name: value for name, value in shell.OPTIONS.items() if name in wanted}
         return self.pipeline_class.from_pretrained(
             self.checkpoint.folder, torch_dtype=self.dtype, use_safetensors=True, **left_out, **quiet,
-            variant=files.weight_variant(self.checkpoint.folder / self.denoiser_part, self.checkpoint.variant),
+            variant=self.checkpoint.read_variant,
         )  # fmt: skip
 
     # Learned tokens, and what identifies the parts.

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, QuantKind
+from ..digests import digest
+from ..heap import trim
 from . import store
 
 NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -54,6 +56,7 @@ class Source(NamedTuple):
     files: tuple[Path, ...]  # whose bytes decide the weights
     dtype: torch.dtype
     device: torch.device
+    digests: Path | None = None  # folder that remembers the files' hashes; None: the quantiser's own
 
 
 class Quantiser:
@@ -82,7 +85,7 @@ class Quantiser:
             return source.read()
         require(kind, source.device)
         start, library = time.perf_counter(), backend(kind)
-        path = self.cache and store.path(self.cache, kind.value, source.files, str(source.dtype), source.device.type, keeps)
+        path = self._path(kind, source, keeps)
         model = store.read(path, source.hollow, library, source.device) if path else None
         cached = model is not None
         if model is None:
@@ -90,9 +93,17 @@ class Quantiser:
             quantise(model, kind, keeps)
             if path:
                 store.write(path, model, chosen(model, keeps)[0], library)
+            trim()
         model = model.requires_grad_(False).eval()
         self.done[part] = _account(model, kind, keeps, library, time.perf_counter() - start, cached)
         return model
+
+    def _path(self, kind: QuantKind, source: Source, keeps: Sequence[str]) -> Path | None:
+        """Where the cache has a model, or is to have it."""
+        if self.cache is None:
+            return None
+        hashes = {file.name: digest(file, source.digests or self.cache) for file in source.files}
+        return store.path(self.cache, kind.value, hashes, str(source.dtype), source.device.type, keeps)
 
 
 def backend(kind: QuantKind) -> Backend:
