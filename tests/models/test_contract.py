@@ -27,7 +27,7 @@ def load(
     encoder_dtype=Dtype.float32,
     tae=None,
 ):
-    return SDXL(str(folder), None, None, dtype, encoder_dtype, tae, 64, checkpointing, attention, compile)
+    return SDXL(str(folder), None, None, dtype, encoder_dtype, tae, 64, checkpointing, attention, compile, {})
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -44,14 +45,18 @@ def folders(tmp_path_factory):
     return folder
 
 
+composed = cache(lab.compose)
+
+
 def load(folders, name, *words, model=None):
     model = model or (CONF.get(name, name) if name in NAMED else "diffusers")
     first = ["model.options.first_stage=null"] if name == "deepfloyd_2" else []
-    cfg = lab.compose(
-        f"model={model}", f"model.pretrained={folders(name)}", "model.dtype=float32", "model.encoder_dtype=float32", "model.tae=null",
-        "dataset=folder", "dataset.path=.", "trainer.accelerator=cpu", *first, *words,
+    return build_family(
+        composed(
+            f"model={model}", f"model.pretrained={folders(name)}", "model.dtype=float32", "model.encoder_dtype=float32",
+            "model.tae=null", "dataset=folder", "dataset.path=.", "trainer.accelerator=cpu", *first, *words,
+        )
     )  # fmt: skip
-    return build_family(cfg)
 
 
 def cells(family):
