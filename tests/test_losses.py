@@ -7,13 +7,25 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dreambooth_lab.batch import Kinds
-from dreambooth_lab.config import HuberSchedule, Weight
+from dreambooth_lab.config import ConfigError, HuberSchedule, Weight
 from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePreserving
-from dreambooth_lab.losses import huber_width, masked_error, outside_error, preserve_prior, pseudo_huber, squared, time_weight
+from dreambooth_lab.losses import (
+    huber_width,
+    masked_error,
+    outside_error,
+    preserve_prior,
+    pseudo_huber,
+    require_finite,
+    squared,
+    time_weight,
+)
 
 NOISE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EPS, V = (VariancePreserving(NOISE.alphas_cumprod, kind) for kind in Prediction)
 FLOW = RectifiedFlow(1000)
+ZERO = VariancePreserving(
+    DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod, Prediction.v_prediction
+)
 NATIVE = torch.tensor([0, 1, 20, 250, 500, 900, 999])
 
 
@@ -109,6 +121,33 @@ def test_the_other_weights_are_their_closed_forms():
     assert_close(time_weight(Weight.soft_min_snr, 5.0, EPS, t), 5.0 / (snr + 5.0), rtol=1e-4, atol=1e-6)
     assert_close(time_weight(Weight.debiased, 5.0, EPS, t), snr.rsqrt(), rtol=1e-4, atol=1e-6)
     assert torch.equal(time_weight(Weight.none, 5.0, EPS, t), torch.ones(7))
+
+
+@given(st.floats(1e-2, 100))
+def test_min_snr_on_every_step_is_min_over_snr_on_noise_and_min_over_snr_plus_one_on_v(gamma):
+    t = EPS.time(torch.arange(1000))
+    snr = EPS.snr(t)
+    least = snr.clamp(max=gamma)
+    assert_close(time_weight(Weight.min_snr, gamma, EPS, t), (least / snr).float())
+    assert_close(time_weight(Weight.min_snr, gamma, V, t), (least / (snr + 1)).float())
+    ended = ZERO.snr(t)
+    assert_close(time_weight(Weight.min_snr, gamma, ZERO, t), (ended.clamp(max=gamma) / (ended + 1)).float())
+    assert ended[-1] == 0
+
+
+def test_weights_are_finite_at_zero_terminal_snr_but_debiased_which_is_refused():
+    t = ZERO.time(torch.arange(1000))
+    for kind in (Weight.none, Weight.min_snr, Weight.soft_min_snr):
+        weight = time_weight(kind, 5.0, ZERO, t)
+        assert weight.isfinite().all() and (weight >= 0).all()
+        require_finite(kind, ZERO)
+    assert not time_weight(Weight.debiased, 5.0, ZERO, t).isfinite().all()
+    with pytest.raises(ConfigError, match=r"objective\.weight is debiased, which is infinite at pure noise"):
+        require_finite(Weight.debiased, ZERO)
+    for path in (EPS, V, FLOW):
+        require_finite(Weight.debiased, path)
+        assert time_weight(Weight.debiased, 5.0, path, t).isfinite().all()
+    assert huber_width(HuberSchedule.snr, 0.1, ZERO.snr(t)).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", [w for w in Weight if w is not Weight.none], ids=lambda w: w.value)

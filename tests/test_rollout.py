@@ -17,6 +17,9 @@ from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePre
 from dreambooth_lab.rollout import Direct, Grid, InputPerturbation, ReflexFlow, Walk, build_reflexflow, build_rollout, ramp
 
 ALPHAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+ZERO = VariancePreserving(
+    DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod, Prediction.v_prediction
+)
 PATHS = {p.value: VariancePreserving(ALPHAS, p) for p in Prediction} | {"flow": RectifiedFlow(1000)}
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 every_sampler = pytest.mark.parametrize("sampler", Sampler, ids=lambda s: s.value)
@@ -114,6 +117,44 @@ def test_walks_have_every_length_equally_often_and_end_below_the_top():
     assert high.max() == 2, "there are two strides and a half up to pure noise"
     limited = walk(config("rollout.max_step_offset=4"), PATHS["flow"], top=0.55)
     assert lengths_of(limited, draws, t, 0).max() == 1, "nor above what the model was trained on"
+
+
+@every_sampler
+@pytest.mark.parametrize("grid", [28, "native"])
+@pytest.mark.parametrize("shift", ["1.0", "3.0"])
+def test_with_zero_terminal_snr_no_walk_starts_at_pure_noise_and_all_is_a_number(sampler, grid, shift):
+    x0, batch, cond, _ = rows(8)
+    t = torch.tensor([0.3, 0.9, 0.97, 0.995, 0.998, 0.9985, 0.99905, 0.99999], dtype=torch.float64)
+    batch.walk = torch.tensor([[0.0, 0.99]] * 8, dtype=torch.float64)
+    seen = []
+    spy = lambda x, now, cond: seen.extend(now.tolist()) or network(x, now, cond)  # noqa: E731
+    words = (f"rollout.sampler={sampler.value}", f"rollout.grid={grid}", f"rollout.shift={shift}", "rollout.max_step_offset=8")
+    made = walk(config(*words), ZERO, spy)
+    at = made(x0, batch, cond, t, 5)
+    assert max(seen) <= ZERO.top + 1e-9 and ZERO.native(torch.tensor(seen)).max() <= 998
+    assert at.x_t.isfinite().all() and at.eps.isfinite().all()
+    length = lengths_of(made, batch.walk, t, 5)
+    assert torch.equal(at.strayed, length > 0) and length.min() == 0 and length[0] == 8
+    plain = Direct(ZERO)(x0, batch, cond, t, 5)
+    assert torch.equal(at.x_t[~at.strayed], plain.x_t[~at.strayed]) and torch.equal(at.eps[~at.strayed], plain.eps[~at.strayed])
+
+
+def test_the_grid_is_shifted_as_the_model_is_for_the_size_unless_a_number_is_said():
+    asked = []
+    x0, batch, cond, t = rows(1)
+    batch.walk, t = torch.tensor([[0.0, 0.99]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+
+    def starts(shift):
+        seen = []
+        spy = lambda x, now, cond: seen.append(float(now)) or network(x, now, cond)  # noqa: E731
+        cfg = config("rollout.max_step_offset=2", "rollout.grid=10", f"rollout.shift={shift}")
+        Walk(cfg, PATHS["flow"], 1.0, lambda *size: asked.append(size) or 3.0, spy, nullcontext)(x0, batch, cond, t, 0)
+        return seen
+
+    assert_close(starts("model"), [3 * u / (1 + 2 * u) for u in (0.45, 0.35)])
+    assert asked == [(8, 8)]
+    assert_close(starts("1.0"), [0.7, 0.6])
+    assert asked == [(8, 8)]
 
 
 def test_strides_are_those_of_inference():

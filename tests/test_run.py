@@ -93,7 +93,8 @@ def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_pa
     adapter.attach(family.denoiser, family.learns, seed=9)
     DreamBooth(done.config, family, adapter).load_state_dict(weights, strict=False)
     x, text = torch.randn(1, 4, 8, 8), family.encode_text(["a photo of sks dog"])
-    inputs = {"x": x, "t": torch.tensor([500]), "states": text["prompt_embeds"], "pooled": text["pooled_prompt_embeds"], "size": torch.zeros(1, 6)}
+    said = {"states": text["prompt_embeds"], "pooled": text["pooled_prompt_embeds"]}
+    inputs = {"x": x, "t": torch.tensor([500]), **said, "size": torch.zeros(1, 6)}
     save_file(inputs, tmp_path / "in")
     export = done.folder.export / ("ema" if which == "ema" else "")
     subprocess.run([sys.executable, "-c", FRESH, done.config.model.pretrained, export, tmp_path / "in"], check=True, timeout=300)

@@ -11,8 +11,8 @@ from dreambooth_lab import lab
 from dreambooth_lab.run import run
 
 RECORDED = json.loads((Path(__file__).parent / "toybox_steps.json").read_text())["losses"]
-COMMON = ["trainer.max_steps=20", "validation.every_n_steps=0", "trainer.progress=false", "logger=none", "trainer.accelerator=cpu",
-          "prior.path=${package:toybox/pictures/classes/robot}", "optimizer.lr=1e-3"]  # fmt: skip
+COMMON = ["trainer.max_steps=20", "validation.every_n_steps=0", "trainer.progress=false", "logger=none",
+          "trainer.accelerator=cpu", "prior.path=${package:toybox/pictures/classes/robot}", "optimizer.lr=1e-3"]  # fmt: skip
 RUNS = {
     "plain": ["prior=teacher", "rollout.enabled=true", "rollout.ramp_steps=0", "rollout.probability=0.5"],
     "token": ["prior=teacher", "adapter.train_token=true"],

@@ -84,7 +84,7 @@ class Grid(NamedTuple):
 
     def room(self, t: Tensor, top: float) -> Tensor:
         """Whole strides between t [B] and the top."""
-        return ((self.even(torch.full_like(t, top)) - self.even(t)) * self.number + 1e-9).floor()
+        return ((self.even(torch.full_like(t, top)) - self.even(t)) * self.number + 1e-9).floor().clamp(min=0)
 
 
 class Walk:

@@ -58,7 +58,8 @@ def test_the_base_models_text_is_left_alone_and_is_what_the_teacher_hears(make):
     assert (told["prompt_embeds"] - base["prompt_embeds"]).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
     again = module.teacher.answer(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
     assert torch.equal(taught, again), "the teacher hears the base model's text"
-    assert torch.equal(module.family.encode_text(batch.captions)["prompt_embeds"], base["prompt_embeds"]), "the family's encoders are the base's"
+    by_family = module.family.encode_text(batch.captions)
+    assert torch.equal(by_family["prompt_embeds"], base["prompt_embeds"]), "the family's encoders are the base's"
     assert torch.equal(batch_of(data).cond["prompt_embeds"], base["prompt_embeds"]), "and so are cached texts"
 
 

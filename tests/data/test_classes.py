@@ -61,7 +61,7 @@ def test_a_second_run_draws_nothing_and_a_longer_one_only_the_rest(setting, monk
     first = pictures(generate(*setting()))
     counted, real = [], SDXL.generate
     monkeypatch.setattr(
-        SDXL, "generate", lambda self, text, *a, **k: counted.append(len(text["pooled_prompt_embeds"])) or real(self, text, *a, **k)
+        SDXL, "generate", lambda self, text, *a, **k: counted.append(text.rows) or real(self, text, *a, **k)
     )
     assert pictures(generate(*setting())) == first and not counted
     more = pictures(generate(*setting("prior.generated.count=5")))

@@ -7,6 +7,7 @@ from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePre
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALPHAS = DDPMScheduler(**BETAS).alphas_cumprod
+ZERO = VariancePreserving(DDPMScheduler(**BETAS, rescale_betas_zero_snr=True).alphas_cumprod, Prediction.v_prediction)
 PATHS = {p.value: VariancePreserving(ALPHAS, p) for p in Prediction} | {"flow": RectifiedFlow(1000)}
 path_of_each_kind = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
@@ -76,3 +77,24 @@ def test_a_whole_trajectory_is_ddim(prediction):
         t, s = (path.time(torch.full((5,), n)) for n in (native, after))
         ours = path.step(network(ours, native), ours, t, s)
     assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("path", [*PATHS.values(), ZERO], ids=[*PATHS, "zero terminal SNR"])
+def test_the_gain_turns_an_error_of_the_answer_into_one_of_the_noise_it_implies(path):
+    output, target, _ = sample()
+    x_t, t = output.flip(0), torch.tensor([0.0, 0.2, 0.5, 0.9, 0.9995], dtype=torch.float64)
+    implied = path.split(output, x_t, t)[1] - path.split(target, x_t, t)[1]
+    gain = path.gain(t)
+    assert gain.isfinite().all() and gain.dtype is torch.float64
+    assert_close(implied.square(), gain.float().view(-1, 1, 1, 1) * (output - target).square(), atol=1e-6, rtol=1e-3)
+
+
+def test_with_zero_terminal_snr_the_last_step_is_pure_noise_and_lies_above_the_top():
+    x0, eps, t = sample()
+    last = torch.full_like(t, 0.9995)
+    assert torch.equal(ZERO.noise(x0, eps, last), eps) and torch.equal(ZERO.target(x0, eps, last), -x0)
+    assert ZERO.snr(last).max() == 0 == ZERO.gain(last).max()
+    assert ZERO.native(torch.tensor([ZERO.top])).tolist() == [998] and float(ZERO.snr(torch.tensor([ZERO.top]))) > 0
+    assert all(path.top == 1 for path in PATHS.values())
+    got = ZERO.split(ZERO.target(x0, eps, last), eps, last)
+    assert_close(got, (x0, eps), atol=1e-6, rtol=0)

@@ -135,3 +135,14 @@ def test_higher_order_is_nearer_to_the_true_trajectory(path):
     truth = error(Sampler.dpm, 200)
     errors = {s: (error(s, 10) - truth).norm() for s in Sampler}
     assert errors[Sampler.dpm] < 0.6 * errors[Sampler.euler] and errors[Sampler.unipc] < 0.6 * errors[Sampler.euler]
+
+
+@pytest.mark.parametrize("path", VP.values(), ids=VP)
+@every_sampler
+def test_strides_shorter_than_the_clocks_stay_on_the_path(path, sampler):
+    """Some lead from a step of the discrete clock to the same step."""
+    x0, eps = sample()
+    times = [torch.full((4,), 0.9 - i / 3000, dtype=torch.float64) for i in range(8)]
+    assert len({int(path.native(t)[0]) for t in times}) < 5
+    reached = walk(path, sampler, path.noise(x0, eps, times[0]), times, lambda _, t: path.target(x0, eps, t))
+    assert_close(reached, path.noise(x0, eps, times[-1]), atol=1e-3, rtol=1e-3)

@@ -18,7 +18,7 @@ from .path import Path
 
 
 class Solver(ABC):
-    """One walk; make a new one for the next."""
+    """One walk; make a new one for the next. Two times on one step of a discrete clock are the same place, with no slope."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -64,8 +64,8 @@ class Dpm(Solver):
         data = here.data
         if len(self.past) == 2:
             before = self.past[0]
-            share = h / self._stride(before.t, here.t)[2]  # 1 / r_0
-            share = torch.where(s < 0, 0.0, 0.5 * share)
+            past = self._stride(before.t, here.t)[2]
+            share = torch.where((s < 0) | (past == 0), 0.0, 0.5 * h / past)  # 1 / 2r_0
             data = data + _wide(share) * (here.data - before.data)
         return _wide(ratio) * here.x - _wide(growth) * data
 
@@ -92,13 +92,16 @@ class UniPc(Dpm):
         ratio, growth, h = self._stride(last.t, t)
         now, before = torch.full_like(h, 0.5), torch.zeros_like(h)  # weights of the slopes to here, and from before
         if len(self.past) == 2:
-            r = -self._stride(self.past[0].t, last.t)[2] / h
+            past = self._stride(self.past[0].t, last.t)[2]
+            r = -past / h
             phi_1 = torch.expm1(-h) / -h
             phi_2 = (phi_1 - 1) / -h
             b_1, b_2 = phi_2 / phi_1, 2 * (phi_2 - 0.5) / -h / phi_1  # solve [1 1; r 1] · (before, now) = (b_1, b_2)
             before = (b_2 - b_1) / (r - 1)
-            now = b_1 - before
-            before = before / r
+            now = torch.where(past == 0, now, b_1 - before)
+            before = torch.where(past == 0, 0.0, before / r)
+        still = h == 0
+        now, before = torch.where(still, 0.0, now), torch.where(still, 0.0, before)
         slope = _wide(now) * (data - last.data) + _wide(before) * (self.past[0].data - last.data)
         return _wide(ratio) * last.x - _wide(growth) * (last.data + slope)
 
