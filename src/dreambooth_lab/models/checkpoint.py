@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from ..config import ConfigError, QuantKind
 from ..digests import digest
 from ..quant import Quantiser, Source
-from . import files, weights
+from . import files, skeleton, weights
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes a checkpoint may name; code of its own never runs
 CONFIGS = ("config.json", "scheduler_config.json")
@@ -57,7 +57,7 @@ class Checkpoint:
                 raise ConfigError(f"{self.said} names a component {part!r} in model_index.json, which is no plain name")
             folder = self.folder / part
             if not folder.is_dir():
-                raise ConfigError(f"{self.said} has no folder {part}, which model_index.json names; fetch or save it again")
+                raise ConfigError(f"{self.said} has no folder {part}, which model_index.json names; fetch it again")
             for path in sorted(folder.glob("*config.json")):
                 weights.read_json(path, self._said(part))
 
@@ -117,12 +117,13 @@ class Checkpoint:
         variant, shards, table = self.weights[part]
         named = {"torch_dtype" if kind.__module__.startswith("diffusers") else "dtype": dtype}
 
-        def read() -> nn.Module:
+        def read(where: torch.device) -> nn.Module:
             model = kind.from_pretrained(self.folder, subfolder=part, variant=variant, use_safetensors=True, **named)
-            return files.settle(model, device)
+            return files.settle(model, where)
 
         decide = (folder / "config.json", *([table] if table else []), *shards)
-        source = Source(read, lambda: files.hollow(kind, folder), decide, dtype, device, self.cache)
+        bones = partial(skeleton.build, kind, folder, dtype)
+        source = Source(read, partial(files.hollow, kind, folder), decide, dtype, device, self.cache, bones)
         return quantiser.load(part, source, keeps)
 
     def hollow(self, part: str) -> nn.Module:
