@@ -1,5 +1,5 @@
-"""Every family from the command line, as a user runs it: teacher, masks, rollout, EMA, validation and eval loss together, killed once
-and resumed to the same bits, then drawn from by tools.generate. Minutes, so slow; one of them is in every run of the tests."""
+"""Every family from the command line: teacher, masks, rollout, EMA, validation and eval loss together, killed once and
+resumed to the same bits, then drawn from by tools.generate. Minutes, so slow; one of them is in every run of the tests."""
 
 from __future__ import annotations
 
@@ -39,16 +39,41 @@ def pictures(tmp_path_factory):
 def words(name, folder, pictures, cache):
     """A run with everything on."""
     return [
-        f"model={CONF.get(name, name)}", f"model.pretrained={folder}", "model.dtype=float32", "model.encoder_dtype=float32",
-        "model.tae=null", "model.resolution=64", "dataset=masked", f"dataset.path={pictures}/photos",
-        f"dataset.mask_path={pictures}/masks", 'dataset.instance_prompt="a photo of sks dog"', 'dataset.class_prompt="a photo of dog"',
-        "dataset.batch_size=2", "prior=teacher", f"prior.path={pictures}/class", "adapter.rank=4", "adapter.dropout=0.1",
-        "trainer.max_steps=20", "trainer.accelerator=cpu", "trainer.progress=false", "checkpoint.every_n_steps=5", "optimizer.lr=1e-3",
-        "validation.num_images=1", "validation.num_inference_steps=2", "validation.every_n_steps=10", "ema.enabled=true", "logger=none",
-        f"cache={cache}", "rollout.enabled=true", "rollout.ramp_steps=0", "rollout.probability=0.5", f"eval.path={pictures}/held",
-        "eval.every_n_steps=10", "eval.timesteps=4",
+        f"model={CONF.get(name, name)}",
+        f"model.pretrained={folder}",
+        "model.dtype=float32",
+        "model.encoder_dtype=float32",
+        "model.tae=null",
+        "model.resolution=64",
+        "dataset=masked",
+        f"dataset.path={pictures}/photos",
+        f"dataset.mask_path={pictures}/masks",
+        'dataset.instance_prompt="a photo of sks dog"',
+        'dataset.class_prompt="a photo of dog"',
+        "dataset.batch_size=2",
+        "prior=teacher",
+        f"prior.path={pictures}/class",
+        "adapter.rank=4",
+        "adapter.dropout=0.1",
+        "trainer.max_steps=20",
+        "trainer.accelerator=cpu",
+        "trainer.progress=false",
+        "checkpoint.every_n_steps=5",
+        "optimizer.lr=1e-3",
+        "validation.num_images=1",
+        "validation.num_inference_steps=2",
+        "validation.every_n_steps=10",
+        "ema.enabled=true",
+        "logger=none",
+        f"cache={cache}",
+        "rollout.enabled=true",
+        "rollout.ramp_steps=0",
+        "rollout.probability=0.5",
+        f"eval.path={pictures}/held",
+        "eval.every_n_steps=10",
+        "eval.timesteps=4",
         *(["model.options.first_stage=null"] if name == "deepfloyd_2" else []),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("name", ["flux", *SLOW])
@@ -77,7 +102,10 @@ def draw(run, pictures, tmp_path, name):
     begin = [f"image={pictures}/photos/00.png"] if name in BEGIN else []
     asked = [f"run={run}", "prompt=a photo of sks dog", "seeds=1", "strengths=[0,1]", "steps=10", f"resolution={size}", *begin]
     made = subprocess.run(
-        [sys.executable, "-m", "dreambooth_lab.tools.generate", *asked, f"out={tmp_path}/out"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "dreambooth_lab.tools.generate", *asked, f"out={tmp_path}/out"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert made.returncode == 0, made.stderr[-3000:]
     base, trained = (np.asarray(Image.open(tmp_path / "out" / f"{row:02d}_00.png").convert("RGB")).astype(int) for row in (0, 1))

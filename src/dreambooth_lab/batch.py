@@ -104,7 +104,6 @@ class Batch(NamedTuple):
         return self.mean + self.std * self.z
 
 
-
 def _same_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors [B_i …] padded with zeros at the end of each dimension but the first, until all agree."""
     if len({tensor.shape[1:] for tensor in tensors}) == 1:

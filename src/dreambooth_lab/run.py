@@ -195,9 +195,7 @@ class Trained:
         if self.mean:
             self.mean(strength)
 
-    def draw(
-        self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int, image: Any = None
-    ) -> list[Any]:
+    def draw(self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int, image: Any = None) -> list[Any]:
         """One picture.
 
         Args:
@@ -206,7 +204,7 @@ class Trained:
             image: to begin from, for models that change a given one.
         """
         self.pipeline.set_progress_bar_config(disable=True)
-        said = {"negative_prompt": negative} if negative else {}
+        said: dict[str, Any] = {"negative_prompt": negative} if negative else {}
         said |= self.family.begin(image) if image else {"height": edge, "width": edge}
         return self.pipeline(
             prompt=prompt, num_inference_steps=steps, **said, **self.family.guidance(guidance),

@@ -146,7 +146,13 @@ def test_stage_two_answers_as_its_pipeline(folders):
     small, level = torch.rand(1, 3, *(side // 4 for side in x.shape[2:])) * 2 - 1, torch.tensor([250])
     cond["small"], cond["level"] = family.noised(small, x, level), level  # the pipeline draws both noises from one stand-in
     pipeline = family.pipeline()
-    call = {"prompt_embeds": cond["prompt_embeds"], "image": small, "noise_level": 250, "guidance_scale": 0.0, "output_type": "latent"}
+    call = {
+        "prompt_embeds": cond["prompt_embeds"],
+        "image": small,
+        "noise_level": 250,
+        "guidance_scale": 0.0,
+        "output_type": "latent",
+    }
     asked = Asked(pipeline)
     asked.layouts[tuple(x.shape[1:])] = None
     theirs = asked.answer(x, family.native(t), height=x.shape[2], width=x.shape[3], num_inference_steps=1, **call)
@@ -169,7 +175,14 @@ def test_text_is_what_the_pipeline_encodes(name, folders):
     family = load(folders, name)
     pipeline = family.pipeline()
     text = family.encode_text([CAPTION])
-    said = {"prompt": CAPTION, "prompt_2": None, "prompt_3": None, "device": "cpu", "num_images_per_prompt": 1, "clean_caption": False}
+    said = {
+        "prompt": CAPTION,
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": "cpu",
+        "num_images_per_prompt": 1,
+        "clean_caption": False,
+    }
     said |= {"do_classifier_free_guidance": False}
     called = inspect.signature(type(pipeline).__call__).parameters  # for what the call itself says to encode_prompt
     said |= {n: called[n].default for n in ("complex_human_instruction", "max_sequence_length") if n in called}
@@ -186,7 +199,10 @@ def test_captions_of_any_length_share_a_batch(name, folders):
     x, t, _ = told(family, captions)
     shown = [Shown(Size((64, 64), (0, 0), (64, 64)), latents, 0, 0, 7.0) for latents in x]
     together = family.denoise(x, t, family.cond(text, shown))
-    alone = [family.denoise(x[i : i + 1], t[i : i + 1], family.cond(family.encode_text([c]), [shown[i]])) for i, c in enumerate(captions)]
+    alone = [
+        family.denoise(x[i : i + 1], t[i : i + 1], family.cond(family.encode_text([c]), [shown[i]]))
+        for i, c in enumerate(captions)
+    ]
     assert_close(together, torch.cat(alone), atol=2e-5, rtol=2e-5)
     swapped = family.denoise(x, t, family.cond(text.take(torch.tensor([1, 0, 2, 3])), shown))
     assert not torch.allclose(swapped[:2], together[:2], atol=1e-6), "who says what must matter"
@@ -213,10 +229,14 @@ def test_gradients_reach_what_learns_and_nothing_else(name, folders):
             torch.nn.init.normal_(parameter, std=0.1)
     x, t, cond = told(family, [CAPTION, "a dog"])
     family.denoise(x, t, cond).square().mean().backward()
-    reached = {n.partition(".lora_")[0] for n, p in family.denoiser.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    reached = {
+        n.partition(".lora_")[0] for n, p in family.denoiser.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     last = {layer for layer in layers if layer not in reached}
     # The text stream of the last two-stream block feeds nothing.
-    assert all("ff_context" in layer or "to_add_out" in layer or "add_q_proj" in layer or "txt_mlp" in layer for layer in last), last
+    assert all("ff_context" in layer or "to_add_out" in layer or "add_q_proj" in layer or "txt_mlp" in layer for layer in last), (
+        last
+    )
     assert all(p.grad is None for p in family.denoiser.parameters() if not p.requires_grad)
 
 
@@ -260,10 +280,16 @@ def test_pictures_are_the_pipelines(folders):
         pipeline, size = family.pipeline(), {"height": 64, "width": 96, "num_inference_steps": 3}
         pipeline.set_progress_bar_config(disable=True)
         ours = family.generate(
-            family.encode_text([CAPTION]), family.encode_text([""]), **size, guidance_scale=3.0, generator=[torch.Generator().manual_seed(1)]
+            family.encode_text([CAPTION]),
+            family.encode_text([""]),
+            **size,
+            guidance_scale=3.0,
+            generator=[torch.Generator().manual_seed(1)],
         )[0]
         against = {"negative_prompt": ""} if name == "qwen_image" else {}
-        theirs = pipeline(prompt=CAPTION, **size, **family.guidance(3.0), **against, generator=torch.Generator().manual_seed(1)).images[0]
+        theirs = pipeline(
+            prompt=CAPTION, **size, **family.guidance(3.0), **against, generator=torch.Generator().manual_seed(1)
+        ).images[0]
         apart = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int))
         assert apart.max() <= 2, name  # weights mapped from a file may start at any byte, so last bits differ
 

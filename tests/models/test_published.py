@@ -1,5 +1,6 @@
-"""The published sizes of every family, on the meta device: parameters, adapted layers, and what a LoRA of rank 16 holds. The README's
-table of families is `python tests/models/test_published.py`."""
+"""The published sizes of every family, on the meta device: parameters, adapted layers, and what a LoRA of rank 16 holds.
+
+The README's table of models is `python tests/models/test_published.py`."""
 
 from __future__ import annotations
 
@@ -25,26 +26,49 @@ from dreambooth_lab.models.z_image import ZImage
 CROSS = ["CrossAttnDownBlock2D"] * 2
 SD: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
 XL: dict[str, Any] = {
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20], "use_linear_projection": True,
-    "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "down_block_types": ["DownBlock2D", *CROSS],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "projection_class_embeddings_input_dim": 2816,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", *CROSS],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
     "transformer_layers_per_block": [1, 2, 10],
-}  # fmt: skip
+}
 REFINER = XL | {
-    "attention_head_dim": [6, 12, 24, 24], "block_out_channels": [384, 768, 1536, 1536], "cross_attention_dim": 1280,
-    "down_block_types": ["DownBlock2D", *CROSS, "DownBlock2D"], "projection_class_embeddings_input_dim": 2560,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": 4,
-}  # fmt: skip
+    "attention_head_dim": [6, 12, 24, 24],
+    "block_out_channels": [384, 768, 1536, 1536],
+    "cross_attention_dim": 1280,
+    "down_block_types": ["DownBlock2D", *CROSS, "DownBlock2D"],
+    "projection_class_embeddings_input_dim": 2560,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": 4,
+}
 IF: dict[str, Any] = {
-    "in_channels": 3, "out_channels": 6, "block_out_channels": [192, 384, 576, 768], "act_fn": "gelu", "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 64, "attention_head_dim": 64, "cross_attention_dim": 768, "encoder_hid_dim": 4096,
-    "resnet_time_scale_shift": "scale_shift", "layers_per_block": 3, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": [192, 384, 576, 768],
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 64,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 768,
+    "encoder_hid_dim": 4096,
+    "resnet_time_scale_shift": "scale_shift",
+    "layers_per_block": 3,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "down_block_types": ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
     "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
-}  # fmt: skip
+}
 MM: dict[str, Any] = {"attention_head_dim": 64, "pos_embed_max_size": 192}
 KLEIN: dict[str, Any] = {
-    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
 }
 V21 = SD | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 LARGE = MM | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
@@ -55,7 +79,12 @@ PUBLISHED: dict[str, tuple[Any, Any, dict[str, Any], float]] = {
     "sd21": (StableDiffusion, D.UNet2DConditionModel, V21, 0.866),
     "sdxl": (SDXL, D.UNet2DConditionModel, XL, 2.567),
     "sdxl_refiner": (SDXLRefiner, D.UNet2DConditionModel, REFINER, 2.261),
-    "sd3": (StableDiffusion3, D.SD3Transformer2DModel, MM | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}, 2.03),
+    "sd3": (
+        StableDiffusion3,
+        D.SD3Transformer2DModel,
+        MM | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536},
+        2.03,
+    ),
     "sd35_large": (StableDiffusion3, D.SD3Transformer2DModel, LARGE, 8.06),
     "flux": (Flux, D.FluxTransformer2DModel, {"guidance_embeds": True}, 11.90),
     "flux_schnell": (Flux, D.FluxTransformer2DModel, {}, 11.89),
@@ -78,7 +107,9 @@ class Sizes:
         parts = [ending for group in ("attention", "feed_forward") for ending in family.learns.get(group, ())]
         self.layers = match(model, parts)
         self.lora = sum(16 * _sides(model.get_submodule(layer)) for layer in self.layers)
-        within = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and any(part.isdigit() for part in n.split("."))}
+        within = {
+            n for n, m in model.named_modules() if isinstance(m, nn.Linear) and any(part.isdigit() for part in n.split("."))
+        }
         self.covered = sum(model.get_submodule(n).weight.numel() for n in within & set(self.layers))
         self.linear = sum(model.get_submodule(n).weight.numel() for n in within)
 

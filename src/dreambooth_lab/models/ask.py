@@ -148,7 +148,9 @@ class Asked:
             raise ConfigError(
                 f"{name} can't be trained through its own call ({type(error).__name__}: {error}); choose another model"
             ) from error
-        raise ConfigError(f"{type(self.pipeline).__name__} runs without scheduler.step, so it can't be trained; choose another model")
+        raise ConfigError(
+            f"{type(self.pipeline).__name__} runs without scheduler.step, so it can't be trained; choose another model"
+        )
 
     @contextmanager
     def _scheduled(self, native: Tensor | None) -> Iterator[None]:
@@ -184,7 +186,9 @@ class Asked:
         names = inspect.unwrap(getattr(type(self.pipeline), self.prepare)).__globals__
         before = names["randn_tensor"]
 
-        def given(shape: tuple[int, ...], generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
+        def given(
+            shape: tuple[int, ...], generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+        ) -> Tensor:
             return make(tuple(shape), dtype)
 
         names["randn_tensor"] = given
@@ -202,7 +206,11 @@ def text_names(kind: type) -> tuple[str, ...]:
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__))))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "self.encode_prompt":
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and ast.unparse(node.value.func) == "self.encode_prompt"
+        ):
             target = node.targets[0]
             return tuple(ast.unparse(each) for each in (target.elts if isinstance(target, ast.Tuple) else [target]))
     raise ConfigError(f"{kind.__name__} encodes no prompts, so it is no text-to-image pipeline; choose another model")

@@ -42,8 +42,8 @@ class DeepFloyd1(PipelineFamily):
 
 
 class DeepFloyd2(DeepFloyd1):
-    """Stage II. Training makes the small picture from the large one; validation draws it with stage I, `options.first_stage` (folder
-    or hub id), or begins from photos where that is null."""
+    """Stage II. Training makes the small picture from the large one; validation draws it with stage I, `options.first_stage` (a
+    folder or hub id), or begins from photos where that is null."""
 
     pipelines = ("IFSuperResolutionPipeline",)
 
@@ -87,15 +87,23 @@ class DeepFloyd2(DeepFloyd1):
         self, text: Text, negative: Text, *, height: int, width: int, guidance_scale: float, on_step: OnStep | None = None,
         photos: Sequence[Image.Image] = (), **options: Any,
     ) -> list[Image.Image]:  # fmt: skip
-        small = {"height": height // SCALE, "width": width // SCALE}
+        low, narrow = height // SCALE, width // SCALE
         if self.first_stage:
-            first = self._first.generate(text, negative, **small, guidance_scale=guidance_scale, **options)
+            options_of_first = {"height": low, "width": narrow, "guidance_scale": guidance_scale, **options}
+            first = self._first.generate(text, negative, **options_of_first)
             self.__dict__.pop("_first")
         else:
             first = list(photos)
-        image = torch.cat([files.pixels(picture, **small) for picture in first]).to(self.device, self.dtype)
+        image = torch.cat([files.pixels(picture, low, narrow) for picture in first]).to(self.device, self.dtype)
         return super().generate(
-            text, negative, height=height, width=width, guidance_scale=guidance_scale, on_step=on_step, **self.begin(image), **options
+            text,
+            negative,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            on_step=on_step,
+            **self.begin(image),
+            **options,
         )
 
     def begin(self, image: Any) -> dict[str, Any]:

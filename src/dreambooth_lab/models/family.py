@@ -33,8 +33,10 @@ class Family(ABC):
     factor: int  # pixels per latent cell
     channels: int  # C of the latents
     times: tuple[float, float] = (0.0, 1.0)  # the part of the path it was trained on
-    learns: Mapping[str, tuple[str, ...]]  # group → endings of the layer names that receive adapters, or "re:" and an expression
-    text_learns: Mapping[str, tuple[str, ...]]  # the same of the text encoders that can learn
+    learns: ClassVar[
+        Mapping[str, tuple[str, ...]]
+    ]  # group → endings of layer names, or "re:" and an expression: what gets adapters
+    text_learns: ClassVar[Mapping[str, tuple[str, ...]]]  # the same of the text encoders that can learn
     denoiser_part: str  # the denoiser's folder in a pipeline's
     text_encoder_parts: tuple[str, ...]  # and the text encoders'
     teachable_parts: tuple[str, ...]  # those of the text encoders that can learn

@@ -33,7 +33,19 @@ log = logging.getLogger(__name__)
 LENGTH = ".length"  # ends the name of a tensor that says how many of another's tokens a caption has
 # Pictures of the very size, and captions of the very words, that are asked for.
 AS_ASKED = {"output_type": "latent", "use_resolution_binning": False, "clean_caption": False}
-SAID = ("pretrained", "revision", "variant", "dtype", "encoder_dtype", "tae", "resolution", "gradient_checkpointing", "attention", "compile", "cache")
+SAID = (
+    "pretrained",
+    "revision",
+    "variant",
+    "dtype",
+    "encoder_dtype",
+    "tae",
+    "resolution",
+    "gradient_checkpointing",
+    "attention",
+    "compile",
+    "cache",
+)
 CLIP = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -54,7 +66,9 @@ class PipelineFamily(Family):
 
     pipelines: ClassVar[tuple[str, ...]] = ()  # classes whose checkpoints are this family's; empty: all
     learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "attention": (r"re:.*\.\d+\.(.*\.)?(attn|attention|self_attn|cross_attn)\w*\.(\w*\.)?(to_|add_|qkv|out|proj|q_|k_|v_)\w*(\.0)?",),
+        "attention": (
+            r"re:.*\.\d+\.(.*\.)?(attn|attention|self_attn|cross_attn)\w*\.(\w*\.)?(to_|add_|qkv|out|proj|q_|k_|v_)\w*(\.0)?",
+        ),
         "feed_forward": (r"re:(?!.*conv_depth).*\.\d+\.((.*\.)?(ff\w*|\w*mlp|feed_forward|ffn)\..*|proj_mlp|proj_out)",),
     }
     text_learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -64,8 +78,9 @@ class PipelineFamily(Family):
     kohya: ClassVar[Mapping[str, str]] = {}
     token_keys: ClassVar[Mapping[str, str]] = CLIP  # text encoder → what learned embeddings of it are called in files
     keeps: ClassVar[tuple[str, ...]] = (
-        "time_embedding", "time_text_embed", "time_guidance_embed", "t_embedder", "add_embedding", "time_emb_proj", "text_projection",
-        "norm_out", "re:proj_out", "adaln_single", "adaLN_modulation", "x_embedder", "context_embedder", "img_in", "txt_in",
+        "time_embedding", "time_text_embed", "time_guidance_embed", "t_embedder", "add_embedding", "time_emb_proj",
+        "text_projection", "norm_out", "re:proj_out", "adaln_single", "adaLN_modulation", "x_embedder", "context_embedder",
+        "img_in", "txt_in",
     )  # fmt: skip
 
     def __init__(
@@ -255,7 +270,9 @@ class PipelineFamily(Family):
     @cached_property
     def _preview_decoder(self) -> Any:
         try:
-            tiny = files.cache_first(AutoencoderTiny.from_pretrained, self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True)
+            tiny = files.cache_first(
+                AutoencoderTiny.from_pretrained, self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             way_out = "set model.tae to a folder or hub id of an AutoencoderTiny, or to null for the VAE itself"
             raise ConfigError(f"model.tae is {self.tae!r}, which could not be loaded; {way_out}") from error
@@ -284,7 +301,10 @@ class PipelineFamily(Family):
     @cached_property
     def unguided(self) -> dict[str, float]:
         """Arguments for the answer to the prompt alone; a network that is fed a guidance scale is fed 1."""
-        return {name: 0.0 if name == "guidance_scale" and not self.network.get("guidance_embeds") else 1.0 for name in self.guidance(1.0)}
+        return {
+            name: 0.0 if name == "guidance_scale" and not self.network.get("guidance_embeds") else 1.0
+            for name in self.guidance(1.0)
+        }
 
     @torch.no_grad()
     def generate(
@@ -302,7 +322,7 @@ class PipelineFamily(Family):
             self.__dict__.pop("vae", None)
             self.__dict__.pop("_preview_decoder", None)
 
-    def _sample(self, call: Mapping[str, Any], shape: torch.Size, on_step: OnStep | None) -> Tensor:
+    def _sample(self, call: dict[str, Any], shape: torch.Size, on_step: OnStep | None) -> Tensor:
         """Latents [B C h w] after the last step of the pipeline's call."""
         unpack = self._unpacking(shape)
 

@@ -23,7 +23,11 @@ class StableDiffusion3(PipelineFamily):
         ),
         "feed_forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     }  # fmt: skip
-    kohya: ClassVar[Mapping[str, str]] = {"transformer": "lora_transformer", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    kohya: ClassVar[Mapping[str, str]] = {
+        "transformer": "lora_transformer",
+        "text_encoder": "lora_te1",
+        "text_encoder_2": "lora_te2",
+    }
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.denoiser(

@@ -30,7 +30,9 @@ class SDXLRefiner(SDXL):
     def _read_facts(self) -> None:
         super()._read_facts()
         if "text_encoder" in self.checkpoint.parts or not self.checkpoint.index.get("requires_aesthetics_score"):
-            raise ConfigError(f"{self.said} is no refiner, which has one text encoder and takes an aesthetic score; use model=sdxl")
+            raise ConfigError(
+                f"{self.said} is no refiner, which has one text encoder and takes an aesthetic score; use model=sdxl"
+            )
 
     def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
         """The text, and five numbers of each picture: original height and width, crop top and left, aesthetic score."""

@@ -1,5 +1,5 @@
-"""Z-Image (Tongyi Lab 2025): a single-stream transformer of a rectified flow, Qwen3's hidden layer for text, each caption at its own
-length. Its clock runs backwards and its answer is negated, which the pipeline's own call undoes."""
+"""Z-Image (Tongyi Lab 2025): a single-stream transformer of a rectified flow, Qwen3's hidden layer for text, captions of their
+own lengths. Its clock runs backwards and its answer is negated, which the pipeline's own call undoes."""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ def _no_eval_loss(value: Any, _: Options) -> Said:
 
 
 FAMILIES = {
-    "sd1x": "sd15", "sd2x": "sd21", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux", "flux2": "flux2_klein", "deepfloyd": "deepfloyd_1",
-    "z-image": "z_image", "qwen_image": "qwen_image", "chroma": "chroma",
+    "sd1x": "sd15", "sd2x": "sd21", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux", "flux2": "flux2_klein",
+    "deepfloyd": "deepfloyd_1", "z-image": "z_image", "qwen_image": "qwen_image", "chroma": "chroma",
 }  # fmt: skip
 LOGGERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": ["none"]}
 DTYPES = {"bf16": "bfloat16", "no": "float32", "fp32": "float32", "fp16": "float16"}
