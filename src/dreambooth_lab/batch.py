@@ -68,7 +68,7 @@ class Shown(NamedTuple):
     size: Size
     latents: Tensor  # [C h w], the mean of its posterior
     seed: int
-    index: int  # with the seed, what further draws of this row are keyed by
+    index: int  # type: ignore[assignment]  # (over tuple's) with the seed, what further draws of this row are keyed by
 
 
 class Kinds(NamedTuple):
