@@ -68,7 +68,7 @@ class Shown(NamedTuple):
     size: Size
     latents: Tensor  # [C h w], the mean of its posterior
     seed: int
-    index: int  # with the seed, what further draws of this row are keyed by
+    sample: int  # with the seed, what further draws of this row are keyed by
     aesthetic_score: float  # that the row is trained under, for models that are told one (SDXL's refiner)
 
 

@@ -65,8 +65,8 @@ class DeepFloyd2(DeepFloyd1):
 
     def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
         """The text, the small picture enlarged and noised [B 3 H W], and its noise's level [B], drawn evenly from all."""
-        levels = [int(draw.uniform(s.seed, s.index, Purpose.LEVEL) * self.noising.num_steps) for s in shown]
-        noise = torch.stack([draw.normal(s.seed, s.index, Purpose.AUGMENTATION, tuple(s.latents.shape)) for s in shown])
+        levels = [int(draw.uniform(s.seed, s.sample, Purpose.LEVEL) * self.noising.num_steps) for s in shown]
+        noise = torch.stack([draw.normal(s.seed, s.sample, Purpose.AUGMENTATION, tuple(s.latents.shape)) for s in shown])
         small = F.interpolate(torch.stack([s.latents for s in shown]), scale_factor=1 / SCALE, mode="bicubic", antialias=True)
         level = torch.tensor(levels)
         return Cond(text, small=self.noised(small, noise, level), level=level)
