@@ -66,8 +66,8 @@ class Checkpoint:
         if self.variant in (None, weights.AUTO) or self.read_variant:
             return
         raise ConfigError(
-            f"model.variant is {self.variant!r}, of which {self.pretrained} has no weights; set model.variant=auto for fp16 where "
-            "it is there, or model.variant=null for the plain files"
+            f"model.variant is {self.variant!r}, of which {self.pretrained} has no weights; set model.variant=auto for fp16 "
+            "where it is there, or model.variant=null for the plain files"
         )
 
     @property
