@@ -7,8 +7,13 @@ import gc
 import sys
 
 
-def trim() -> None:
-    """Give back what the C library keeps for reuse, such as the room of a model that was read and replaced; glibc's only."""
-    gc.collect()
+def trim(collect: bool = True) -> None:
+    """Give back what the C library keeps for reuse, such as the room of a model that was read and replaced; glibc's only.
+
+    Args:
+        collect: first what waits for Python's collector, a tenth of a second's work.
+    """
+    if collect:
+        gc.collect()
     if sys.platform == "linux" and (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         give_back(0)

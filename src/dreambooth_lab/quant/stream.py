@@ -5,16 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..heap import trim
+
 if TYPE_CHECKING:
     from .base import Backend
 
-MAPPED = 256 * 2**20  # bytes read until a file is opened anew: what was read of a mapped file counts as memory until then
+# Bytes read until a file is opened anew and freed memory given back: what was read of a mapped file counts as memory until then,
+# and the C library keeps the room of the layers that were read and replaced.
+PIECE = 64 * 2**20
 
 
 class Places:
@@ -43,7 +47,7 @@ class Places:
             placed = nn.Parameter(placed, requires_grad=False)
         for each in self.tied[id(wanted)]:
             module, own = _owner(self.model, each)
-            kind = module._parameters if own in module._parameters else module._buffers
+            kind: dict[str, Any] = module._parameters if own in module._parameters else module._buffers
             kind[own] = placed
         return self.tied[id(wanted)]
 
@@ -111,9 +115,10 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         while names:
             size = 0
             with safe_open(path, "pt") as file:
-                while names and size < MAPPED:
+                while names and size < PIECE:
                     name = names.pop(0)
                     tensor = file.get_tensor(name)
                     size += tensor.nbytes
                     yield name, tensor
                     del tensor
+            trim(collect=False)
