@@ -47,6 +47,7 @@ def test_the_written_experiment_composes_to_what_was_said(config, capsys):
     assert (cfg.rollout.sampler.name, cfg.rollout.ramp_steps, cfg.rollout.max_step_offset) == ("unipc", 1000, 10)
     assert not cfg.logger.loggers and cfg.eval.every_n_epochs == 0.5 and cfg.ema.validation.name == "ema_only"
     assert cfg.optimizer.lr == 8e-5 and list(cfg.validation.prompts) == [PAGE["validation_prompt"]]
+    assert cfg.dataset.aesthetic_score == 5.6 and cfg.quant.text_encoder_3.name == "none"
     assert cfg.dataset.path == str(config().parent / "multidatabackend.json")
 
 
@@ -55,10 +56,20 @@ def test_every_option_is_told_and_no_secret_is_shown(config, capsys):
     _, became = tool.translate(options, Path())
     left = {one.option: one.note for one in became if not one.here}
     assert [one.option for one in became] == list(options)
-    assert left["loss_tpye"] == "not known here; the nearest known is loss_type" and "refiner" in left["data_aesthetic_score"]
+    assert left["loss_tpye"] == "not known here; the nearest known is loss_type"
     assert left["lr_scheduler"].startswith("'polynomial' is not built") and left["train_batch_size"] == "'four' is no number"
     _, shown, output = imported(config(), capsys)
     assert "hub_token" in shown and "very_secret" not in shown + output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "flavour", "model"),
+    [("sdxl", "refiner-1.0", "sdxl_refiner"), ("sdxl", "base-1.0", "sdxl"), ("deepfloyd", "ii-medium-450m", "deepfloyd_2"),
+     ("flux", "schnell", "flux_schnell"), ("sd2x", "", "sd21")],
+)  # fmt: skip
+def test_a_flavour_chooses_its_own_model(family, flavour, model):
+    said, _ = tool.translate({"model_family": family, "model_flavour": flavour}, Path())
+    assert said["/model"] == model and (conf_dir() / "model" / f"{model}.yaml").is_file()
 
 
 VALUES = ["1", 2, True, "false", "no_change", "sdxl", "lora", "full", "bf16", "adamw_bf16", "constant", "l2", "snr", "linear",

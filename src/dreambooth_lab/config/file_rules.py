@@ -12,6 +12,7 @@ from .reader import Reader
 from .schema import DatasetConfig, PriorConfig
 
 READ = {"type", "path", "subject", "instance_prompt", "class_prompt", "max_aspect", "crop_variants", "flip", "caption_dropout",
+        "aesthetic_score",
         "batch_size"}  # fmt: skip
 
 

@@ -62,6 +62,16 @@ def idle(why: str) -> Option:
     return Option(say)
 
 
+def _family(value: Any, options: Options) -> Said:
+    if str(value) not in FAMILIES:
+        raise Left(
+            f"{value!r} is not built by name; there are {', '.join(FAMILIES)}, and model=diffusers for what diffusers loads"
+        )
+    flavour = str(options.get("model_flavour", ""))
+    own = (ours for begin, ours in FLAVOURS.get(str(value), {}).items() if flavour.startswith(begin))
+    return {"/model": next(own, FAMILIES[str(value)])}
+
+
 def _adapter(value: Any, options: Options) -> Said:
     if value == "full":
         return {"/adapter": "full", "model.dtype": "float32"}
@@ -92,8 +102,12 @@ def _no_eval_loss(value: Any, _: Options) -> Said:
 
 
 FAMILIES = {
-    "sd1x": "sd15", "sd2x": "sd21", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux", "flux2": "flux2_klein",
-    "deepfloyd": "deepfloyd_1", "z-image": "z_image", "qwen_image": "qwen_image", "chroma": "chroma",
+    "sd1x": "sd15", "sd2x": "sd21", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux", "deepfloyd": "deepfloyd_1",
+    "z-image": "z_image", "qwen_image": "qwen_image", "chroma": "chroma",
+}  # fmt: skip
+FLAVOURS = {  # of a family, by how its model_flavour begins, that have a model of their own here
+    "sdxl": {"refiner": "sdxl_refiner"}, "deepfloyd": {"ii-": "deepfloyd_2"}, "flux": {"schnell": "flux_schnell"},
+    "sd3": {"large": "sd35_large"},
 }  # fmt: skip
 LOGGERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": ["none"]}
 DTYPES = {"bf16": "bfloat16", "no": "float32", "fp32": "float32", "fp16": "float16"}
@@ -109,7 +123,7 @@ CACHED = "caches are addressed by content, in cache=…"
 SECRET = "addresses and tokens are named by environment variable: webhook=raw webhook.receivers.raw.url_env=NAME"
 
 OPTIONS: dict[str, Option] = {
-    "model_family": choice("/model", FAMILIES),
+    "model_family": Option(_family),
     "model_type": Option(_adapter),
     "pretrained_model_name_or_path": to("model.pretrained", str),
     "data_backend_config": Option(lambda value, _: {"/dataset": "simpletuner", "dataset.path": str(value)}),
