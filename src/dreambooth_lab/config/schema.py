@@ -55,6 +55,8 @@ class ModelConfig:
     gradient_checkpointing: bool
     attention: Attention
     compile: bool
+    config: str | None
+    prediction_type: str | None
     usual: UsualConfig
 
 

@@ -44,6 +44,8 @@ class PipelineFamily(Family):
         gradient_checkpointing: keep blocks' inputs only, and run the blocks again for their gradients.
         attention: PyTorch's kernel for it; auto takes the fastest that fits.
         compile: the transformer blocks, by torch.compile.
+        config: of a single file: folder or hub id with its settings and tokenizers.
+        prediction_type: of a single file: what its network predicts, where the file does not say so.
         cache: folder of what need not be found out twice; None: it is, at every start.
     """
 
@@ -66,10 +68,10 @@ class PipelineFamily(Family):
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
         tae: str | None, resolution: int, gradient_checkpointing: bool, attention: Attention, compile: bool,
-        cache: Folder | None = None,
+        config: str | None = None, prediction_type: str | None = None, cache: Folder | None = None,
     ):  # fmt: skip
         files.quiet()
-        self.checkpoint = Checkpoint(pretrained, revision, variant, cache)
+        self.checkpoint = Checkpoint(pretrained, revision, variant, cache, config, prediction_type)
         self.tae = tae
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
         self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
