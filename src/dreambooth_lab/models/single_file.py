@@ -153,6 +153,6 @@ def _read(file: Path, settings: Path, said: str) -> Any:
     except Exception as error:  # diffusers raises what a missing tensor leads to
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
         raise ConfigError(
-            f"{said}, which does not hold a whole {kind.__name__} of model.config's sizes ({type(error).__name__}: {reason}); set "
-            "model.config to the model that the file was made from"
+            f"{said}, which does not hold a whole {kind.__name__} of model.config's sizes ({type(error).__name__}: {reason}); "
+            "set model.config to the model that the file was made from"
         ) from error
