@@ -107,9 +107,9 @@ pipeline.load_lora_weights(export)"""
         if hasattr(pipeline, "set_adapters"):
             pipeline.set_adapters(pipeline.get_active_adapters(), strength)
             return
-        for layer in self.model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.set_scale(NAME, strength)
+        tuned: list[Any] = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in tuned:
+            layer.set_scale(NAME, strength)
 
     @contextmanager
     def base(self) -> Iterator[None]:

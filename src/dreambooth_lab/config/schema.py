@@ -56,6 +56,8 @@ class ModelConfig:
     attention: Attention
     compile: bool
     options: dict[str, Any]
+    config: str | None
+    prediction_type: str | None
     usual: UsualConfig
 
 

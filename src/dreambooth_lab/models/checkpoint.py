@@ -14,7 +14,7 @@ from torch import nn
 from ..config import ConfigError, QuantKind
 from ..digests import digest
 from ..quant import Quantiser, Source
-from . import files, skeleton, weights
+from . import files, single_file, skeleton, weights
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes a checkpoint may name; code of its own never runs
 CONFIGS = ("config.json", "scheduler_config.json")
@@ -24,26 +24,44 @@ class Checkpoint:
     """A folder in diffusers' layout, local or from the hub; nothing is loaded until `load`.
 
     Args:
-        pretrained: folder written by save_pretrained, or hub id.
+        pretrained: folder written by save_pretrained, hub id, or a single .safetensors file.
         revision: of a hub id.
         variant: which weight files to fetch and to read; auto takes those in fp16 where there are such, None the plain ones.
-        cache: folder that remembers files' hashes; None: they are taken anew at every start.
+        cache: folder that remembers files' hashes; None: they are taken anew at every start. Single files are
+            converted into it.
+        config: of a single file: folder or hub id with its settings and tokenizers.
+        prediction: of a single file: what its network predicts, where the file does not say so.
 
     Raises:
         ConfigError: something that a load would need is not there, or is no file of a kind that is read.
     """
 
-    def __init__(self, pretrained: str, revision: str | None, variant: str | None, cache: Path | None = None):
+    def __init__(
+        self, pretrained: str, revision: str | None, variant: str | None, cache: Path | None = None,
+        config: str | None = None, prediction: str | None = None,
+    ):  # fmt: skip
         self.pretrained, self.variant, self.cache = pretrained, variant, cache
         self.said = f"model.pretrained is {pretrained!r}, which"
-        self.folder = files.resolve(pretrained, revision, variant)
+        self.folder = self._folder(revision, config, prediction)
         self.index = weights.read_json(self.folder / "model_index.json", self.said)
         self._require_settings()
         networks = [part for part, kind in self.parts.items() if issubclass(kind, nn.Module)]
         for part in networks:
             self.config(part)
-        self.weights = {part: weights.read(self.folder / part, variant, self._said(part)) for part in networks}
+        self.weights = {part: weights.read(self.folder / part, self.variant, self._said(part)) for part in networks}
         self._require_variant()
+
+    def _folder(self, revision: str | None, config: str | None, prediction: str | None) -> Path:
+        if single_file.is_one(self.pretrained):
+            self.variant = None  # what was converted is plain
+            return single_file.convert(self.pretrained, config, prediction, self.cache)
+        for key, value in (("config", config), ("prediction_type", prediction)):
+            if value is not None:
+                raise ConfigError(
+                    f"model.{key} is {value!r}, but model.pretrained is {self.pretrained!r}, no single file, and has its own; "
+                    f"set model.{key}=null"
+                )
+        return files.resolve(self.pretrained, revision, self.variant)
 
     def _said(self, part: str) -> str:
         return f"model.pretrained is {self.pretrained!r}, whose {part}"

@@ -13,6 +13,7 @@ from . import weights
 INDEX = "model_index.json"
 NO_NETWORK = re.compile(r"(Tokenizer|Scheduler|Processor|Extractor)(Fast)?$")  # ends classes of components without weights
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"}, {"spiece.model"}, {"tokenizer.model"})
+SETTINGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 PATIENCE = 10  # seconds until the hub is unreachable
 
 
@@ -87,3 +88,39 @@ def to_fetch(names: Collection[str], index: dict[str, object], variant: str | No
         within = {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")}
         wanted += [f"{part}/{name}" for name in weights.needed(within, variant)]
     return sorted(wanted)
+
+
+def settings(hub_id: str) -> Path:
+    """Where the settings and tokenizers of a hub id's pipeline lie; no weights are fetched.
+
+    Raises:
+        ConfigError: neither the cache nor the hub has them.
+    """
+    from huggingface_hub import snapshot_download
+
+    small = [INDEX, *(f"*/*{suffix}" for suffix in weights.SMALL)]
+    for local in (True, False):
+        try:
+            found = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=["*.index.*"], local_files_only=local))
+            if not local or _has_settings(found):
+                return found
+        except Exception as error:  # the hub's client raises a dozen kinds
+            if not local:
+                raise ConfigError(
+                    f"model.config is {hub_id!r}, which is no folder and could not be fetched ({type(error).__name__}); set it "
+                    "to a folder in diffusers' layout, or to a hub id that this machine can reach"
+                ) from error
+    raise AssertionError("unreachable")
+
+
+def _has_settings(folder: Path) -> bool:
+    """Has every component its settings, and every tokenizer its vocabulary?"""
+    try:
+        for part, (_, kind) in weights.named(weights.read_json(folder / INDEX, str(folder))).items():
+            names = {path.name for path in (folder / part).iterdir()}
+            wanted = VOCABULARIES if "Tokenizer" in str(kind) else tuple({name} for name in SETTINGS)
+            if not any(each <= names for each in wanted):
+                return False
+    except (ConfigError, OSError):
+        return False
+    return True

@@ -61,6 +61,8 @@ class PipelineFamily(Family):
         attention: PyTorch's kernel for it; auto takes the fastest that fits.
         compile: the transformer blocks, by torch.compile.
         options: a family's own; see `known_options`.
+        config: of a single file: folder or hub id with its settings and tokenizers.
+        prediction_type: of a single file: what its network predicts, where the file does not say so.
         cache: folder of what need not be found out twice; None: it is, at every start.
     """
 
@@ -86,13 +88,13 @@ class PipelineFamily(Family):
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
         tae: str | None, resolution: int, gradient_checkpointing: bool, attention: Attention, compile: bool,
-        options: Mapping[str, Any], cache: Folder | None = None,
+        options: Mapping[str, Any], config: str | None = None, prediction_type: str | None = None, cache: Folder | None = None,
     ):  # fmt: skip
         files.quiet()
         self.options, self.said_by_user = dict(options), {name: value for name, value in locals().items() if name in SAID}
         if strange := sorted(self.options.keys() - set(self.known_options())):
             raise ConfigError(f"model.options has {strange}; this model knows {sorted(self.known_options())}")
-        self.checkpoint = Checkpoint(pretrained, revision, variant, cache)
+        self.checkpoint = Checkpoint(pretrained, revision, variant, cache, config, prediction_type)
         self.tae = tae
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
         self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile

@@ -68,5 +68,5 @@ def alphas_cumprod(config: Mapping[str, Any], said: str) -> torch.Tensor:
         raise ConfigError(f"{said} has beta_schedule {config['beta_schedule']!r}; known: {', '.join(BETAS)}")
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     asked = {name: config[name] for name in names if name in config}
-    scheduler = DDPMScheduler(**asked, rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
+    scheduler: Any = DDPMScheduler(**asked, rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
     return scheduler.alphas_cumprod
