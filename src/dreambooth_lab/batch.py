@@ -69,6 +69,7 @@ class Shown(NamedTuple):
     latents: Tensor  # [C h w], the mean of its posterior
     seed: int
     index: int  # type: ignore[assignment]  # (over tuple's) with the seed, what further draws of this row are keyed by
+    aesthetic_score: float  # that the row is trained under, for models that are told one (SDXL's refiner)
 
 
 class Kinds(NamedTuple):
@@ -101,7 +102,6 @@ class Batch(NamedTuple):
     def latents(self) -> Tensor:
         """x_0 drawn from the cached posterior [B C h w]."""
         return self.mean + self.std * self.z
-
 
 
 def _same_shape(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -39,6 +39,8 @@ class Purpose(IntEnum):
     CAPTION = 20  # which of a picture's captions
     ASPECT = 21  # which of several aspects a picture is cropped to
     SUBSET = 22  # which pictures of a dataset that may give only some
+    LEVEL = 23  # how far an upscaler's small picture is noised
+    AUGMENTATION = 24  # and that noise
     EVALUATION = 30  # the posterior's noise and ε of the eval loss
 
 

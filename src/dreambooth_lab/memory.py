@@ -98,7 +98,7 @@ def probe(module: DreamBooth, text: Text, height: int, width: int, rows: int = 1
     """Something to predict: rows of so many latent cells."""
     family = module.family
     x_t = torch.zeros(rows, family.channels, height, width)
-    shown = [Shown(Size((64, 64), (0, 0), (64, 64)), latents, 0, 0) for latents in x_t]
+    shown = [Shown(Size((64, 64), (0, 0), (64, 64)), latents, 0, 0, 7.0) for latents in x_t]
     cond = family.cond(Text.stack([text] * rows), shown).to(family.device)
     return x_t.to(family.device), torch.full((rows,), 0.5, device=family.device), cond
 

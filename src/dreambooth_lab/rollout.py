@@ -139,6 +139,7 @@ class Walk:
             x = solver.step(output, x, now, after)
         return x
 
+
 class ReflexFlow:
     """Two terms for velocity networks that have strayed: where to turn, and what was lost on the way (ReflexFlow, Huang et al.
     2025, arXiv 2512.04904, a preprint its authors have withdrawn; DEFAR of 2026 keeps both terms).

@@ -32,6 +32,8 @@ from .watching import Watchers, build_watchers
 
 log = logging.getLogger(__name__)
 
+TEXT_ENCODERS = 3  # for which conf/quant has keys
+
 
 def run(cfg: DictConfig, root: Path) -> dict[str, float]:
     """Train as a checked config says, in the folder `root`; returns the last step's numbers.
@@ -85,8 +87,8 @@ def fit(trainer: Trainer, module: DreamBooth, data: DreamBoothData, checkpoint: 
         raise
 
 
-def build(cfg: DictConfig, group: str, kind: type, *but: str) -> Any:
-    """The object that a config group names by `_target_`, made from the group's other keys but some.
+def build(cfg: DictConfig, group: str, kind: type, *but: str, **more: Any) -> Any:
+    """The object that a config group names by `_target_`, made from the group's other keys but some, and from what more is said.
 
     Raises:
         ConfigError: `_target_` is no subclass of `kind`. Configurations come in the headers of strangers' files too, and must not
@@ -98,7 +100,7 @@ def build(cfg: DictConfig, group: str, kind: type, *but: str) -> Any:
         raise ConfigError(
             f"{group}._target_ is {node._target_!r}, which is no {kind.__name__} of this project; see conf/{group}/"
         )
-    return target(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)})
+    return target(**{str(key): value for key, value in node.items() if key not in ("_target_", *but)}, **more)
 
 
 def build_adapter(cfg: DictConfig) -> Adapter:
@@ -144,15 +146,16 @@ def learned_word(cfg: DictConfig) -> str | None:
 
 def build_family(cfg: DictConfig) -> Family:
     """The model family on the run's device; no weights are loaded yet."""
-    family: Family = build(cfg, "model", Family, "usual")
+    cache = Path(cfg.cache).expanduser()
+    family: Family = build(cfg, "model", Family, "usual", cache=cache)
     family.device = _device(cfg.trainer.accelerator, cfg.trainer.devices)
     family.check_device()
     require_teachable(cfg, family)
     kinds = {family.denoiser_part: cfg.quant.kind}
-    kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1)}
+    kinds |= {part: cfg.quant[f"text_encoder_{i}"] for i, part in enumerate(family.text_encoder_parts, 1) if i <= TEXT_ENCODERS}
     for kind in kinds.values():
         require(kind, family.device)
-    family.quantiser = Quantiser(kinds, Path(cfg.cache).expanduser() / "quant" if cfg.quant.cache else None)
+    family.quantiser = Quantiser(kinds, cache / "quant" if cfg.quant.cache else None)
     return family
 
 
@@ -192,17 +195,20 @@ class Trained:
         if self.mean:
             self.mean(strength)
 
-    def draw(self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int) -> list[Any]:
+    def draw(self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int, image: Any = None) -> list[Any]:
         """One picture.
 
         Args:
             negative: empty for the unconditional input, as in training.
             edge: of the square, px.
+            image: to begin from, for models that change a given one.
         """
         self.pipeline.set_progress_bar_config(disable=True)
+        said: dict[str, Any] = {"negative_prompt": negative} if negative else {}
+        said |= self.family.begin(image) if image else {"height": edge, "width": edge}
         return self.pipeline(
-            prompt, **({"negative_prompt": negative} if negative else {}), height=edge, width=edge, num_inference_steps=steps,
-            **self.family.guidance(guidance), generator=torch.Generator().manual_seed(seed),
+            prompt=prompt, num_inference_steps=steps, **said, **self.family.guidance(guidance),
+            generator=torch.Generator().manual_seed(seed),
         ).images  # fmt: skip
 
 

@@ -60,9 +60,7 @@ def test_a_picture_does_not_depend_on_the_batch_it_is_drawn_in(setting, tmp_path
 def test_a_second_run_draws_nothing_and_a_longer_one_only_the_rest(setting, monkeypatch):
     first = pictures(generate(*setting()))
     counted, real = [], SDXL.generate
-    monkeypatch.setattr(
-        SDXL, "generate", lambda self, text, *a, **k: counted.append(text.rows) or real(self, text, *a, **k)
-    )
+    monkeypatch.setattr(SDXL, "generate", lambda self, text, *a, **k: counted.append(text.rows) or real(self, text, *a, **k))
     assert pictures(generate(*setting())) == first and not counted
     more = pictures(generate(*setting("prior.generated.count=5")))
     assert more[:3] == first and len(more) == 5 and sum(counted) == 2

@@ -27,7 +27,7 @@ def load(
     encoder_dtype=Dtype.float32,
     tae=None,
 ):
-    return SDXL(str(folder), None, None, dtype, encoder_dtype, tae, 64, checkpointing, attention, compile)
+    return SDXL(str(folder), None, None, dtype, encoder_dtype, tae, 64, checkpointing, attention, compile, {})
 
 
 @pytest.fixture
@@ -46,7 +46,9 @@ def noisy(rows=2, channels=4):
 
 
 def cond(family):
-    return family.cond(family.encode_text(CAPTIONS), [Shown(SIZE, torch.zeros(family.channels, 8, 8), 0, i) for i in range(2)])
+    return family.cond(
+        family.encode_text(CAPTIONS), [Shown(SIZE, torch.zeros(family.channels, 8, 8), 0, i, 7.0) for i in range(2)]
+    )
 
 
 def test_facts(family):

@@ -38,7 +38,7 @@ def network(dtype: torch.dtype) -> nn.Module:
 def source(file: Path, dtype: torch.dtype, reads: list[int]) -> Source:
     file.write_text("weights")
 
-    def read() -> nn.Module:
+    def read(device: torch.device) -> nn.Module:
         reads.append(1)
         return network(dtype)
 

@@ -92,6 +92,9 @@ pipeline.load_lora_weights(export)"""
         return parameter.partition(".lora_")[0]
 
     def load_into(self, pipeline: Any, part: str, path: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
+        if not hasattr(pipeline, "load_lora_weights"):
+            super().load_into(pipeline, part, path, learns)
+            return
         try:
             pipeline.load_lora_weights(path)
         except (ValueError, RuntimeError) as error:
@@ -99,7 +102,14 @@ pipeline.load_lora_weights(export)"""
             raise ConfigError(f"{str(path)!r} is no LoRA that diffusers can put on this model: {reason}") from error
 
     def strengthen(self, pipeline: Any, strength: float) -> None:
-        pipeline.set_adapters(pipeline.get_active_adapters(), strength)
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if hasattr(pipeline, "set_adapters"):
+            pipeline.set_adapters(pipeline.get_active_adapters(), strength)
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.set_scale(NAME, strength)
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -134,7 +144,7 @@ pipeline.load_lora_weights(export)"""
             diffusers |= {f"{part}.{name}": tensor for name, tensor in outside.items()}
             said |= {f"{part}.{key}": value for key, value in _metadata(model).items()}
             files += _write_peft(folder / PEFT_FOLDER / (part if is_text else ""), layers, _metadata(model), plain)
-            if self.algorithm == "lora":
+            if self.algorithm == "lora" and part in learned.kohya:
                 alphas = {_saved(name) if is_text else name: alpha for name, alpha in _alphas(model).items()}
                 as_kohya |= kohya.convert(learned.kohya[part], outside, alphas)
         save_file(diffusers, folder / DIFFUSERS_FILE, plain | {"lora_adapter_metadata": json.dumps(said, sort_keys=True)})

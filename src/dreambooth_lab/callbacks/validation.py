@@ -61,6 +61,11 @@ class Validation(Periodic):
         sheet.save(self.folder.compared / name)
         pictures.show(trainer.loggers, "pictures/base_live_ema", sheet, step)
 
+    def _photos(self, module: DreamBooth, n: int) -> list[Image.Image]:
+        """What pictures begin from, in families that refine: the subject's photos in turn."""
+        own = [photo.image for photo in self.data.photos()] if module.family.refines else []
+        return [own[i % len(own)] for i in range(n)] if own else []
+
     def _text(self, module: DreamBooth, prompt: str) -> Text:
         return module.text.encode([prompt]) if module.text and module.text.changes(prompt) else self.data.text(prompt)
 
@@ -73,7 +78,7 @@ class Validation(Periodic):
             self._text(module, prompt).repeat(n), self._text(module, self.cfg.negative_prompt).repeat(n),
             height=self.cfg.resolution, width=self.cfg.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.cfg.num_inference_steps,
-            guidance_scale=self.cfg.guidance_scale,
+            guidance_scale=self.cfg.guidance_scale, photos=self._photos(module, n),
             on_step=self.previews.on_step(facts, seeds) if self.previews else None,
         )  # fmt: skip
         paths = pictures.save_row(folder, step, number, drawn)

@@ -30,7 +30,7 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from _adapter_problems(read)
     yield from _layer_problems(read)
     yield from _text_encoder_problems(read)
-    for key in ("quant.kind", "quant.text_encoder_1", "quant.text_encoder_2"):
+    for key in ("quant.kind", "quant.text_encoder_1", "quant.text_encoder_2", "quant.text_encoder_3"):
         if read(key) is QuantKind.nf4 and not find_spec("bitsandbytes"):
             yield f"{key} is nf4, but bitsandbytes is not installed; pip install 'dreambooth-lab[bnb]', or use int4"
 

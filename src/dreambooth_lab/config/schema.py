@@ -55,6 +55,7 @@ class ModelConfig:
     gradient_checkpointing: bool
     attention: Attention
     compile: bool
+    options: dict[str, Any]
     usual: UsualConfig
 
 
@@ -91,6 +92,7 @@ class QuantConfig:
     kind: QuantKind
     text_encoder_1: QuantKind
     text_encoder_2: QuantKind
+    text_encoder_3: QuantKind
     cache: bool
 
 
@@ -125,6 +127,7 @@ class DatasetConfig:
     mask_from: MaskFrom
     mask_path: str | None
     caption_dropout: float
+    aesthetic_score: float
     batch_size: int
 
 

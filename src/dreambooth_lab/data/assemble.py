@@ -73,7 +73,7 @@ class Assembler:
             xi=normal(Purpose.PERTURBATION, samples) if perturbed else None,
             cond=self.family.cond(
                 Text.stack([self.cached.text(row.caption) for row in drawn]),
-                [Shown(row.size, row.mean, seed, row.keyed) for row in drawn],
+                [Shown(row.size, row.mean, seed, row.keyed, self.cfg.dataset.aesthetic_score) for row in drawn],
             ),
             captions=tuple(row.caption for row in drawn),
             instance_rows=(~is_class).nonzero()[:, 0],

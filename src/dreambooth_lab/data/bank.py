@@ -47,11 +47,12 @@ class Bank:
 
     def __init__(self, cfg: DictConfig, family: Family, latents: cache.Store, caption: str, text: Text, times: Times):
         self.cfg, self.family, self.latents, self.caption, self.text, self.times = cfg, family, latents, caption, text, times
+        self.score = cfg.dataset.aesthetic_score
         self.draws = int(cfg.prior.bank.draws)
         self.answers = cache.Store(latents.folder.parent, "bank")
         self.built = 0
         self.made_by = cache.key(
-            family.denoiser_identity(), family.text_identity(), caption, str(cfg.seed), str(self.draws),
+            family.denoiser_identity(), family.text_identity(), caption, str(cfg.seed), str(self.draws), str(self.score),
             repr((cfg.objective.noise_offset, cfg.objective.noise_offset_probability)),
         )  # fmt: skip
 
@@ -123,7 +124,7 @@ class Bank:
         x0 = posterior["mean"] + posterior["std"] * z
         eps = torch.stack([choices.noise(self.cfg, index, shape) for index in indices])
         t = self.times(torch.tensor([self.u(item, number) for number in numbers], dtype=torch.float64), self._cells(item))
-        shown = [Shown(item.size, posterior["mean"], self.cfg.seed, index) for index in indices]
+        shown = [Shown(item.size, posterior["mean"], self.cfg.seed, index, self.score) for index in indices]
         cond = self.family.cond(Text.stack([self.text] * len(numbers)), shown)
         device = self.family.device
         return self.family.denoise(self.family.path.noise(x0, eps, t).to(device), t.to(device), cond.to(device)).cpu()

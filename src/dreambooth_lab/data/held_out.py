@@ -43,7 +43,10 @@ def _exam(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int) -> Ex
     mean = torch.stack([p["mean"] for p in posteriors])
     index = [int(cache.key(entry.picture.digest, str(k))[:15], 16) for entry, k in rows]
     noise = torch.stack([draw.normal(SEED, i, Purpose.EVALUATION, (2, *mean.shape[1:])) for i in index])
-    shown = [Shown(e.variants[0].size(), own, SEED, i) for (e, _), own, i in zip(rows, mean, index, strict=True)]
+    shown = [
+        Shown(e.variants[0].size(), own, SEED, i, data.cfg.dataset.aesthetic_score)
+        for (e, _), own, i in zip(rows, mean, index, strict=True)
+    ]
     captions = tuple(entry.captions[0] for entry, _ in rows)
     batch = Batch(
         sample=torch.tensor(index), mean=mean, std=torch.stack([p["std"] for p in posteriors]), z=noise[:, 0], eps=noise[:, 1],

@@ -101,7 +101,9 @@ class VariancePreserving(Path):
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def gain(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t, dtype=torch.float64) if self.prediction is Prediction.epsilon else self.exact_scales(t)[0].square()
+        return (
+            torch.ones_like(t, dtype=torch.float64) if self.prediction is Prediction.epsilon else self.exact_scales(t)[0].square()
+        )
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         if self.prediction is Prediction.epsilon:

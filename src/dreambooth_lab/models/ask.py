@@ -44,7 +44,7 @@ class StandIn:
 
     def __init__(self, config: Any, native: Tensor | None):
         self.config, self.native = config, native
-        self.timesteps = torch.zeros(1) if native is None else native[None]
+        self.timesteps = torch.zeros(1) if native is None else native if len(native) == 1 else native[None]
 
     def set_timesteps(
         self, num_inference_steps: Any = None, device: Any = None, timesteps: Any = None, sigmas: Any = None,
@@ -55,6 +55,10 @@ class StandIn:
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """There is one step."""
+
+    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """Pipelines that begin from a picture are asked about the sample itself."""
+        return noise
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
@@ -84,13 +88,13 @@ class Asked:
             raise Reached(original(*args, **options))
 
         with self._replaced("encode_prompt", leave), self._scheduled(torch.zeros(1)):
-            said = self._run(call)
+            said = self.run(call)
         return dict(zip(self.says, said if isinstance(said, tuple) else (said,), strict=True))
 
     def shift(self, **call: Any) -> float | None:
         """The μ that the call tells its scheduler for a size of picture; None if it tells none."""
         with self._without_text(), self._scheduled(None):
-            return self._run(call | {"prompt": [""]})
+            return self.run(call | {"prompt": [""]})
 
     def answer(self, x_t: Tensor, native: Tensor, **call: Any) -> Tensor:
         """The denoiser's answer at x_t [B C h w], differentiable.
@@ -100,7 +104,7 @@ class Asked:
         """
         unpack = self.unpacking(x_t.shape[1:], **call)
         with self._started_from(lambda shape, dtype: x_t.reshape(shape).to(dtype)), self._scheduled(native):
-            answer = self._run(call)
+            answer = self.run(call)
         return unpack(answer[:, : x_t.shape[1]] if answer.ndim == x_t.ndim else answer)  # the rest is a learned variance
 
     def unpacking(self, shape: torch.Size, **call: Any) -> Callable[[Tensor], Tensor]:
@@ -125,10 +129,15 @@ class Asked:
 
         first = self._started_from(lambda shape, _: numbers.reshape(shape))
         with first, self._replaced(self.prepare, leave), self._without_text(), self._scheduled(torch.zeros(1)):
-            placed = self._run(call | {"prompt": [""]})[0].flatten().long()
+            placed = self.run(call | {"prompt": [""]})[0].flatten().long()
         return None if torch.equal(placed, torch.arange(len(placed))) else placed.argsort()
 
-    def _run(self, call: Mapping[str, Any]) -> Any:
+    def run(self, call: Mapping[str, Any]) -> Any:
+        """What an exception brings out of the pipeline's call, with those of the arguments that it knows.
+
+        Raises:
+            ConfigError: the call fails, or comes to its end.
+        """
         known = {name: value for name, value in call.items() if name in self.parameters}
         try:
             inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, **known)
@@ -139,7 +148,9 @@ class Asked:
             raise ConfigError(
                 f"{name} can't be trained through its own call ({type(error).__name__}: {error}); choose another model"
             ) from error
-        raise ConfigError(f"{type(self.pipeline).__name__} runs without scheduler.step, so it can't be trained; choose another model")
+        raise ConfigError(
+            f"{type(self.pipeline).__name__} runs without scheduler.step, so it can't be trained; choose another model"
+        )
 
     @contextmanager
     def _scheduled(self, native: Tensor | None) -> Iterator[None]:
@@ -175,7 +186,9 @@ class Asked:
         names = inspect.unwrap(getattr(type(self.pipeline), self.prepare)).__globals__
         before = names["randn_tensor"]
 
-        def given(shape: tuple[int, ...], generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
+        def given(
+            shape: tuple[int, ...], generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+        ) -> Tensor:
             return make(tuple(shape), dtype)
 
         names["randn_tensor"] = given
@@ -193,7 +206,11 @@ def text_names(kind: type) -> tuple[str, ...]:
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__))))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "self.encode_prompt":
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and ast.unparse(node.value.func) == "self.encode_prompt"
+        ):
             target = node.targets[0]
             return tuple(ast.unparse(each) for each in (target.elts if isinstance(target, ast.Tuple) else [target]))
     raise ConfigError(f"{kind.__name__} encodes no prompts, so it is no text-to-image pipeline; choose another model")

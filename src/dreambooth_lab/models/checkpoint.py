@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, QuantKind
+from ..digests import digest
 from ..quant import Quantiser, Source
-from . import files
+from . import files, skeleton, weights
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes a checkpoint may name; code of its own never runs
+CONFIGS = ("config.json", "scheduler_config.json")
 
 
 class Checkpoint:
@@ -23,13 +26,54 @@ class Checkpoint:
     Args:
         pretrained: folder written by save_pretrained, or hub id.
         revision: of a hub id.
-        variant: which weight files to fetch and to read.
+        variant: which weight files to fetch and to read; auto takes those in fp16 where there are such, None the plain ones.
+        cache: folder that remembers files' hashes; None: they are taken anew at every start.
+
+    Raises:
+        ConfigError: something that a load would need is not there, or is no file of a kind that is read.
     """
 
-    def __init__(self, pretrained: str, revision: str | None, variant: str | None):
-        self.pretrained, self.variant = pretrained, variant
+    def __init__(self, pretrained: str, revision: str | None, variant: str | None, cache: Path | None = None):
+        self.pretrained, self.variant, self.cache = pretrained, variant, cache
+        self.said = f"model.pretrained is {pretrained!r}, which"
         self.folder = files.resolve(pretrained, revision, variant)
-        self.index = files.read_json(self.folder / "model_index.json")
+        self.index = weights.read_json(self.folder / "model_index.json", self.said)
+        self._require_settings()
+        networks = [part for part, kind in self.parts.items() if issubclass(kind, nn.Module)]
+        for part in networks:
+            self.config(part)
+        self.weights = {part: weights.read(self.folder / part, variant, self._said(part)) for part in networks}
+        self._require_variant()
+
+    def _said(self, part: str) -> str:
+        return f"model.pretrained is {self.pretrained!r}, whose {part}"
+
+    def _require_settings(self) -> None:
+        """Refuse components that are outside the folder, that are not there, or whose settings can't be read."""
+        if not isinstance(self.index.get("_class_name"), str):
+            raise ConfigError(f"{self.said} has a model_index.json that names no pipeline class; {files.WAY_OUT}")
+        for part in weights.named(self.index):
+            if not weights.plain(part):
+                raise ConfigError(f"{self.said} names a component {part!r} in model_index.json, which is no plain name")
+            folder = self.folder / part
+            if not folder.is_dir():
+                raise ConfigError(f"{self.said} has no folder {part}, which model_index.json names; fetch it again")
+            for path in sorted(folder.glob("*config.json")):
+                weights.read_json(path, self._said(part))
+
+    def _require_variant(self) -> None:
+        """Refuse a variant that was asked for and is nowhere."""
+        if self.variant in (None, weights.AUTO) or self.read_variant:
+            return
+        raise ConfigError(
+            f"model.variant is {self.variant!r}, of which {self.pretrained} has no weights; set model.variant=auto for fp16 "
+            "where it is there, or model.variant=null for the plain files"
+        )
+
+    @property
+    def read_variant(self) -> str | None:
+        """The variant that some component is read in; the others have plain files."""
+        return next((found.variant for found in self.weights.values() if found.variant), None)
 
     @property
     def pipeline_name(self) -> str:
@@ -38,18 +82,17 @@ class Checkpoint:
 
     @cached_property
     def parts(self) -> dict[str, type]:
-        """Component → its class, in the order of the index; what the checkpoint leaves empty is absent.
+        """Component → its class, in the order of the index.
 
         Raises:
             ConfigError: a class is not diffusers' or transformers' own.
         """
-        named = {part: said for part, said in self.index.items() if isinstance(said, list) and said[0] is not None}
-        return {part: self._kind(part, *said) for part, said in named.items()}
+        return {part: self._kind(part, *said) for part, said in weights.named(self.index).items()}
 
     def _kind(self, part: str, library: str, name: str) -> type:
         import importlib
 
-        kind = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
+        kind = getattr(importlib.import_module(library), str(name), None) if library in LIBRARIES else None
         if kind is None:
             raise ConfigError(
                 f"model.pretrained is {self.pretrained!r}, whose {part} is {library}.{name}, which is no class of the installed "
@@ -60,11 +103,10 @@ class Checkpoint:
     def config(self, part: str) -> dict[str, Any]:
         """A component's settings."""
         folder = self.folder / part
-        return files.read_json(next(folder / name for name in CONFIGS if (folder / name).is_file()))
+        path = next((folder / name for name in CONFIGS if (folder / name).is_file()), folder / CONFIGS[0])
+        return weights.read_json(path, self._said(part))
 
-    def load(
-        self, part: str, dtype: torch.dtype, device: torch.device, quantiser: Quantiser, keeps: Sequence[str]
-    ) -> Any:
+    def load(self, part: str, dtype: torch.dtype, device: torch.device, quantiser: Quantiser, keeps: Sequence[str]) -> Any:
         """A component, frozen, on its device, in fewer bits if the quantiser is to keep it so.
 
         Args:
@@ -72,14 +114,16 @@ class Checkpoint:
         """
         kind: Any = self.parts[part]
         folder = self.folder / part
-        variant = files.weight_variant(folder, self.variant)
+        variant, shards, table = self.weights[part]
         named = {"torch_dtype" if kind.__module__.startswith("diffusers") else "dtype": dtype}
 
-        def read() -> nn.Module:
+        def read(where: torch.device) -> nn.Module:
             model = kind.from_pretrained(self.folder, subfolder=part, variant=variant, use_safetensors=True, **named)
-            return files.settle(model, device)
+            return files.settle(model, where)
 
-        source = Source(read, lambda: files.hollow(kind, folder), files.weights(folder, variant), dtype, device)
+        decide = (folder / "config.json", *([table] if table else []), *shards)
+        bones = partial(skeleton.build, kind, folder, dtype)
+        source = Source(read, partial(files.hollow, kind, folder), decide, dtype, device, self.cache, bones)
         return quantiser.load(part, source, keeps)
 
     def hollow(self, part: str) -> nn.Module:
@@ -90,7 +134,18 @@ class Checkpoint:
         """Hash of some components' files, of how they are quantised, and of whatever else is said; loads nothing."""
         kinds = {part: quantiser.kind(part) for part in parts}
         fewer = [f"{part} {kind.value}" for part, kind in kinds.items() if kind is not QuantKind.none]
-        return files.identity(self.folder, tuple(part for part in parts if (self.folder / part).is_dir()), *also, *fewer)
+        whole = hashlib.sha256("\0".join((*also, *fewer)).encode())
+        for file in (file for part in parts for file in self._read(part)):
+            whole.update(f"{file.parent.name}/{file.name}\0".encode())
+            whole.update(bytes.fromhex(digest(file, self.cache)))
+        return whole.hexdigest()
 
-
-CONFIGS = ("config.json", "scheduler_config.json")
+    def _read(self, part: str) -> list[Path]:
+        """The files of a component that a load reads, in name order."""
+        folder, found = self.folder / part, self.weights.get(part)
+        if not folder.is_dir():
+            return []
+        small = {path for path in folder.iterdir() if path.suffix in weights.SMALL and ".index." not in path.name}
+        if found:
+            small |= {*found.files, *([found.table] if found.table else [])}
+        return sorted(small)

@@ -33,13 +33,15 @@ class Family(ABC):
     factor: int  # pixels per latent cell
     channels: int  # C of the latents
     times: tuple[float, float] = (0.0, 1.0)  # the part of the path it was trained on
-    learns: Mapping[str, tuple[str, ...]]  # group → endings of the layer names that receive adapters, or "re:" and an expression
-    text_learns: Mapping[str, tuple[str, ...]]  # the same of the text encoders that can learn
+    learns: ClassVar[
+        Mapping[str, tuple[str, ...]]
+    ]  # group → endings of layer names, or "re:" and an expression: what gets adapters
+    text_learns: ClassVar[Mapping[str, tuple[str, ...]]]  # the same of the text encoders that can learn
     denoiser_part: str  # the denoiser's folder in a pipeline's
     text_encoder_parts: tuple[str, ...]  # and the text encoders'
     teachable_parts: tuple[str, ...]  # those of the text encoders that can learn
     kohya: ClassVar[Mapping[str, str]]  # part → what kohya's key layout calls it; empty: no program reads it for this family
-    refines: ClassVar[bool] = False  # its pictures begin from given ones, so validation shows it the subject's photos
+    refines: bool = False  # its pictures begin from given ones, so validation shows it the subject's photos
     device: torch.device = torch.device("cpu")
     quantiser: Quantiser = Quantiser({}, None)  # which parts are kept in fewer bits
 
@@ -121,6 +123,10 @@ class Family(ABC):
     @abstractmethod
     def pipeline(self) -> Any:
         """The diffusers pipeline from this family's files, as a user would load it: no adapter in it."""
+
+    @abstractmethod
+    def begin(self, image: Any) -> dict[str, Any]:
+        """Arguments of `pipeline()`'s call that make it begin from a picture, if the family `refines`."""
 
     @abstractmethod
     def guidance(self, scale: float) -> dict[str, float]:

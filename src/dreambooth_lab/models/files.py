@@ -1,19 +1,20 @@
-"""Where a pretrained model's files are, and what identifies them. Only safetensors are ever read."""
+"""Where a pretrained model's files are, and how one becomes a model. Only safetensors are ever read."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..config import ConfigError
+from ..heap import trim as trim
+from . import hub
 
 WAY_OUT = "set model.pretrained to a folder written by diffusers' save_pretrained, or to a hub id this machine can reach"
 
@@ -26,26 +27,18 @@ def resolve(pretrained: str, revision: str | None, variant: str | None) -> Path:
     """
     folder = Path(pretrained).expanduser()
     if not folder.is_dir():
-        folder = _download(pretrained, revision, variant)
+        folder = hub.folder(pretrained, revision, variant, WAY_OUT)
     if not (folder / "model_index.json").is_file():
         raise ConfigError(f"model.pretrained is {pretrained!r}, which has no model_index.json; {WAY_OUT}")
     return folder
 
 
-def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
-    from huggingface_hub import constants
-
-    constants.HF_HUB_ETAG_TIMEOUT = min(constants.HF_HUB_ETAG_TIMEOUT, 10)  # seconds until "unreachable"
-    from diffusers import DiffusionPipeline
-
+def cache_first(load: Callable[..., Any], name: str | None, **options: Any) -> Any:
+    """What a library loads by a name: from the hub's cache, and from the network only if that lacks it."""
     try:
-        return Path(DiffusionPipeline.download(hub_id, revision=revision, variant=variant, use_safetensors=True))
-    except Exception as error:  # the hub's client raises a dozen kinds
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ConfigError(
-            f"model.pretrained is {hub_id!r}, which is no folder and could not be fetched ({type(error).__name__}: "
-            f"{shorten(reason, 160)}); {WAY_OUT}"
-        ) from error
+        return load(name, local_files_only=True, **options)
+    except (OSError, ValueError):
+        return load(name, **options)
 
 
 NOT_NEWS = ("torchvision", "No LoRA keys associated to")  # nothing here needs it; most LoRAs leave text encoders alone
@@ -63,32 +56,6 @@ def quiet() -> None:
             handler.addFilter(lambda record: not any(words in record.getMessage() for words in NOT_NEWS))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def weight_variant(folder: Path, variant: str | None) -> str | None:
-    """`variant` if the folder has weights of that name, else None: the plain files."""
-    return variant if variant and any(folder.glob(f"*.{variant}.safetensors")) else None
-
-
-def identity(folder: Path, parts: tuple[str, ...], *also: str) -> str:
-    """SHA-256 over the settings and weights of some components, and over whatever else is said."""
-    digest = hashlib.sha256("\0".join(also).encode())
-    for part in parts:
-        for file in sorted(p for p in (folder / part).iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model")):
-            digest.update(f"{part}/{file.name}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def weights(folder: Path, variant: str | None) -> tuple[Path, ...]:
-    """The settings and weight files of a component, in name order."""
-    stem = f"*.{variant}.safetensors" if variant else "*.safetensors"
-    return (folder / "config.json", *sorted(folder.glob(stem)))
-
-
 def hollow(kind: Any, folder: Path) -> nn.Module:
     """A component's architecture without weights, on the meta device."""
     with torch.device("meta"):
@@ -102,6 +69,12 @@ def pictures(pixels: Tensor) -> list[Image.Image]:
     from diffusers.image_processor import VaeImageProcessor
 
     return VaeImageProcessor().postprocess(pixels, output_type="pil")
+
+
+def pixels(picture: Image.Image, height: int, width: int) -> Tensor:
+    """A picture, cut to fit, as pixels in [-1, 1] [1 3 H W]."""
+    fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def settle(model: nn.Module, device: torch.device) -> nn.Module:

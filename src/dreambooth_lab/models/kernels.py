@@ -24,7 +24,7 @@ GRAPHS = 64  # versions of a block kept: with and without gradient, adapter, dro
 
 
 def on_kernel(processor: Any, kernel: SDPBackend) -> Any:
-    """A diffusers attention processor made to run by one kernel and no other, also where a block is run again for its gradient."""
+    """A diffusers attention processor made to run by one kernel alone, also where a block is run again for its gradient."""
     kind: Any = type(processor)
 
     @wraps(kind.__call__)

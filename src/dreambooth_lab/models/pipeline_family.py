@@ -6,6 +6,7 @@ at the least cost, what other programs call its parts.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -22,13 +23,29 @@ from ..batch import Cond, Text
 from ..config import Attention, ConfigError, Dtype
 from ..embedding import Slot
 from . import files, kernels, latents, schedule, shell, tokens
-from .ask import Asked
+from .ask import Asked, Reached
 from .checkpoint import Checkpoint
 from .family import Family, OnStep, TextEncoders
+from .weights import LEFT_OUT
 
 log = logging.getLogger(__name__)
 
 LENGTH = ".length"  # ends the name of a tensor that says how many of another's tokens a caption has
+# Pictures of the very size, and captions of the very words, that are asked for.
+AS_ASKED = {"output_type": "latent", "use_resolution_binning": False, "clean_caption": False}
+SAID = (
+    "pretrained",
+    "revision",
+    "variant",
+    "dtype",
+    "encoder_dtype",
+    "tae",
+    "resolution",
+    "gradient_checkpointing",
+    "attention",
+    "compile",
+    "cache",
+)
 CLIP = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -43,12 +60,16 @@ class PipelineFamily(Family):
         gradient_checkpointing: keep blocks' inputs only, and run the blocks again for their gradients.
         attention: PyTorch's kernel for it; auto takes the fastest that fits.
         compile: the transformer blocks, by torch.compile.
+        options: a family's own; see `known_options`.
+        cache: folder of what need not be found out twice; None: it is, at every start.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()  # classes whose checkpoints are this family's; empty: all
     learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "attention": (r"re:.*\.\d+\.(.*\.)?(attn|attention|self_attn|cross_attn)\w*\.(\w*\.)?(to_|add_|qkv|out|proj|q_|k_|v_)\w*(\.0)?",),
-        "feed_forward": (r"re:.*\.\d+\.(.*\.)?(ff\w*|\w*mlp\w*|feed_forward|ffn)\.(.*)",),
+        "attention": (
+            r"re:.*\.\d+\.(.*\.)?(attn|attention|self_attn|cross_attn)\w*\.(\w*\.)?(to_|add_|qkv|out|proj|q_|k_|v_)\w*(\.0)?",
+        ),
+        "feed_forward": (r"re:(?!.*conv_depth).*\.\d+\.((.*\.)?(ff\w*|\w*mlp|feed_forward|ffn)\..*|proj_mlp|proj_out)",),
     }
     text_learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -57,22 +78,31 @@ class PipelineFamily(Family):
     kohya: ClassVar[Mapping[str, str]] = {}
     token_keys: ClassVar[Mapping[str, str]] = CLIP  # text encoder → what learned embeddings of it are called in files
     keeps: ClassVar[tuple[str, ...]] = (
-        "time_embedding", "time_text_embed", "time_guidance_embed", "t_embedder", "add_embedding", "time_emb_proj", "text_projection",
-        "norm_out", "proj_out", "adaln_single", "adaLN_modulation", "x_embedder", "context_embedder", "img_in", "txt_in",
+        "time_embedding", "time_text_embed", "time_guidance_embed", "t_embedder", "add_embedding", "time_emb_proj",
+        "text_projection", "norm_out", "re:proj_out", "adaln_single", "adaLN_modulation", "x_embedder", "context_embedder",
+        "img_in", "txt_in",
     )  # fmt: skip
 
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, dtype: Dtype, encoder_dtype: Dtype,
         tae: str | None, resolution: int, gradient_checkpointing: bool, attention: Attention, compile: bool,
+        options: Mapping[str, Any], cache: Folder | None = None,
     ):  # fmt: skip
         files.quiet()
-        self.checkpoint = Checkpoint(pretrained, revision, variant)
+        self.options, self.said_by_user = dict(options), {name: value for name, value in locals().items() if name in SAID}
+        if strange := sorted(self.options.keys() - set(self.known_options())):
+            raise ConfigError(f"model.options has {strange}; this model knows {sorted(self.known_options())}")
+        self.checkpoint = Checkpoint(pretrained, revision, variant, cache)
         self.tae = tae
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
         self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
         self.said = f"model.pretrained is {pretrained!r}, which"
         self._read_parts()
         self._read_facts()
+
+    def known_options(self) -> tuple[str, ...]:
+        """Keys of `options` that mean something to this family."""
+        return ()
 
     def _read_parts(self) -> None:
         """Which components there are; refuse a checkpoint that this family would read wrongly."""
@@ -83,6 +113,8 @@ class PipelineFamily(Family):
         self.denoiser_part = next((part for part in ("transformer", "unet") if part in parts), "")
         if self.pipeline_class is None or not self.denoiser_part or "transformer_2" in parts:
             raise ConfigError(f"{self.said} is a {name}, which has no single denoiser to train; choose another model")
+        if "strength" in inspect.signature(self.pipeline_class.__call__).parameters and not self.pipelines:
+            raise ConfigError(f"{self.said} is a {name}, which changes given pictures; choose a text-to-image model")
         self.text_encoder_parts = tuple(sorted(part for part in parts if part.startswith("text_encoder")))
         self.teachable_parts = tuple(p for p in self.text_encoder_parts if parts[p].__name__.startswith("CLIPTextModel"))
 
@@ -103,6 +135,8 @@ class PipelineFamily(Family):
 
     def _latents(self) -> Any:
         """How latents are made and read back."""
+        if "vae" not in self.checkpoint.parts:
+            return latents.Pixels()
         return latents.rule(shell.settings(self.checkpoint, "vae"), self.said)
 
     def _inputs(self) -> int:
@@ -121,7 +155,7 @@ class PipelineFamily(Family):
         if self.schedule.dynamic is None:
             return self.schedule.shift
         if (height, width) not in self.shifts:
-            mu = self.asked.shift(**self._size(height, width), **self.guidance(1.0))
+            mu = self.asked.shift(**self._size(height, width), **self.unguided)
             self.shifts[height, width] = self.schedule.shift_of(mu)
         return self.shifts[height, width]
 
@@ -139,7 +173,7 @@ class PipelineFamily(Family):
 
     @cached_property
     def vae(self) -> Any:
-        return self._load("vae", self.encoder_dtype)
+        return self._load("vae", self.encoder_dtype) if "vae" in self.checkpoint.parts else None
 
     @cached_property
     def text_encoders(self) -> TextEncoders:
@@ -154,6 +188,7 @@ class PipelineFamily(Family):
     def release_encoders(self) -> None:
         self.__dict__.pop("vae", None)
         self.__dict__.pop("text_encoders", None)
+        files.trim()
 
     # The text.
 
@@ -170,11 +205,14 @@ class PipelineFamily(Family):
 
     def _read(self, captions: list[str]) -> Text:
         """Captions that say something."""
-        return self._record(self.asked.text(prompt=captions, **self._size(8, 8), **self.guidance(1.0)), len(captions))
+        call = self._size(8, 8) | self.begin(torch.zeros(len(captions), 3, 8, 8))
+        return self._record(self.asked.text(prompt=captions, **call, **self.unguided), len(captions))
 
     def _unconditional(self) -> Text:
         """What the pipeline puts beside a prompt for classifier-free guidance; where it has none, an empty prompt."""
-        said = self.asked.text(prompt=[""], **self._size(8, 8), **self.guidance(2.0))
+        beside = any(name.startswith("negative_") for name in self.asked.says)
+        call = self._size(8, 8) | self.begin(torch.zeros(1, 3, 8, 8))
+        said = self.asked.text(prompt=[""], **call, **(self.guidance(2.0) if beside else self.unguided))
         return self._record({name: _first(said.get(f"negative_{name}"), value) for name, value in said.items()}, 1)
 
     def _record(self, said: Mapping[str, Any], rows: int) -> Text:
@@ -232,14 +270,16 @@ class PipelineFamily(Family):
     @cached_property
     def _preview_decoder(self) -> Any:
         try:
-            tiny = AutoencoderTiny.from_pretrained(self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True)
+            tiny = files.cache_first(
+                AutoencoderTiny.from_pretrained, self.tae, torch_dtype=self.encoder_dtype, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             way_out = "set model.tae to a folder or hub id of an AutoencoderTiny, or to null for the VAE itself"
             raise ConfigError(f"model.tae is {self.tae!r}, which could not be loaded; {way_out}") from error
         return files.settle(tiny, self.device)
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        call = self._size(*x_t.shape[2:]) | self._arguments(cond) | self.guidance(1.0)
+        call = self._size(*x_t.shape[2:]) | self._arguments(cond) | self.unguided
         with shell.holding(self.asked.pipeline, **{self.denoiser_part: self.denoiser}):
             return self.asked.answer(x_t, self.native(t), **call).float()
 
@@ -252,11 +292,19 @@ class PipelineFamily(Family):
         """Arguments for one step to latents of a size in cells, at least the stride's."""
         least = self.stride // self.factor
         height, width = (max(side // least, 1) * least * self.factor for side in (height, width))
-        return {"height": height, "width": width, "num_inference_steps": 1, "output_type": "latent"}
+        return {"height": height, "width": width, "num_inference_steps": 1, **AS_ASKED}
 
     def guidance(self, scale: float) -> dict[str, float]:
-        distilled = self.network.get("guidance_embeds", False)
-        return {"true_cfg_scale" if "true_cfg_scale" in self.asked.parameters and not distilled else "guidance_scale": scale}
+        by_prompts = "true_cfg_scale" in self.asked.parameters and not self.network.get("guidance_embeds", False)
+        return {"true_cfg_scale" if by_prompts else "guidance_scale": scale}
+
+    @cached_property
+    def unguided(self) -> dict[str, float]:
+        """Arguments for the answer to the prompt alone; a network that is fed a guidance scale is fed 1."""
+        return {
+            name: 0.0 if name == "guidance_scale" and not self.network.get("guidance_embeds") else 1.0
+            for name in self.guidance(1.0)
+        }
 
     @torch.no_grad()
     def generate(
@@ -265,7 +313,7 @@ class PipelineFamily(Family):
     ) -> list[Image.Image]:  # fmt: skip
         against = {f"negative_{name}": value for name, value in self._arguments(negative).items()}
         call = self._arguments(text) | {name: value for name, value in against.items() if name in self.asked.parameters}
-        call |= self.guidance(guidance_scale) | {"height": height, "width": width, "output_type": "latent"} | options
+        call |= self.guidance(guidance_scale) | {"height": height, "width": width, "negative_prompt": None} | options
         try:
             with shell.holding(self.asked.pipeline, **{self.denoiser_part: self.denoiser}):
                 latents = self._sample(call, torch.Size((self.channels, height // self.factor, width // self.factor)), on_step)
@@ -274,30 +322,43 @@ class PipelineFamily(Family):
             self.__dict__.pop("vae", None)
             self.__dict__.pop("_preview_decoder", None)
 
-    def _sample(self, call: Mapping[str, Any], shape: torch.Size, on_step: OnStep | None) -> Tensor:
-        """Latents [B C h w] at the end of the pipeline's call."""
-        unpack = self.asked.unpacking(shape, **self._size(*shape[1:]), **self.guidance(1.0))
-        seen: list[Tensor] = []
+    def _sample(self, call: dict[str, Any], shape: torch.Size, on_step: OnStep | None) -> Tensor:
+        """Latents [B C h w] after the last step of the pipeline's call."""
+        unpack = self._unpacking(shape)
 
-        def watch(pipeline: Any, i: int, t: Any, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            seen[:] = [unpack(now["latents"])]
+        def watch(done: int, packed: Tensor, whole: int) -> dict[str, Tensor]:
             if on_step:
-                on_step(i + 1, seen[0])
+                on_step(done, unpack(packed))
+            if done == whole:
+                raise Reached(unpack(packed))
             return {}
 
-        self.asked.pipeline(**call, callback_on_step_end=watch)
-        return seen[0]
+        def old(i: int, t: Any, packed: Tensor) -> None:
+            watch(i + 1, packed, len(self.asked.pipeline.scheduler.timesteps))
+
+        def new(pipeline: Any, i: int, t: Any, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return watch(i + 1, now["latents"], pipeline.num_timesteps)
+
+        return self.asked.run(call | AS_ASKED | {"callback_on_step_end": new, "callback": old})
+
+    def _unpacking(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+        """What brings the sampler's latents to [B C h w]."""
+        return self.asked.unpacking(shape, **self._size(*shape[1:]), **self.unguided)
+
+    def begin(self, image: Any) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it begin from a picture, if the family `refines`."""
+        return {}
 
     def _pictures(self, latents: Tensor) -> list[Image.Image]:
         return files.pictures(self.decode(latents))
 
     def pipeline(self) -> Any:
-        parts = self.checkpoint.parts
-        left_out = {part: None for part in parts if part in ("safety_checker", "feature_extractor", "watermarker", "image_encoder")}
-        quiet = {name: value for name, value in shell.OPTIONS.items() if name in shell.wanted(self.pipeline_class)}
+        wanted, parts = shell.wanted(self.pipeline_class), self.checkpoint.parts.keys() - LEFT_OUT
+        left_out = {name: None for name in wanted if name.startswith(shell.COMPONENTS) and name not in parts}
+        quiet = {name: value for name, value in shell.OPTIONS.items() if name in wanted}
         return self.pipeline_class.from_pretrained(
             self.checkpoint.folder, torch_dtype=self.dtype, use_safetensors=True, **left_out, **quiet,
-            variant=files.weight_variant(self.checkpoint.folder / self.denoiser_part, self.checkpoint.variant),
+            variant=self.checkpoint.read_variant,
         )  # fmt: skip
 
     # Learned tokens, and what identifies the parts.

@@ -43,7 +43,9 @@ def read(config: Mapping[str, Any], said: str) -> Schedule:
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction":
         return _flow(config)
     if "beta_schedule" not in config and "trained_betas" not in config:
-        raise ConfigError(f"{said} has a {name}, which has no betas of its own (EDM-style); such models can't be trained here yet")
+        raise ConfigError(
+            f"{said} has a {name}, which has no betas of its own (EDM-style); such models can't be trained here yet"
+        )
     if prediction not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{said} has prediction_type {prediction!r}; epsilon, v_prediction and flow can be trained")
     alphas = alphas_cumprod(config, said)

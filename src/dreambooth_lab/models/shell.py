@@ -1,4 +1,4 @@
-"""A diffusers pipeline without weights: its tokenizers, scheduler and settings, for its own call to be asked with parts put in."""
+"""A diffusers pipeline without weights: its tokenizers, scheduler and settings, into which parts are put to ask its call."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from diffusers.configuration_utils import FrozenDict
 from .checkpoint import Checkpoint
 
 NETWORKS = ("unet", "transformer", "vae")  # whose settings a pipeline reads also while their weights are elsewhere
+COMPONENTS = (
+    "tokenizer",
+    "text_encoder",
+    "safety_checker",
+    "feature_extractor",
+    "watermarker",
+    "image_encoder",
+)  # that may be absent
 OPTIONS = {"add_watermarker": False, "requires_safety_checker": False}  # of pipelines that have them
 
 
@@ -24,12 +32,12 @@ def settings(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
     return _defaults(kind) | said
 
 
-def _defaults(kind: type) -> dict[str, Any]:
+def _defaults(kind: Any) -> dict[str, Any]:
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def wanted(kind: type) -> tuple[str, ...]:
+def wanted(kind: Any) -> tuple[str, ...]:
     """What a pipeline's class is made of: components and options."""
     return tuple(name for name in inspect.signature(kind.__init__).parameters if name != "self")
 

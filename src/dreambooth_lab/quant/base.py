@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, QuantKind
-from . import store
+from ..digests import digest
+from ..heap import trim
+from . import store, stream
 
 NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 FP8_MATMUL = (8, 9)  # CUDA capability from which the hardware multiplies float8
@@ -48,11 +51,13 @@ class Quantised(NamedTuple):
 class Source(NamedTuple):
     """Where a model comes from."""
 
-    read: Callable[[], nn.Module]  # whole, on its device, frozen
+    read: Callable[[torch.device], nn.Module]  # whole, on a device, frozen
     hollow: Callable[[], nn.Module]  # its architecture on the meta device
     files: tuple[Path, ...]  # whose bytes decide the weights
     dtype: torch.dtype
     device: torch.device
+    digests: Path | None = None  # folder that remembers the files' hashes; None: the quantiser's own
+    skeleton: Callable[[], nn.Module] | None = None  # for `stream.read`; None: the model is read whole
 
 
 class Quantiser:
@@ -78,20 +83,27 @@ class Quantiser:
         """
         kind = self.kind(part)
         if kind is QuantKind.none:
-            return source.read()
+            return source.read(source.device)
         require(kind, source.device)
         start, library = time.perf_counter(), backend(kind)
-        path = self.cache and store.path(self.cache, kind.value, source.files, str(source.dtype), source.device.type, keeps)
+        path = self._path(kind, source, keeps)
         model = store.read(path, source.hollow, library, source.device) if path else None
         cached = model is not None
         if model is None:
-            model = source.read()
-            quantise(model, kind, keeps)
+            model = _streamed(source, keeps, library) or quantise(source.read(torch.device("cpu")), kind, keeps, source.device)
             if path:
                 store.write(path, model, chosen(model, keeps)[0], library)
+            trim()
         model = model.requires_grad_(False).eval()
         self.done[part] = _account(model, kind, keeps, library, time.perf_counter() - start, cached)
         return model
+
+    def _path(self, kind: QuantKind, source: Source, keeps: Sequence[str]) -> Path | None:
+        """Where the cache has a model, or is to have it."""
+        if self.cache is None:
+            return None
+        hashes = {file.name: digest(file, source.digests or self.cache) for file in source.files}
+        return store.path(self.cache, kind.value, hashes, str(source.dtype), source.device.type, keeps)
 
 
 def backend(kind: QuantKind) -> Backend:
@@ -127,23 +139,53 @@ def require(kind: QuantKind, device: torch.device) -> None:
 def chosen(model: nn.Module, keeps: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of the linear layers to quantise, and of those left alone."""
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    left = [name for name in linear if set(name.split(".")) & set(keeps)]
+    left = [name for name in linear if any(_fits(name, keep) for keep in keeps)]
     return [name for name in linear if name not in set(left)], left
 
 
-def quantise(model: nn.Module, kind: QuantKind, keeps: Sequence[str]) -> list[str]:
-    """Quantise a frozen model in place, one layer at a time, so that never two copies are whole; returns the layers' names.
+def _fits(name: str, keep: str) -> bool:
+    """Whether a layer is one that is left alone: by a component of its name, or by "re:" and an expression of the whole."""
+    return bool(re.fullmatch(keep[3:], name)) if keep.startswith("re:") else keep in name.split(".")
+
+
+def _streamed(source: Source, keeps: Sequence[str], library: Backend) -> nn.Module | None:
+    """The quantised model without ever a whole one in full precision, if its files allow it."""
+    if source.skeleton is None:
+        return None
+    model = source.skeleton()
+    files = [file for file in source.files if file.suffix == ".safetensors"]
+    return stream.read(model, files, source.device, chosen(model, keeps)[0], library)
+
+
+def quantise(model: nn.Module, kind: QuantKind, keeps: Sequence[str], device: torch.device | None = None) -> nn.Module:
+    """Quantise a frozen model in place, one layer at a time, so that never two copies are whole; returns it.
 
     Convolutions, norms and embeddings stay: they hold few of a denoiser's parameters, and adapters of every library can sit
     on them.
+
+    Args:
+        device: where each layer goes before it is quantised, and the others after; None: where the model is.
     """
     library = backend(kind)
     names, _ = chosen(model.requires_grad_(False), keeps)
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        model.set_submodule(name, library.quantise(layer))
-    return names
+        model.set_submodule(name, library.quantise(layer.to(device) if device else layer))
+    if device:
+        _move(model, device)
+    return model
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Every plain tensor that is elsewhere."""
+    for module in model.modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None and parameter.device != device:
+                module._parameters[own] = nn.Parameter(parameter.data.to(device), requires_grad=False)
+        for own, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[own] = buffer.to(device)
 
 
 def _account(

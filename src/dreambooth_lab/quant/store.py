@@ -1,7 +1,6 @@
 """Quantised weights on disk: the second start neither reads nor holds the full-precision ones.
 
-A file's name is the hash of all that its content depends on, the full-precision weights' own hash included. That hash is
-remembered by (path, size, time of change), so that a start need not read gigabytes to learn that nothing has changed.
+A file's name is the hash of all that its content depends on, the full-precision weights' own hash included.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +30,13 @@ LIBRARIES = ("torch", "optimum-quanto", "torchao", "bitsandbytes")
 BETWEEN = "::"  # layer name :: part of its weight
 
 
-def path(cache: Path, kind: str, files: Sequence[Path], dtype: str, device: str, keeps: Sequence[str]) -> Path:
-    """Where a model's quantised weights belong."""
-    digests = [f"{file.name} {digest(file, cache)}" for file in files]
+def path(cache: Path, kind: str, files: Mapping[str, str], dtype: str, device: str, keeps: Sequence[str]) -> Path:
+    """Where a model's quantised weights belong.
+
+    Args:
+        files: name → hash, of those that decide the full-precision weights.
+    """
+    digests = [f"{name} {value}" for name, value in files.items()]
     words = [VERSION, kind, dtype, device, *sorted(keeps), *digests, *map(_version, LIBRARIES)]
     name = hashlib.sha256("\0".join(words).encode()).hexdigest()
     return cache / f"{kind}-{name[:32]}.safetensors"
@@ -44,20 +47,6 @@ def _version(library: str) -> str:
         return f"{library} {metadata.version(library)}"
     except metadata.PackageNotFoundError:
         return library
-
-
-def digest(file: Path, cache: Path) -> str:
-    """SHA-256 of a file; computed once for each (path, size, time of change)."""
-    state = file.resolve().stat()
-    where = hashlib.sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
-    note = cache / "digests" / where
-    if note.is_file() and len(said := note.read_text()) == 64:
-        return said
-    with file.open("rb") as stream:
-        value = hashlib.file_digest(stream, "sha256").hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(value)
-    return value
 
 
 def write(path: Path, model: nn.Module, layers: Sequence[str], library: Backend) -> None:

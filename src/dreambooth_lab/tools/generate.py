@@ -5,7 +5,7 @@
     python -m dreambooth_lab.tools.generate file=lora.safetensors model=owner/sdxl 'prompt=a dog'      # a LoRA made elsewhere
 
 Writes each picture, which says how it was made, and grid.png: a row for each prompt and strength, a column for each seed.
-A file made here says in its header what it was trained on; any other SDXL LoRA that diffusers reads needs model=.
+A file made here says in its header what it was trained on; any other LoRA that diffusers reads needs model=.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 
@@ -44,6 +44,7 @@ class Ask:
     steps: int | None = None  # null: the run's validation.num_inference_steps
     guidance: float | None = None  # null: the run's validation.guidance_scale
     resolution: int | None = None  # px; null: the run's validation.resolution
+    image: str | None = None  # to begin from, for models that change a given one: SDXL's refiner, DeepFloyd's stage II
     ema: bool = False  # the averaged weights
     out: str = "generated"  # a folder; if it is there, the next free number is put behind
 
@@ -107,7 +108,7 @@ def trained_with(path: Path, model: str | None) -> DictConfig:
             return merged
     if model is None:
         raise ConfigError(f"file is {str(path)!r}, which does not say how it was made; give model=BASE, or run=FOLDER")
-    return compose("model=sdxl", f"model.pretrained={model}", "dataset.path=.")
+    return compose("model=diffusers", f"model.pretrained={model}", "dataset.path=.")
 
 
 def paint(ask: Ask) -> Path:
@@ -117,15 +118,30 @@ def paint(ask: Ask) -> Path:
     cfg = load(ask.run).config if ask.run else trained_with(export, ask.model)
     trained = Trained(cfg, export)
     edge = ask.resolution or cfg.validation.resolution
+    image = begin(trained, ask.image, edge)
     asked = [Picture(p, strength, seed) for p in ask.prompt for strength in ask.strengths for seed in ask.seeds]
     made = []
     for picture in asked:
         trained.strengthen(picture.strength)
         made += trained.draw(
             picture.prompt, ask.negative, edge, ask.steps or cfg.validation.num_inference_steps,
-            cfg.validation.guidance_scale if ask.guidance is None else ask.guidance, picture.seed,
+            cfg.validation.guidance_scale if ask.guidance is None else ask.guidance, picture.seed, image,
         )  # fmt: skip
     return _save(_free(Path(ask.out).expanduser()), ask, asked, made)
+
+
+def begin(trained: Trained, place: str | None, edge: int) -> Image.Image | None:
+    """The square picture that pictures are made from, if the model changes given ones."""
+    changes = bool(trained.family.begin(None))
+    if changes != (place is not None):
+        way_out = "give image=FILE, which it changes" if changes else "leave it out: this model draws from prompts alone"
+        raise ConfigError(f"image is {place!r}; {way_out}")
+    if place is None:
+        return None
+    try:
+        return ImageOps.fit(Image.open(Path(place).expanduser()).convert("RGB"), (edge, edge))
+    except OSError as error:
+        raise ConfigError(f"image is {place!r}, which is no picture ({error})") from error
 
 
 def _free(folder: Path) -> Path:

@@ -40,7 +40,7 @@ def main() -> None:
     edge = cfg.model.resolution // family.factor
     text = family.encode_text(PROMPTS)
     size = Size((cfg.model.resolution,) * 2, (0, 0), (cfg.model.resolution,) * 2)
-    cond = family.cond(text, [Shown(size, torch.zeros(family.channels, edge, edge), 0, 0)] * len(PROMPTS))
+    cond = family.cond(text, [Shown(size, torch.zeros(family.channels, edge, edge), 0, 0, 7.0)] * len(PROMPTS))
     family.release_encoders()
     exact = predictions(family, cond, edge)
     print("| quant | relative error | bytes a quantised weight | bytes a parameter, whole denoiser |\n|---|---|---|---|")

@@ -91,6 +91,10 @@ def _no_eval_loss(value: Any, _: Options) -> Said:
     return {"eval.every_n_steps": 0, "eval.every_n_epochs": 0.0} if flag(value) else {}
 
 
+FAMILIES = {
+    "sd1x": "sd15", "sd2x": "sd21", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux", "flux2": "flux2_klein",
+    "deepfloyd": "deepfloyd_1", "z-image": "z_image", "qwen_image": "qwen_image", "chroma": "chroma",
+}  # fmt: skip
 LOGGERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": ["none"]}
 DTYPES = {"bf16": "bfloat16", "no": "float32", "fp32": "float32", "fp16": "float16"}
 OPTIMIZERS = {
@@ -105,13 +109,16 @@ CACHED = "caches are addressed by content, in cache=…"
 SECRET = "addresses and tokens are named by environment variable: webhook=raw webhook.receivers.raw.url_env=NAME"
 
 OPTIONS: dict[str, Option] = {
-    "model_family": choice("/model", {"sdxl": "sdxl"}),
+    "model_family": choice("/model", FAMILIES),
     "model_type": Option(_adapter),
     "pretrained_model_name_or_path": to("model.pretrained", str),
     "data_backend_config": Option(lambda value, _: {"/dataset": "simpletuner", "dataset.path": str(value)}),
     "base_model_precision": choice("/quant", SIMPLETUNER_QUANT),
     "text_encoder_1_precision": choice("quant.text_encoder_1", SIMPLETUNER_QUANT),
     "text_encoder_2_precision": choice("quant.text_encoder_2", SIMPLETUNER_QUANT),
+    "text_encoder_3_precision": choice("quant.text_encoder_3", SIMPLETUNER_QUANT),
+    "data_aesthetic_score": to("dataset.aesthetic_score", number, "read by model=sdxl_refiner"),
+    "flow_schedule_shift": to("objective.shift", number, "of flow models; ours is the model's own without it"),
     "lora_rank": to("adapter.rank", number),
     "lora_alpha": to("adapter.alpha", number),
     "lora_dropout": to("adapter.dropout", number),
@@ -175,9 +182,7 @@ OPTIONS: dict[str, Option] = {
     "report_to": choice("/logger", LOGGERS, "metrics.csv is always written"),
     "lora_type": idle(WITH.format("model_type")), "use_dora": idle(WITH.format("model_type")),
     "noise_offset": idle(WITH.format("offset_noise")), "noise_offset_probability": idle(WITH.format("offset_noise")),
-    "text_encoder_3_precision": idle("the families that are built have two text encoders"),
     "model_flavour": idle("give the model itself: model.pretrained=…"),
-    "data_aesthetic_score": idle("of the refiner, which is not built"),
     "num_train_epochs": idle("runs are measured in steps: trainer.max_steps; the preflight tells how many an epoch has"),
     "resolution_type": idle("each entry of the dataset file has its own"),
     "minimum_image_size": idle("each entry of the dataset file has its own"),

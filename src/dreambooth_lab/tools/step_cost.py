@@ -73,7 +73,8 @@ class Kind:
 
     def _walk_rows(self, batch: Batch) -> None:
         """The same walk, one row after the other."""
-        t, x0 = self.module.times(batch.u), batch.latents()
+        x0 = batch.latents()
+        t = self.module.times(batch.u, x0.shape[2:])
         for i in range(len(t)):
             row = torch.tensor([i])
             one = batch._replace(eps=batch.eps[row], walk=batch.walk[row])

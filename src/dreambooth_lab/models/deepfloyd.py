@@ -1,0 +1,120 @@
+"""DeepFloyd IF (DeepFloyd Lab 2023, after Imagen, Saharia et al. 2022): pixel-space UNets with T5. Stage I draws 64 px; stage II
+makes 256 px of them, told the small picture, enlarged and noised, and how far it was noised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .. import draw
+from ..batch import Cond, Shown, Text
+from ..config import ConfigError
+from ..diffusion.path import VariancePreserving
+from ..draw import Purpose
+from . import files, schedule
+from .family import OnStep
+from .pipeline_family import PipelineFamily
+
+SCALE = 4  # px of stage II for each of stage I
+FIRST_STRIDE = 8  # px, of stage I
+LEVEL = 250  # of the small picture's noise when pictures are drawn, as in diffusers' pipeline
+
+
+class DeepFloyd1(PipelineFamily):
+    """Stage I. The variance that the network learned beside ε is not trained."""
+
+    pipelines = ("IFPipeline",)
+    learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"),
+        "convolution": (r"re:.*resnets\..*\.(conv1|conv2|conv_shortcut)",),
+    }
+    keeps: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj", "time_emb_proj")
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        states = cond["prompt_embeds"].to(self.dtype)
+        return self.denoiser(x_t.to(self.dtype), self.path.native(t), states, return_dict=False)[0][:, : self.channels].float()
+
+
+class DeepFloyd2(DeepFloyd1):
+    """Stage II. Training makes the small picture from the large one; validation draws it with stage I, `options.first_stage` (a
+    folder or hub id), or begins from photos where that is null."""
+
+    pipelines = ("IFSuperResolutionPipeline",)
+
+    def _inputs(self) -> int:
+        return 2 * self.channels
+
+    def _read_facts(self) -> None:
+        super()._read_facts()
+        self.stride = max(self.stride, SCALE * FIRST_STRIDE)
+        self.first_stage = self.options.get("first_stage")
+        self.refines = self.first_stage is None
+        noising = schedule.read(self.checkpoint.config("image_noising_scheduler"), self.said).path
+        if not isinstance(noising, VariancePreserving):
+            raise ConfigError(f"{self.said} noises small pictures on no path that is known here")
+        self.noising = noising
+
+    def known_options(self) -> tuple[str, ...]:
+        return ("first_stage",)
+
+    def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
+        """The text, the small picture enlarged and noised [B 3 H W], and its noise's level [B], drawn evenly from all."""
+        levels = [int(draw.uniform(s.seed, s.index, Purpose.LEVEL) * self.noising.num_steps) for s in shown]
+        noise = torch.stack([draw.normal(s.seed, s.index, Purpose.AUGMENTATION, tuple(s.latents.shape)) for s in shown])
+        small = F.interpolate(torch.stack([s.latents for s in shown]), scale_factor=1 / SCALE, mode="bicubic", antialias=True)
+        level = torch.tensor(levels)
+        return Cond(text, small=self.noised(small, noise, level), level=level)
+
+    def noised(self, small: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """Small pictures [B 3 h w], enlarged to the noise's size and noised to their levels [B]."""
+        large = F.interpolate(small, noise.shape[2:], mode="bilinear", align_corners=True)
+        return self.noising.noise(large, noise, self.noising.time(level))
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        both = torch.cat([x_t, cond["small"]], 1).to(self.dtype)
+        states = cond["prompt_embeds"].to(self.dtype)
+        answer = self.denoiser(both, self.path.native(t), states, class_labels=cond["level"], return_dict=False)[0]
+        return answer[:, : self.channels].float()
+
+    @torch.no_grad()
+    def generate(
+        self, text: Text, negative: Text, *, height: int, width: int, guidance_scale: float, on_step: OnStep | None = None,
+        photos: Sequence[Image.Image] = (), **options: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        low, narrow = height // SCALE, width // SCALE
+        if self.first_stage:
+            options_of_first = {"height": low, "width": narrow, "guidance_scale": guidance_scale, **options}
+            first = self._first.generate(text, negative, **options_of_first)
+            self.__dict__.pop("_first")
+        else:
+            first = list(photos)
+        image = torch.cat([files.pixels(picture, low, narrow) for picture in first]).to(self.device, self.dtype)
+        return super().generate(
+            text,
+            negative,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            on_step=on_step,
+            **self.begin(image),
+            **options,
+        )
+
+    def begin(self, image: Any) -> dict[str, Any]:
+        return {"image": image, "noise_level": LEVEL}
+
+    @cached_property
+    def _first(self) -> DeepFloyd1:
+        """Stage I, for validation."""
+        first = DeepFloyd1(**{**self.said_by_user, "pretrained": str(self.first_stage), "options": {}})
+        first.device = self.device
+        return first
+
+    def _unpacking(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+        return lambda latents: latents

@@ -1,0 +1,58 @@
+"""The SDXL refiner (Podell et al. 2023, §2.5): a UNet of the last fifth of the noise, told an aesthetic score, with the second of
+SDXL's text encoders only. Its latents are SDXL's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..batch import Cond, Shown, Text
+from ..config import ConfigError
+from . import files
+from .family import OnStep
+from .sdxl import SDXL
+
+LEAST = 5  # sampler steps over the whole noise, of which the refiner takes a fifth
+
+
+class SDXLRefiner(SDXL):
+    """Any checkpoint of the architecture. Validation begins from photos, noised as far as the refiner knows, not from prompts."""
+
+    pipelines = ("StableDiffusionXLImg2ImgPipeline",)
+    kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder_2": "lora_te"}  # ComfyUI's
+    times = (0.0, 0.2)
+    refines = True
+
+    def _read_facts(self) -> None:
+        super()._read_facts()
+        if "text_encoder" in self.checkpoint.parts or not self.checkpoint.index.get("requires_aesthetics_score"):
+            raise ConfigError(
+                f"{self.said} is no refiner, which has one text encoder and takes an aesthetic score; use model=sdxl"
+            )
+
+    def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
+        """The text, and five numbers of each picture: original height and width, crop top and left, aesthetic score."""
+        numbers = [(*s.size.original, *s.size.crop, s.aesthetic_score) for s in shown]
+        return Cond(text, size=torch.tensor(numbers).float())
+
+    @torch.no_grad()
+    def generate(
+        self, text: Text, negative: Text, *, height: int, width: int, guidance_scale: float, on_step: OnStep | None = None,
+        photos: Sequence[Image.Image] = (), **options: Any,
+    ) -> list[Image.Image]:  # fmt: skip
+        first = torch.cat([self.encode_image(files.pixels(photo, height, width))[0] for photo in photos])
+        options |= self.begin(first.to(self.device, self.dtype))
+        options["num_inference_steps"] = max(options["num_inference_steps"], LEAST)
+        return super().generate(
+            text, negative, height=height, width=width, guidance_scale=guidance_scale, on_step=on_step, **options
+        )
+
+    def begin(self, image: Any) -> dict[str, Any]:
+        return {"image": image, "strength": self.times[1]}
+
+    def _unpacking(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+        return lambda latents: latents

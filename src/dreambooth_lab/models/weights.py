@@ -1,0 +1,159 @@
+"""Which files of a component are read: the weights of one variant, whole or in shards, and the small files beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from ..config import ConfigError
+
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' weight files
+SMALL = (".json", ".txt", ".model", ".jinja")  # settings and vocabularies
+LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")  # components that nothing here needs
+AUTO, HALF = "auto", "fp16"
+OTHER_KINDS = (".bin", ".pt", ".ckpt", ".msgpack", ".h5")  # weights that are never read
+
+
+class Pick(NamedTuple):
+    """What stands for a component's weights: one file, or the index of several."""
+
+    variant: str | None
+    name: str
+    sharded: bool
+
+
+class Weights(NamedTuple):
+    """A component's weights on disk."""
+
+    variant: str | None
+    files: tuple[Path, ...]  # in name order
+    table: Path | None  # which tensor is in which file, where there are several
+
+
+def named(index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Component → library and class, as a model_index.json has them; what it leaves empty and what nothing needs is absent."""
+    said = {part: said for part, said in index.items() if not part.startswith("_") and part not in LEFT_OUT}
+    return {part: said for part, said in said.items() if isinstance(said, list) and len(said) == 2 and said[0] is not None}
+
+
+def wishes(variant: str | None) -> tuple[str | None, ...]:
+    """Variants in the order in which they are looked for."""
+    return (None,) if variant is None else (HALF, None) if variant == AUTO else (variant, None)
+
+
+def pick(names: Collection[str], variant: str | None) -> Pick | None:
+    """The weights to read among a folder's names, or None: it has none such."""
+    for wish in wishes(variant):
+        dotted = f".{wish}" if wish else ""
+        for stem in STEMS:
+            both = [
+                Pick(wish, f"{stem}.safetensors.index{dotted}.json", True),
+                Pick(wish, f"{stem}{dotted}.safetensors", False),
+            ]
+            # Where a folder has both, diffusers reads the shards and transformers the file.
+            for found in both if stem == STEMS[0] else reversed(both):
+                if found.name in names:
+                    return found
+    return None
+
+
+def needed(names: Collection[str], variant: str | None) -> set[str]:
+    """The files of a component's folder to fetch: small ones, and the weights of one variant."""
+    found = pick(names, variant)
+    small = {name for name in names if name.endswith(SMALL) and ".index." not in name}
+    if found is None:
+        return small
+    if not found.sharded:
+        return small | {found.name}
+    stem, dotted = found.name.partition(".safetensors")[0], f".{found.variant}" if found.variant else ""
+    shard = re.compile(rf"{re.escape(stem)}({re.escape(dotted)}-\d+-of-\d+|-\d+-of-\d+{re.escape(dotted)})\.safetensors")
+    return small | {found.name} | {name for name in names if shard.fullmatch(name)}
+
+
+def read(folder: Path, variant: str | None, said: str) -> Weights:
+    """A component's weights, all of whose files are there and whole.
+
+    Args:
+        said: begins the message of an error: whose folder it is.
+
+    Raises:
+        ConfigError: there are none, some are missing or cut short, or they are of a kind that is never read.
+    """
+    names = [path.name for path in folder.iterdir()]
+    found = pick(names, variant)
+    if found is None:
+        raise ConfigError(f"{said} {_lacks(names, variant)}")
+    files = tuple(folder / name for name in (_shards(folder / found.name, said) if found.sharded else [found.name]))
+    for file in files:
+        _require_whole(file, said)
+    return Weights(found.variant, files, folder / found.name if found.sharded else None)
+
+
+def _lacks(names: Collection[str], variant: str | None) -> str:
+    """Why a folder's weights can't be read, and the way out."""
+    if others := sorted(has for name in names if (has := variant_of(name))):
+        value = "null" if variant is None else variant
+        return (
+            f"has only weights of the variant {' and '.join(sorted(set(others)))}, and model.variant is {value}; set it to auto"
+        )
+    if unread := sorted(name for name in names if name.endswith(OTHER_KINDS)):
+        return (
+            f"has {unread[0]} and no .safetensors; pickles can run code and are never read; save the pipeline anew by diffusers' "
+            "save_pretrained(folder, safe_serialization=True), or take a checkpoint with safetensors"
+        )
+    return "has no weight files (.safetensors); fetch the checkpoint again, or write it by save_pretrained"
+
+
+def variant_of(name: str) -> str | None:
+    """The variant that a weight file's name says, or None: it is plain, or no weight file."""
+    stems = "|".join(STEMS)
+    said = re.fullmatch(rf"(?:{stems})(?:\.(\w+)(?:-\d+-of-\d+)?|-\d+-of-\d+\.(\w+))\.safetensors", name)
+    return said and (said[1] or said[2])
+
+
+def _shards(index: Path, said: str) -> list[str]:
+    placed = read_json(index, said).get("weight_map")
+    names = sorted(set(placed.values())) if isinstance(placed, dict) and placed else []
+    if not names or not all(isinstance(name, str) and plain(name) for name in names):
+        raise ConfigError(f"{said} has {index.name} without a weight_map of plain file names; fetch the checkpoint again")
+    return names
+
+
+def plain(name: str) -> bool:
+    """Is it a name within a folder, and no path out of it?"""
+    return bool(re.fullmatch(r"[\w-][\w.-]*", name))
+
+
+def _require_whole(file: Path, said: str) -> None:
+    """Refuse a file that is absent or shorter than its header says."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        how = "lacks" if not file.is_file() else "has a damaged"
+        raise ConfigError(f"{said} {how} {file.name} ({_first_line(error)}); fetch or save the checkpoint again") from error
+
+
+def read_json(path: Path, said: str) -> dict[str, Any]:
+    """A file of settings.
+
+    Raises:
+        ConfigError: there is no such file, or it is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        how = "lacks" if not path.is_file() else "can't be read from"
+        raise ConfigError(f"{said} {how} {path.name} ({_first_line(error)}); fetch or save the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{said} has a {path.name} that is no JSON object; fetch or save the checkpoint again")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

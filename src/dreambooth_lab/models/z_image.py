@@ -1,0 +1,19 @@
+"""Z-Image (Tongyi Lab 2025): a single-stream transformer of a rectified flow, Qwen3's hidden layer for text, captions of their
+own lengths. Its clock runs backwards and its answer is negated, which the pipeline's own call undoes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from .pipeline_family import PipelineFamily
+
+
+class ZImage(PipelineFamily):
+    """Any checkpoint of the architecture."""
+
+    pipelines = ("ZImagePipeline",)
+    learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+        "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    }

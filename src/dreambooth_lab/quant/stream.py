@@ -1,0 +1,119 @@
+"""A model in fewer bits straight from its files: each layer is quantised as soon as its tensors are read, so that the
+full-precision model is never whole, neither in memory nor on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .base import Backend
+
+MAPPED = 256 * 2**20  # bytes read until a file is opened anew: what was read of a mapped file counts as memory until then
+
+
+class Places:
+    """Where a model without weights wants which tensor.
+
+    Args:
+        model: parameters on the meta device, in the dtypes that they are to have; buffers that no file holds are real.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.wanted = model, model.state_dict(keep_vars=True)
+        self.tied: dict[int, list[str]] = {}  # names of one tensor, of which a file holds at least one
+        for name, tensor in self.wanted.items():
+            self.tied.setdefault(id(tensor), []).append(name)
+
+    def fit(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Do files of these tensors hold this model, each tensor under its own name?"""
+        same = all(name in self.wanted and tuple(shape) == tuple(self.wanted[name].shape) for name, shape in shapes.items())
+        return same and all(any(name in shapes for name in names) for names in self.tied.values())
+
+    def put(self, name: str, tensor: Tensor, device: torch.device) -> list[str]:
+        """Place a tensor, and under all the names that are tied to it; returns them."""
+        wanted = self.wanted[name]
+        placed = tensor.to(device, wanted.dtype, copy=True)  # a mapped tensor is not aligned
+        if isinstance(wanted, nn.Parameter):
+            placed = nn.Parameter(placed, requires_grad=False)
+        for each in self.tied[id(wanted)]:
+            module, own = _owner(self.model, each)
+            kind = module._parameters if own in module._parameters else module._buffers
+            kind[own] = placed
+        return self.tied[id(wanted)]
+
+
+def read(
+    model: nn.Module, files: Sequence[Path], device: torch.device, layers: Sequence[str], library: Backend
+) -> nn.Module | None:
+    """The model with its weights, some layers quantised; None: the files don't hold it under its own names.
+
+    Args:
+        model: its skeleton, see `Places`.
+        files: safetensors that hold it together.
+        layers: linear ones to quantise.
+    """
+    places = Places(model)
+    if not places.fit(_shapes(files)):
+        return None
+    lacking = {layer: set(dict(model.get_submodule(layer).named_parameters(recurse=False))) for layer in layers}
+    done: set[str] = set()
+    for name, tensor in _tensors(files):
+        if name in done:  # tied to one that came before
+            continue
+        done.update(placed := places.put(name, tensor, device))
+        for layer, _, own in (each.rpartition(".") for each in placed):
+            if own in lacking.get(layer, ()):
+                lacking[layer].remove(own)
+                if not lacking[layer]:
+                    _quantise(model, layer, library)
+    _move_rest(model, device)
+    return model
+
+
+def _quantise(model: nn.Module, name: str, library: Backend) -> None:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    model.set_submodule(name, library.quantise(layer))
+
+
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    """Buffers that no file holds."""
+    for module in model.modules():
+        for own, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[own] = buffer.to(device)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    where, _, own = name.rpartition(".")
+    return model.get_submodule(where), own
+
+
+def _shapes(files: Sequence[Path]) -> dict[str, Sequence[int]]:
+    shapes: dict[str, Sequence[int]] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, in the order of the files' bytes."""
+    for path in files:
+        with safe_open(path, "pt") as file:
+            names = list(file.offset_keys())
+        while names:
+            size = 0
+            with safe_open(path, "pt") as file:
+                while names and size < MAPPED:
+                    name = names.pop(0)
+                    tensor = file.get_tensor(name)
+                    size += tensor.nbytes
+                    yield name, tensor
+                    del tensor

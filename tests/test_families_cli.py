@@ -1,0 +1,112 @@
+"""Every family from the command line: teacher, masks, rollout, EMA, validation and eval loss together, killed once and
+resumed to the same bits, then drawn from by tools.generate. Minutes, so slow; one of them is in every run of the tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+import tiny_families
+from dreambooth_lab.runfolder import RunFolder
+from test_cli import assert_same, call, kill_at
+
+CONF = {"sd35": "sd35_large", "pixart": "diffusers", "sana": "diffusers", "lumina2": "diffusers"}
+BEGIN = ("sdxl_refiner", "deepfloyd_2")  # models that draw from a picture
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.PIPELINES if name != "flux"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Photos with masks, class pictures, held-out pictures."""
+    root = tmp_path_factory.mktemp("pictures")
+    tiny.save_photos(root / "photos", [(80, 80), (90, 90), (60, 120)])
+    tiny.save_photos(root / "class", [(80, 80), (120, 60)], seed=1)
+    tiny.save_photos(root / "held", [(80, 80), (60, 120)], seed=5)
+    (root / "masks").mkdir()
+    for photo in (root / "photos").glob("*.png"):
+        mask = np.zeros(Image.open(photo).size[::-1], np.uint8)
+        mask[mask.shape[0] // 4 :, mask.shape[1] // 4 :] = 255
+        Image.fromarray(mask).save(root / "masks" / photo.name)
+    return root
+
+
+def words(name, folder, pictures, cache):
+    """A run with everything on."""
+    return [
+        f"model={CONF.get(name, name)}",
+        f"model.pretrained={folder}",
+        "model.dtype=float32",
+        "model.encoder_dtype=float32",
+        "model.tae=null",
+        "model.resolution=64",
+        "dataset=masked",
+        f"dataset.path={pictures}/photos",
+        f"dataset.mask_path={pictures}/masks",
+        'dataset.instance_prompt="a photo of sks dog"',
+        'dataset.class_prompt="a photo of dog"',
+        "dataset.batch_size=2",
+        "prior=teacher",
+        f"prior.path={pictures}/class",
+        "adapter.rank=4",
+        "adapter.dropout=0.1",
+        "trainer.max_steps=20",
+        "trainer.accelerator=cpu",
+        "trainer.progress=false",
+        "checkpoint.every_n_steps=5",
+        "optimizer.lr=1e-3",
+        "validation.num_images=1",
+        "validation.num_inference_steps=2",
+        "validation.every_n_steps=10",
+        "ema.enabled=true",
+        "logger=none",
+        f"cache={cache}",
+        "rollout.enabled=true",
+        "rollout.ramp_steps=0",
+        "rollout.probability=0.5",
+        f"eval.path={pictures}/held",
+        "eval.every_n_steps=10",
+        "eval.timesteps=4",
+        *(["model.options.first_stage=null"] if name == "deepfloyd_2" else []),
+    ]
+
+
+@pytest.mark.parametrize("name", ["flux", *SLOW])
+def test_a_family_trains_is_killed_resumes_and_draws(name, pictures, tmp_path):
+    said = words(name, tiny_families.save(name, tmp_path / "model"), pictures, tmp_path / "cache")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    done = call(*said, cwd=whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kill_at(7, said, broken)
+    (run,) = broken.glob("runs/*")
+    resumed = call(f"resume={run.relative_to(broken)}", cwd=broken)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    ours, theirs = RunFolder(run), RunFolder(next(whole.glob("runs/*")))
+    assert ours.metrics.read_text() == theirs.metrics.read_text()
+    a, b = (torch.load(folder.newest()[0], weights_only=True) for folder in (ours, theirs))
+    assert a["global_step"] == b["global_step"] == 20
+    assert_same(a["state_dict"], b["state_dict"])
+    assert any(value.abs().sum() > 0 for key, value in a["state_dict"].items() if "lora_B" in key), "something was learned"
+    draw(run, pictures, tmp_path, name)
+
+
+def draw(run, pictures, tmp_path, name):
+    """Pictures from the export, at strengths 0 and 1."""
+    size = {"sana": 128, "deepfloyd_2": 64}.get(name, 64)
+    begin = [f"image={pictures}/photos/00.png"] if name in BEGIN else []
+    asked = [f"run={run}", "prompt=a photo of sks dog", "seeds=1", "strengths=[0,1]", "steps=10", f"resolution={size}", *begin]
+    made = subprocess.run(
+        [sys.executable, "-m", "dreambooth_lab.tools.generate", *asked, f"out={tmp_path}/out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    base, trained = (np.asarray(Image.open(tmp_path / "out" / f"{row:02d}_00.png").convert("RGB")).astype(int) for row in (0, 1))
+    assert base.shape == trained.shape and np.abs(base - trained).max() > 0, "the export changes what is drawn"
