@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from math import exp
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ import torch
 
 from ..config import ConfigError
 from ..diffusion.path import Path, Prediction, RectifiedFlow, VariancePreserving
+
+log = logging.getLogger(__name__)
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 FEW_STEPS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")  # of distilled models
@@ -40,6 +43,8 @@ def read(config: Mapping[str, Any], said: str) -> Schedule:
     """
     name = str(config.get("_class_name"))
     prediction = config.get("prediction_type", "epsilon")
+    if name in FEW_STEPS:
+        log.warning("%s has a %s: it is distilled to a few steps, which training on the whole path slowly undoes", said, name)
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction":
         return _flow(config)
     if "beta_schedule" not in config and "trained_betas" not in config:

@@ -1,0 +1,82 @@
+"""From a scheduler's settings to a path: what is right, and what is refused by name."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.diffusion.path import Prediction
+from dreambooth_lab.models import latents, schedule
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def config(kind, **settings):
+    return {"_class_name": kind.__name__, **kind(**settings).config}
+
+
+@pytest.mark.parametrize(
+    "kind", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+)
+def test_betas_are_the_schedulers_own(kind):
+    scheduler = getattr(diffusers, kind)
+    found = schedule.read(config(scheduler, **BETAS), "x")
+    assert_close(found.path.alphas_cumprod[:-1].float(), scheduler(**BETAS).alphas_cumprod.float())
+    assert found.shift == 1.0 and found.dynamic is None
+
+
+def test_zero_terminal_snr_is_read_and_the_top_lies_below_it():
+    settings = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path = schedule.read(config(diffusers.DDIMScheduler, **settings), "x").path
+    alpha, sigma = path.exact_scales(torch.tensor([0.9999, path.top]))
+    assert alpha[0] == 0 and sigma[0] == 1 and alpha[1] > 0 and path.prediction is Prediction.v_prediction
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (config(diffusers.EDMEulerScheduler), "EDMEulerScheduler, which has no betas of its own"),
+        (config(diffusers.EDMDPMSolverMultistepScheduler), "no betas of its own"),
+        (config(diffusers.DDPMScheduler, **BETAS, prediction_type="sample"), "prediction_type 'sample'"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "secret"}, "beta_schedule 'secret'"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused_by_name(said, why):
+    with pytest.raises(ConfigError, match=f"x has .*{why}|x has a {why}"):
+        schedule.read(said, "x")
+
+
+def test_a_distilled_model_says_what_to_expect(caplog):
+    schedule.read(config(diffusers.LCMScheduler, **BETAS), "x")
+    assert "distilled" in caplog.text
+
+
+def test_flow_shifts_are_static_or_by_size():
+    static = schedule.read(config(diffusers.FlowMatchEulerDiscreteScheduler, shift=3.0), "x")
+    assert static.path.straight and static.shift_of(None) == 3.0 == static.shift_of(0.7)
+    dynamic = schedule.read(config(diffusers.FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True), "x")
+    assert dynamic.shift_of(1.15) == pytest.approx(torch.tensor(1.15).exp().item())
+    solver = config(
+        diffusers.DPMSolverMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    assert schedule.read(solver, "x").path.straight and schedule.read(solver, "x").shift == 3.0
+
+
+def test_latents_take_every_number_of_a_vaes_settings():
+    torch.manual_seed(0)
+    said = {
+        "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+        "latents_mean": [1.0, -1.0, 0.0, 2.0],
+        "latents_std": [2.0, 1.0, 0.5, 4.0],
+    }
+    rule = latents.Latents({"latent_channels": 4, "block_out_channels": [8] * 4, **said})
+    x = torch.randn(2, 4, 3, 5)
+    z = (x - rule.offset) * rule.scale
+    mean, std = (torch.tensor(said[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    assert_close(z, (x - 0.25 - mean) * 0.5 / std)
+    with pytest.raises(ConfigError, match="x has a Strange, whose latents are not understood here; known: AutoencoderKL"):
+        latents.rule({"_class_name": "Strange"}, "x")
