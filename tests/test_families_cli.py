@@ -1,5 +1,5 @@
 """Every family from the command line: teacher, masks, rollout, EMA, validation and eval loss together, killed once and
-resumed to the same bits, then drawn from by tools.generate. Minutes, so slow; one of them is in every run of the tests."""
+resumed to the same bits, then drawn from by tools.generate. Minutes, so slow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_cli import assert_same, call, kill_at
 
 CONF = {"sd35": "sd35_large", "pixart": "diffusers", "sana": "diffusers", "lumina2": "diffusers"}
 BEGIN = ("sdxl_refiner", "deepfloyd_2")  # models that draw from a picture
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.PIPELINES if name != "flux"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.PIPELINES]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def words(name, folder, pictures, cache):
     ]
 
 
-@pytest.mark.parametrize("name", ["flux", *SLOW])
+@pytest.mark.parametrize("name", SLOW)
 def test_a_family_trains_is_killed_resumes_and_draws(name, pictures, tmp_path):
     said = words(name, tiny_families.save(name, tmp_path / "model"), pictures, tmp_path / "cache")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

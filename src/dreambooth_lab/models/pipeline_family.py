@@ -148,7 +148,8 @@ class PipelineFamily(Family):
     @cached_property
     def asked(self) -> Asked:
         """The pipeline's own call; it has no weights but those put in."""
-        return Asked(shell.build(self.checkpoint, self.pipeline_class, self.dtype))
+        with torch.random.fork_rng(devices=[]):  # networks are initialised here, which must not move the step's own draws
+            return Asked(shell.build(self.checkpoint, self.pipeline_class, self.dtype))
 
     def check_device(self) -> None:
         kernels.require(self.attention, self.compiles, self.device, self.dtype)
