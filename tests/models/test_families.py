@@ -338,3 +338,16 @@ def test_time_shifts_are_the_models_own_for_a_size(folders):
     assert flux.shift(128, 128) == pytest.approx(torch.tensor(1.15).exp().item())
     assert 1 < flux.shift(16, 16) < flux.shift(64, 64) < flux.shift(128, 128)
     assert load(folders, "flux_schnell").shift(64, 64) == 1.0
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2_klein", "z_image", "qwen_image", "sana", "sd15"])
+def test_asking_a_pipeline_draws_nothing(name, folders):
+    """A step's adapter dropout is torch's own generator's: a resumed run asks for the first time in another step."""
+    family = load(folders, name)
+    x, t, cond = told(family, [CAPTION])
+    family.__dict__.pop("asked"), family.shifts.clear()
+    assert family.denoiser is not None
+    before = torch.random.get_rng_state()
+    family.shift(*x.shape[2:])
+    family.denoise(x, t, cond)
+    assert torch.equal(torch.random.get_rng_state(), before)

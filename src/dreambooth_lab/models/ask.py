@@ -93,7 +93,8 @@ class Asked:
 
     def shift(self, **call: Any) -> float | None:
         """The μ that the call tells its scheduler for a size of picture; None if it tells none."""
-        with self._without_text(), self._scheduled(None):
+        first = self._started_from(lambda shape, _: torch.zeros(shape))  # noise would move the generator of the step that asks
+        with first, self._without_text(), self._scheduled(None):
             return self.run(call | {"prompt": [""]})
 
     def answer(self, x_t: Tensor, native: Tensor, **call: Any) -> Tensor:
