@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow check format notebooks clean
+.PHONY: help install demo test slow check format notebooks docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -13,6 +13,8 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet 'torch==2.13.*'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# CLIP's vocabulary, which tests read; what else the package needs is not needed.
+	$(BIN)/python -m pip install --quiet --no-deps 'open_clip_torch==3.*'
 	touch $@
 
 install: $(VENV)/.installed  ## a virtual environment with everything in it
@@ -41,8 +43,14 @@ format: install  ## put the code in its style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebooks: install  ## execute the notebooks
-	$(BIN)/python -m pytest tests/test_notebooks.py
+notebooks: install  ## execute the notebooks, in small and at their own sizes: about ten minutes
+	$(BIN)/python -m pytest -n 0 tests/test_notebooks.py -m 'slow or not slow'
+
+docs: install  ## the documentation's site in build/site, its links checked; needs no network
+	$(BIN)/python docs/build.py
+
+wheel: install  ## dist/*.whl, which runs without this checkout, and the source archive
+	$(BIN)/python -m hatchling build -t sdist -t wheel
 
 clean:  ## remove what the tools made; runs and caches stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,15 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.save_sdxl(tmp_path_factory.mktemp("tiny-sdxl"))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a tiny family → its checkpoint's folder, made when first asked for."""
+    import tiny_families
+
+    root = tmp_path_factory.mktemp("families")
+    return cache(lambda name: tiny_families.save(name, root / name))
 
 
 @pytest.fixture(scope="session")

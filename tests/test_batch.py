@@ -20,10 +20,10 @@ def same(a, b):
 
 def test_taking_rows_is_indexing_every_tensor():
     whole = text(4, 3)
-    some = whole.take(torch.tensor([2, 0]))
+    some = whole.select(torch.tensor([2, 0]))
     assert type(some) is Text and some.rows == 2
     assert all(torch.equal(some[name], whole[name][[2, 0]]) for name in whole)
-    assert whole.take(torch.tensor([], dtype=torch.long)).rows == 0
+    assert whole.select(torch.tensor([], dtype=torch.long)).rows == 0
 
 
 def test_one_row_is_repeated():
@@ -34,17 +34,17 @@ def test_one_row_is_repeated():
 def test_what_is_put_is_taken_back_and_the_rest_stays():
     whole, other = Cond(text(4, 3), size=torch.arange(4.0)[:, None]), text(2, 3, start=100)
     rows = torch.tensor([3, 1])
-    made = whole.put(rows, other)
+    made = whole.replace_rows(rows, other)
     assert type(made) is Cond and torch.equal(made["size"], whole["size"]), "names that the other lacks"
-    assert all(torch.equal(made.take(rows)[name], other[name]) for name in other)
+    assert all(torch.equal(made.select(rows)[name], other[name]) for name in other)
     rest = torch.tensor([0, 2])
-    assert same(made.take(rest), whole.take(rest))
+    assert same(made.select(rest), whole.select(rest))
     assert torch.equal(whole["states"], text(4, 3)["states"]), "the record itself is as it was"
 
 
 def test_records_of_one_shape_are_stacked_as_they_are():
     made = Text.stack([text(1, 3), text(2, 3, start=50)])
-    assert made.rows == 3 and same(made.take(torch.tensor([1, 2])), text(2, 3, start=50))
+    assert made.rows == 3 and same(made.select(torch.tensor([1, 2])), text(2, 3, start=50))
 
 
 @pytest.mark.parametrize("kind", [torch.long, torch.int32, torch.bool, torch.float32])
@@ -55,13 +55,13 @@ def test_shorter_captions_are_padded_with_zeros_that_their_masks_leave_out(kind)
     assert made["states"].shape == (3, 5, 2) and made["mask"].dtype is kind and made["states"].dtype is torch.float32
     assert made["mask"].long().tolist() == [[1, 1, 0, 0, 0], [1] * 5, [1] * 5]
     assert torch.equal(made["states"][0, :2], short["states"][0]) and made["states"][0, 2:].abs().max() == 0
-    assert same(made.take(torch.tensor([1, 2])), long)
+    assert same(made.select(torch.tensor([1, 2])), long)
 
 
 @pytest.mark.parametrize(("there", "new"), [(5, 2), (2, 5)])
 def test_shorter_and_longer_texts_are_put_with_their_masks(there, new):
     whole, other = text(3, there), text(1, new, start=70)
-    made = whole.put(torch.tensor([1]), other)
+    made = whole.replace_rows(torch.tensor([1]), other)
     assert made["states"].shape == (3, 5, 2) and made["mask"].dtype is torch.long
     assert made["mask"].sum(1).tolist() == [there, new, there]
     assert torch.equal(made["states"][1, :new], other["states"][0]) and made["states"][1, new:].abs().sum() == 0
@@ -76,5 +76,5 @@ def test_padding_is_at_the_end_of_every_dimension_but_the_first():
 def test_gradients_flow_into_what_is_put():
     learned = text(1, 2)
     learned["states"].requires_grad_()
-    text(3, 2).put(torch.tensor([1]), learned)["states"].sum().backward()
+    text(3, 2).replace_rows(torch.tensor([1]), learned)["states"].sum().backward()
     assert torch.equal(learned["states"].grad, torch.ones(1, 2, 2))

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import tiny
-from dreambooth_lab import lab
+from commands import assert_same, call, kill_at
+from dreambooth_lab import lab, sweep
 from dreambooth_lab.runfolder import RunFolder
 
 
 def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "dreambooth_lab", *words]
-
-
-def call(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words), capture_output=True, text=True, cwd=cwd, timeout=300)
-
-
-def kill_at(step: int, words: list[str], cwd: Path) -> None:
-    """Start a run and SIGKILL it as soon as its log shows `step`."""
-    process = subprocess.Popen(command(*words), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
-    while True:
-        started = [RunFolder(path) for path in cwd.glob("runs/*")]
-        if started and any(line[0] >= step for line in started[0].read_metrics()):
-            break
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 ROLLOUT = ["rollout.enabled=true", "rollout.sampler=unipc", "rollout.ramp_steps=20", "rollout.ramp_shape=cosine",
@@ -47,13 +25,15 @@ BANK = ["prior=bank", "prior.path=null", "prior.source=generated", "prior.genera
         "prior.generated.num_inference_steps=2"]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [[], ROLLOUT, BANK], ids=["plain", "rollout", "bank"])
+@pytest.mark.parametrize(
+    "more", [[], *(pytest.param(words, marks=pytest.mark.slow) for words in (ROLLOUT, BANK))], ids=["plain", "rollout", "bank"]
+)
 def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, more):
     """Dropout, accumulation, clipping, cosine, EMA, validation: killed between checkpoints, in mid-accumulation."""
     words = [
-        *small, "adapter.dropout=0.3", "trainer.accumulate_grad_batches=2", "optimizer.schedule=cosine", "trainer.max_steps=40",
-        "checkpoint.every_n_steps=3", "validation.every_n_steps=10", "dataset.flip=true", "dataset.caption_dropout=0.2",
-        f"eval.path={tiny.save_photos(tmp_path / 'held', [(80, 80)], seed=7)}", "eval.every_n_steps=5", "eval.timesteps=2",
+        *small, "adapter.dropout=0.3", "trainer.accumulate_grad_batches=2", "optimizer.schedule=cosine", "trainer.max_steps=24",
+        "checkpoint.every_n_steps=3", "validation.every_n_steps=8", "dataset.flip=true", "dataset.caption_dropout=0.2",
+        f"eval.path={tiny.save_photos(tmp_path / 'held', [(80, 80)], seed=7)}", "eval.every_n_steps=6", "eval.timesteps=2",
         "checkpoint.monitor=eval/loss", *more,
     ]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -62,29 +42,20 @@ def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, more):
     assert done.returncode == 0, done.stderr
     kill_at(8, words, broken)
     (run,) = broken.glob("runs/*")
-    assert RunFolder(run).newest()[1] < 40, "it was killed in time"
+    assert RunFolder(run).newest()[1] < 24, "it was killed in time"
     resumed = call(f"resume={run.relative_to(broken)}", cwd=broken)
     assert resumed.returncode == 0, resumed.stderr
     assert list(broken.glob("runs/*")) == [run], "a resumed run stays in its folder"
     ours, theirs = RunFolder(run), RunFolder(next(whole.glob("runs/*")))
     assert ours.metrics.read_text() == theirs.metrics.read_text()
     a, b = (torch.load(f.newest()[0], weights_only=True) for f in (ours, theirs))
-    assert a["global_step"] == b["global_step"] == 40
+    assert a["global_step"] == b["global_step"] == 24
     assert_same(a["state_dict"], b["state_dict"])
     assert_same(a["callbacks"]["Ema"]["shadow"], b["callbacks"]["Ema"]["shadow"])
     assert_same(a["optimizer_states"][0]["state"], b["optimizer_states"][0]["state"])
     assert (run / "eval.csv").read_text() == (theirs.root / "eval.csv").read_text() and ours.best()[1] == theirs.best()[1]
-    for step, grid in lab.load(run).pictures.items():
-        assert grid.read_bytes() == lab.load(theirs.root).pictures[step].read_bytes()
-
-
-def assert_same(a, b) -> None:
-    assert a.keys() == b.keys() and a
-    for key in a:
-        if isinstance(a[key], dict):
-            assert_same(a[key], b[key])
-        else:
-            assert torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])), key
+    for step, grid in lab.load(run).images.items():
+        assert grid.read_bytes() == lab.load(theirs.root).images[step].read_bytes()
 
 
 def test_the_command_of_the_first_page_runs_from_end_to_end(tiny_sdxl, tmp_path):
@@ -93,30 +64,32 @@ def test_the_command_of_the_first_page_runs_from_end_to_end(tiny_sdxl, tmp_path)
              "validation.num_inference_steps=2", "validation.num_images=1"]  # fmt: skip
     done = call("model=sdxl", "quant=int8", "rollout.enabled=true", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (run,) = lab.runs(tmp_path / "runs")
+    (run,) = map(lab.load, lab.runs(tmp_path / "runs").index)
     text = " ".join(run.folder.preflight.read_text().replace("│", " ").split())
     assert "unet in int8" in text and "1 to 4 strides" in text and run.steps == 4
-    assert sorted(run.pictures) == [0, 4] and run.folder.report.is_file()
+    assert sorted(run.images) == [0, 4] and run.folder.report.is_file()
     files = {path.name for path in run.folder.export.rglob("*")}
-    assert {"pytorch_lora_weights.safetensors", "kohya.safetensors", "adapter_config.json", "README.md"} <= files
+    assert {"pytorch_lora_weights.safetensors", "dreambooth.safetensors", "README.md"} <= files
     pipeline = run.pipeline()
     assert pipeline.get_active_adapters() == ["default_0"]
 
 
+@pytest.mark.slow
 def test_a_run_can_be_made_longer(small, tmp_path):
     quick = [*small, "validation.every_n_steps=0"]
-    assert call(*quick, "trainer.max_steps=4", "name=short", cwd=tmp_path).returncode == 0
-    assert call(*quick, "trainer.max_steps=9", "name=long", cwd=tmp_path).returncode == 0
+    for words in ([*quick, "trainer.max_steps=4", "name=short"], [*quick, "trainer.max_steps=9", "name=long"]):
+        assert call(*words, cwd=tmp_path).returncode == 0
     short, long = (next(tmp_path.glob(f"runs/*_{name}")) for name in ("short", "long"))
     assert call(f"resume={short}", "trainer.max_steps=9", cwd=tmp_path).returncode == 0
     assert RunFolder(short).metrics.read_text() == RunFolder(long).metrics.read_text()
 
 
+@pytest.mark.slow
 def test_multirun_over_prompts_leaves_two_whole_runs(small, tmp_path):
     sweep = 'dataset.instance_prompt="a photo of sks dog","a photo of zwx dog"'
     done = call("-m", *[w for w in small if "instance_prompt" not in w], sweep, "trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    runs = lab.runs(tmp_path / "runs")
+    runs = [lab.load(path) for path in lab.runs(tmp_path / "runs").index]
     assert [r.config.dataset.instance_prompt for r in runs] == ["a photo of sks dog", "a photo of zwx dog"]
     assert all(r.steps == 2 and r.folder.report.is_file() and (r.folder.export / "pytorch_lora_weights.safetensors").is_file()
                for r in runs)  # fmt: skip
@@ -135,16 +108,23 @@ def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
         "validation.every_n_steps=0",
         cwd=tmp_path,
     )
-    assert done.returncode != 0 and "has no usable picture" in done.stderr
-    (run,) = lab.runs(tmp_path / "runs")
+    assert done.returncode == 1 and "has no usable picture" in done.stderr and "Traceback" not in done.stderr
+    (run,) = map(lab.load, lab.runs(tmp_path / "runs").index)
     assert run.steps == 1
+    (folder,) = tmp_path.glob("runs/*")
+    assert [job.state for _, job in sweep.jobs(folder)] == ["failed", "done"]
+    assert "has no usable picture" in (folder / sweep.PAGE).read_text()
+    assert json.loads((folder / sweep.KEYS).read_text()) == ["dataset.path"]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["model=sdxl", "quant=int8", "adapter=full", "dataset.path=."], "needs the weights themselves"),
-        (["dataset.path=.", "model.pretrained=nobody/nothing"], "model.pretrained is 'nobody/nothing'"),
+        (
+            ["dataset.path=.", "dataset.instance_prompt=a dog", "model.pretrained=nobody/nothing"],
+            "model.pretrained is 'nobody/nothing'",
+        ),
         (["resume=."], "is not a run folder"),
     ],
 )
@@ -154,6 +134,7 @@ def test_refusals_are_short_and_leave_nothing(words, said, tmp_path):
     assert not list(tmp_path.glob("runs/*"))
 
 
+@pytest.mark.slow
 def test_real_photos_at_two_resolutions(real_photos, small, tmp_path):
     photos = [w for w in small if not w.startswith(("dataset.path", "prior.path"))]
     words = [*photos, f"dataset.path={real_photos / 'dog'}", f"prior.path={real_photos / 'dog2'}",

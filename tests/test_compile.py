@@ -29,7 +29,7 @@ def test_compiled_blocks_train_alike(words, small, tmp_path):
     words = [*small, *words, "trainer.max_steps=3", "optimizer.lr=1e-3"]
     run(lab.compose(*words), tmp_path / "plain")
     run(lab.compose(*words, "model.compile=true"), tmp_path / "compiled")
-    plain, compiled = (dict(lab.load(tmp_path / name).metrics["train/loss"]) for name in ("plain", "compiled"))
+    plain, compiled = (dict(lab.load(tmp_path / name).series["train/loss"]) for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys() and len(plain) == 3
     for step, loss in plain.items():
         assert compiled[step] == pytest.approx(loss, rel=1e-4)

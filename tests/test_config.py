@@ -1,17 +1,27 @@
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import is_dataclass
+from math import isfinite
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, anchor, check, conf_dir
+from dreambooth_lab.config import Config, ConfigError, check, conf_dir, ranges, resolve_paths
+from dreambooth_lab.config.ranges import RANGES
+from dreambooth_lab.config.reader import Reader
+
+PROMPT = "dataset.instance_prompt=a photo of sks dog"
 
 
 def problems(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        check(lab.compose("model=sdxl", "dataset=folder", *overrides))
+        check(lab.compose("model=sdxl", "dataset=folder", PROMPT, *overrides))
     return str(caught.value)
 
 
@@ -33,18 +43,41 @@ def test_every_option_of_every_group_fits_the_schema(path):
 
 
 def test_a_good_config_passes(photos):
-    check(lab.compose("model=sdxl", f"dataset.path={photos}"))
+    check(lab.compose("model=sdxl", f"dataset.path={photos}", PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ([], "'dataset.instance_prompt=a photo of ohwx dog'"),
+        (["dataset.class_prompt=a photo of a red cat"], "'dataset.instance_prompt=a photo of a red ohwx cat'"),
+        (["dataset.caption=textfile", "dataset.prepend_instance_prompt=true"], "'dataset.instance_prompt=a photo of ohwx dog'"),
+    ],
+)
+def test_a_prompt_is_asked_for_with_the_line_to_add_and_never_invented(photos, more, line):
+    words = ["model=sdxl", f"dataset.path={photos}", *more]
+    with pytest.raises(ConfigError) as caught:
+        check(lab.compose(*words))
+    assert str(caught.value).startswith("1 problem(s)") and f"add {line}" in str(caught.value)
+    check(lab.compose(*words, line.strip("'")))
+
+
+def test_photos_that_have_captions_need_no_prompt(photos):
+    own = [f"dataset.path={photos}", "dataset.caption=textfile"]
+    check(lab.compose(*own, "validation.prompts=[a dog, a cat]"))
+    with pytest.raises(ConfigError, match=r"validation\.prompts is empty"):
+        check(lab.compose(*own))
 
 
 def test_all_problems_come_at_once():
     text = problems(
-        "rollout.grid=0",
+        "rollout.num_steps=0",
         "+dataset.bathc_size=2",
         "adapter.rank=0",
         "adapter.alpha=1",
         "prior=teacher",
     )
-    for said in ("dataset.path has no value", "rollout.grid is 0", "did you mean dataset.batch_size",
+    for said in ("dataset.path has no value", "rollout.num_steps is 0", "did you mean dataset.batch_size",
                  "adapter.rank is 0; it must be at least 1", "prior.path is null", "prior.prompt is empty"):  # fmt: skip
         assert said in text
     assert text.startswith("6 problem(s)")
@@ -52,7 +85,7 @@ def test_all_problems_come_at_once():
 
 def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
     monkeypatch.chdir(photos.parent)
-    cfg = anchor(lab.compose(f"dataset.path={photos.name}", "model.pretrained=owner/name", "cache=new"))
+    cfg = resolve_paths(lab.compose(f"dataset.path={photos.name}", "model.pretrained=owner/name", "cache=new"))
     assert cfg.dataset.path == str(photos) and cfg.cache == str(photos.parent / "new")
     assert cfg.model.pretrained == "owner/name" and cfg.prior.path is None
 
@@ -65,7 +98,7 @@ def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
         ("dataset.resolutions=[]", "dataset.resolutions is []"),
         ("dataset.crop_variants=3", "use dataset.crop=random"),
         ("dataset.crop_aspect=closest", "dataset.crop_aspects is empty"),
-        ("dataset.crop_aspects=[0]", "each is width / height"),
+        ("dataset.crop_aspects=[0]", "dataset.crop_aspects is 0"),
         ("dataset.crop_aspects=[0.5,1]", "which dataset.crop_aspect=preserve does not read"),
         ("dataset.caption_column=text", "captions are no column"),
         ("dataset.prepend_instance_prompt=true", "the instance prompt is the whole caption"),
@@ -87,14 +120,37 @@ def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
         ("+model.foo=1", "model.foo is not a key"),
         ("++typo=1", "typo is not a key"),
         ("seed=-1", "seed is -1"),
-        ("rollout.grid=nativ", "rollout.grid is 'nativ'; it must be a number of inference steps, at least 1, or native"),
-        ("objective.shift=0", "objective.shift is 0; it must be a number above 0, or model (as the model was trained)"),
-        ("objective.shift=none", "objective.shift is 'none'; it must be a number above 0, or model"),
-        ("rollout.shift=-1", "rollout.shift is -1; it must be a number above 0, or model"),
+        (
+            "rollout.num_steps=nativ",
+            "rollout.num_steps is 'nativ'; it must be a whole number, at least 1, at most 10000, or native",
+        ),
+        (
+            "objective.shift=0",
+            "objective.shift is 0; it must be at least 0.001, at most 1000, or model (as the model was trained)",
+        ),
+        ("objective.shift=none", "objective.shift is 'none'; it must be a number, at least 0.001, at most 1000, or model"),
+        ("rollout.shift=-1", "rollout.shift is -1; it must be at least 0.001, at most 1000, or model"),
         ("rollout.probability=1.5", "rollout.probability is 1.5; it must be between 0 and 1"),
-        ("objective.low=1", "objective.low is 1 and objective.high 1"),
+        ("objective.min_time=1", "objective.min_time is 1 and objective.max_time 1"),
         ("objective.gamma=0", "objective.gamma is 0"),
         ("mask.drop_probability=2", "mask.drop_probability is 2"),
+        ("rollout.num_steps=true", "rollout.num_steps is True"),
+        ("rollout.num_steps=2.5", "rollout.num_steps is 2.5; it must be a whole number"),
+        ("optimizer.lr=inf", "optimizer.lr is inf; it must be at least"),
+        ("optimizer.lr=nan", "optimizer.lr is nan"),
+        ("optimizer.options={eps: inf}", "optimizer.options.eps is inf; it must be a finite number"),
+        ("adapter.blocks=[{match: a, rank: 0, lr_ratio: 1}]", "adapter.blocks.rank is 0"),
+        ("adapter.blocks=[{match: a, rank: 1, lr_ratio: -1}]", "adapter.blocks.lr_ratio is -1"),
+        ("dataset.resolutions=[64,nan]", "dataset.resolutions is nan"),
+        ("prior.generated.count=1000000000000", "prior.generated.count is 1000000000000"),
+        ("trainer.accelerator=banana", "trainer.accelerator is 'banana'; it must be auto, cpu, gpu, cuda or mps"),
+        ("trainer.accelerator=xpu", "trainer.accelerator is 'xpu', on which nothing here has been run"),
+        ("adapter.blocks=[{match: a}]", "which lacks adapter.blocks[0].lr_ratio, adapter.blocks[0].rank"),
+        ("dataset.resolutions=${seed}", "dataset.resolutions is '${seed}', which can't be used"),
+        ("dataset.batch_size=${name}", "dataset.batch_size is '${name}', which can't be used"),
+        ("optimizer.lr=${resume}", "optimizer.lr is '${resume}', which can't be used"),
+        ("dataset.instance_prompt='a ${x} dog'", "a plain ${ in a text is written"),
+        ("dataset.path='${.path}'", "which can't be used: Recursive"),
     ],
 )
 def test_bad_values_are_refused_with_their_key(override, said):
@@ -102,7 +158,7 @@ def test_bad_values_are_refused_with_their_key(override, said):
 
 
 def test_prompts_that_no_caption_takes_up_are_refused():
-    words = ["dataset.path=.", "dataset.prompts=[a,b]", "dataset.caption=filename"]
+    words = ["dataset.path=.", "dataset.prompts=[a,b]", "dataset.caption=filename", "validation.prompts=[a]"]
     assert "dataset.caption=filename reads none" in problems(*words)
     check(lab.compose("model=sdxl", "dataset=folder", *words, "dataset.prepend_instance_prompt=true"))
 
@@ -138,3 +194,46 @@ def test_help_is_instant_and_loads_no_torch():
     assert "sdxl_refiner" in done.stdout and "dataset.path=PHOTOS" in done.stdout
     assert done.stdout.strip().endswith("NONE")
     assert time.monotonic() - start < 20  # hangs only; the time itself is in the README
+
+
+def numeric_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema that may hold a number, those in lists and in records of lists included."""
+    for name, kind in get_type_hints(schema).items():
+        inside = [each for each in (kind, *get_args(kind)) if each is not type(None)]
+        if record := next((each for each in inside if is_dataclass(each)), None):
+            yield from numeric_keys(record, f"{prefix}{name}.")
+        elif get_origin(kind) is not dict and any(each in (int, float, Any) for each in inside):
+            yield prefix + name
+
+
+def test_every_number_of_the_schema_has_a_range():
+    keys = set(numeric_keys())
+    assert keys == set(RANGES) and len(keys) > 80
+    assert all(isfinite(low) and isfinite(high) and low < high for low, high in RANGES.values())
+
+
+@pytest.fixture(scope="module")
+def good():
+    return lab.compose("model=sdxl", "dataset=folder", "dataset.path=.", "adapter.blocks=[{match: a, rank: 1, lr_ratio: 1}]")
+
+
+@pytest.mark.parametrize("key", sorted(RANGES))
+def test_numbers_outside_their_range_are_refused(good, key):
+    low, high = RANGES[key]
+    for wrong in (low - 1, high * 2, float("inf"), float("nan")):
+        cfg = good.copy()
+        parent, _, field = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        node = node[0] if isinstance(node, ListConfig) else node
+        with suppress(ValidationError):  # types refuse it sooner
+            node[field] = [wrong] if isinstance(node[field], ListConfig) else wrong
+            said = "|".join(text for text in ranges.problems(Reader(cfg)))
+            assert f"{key} is {node[field][0] if isinstance(node[field], ListConfig) else node[field]}; it must be" in said
+
+
+def test_a_key_that_cant_be_read_is_said_once_and_anchors():
+    cfg = lab.compose("dataset.path='${nowhere}'", "rollout.num_steps=0", PROMPT)
+    with pytest.raises(ConfigError) as caught:
+        check(resolve_paths(cfg))
+    text = str(caught.value)
+    assert text.startswith("2 problem(s)") and text.count("dataset.path is") == 1 and "rollout.num_steps is 0" in text

@@ -9,8 +9,9 @@ from dreambooth_lab.config import ConfigError, rare_word
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.dreambooth import DreamBooth
 from dreambooth_lab.embedding import TokenEmbedding
-from dreambooth_lab.learned_text import LearnedText
-from dreambooth_lab.run import build_adapter, build_family, learned_word, run
+from dreambooth_lab.factory import build_adapter, build_family, trained_token
+from dreambooth_lab.run import run
+from dreambooth_lab.trainable_text import TrainableText
 
 TOKEN = ["adapter.train_token=true", 'dataset.instance_prompt="a photo of q dog"']  # one byte is one token here
 
@@ -22,8 +23,8 @@ def made(small):
     data = DreamBoothData(cfg, family)
     data.prepare()
     adapter = build_adapter(cfg)
-    adapter.attach(family.denoiser, family.learns, seed=0)
-    module = DreamBooth(cfg, family, adapter, LearnedText(family, "q", adapted=False)).train()
+    adapter.attach(family.denoiser, family.target_modules, seed=0)
+    module = DreamBooth(cfg, family, adapter, TrainableText(family, "q", adapted=False)).train()
     return module, next(iter(Samples(data, data.schedule, 0, 0, 1)))
 
 
@@ -60,15 +61,15 @@ def test_a_token_is_found_as_the_tokenizer_finds_it(caption, there):
 
 def test_an_unlearned_token_means_what_it_meant(made):
     module, batch = made
-    assert_close(module.told(batch)["prompt_embeds"], batch.cond["prompt_embeds"])
-    assert_close(module.told(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])
+    assert_close(module.conditioning(batch)["prompt_embeds"], batch.cond["prompt_embeds"])
+    assert_close(module.conditioning(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])
 
 
 def test_a_learned_token_changes_the_captions_that_have_it_and_no_other(made):
     module, batch = made
     for row in module.text.token.parameters():
         row.data += 1
-    told = module.told(batch)
+    told = module.conditioning(batch)
     assert (told["prompt_embeds"][batch.instance_rows] - batch.cond["prompt_embeds"][batch.instance_rows]).abs().max() > 1e-2
     assert torch.equal(told["prompt_embeds"][batch.class_rows], batch.cond["prompt_embeds"][batch.class_rows])
     plain = build_family(module.cfg).encode_text(["a photo of a dog"])
@@ -92,15 +93,15 @@ def test_a_word_of_several_tokens_is_refused(made):
 
 def test_an_unclear_word_is_refused(small):
     with pytest.raises(ConfigError, match=r"set adapter\.token to it"):
-        learned_word(lab.compose(*small, "adapter.train_token=true", "dataset.class_prompt=null"))
-    assert learned_word(lab.compose(*small, "adapter.train_token=true", "adapter.token=dog")) == "dog"
+        trained_token(lab.compose(*small, "adapter.train_token=true", "dataset.class_prompt=null"))
+    assert trained_token(lab.compose(*small, "adapter.train_token=true", "adapter.token=dog")) == "dog"
 
 
 def test_a_run_learns_exports_and_reloads_its_token(small, tmp_path):
     run(lab.compose(*small, *TOKEN), tmp_path / "run")
     done = lab.load(tmp_path / "run")
     rows, average = (
-        load_file(done.folder.export / name) for name in ("learned_embeds.safetensors", "ema/learned_embeds.safetensors")
+        load_file(done.folder.export / name) for name in ("embeddings/q.safetensors", "ema/embeddings/q.safetensors")
     )
     assert set(rows) == {"clip_l", "clip_g"} and not torch.equal(rows["clip_l"], average["clip_l"])
     pipeline = done.pipeline()

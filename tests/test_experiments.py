@@ -41,11 +41,11 @@ def test_the_demo_runs(tmp_path):
     quick = ["trainer.max_steps=2", "validation.num_images=2", "validation.num_inference_steps=2", "trainer.progress=false"]
     run(lab.compose("experiment=demo", *quick, f"cache={tmp_path / 'cache'}"), tmp_path / "run")
     done = lab.load(tmp_path / "run")
-    assert sorted(done.pictures) == [0, 2] and done.folder.before_after.is_file()
-    assert (done.folder.export / "learned_embeds.safetensors").is_file()
-    assert {"subject/clip_i", "class/pres_clip_i", "train/loss_prior"} < done.metrics.keys()
+    assert sorted(done.images) == [0, 2] and done.folder.before_after.is_file()
+    assert (done.folder.export / "embeddings").is_dir()
+    assert {"subject/clip_i", "class/pres_clip_i", "train/loss_prior"} < done.series.keys()
     done.config.validation.prompts = done.config.validation.prompts[:2]
-    shown, again = judge_toybox.kept(done), judge_toybox.drawn(done, 2, {})
+    shown, again = judge_toybox.saved_images(done), judge_toybox.generated_images(done, 2, {})
     for step in (0, 2):
         for a, b in zip(chain(*shown[step]), chain(*again[step]), strict=True):
             assert np.abs(np.asarray(a, dtype=float) - np.asarray(b)).max() <= 2, "as many sampler steps, the same pictures"

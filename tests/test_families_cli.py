@@ -3,9 +3,6 @@ resumed to the same bits, then drawn from by tools.generate. Minutes, so slow.""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,10 +10,9 @@ from PIL import Image
 
 import tiny
 import tiny_families
+from commands import assert_same, call, kill_at
 from dreambooth_lab.runfolder import RunFolder
-from test_cli import assert_same, call, kill_at
 
-CONF = {"sd35": "sd35_large", "pixart": "diffusers", "sana": "diffusers", "lumina2": "diffusers"}
 BEGIN = ("sdxl_refiner", "deepfloyd_2")  # models that draw from a picture
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.PIPELINES]
 
@@ -28,18 +24,14 @@ def pictures(tmp_path_factory):
     tiny.save_photos(root / "photos", [(80, 80), (90, 90), (60, 120)])
     tiny.save_photos(root / "class", [(80, 80), (120, 60)], seed=1)
     tiny.save_photos(root / "held", [(80, 80), (60, 120)], seed=5)
-    (root / "masks").mkdir()
-    for photo in (root / "photos").glob("*.png"):
-        mask = np.zeros(Image.open(photo).size[::-1], np.uint8)
-        mask[mask.shape[0] // 4 :, mask.shape[1] // 4 :] = 255
-        Image.fromarray(mask).save(root / "masks" / photo.name)
+    tiny.save_masks(root / "photos", root / "masks")
     return root
 
 
 def words(name, folder, pictures, cache):
     """A run with everything on."""
     return [
-        f"model={CONF.get(name, name)}",
+        f"model={tiny_families.model_of(name)}",
         f"model.pretrained={folder}",
         "model.dtype=float32",
         "model.encoder_dtype=float32",
@@ -101,12 +93,7 @@ def draw(run, pictures, tmp_path, name):
     size = {"sana": 128, "deepfloyd_2": 64}.get(name, 64)
     begin = [f"image={pictures}/photos/00.png"] if name in BEGIN else []
     asked = [f"run={run}", "prompt=a photo of sks dog", "seeds=1", "strengths=[0,1]", "steps=10", f"resolution={size}", *begin]
-    made = subprocess.run(
-        [sys.executable, "-m", "dreambooth_lab.tools.generate", *asked, f"out={tmp_path}/out"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    made = call(*asked, f"out={tmp_path}/out", cwd=tmp_path, module="dreambooth_lab.tools.generate")
     assert made.returncode == 0, made.stderr[-3000:]
     base, trained = (np.asarray(Image.open(tmp_path / "out" / f"{row:02d}_00.png").convert("RGB")).astype(int) for row in (0, 1))
     assert base.shape == trained.shape and np.abs(base - trained).max() > 0, "the export changes what is drawn"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.run import run
-from dreambooth_lab.tools.generate import Ask, Picture, grid, main, paint, read
+from dreambooth_lab.tools.generate import GenerateArgs, Picture, generate, grid, main, read
 
 FAST = ["steps=2", "prompt=a photo of q dog"]
 LEARNED = ["adapter.train_token=true", "adapter.token=q", 'dataset.instance_prompt="a photo of q dog"', "trainer.max_steps=3"]
@@ -42,7 +41,7 @@ def close(path, other) -> int:
 def test_strength_0_is_the_base_model_and_1_what_training_showed(kind, finished, tmp_path):
     done = finished[kind]
     words = [f"run={done.folder.root}", *FAST, "seeds=2", "strengths=[1,0,0.5,1]", f"out={tmp_path / 'out'}"]
-    assert paint(read(words)) == tmp_path / "out" / "grid.png"
+    assert generate(read(words)) == tmp_path / "out" / "grid.png"
     shown = done.folder.pictures
     for seed in range(2):
         made = [tmp_path / "out" / f"{row:02d}_{seed:02d}.png" for row in range(4)]
@@ -52,26 +51,26 @@ def test_strength_0_is_the_base_model_and_1_what_training_showed(kind, finished,
         assert close(made[2], made[0]) > 1 and close(made[2], made[1]) > 1
 
 
-FILES = [("lora", "kohya.safetensors"), ("lora", "."), ("lora", "ema"), ("lokr", "lycoris.safetensors"), ("full", "unet")]
+FILES = [("lora", "dreambooth.safetensors"), ("lora", "."), ("lora", "ema"), ("lokr", "dreambooth.safetensors"), ("full", "unet")]
 
 
 @pytest.mark.parametrize(("kind", "file"), FILES)
-def test_a_file_alone_gives_the_pictures_of_its_run(kind, file, finished, tmp_path):
+def test_a_file_and_its_base_give_the_pictures_of_its_run(kind, file, finished, tiny_sdxl, tmp_path):
     done = finished[kind]
     alone = shutil.copytree(done.folder.export, tmp_path / "elsewhere")
     if kind == "full":
-        shutil.copy(alone / "learned_embeds.safetensors", alone / "unet")
-    by_file = paint(read([f"file={alone / file}", *FAST, "seeds=[7]", f"out={tmp_path / 'a'}"]))
-    by_run = paint(read([f"run={done.folder.root}", *FAST, "seeds=[7]", f"ema={file == 'ema'}", f"out={tmp_path / 'b'}"]))
+        shutil.copytree(alone / "embeddings", alone / "unet" / "embeddings")
+    by_file = generate(read([f"file={alone / file}", f"model={tiny_sdxl}", *FAST, "seeds=[7]", f"out={tmp_path / 'a'}"]))
+    by_run = generate(read([f"run={done.folder.root}", *FAST, "seeds=[7]", f"ema={file == 'ema'}", f"out={tmp_path / 'b'}"]))
     assert close(by_file, by_run) <= 1
 
 
 def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_path):
-    save_file(load_file(finished["lora"].folder.export / "kohya.safetensors"), tmp_path / "theirs.safetensors")
+    save_file(load_file(finished["lora"].folder.export / "dreambooth.safetensors"), tmp_path / "theirs.safetensors")
     words = [f"file={tmp_path / 'theirs.safetensors'}", *FAST, "seeds=1", "resolution=64"]
     with pytest.raises(ConfigError, match="does not say how it was made; give model=BASE"):
-        paint(read(words))
-    grids = [paint(read([*words, f"model={tiny_sdxl}", f"strengths={s}", f"out={tmp_path / str(s)}"])) for s in (0, 1)]
+        generate(read(words))
+    grids = [generate(read([*words, f"model={tiny_sdxl}", f"strengths={s}", f"out={tmp_path / str(s)}"])) for s in (0, 1)]
     assert close(*grids) > 1
 
 
@@ -82,19 +81,19 @@ def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_pat
         (("name: dreambooth", "name: ${oc.env:HOME}"), "interpolates"),
     ],
 )
-def test_a_strangers_file_chooses_no_code_and_reads_no_secret(edit, said, finished, tmp_path):
+def test_a_strangers_file_chooses_no_code_and_reads_no_secret(edit, said, finished, tiny_sdxl, tmp_path):
     file = finished["lora"].folder.export / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     assert edit[0] in header["config"]
     save_file(load_file(file), tmp_path / "evil.safetensors", header | {"config": header["config"].replace(*edit)})
     with pytest.raises(ConfigError, match=said):
-        paint(read([f"file={tmp_path / 'evil.safetensors'}", "prompt=a dog", f"out={tmp_path / 'out'}"]))
+        generate(read([f"file={tmp_path / 'evil.safetensors'}", f"model={tiny_sdxl}", "prompt=a dog", f"out={tmp_path / 'out'}"]))
 
 
 def test_pictures_say_how_they_were_made_and_nothing_is_overwritten(finished, tmp_path):
     words = [f"run={finished['lora'].folder.root}", *FAST, "seeds=[3]", "negative=a: b", f"out={tmp_path / 'out'}"]
-    first, second = paint(read(words)), paint(read(words))
+    first, second = generate(read(words)), generate(read(words))
     assert (first.parent.name, second.parent.name) == ("out", "out_2")
     said = json.loads(Image.open(first.parent / "00_00.png").info["dreambooth_lab"])
     assert (said["prompt"], said["seed"], said["strength"], said["negative"]) == ("a photo of q dog", 3, 1.0, "a: b")
@@ -115,7 +114,7 @@ def test_the_grid_has_a_row_for_each_prompt_and_strength_and_a_column_for_each_s
 def test_words_are_read_as_they_were_typed():
     ask = read(["run=r", "prompt=a photo: of, [sks] dog", "seeds=[4,2]", "strengths=0.5", "ema=true"])
     assert (ask.prompt, ask.seeds, ask.strengths, ask.ema) == (["a photo: of, [sks] dog"], [4, 2], [0.5], True)
-    assert read(["run=r", 'prompt=["a, b", c]']).prompt == ["a, b", "c"] and Ask().out == "generated"
+    assert read(["run=r", 'prompt=["a, b", c]']).prompt == ["a, b", "c"] and GenerateArgs().out == "generated"
 
 
 @pytest.mark.parametrize(
@@ -135,17 +134,16 @@ def test_words_are_read_as_they_were_typed():
 )
 def test_what_cant_be_is_refused(words, said):
     with pytest.raises(ConfigError) as error:
-        paint(read(words))
+        generate(read(words))
     assert said in str(error.value)
 
 
-def test_the_command_prints_the_grids_path_or_one_line_of_error(finished, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_grids_path_or_one_line_of_error(finished, tmp_path, capsys):
     words = [f"run={finished['lora'].folder.root}", *FAST, "seeds=1", f"out={tmp_path / 'out'}"]
-    monkeypatch.setattr(sys, "argv", ["generate", *words])
-    main()
-    assert capsys.readouterr().out.strip().endswith("out/grid.png")
-    monkeypatch.setattr(sys, "argv", ["generate", *words, "ema=maybe"])
     with pytest.raises(SystemExit) as stopped:
-        main()
+        main(words)
+    assert stopped.value.code == 0 and capsys.readouterr().out.strip().endswith("out/grid.png")
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "ema=maybe"])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1

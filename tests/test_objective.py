@@ -13,9 +13,10 @@ from dreambooth_lab import lab
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.diffusion.path import RectifiedFlow
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.run import build_adapter, build_family, run
+from dreambooth_lab.factory import build_adapter, build_family
+from dreambooth_lab.run import run
 
-WALK = ["rollout.enabled=true", "rollout.ramp_steps=0", "rollout.max_step_offset=3"]
+WALK = ["rollout.enabled=true", "rollout.ramp_steps=0", "rollout.max_step_offset=3", "rollout.num_steps=28"]
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def build(cfg):
     data = DreamBoothData(cfg, family)
     data.prepare()
     adapter = build_adapter(cfg)
-    adapter.attach(family.denoiser, family.learns, seed=0)
+    adapter.attach(family.denoiser, family.target_modules, seed=0)
     return DreamBooth(cfg, family, adapter).train(), data
 
 
@@ -43,19 +44,19 @@ def times(module, batch):
 def move(module, scale=0.05):
     """Give the adapter weights as after training."""
     generator = torch.Generator().manual_seed(5)
-    for p in module.learning().values():
+    for p in module.trainable_parameters().values():
         p.data += scale * torch.randn(p.shape, generator=generator)
 
 
 def strayed(module, batch):
     """A batch whose every row rolls out, well inside the path."""
-    return batch._replace(u=torch.full_like(batch.u, 0.4), walk=torch.tensor([[0.0, 0.99]] * len(batch.u)))
+    return batch._replace(u=torch.full_like(batch.u, 0.4), rollout_draws=torch.tensor([[0.0, 0.99]] * len(batch.u)))
 
 
 def gradients(module, batch):
     module.zero_grad()
     module.training_step(batch, 0)["loss"].backward()
-    return [p.grad.clone() for p in module.learning().values()]
+    return [p.grad.clone() for p in module.trainable_parameters().values()]
 
 
 # prior preservation
@@ -78,17 +79,17 @@ def test_every_kind_of_adapter_has_the_base_as_teacher_to_the_bit(made, kind):
     batch = next(stream)
     rows, t = batch.class_rows, times(module, batch)
     x_t = module.path.noise(batch.latents(), batch.eps, t)
-    base = build_family(module.cfg).denoise(x_t[rows], t[rows], batch.cond.take(rows))
+    base = build_family(module.cfg).denoise(x_t[rows], t[rows], batch.cond.select(rows))
     assert module.training_step(batch, 0)["prior"] < 1e-9, "a fresh adapter has no prior loss"
     move(module, 0.1)
-    assert torch.equal(module.teacher.answer(batch, x_t, t, rows), base)
+    assert torch.equal(module.teacher.predict_base(batch, x_t, t, rows), base)
     losses = module.training_step(batch, 0)
     assert losses["prior"] > 1e-6
     losses["loss"].backward()
-    learning = module.learning()
+    learning = module.trainable_parameters()
     assert all(p.grad is None for name, p in module.named_parameters() if name not in learning)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learning.values())
-    assert torch.equal(module.teacher.answer(batch, x_t, t, rows), base), "and after the gradients"
+    assert torch.equal(module.teacher.predict_base(batch, x_t, t, rows), base), "and after the gradients"
 
 
 def test_the_teacher_sees_the_rolled_out_sample(made):
@@ -97,7 +98,7 @@ def test_the_teacher_sees_the_rolled_out_sample(made):
     batch = strayed(module, next(stream))
     at = module.rollout(batch.latents(), batch, batch.cond, times(module, batch), 0)
     off = (at.x_t - module.path.noise(batch.latents(), batch.eps, times(module, batch)))[batch.class_rows]
-    assert at.strayed.all() and off.abs().max() > 1e-3
+    assert at.rolled_out.all() and off.abs().max() > 1e-3
     seen = []
     real = module.teacher.predict
     module.teacher.predict = lambda x, *rest: seen.append(x) or real(x, *rest)
@@ -125,13 +126,14 @@ def test_a_zero_weight_is_training_without_class_rows(made, words):
     move(module)
     batch = next(stream)
     rows = batch.instance_rows
-    alone = batch._replace(**{name: getattr(batch, name)[rows] for name in ("sample", "mean", "std", "z", "eps", "u", "walk")},
-                           cond=batch.cond.take(rows), instance_rows=torch.arange(len(rows)), class_rows=rows[:0])  # fmt: skip
+    alone = batch._replace(**{name: getattr(batch, name)[rows] for name in
+                                ("sample", "mean", "std", "z", "eps", "u", "rollout_draws")},
+                           cond=batch.cond.select(rows), instance_rows=torch.arange(len(rows)), class_rows=rows[:0])  # fmt: skip
     for a, b in zip(gradients(module, batch), gradients(module, alone), strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("words", [["prior.share=0.25"], ["prior.share=0.25", "prior.weight=0.3", *WALK]])
+@pytest.mark.parametrize("words", [["prior.class_fraction=0.25"], ["prior.class_fraction=0.25", "prior.weight=0.3", *WALK]])
 def test_a_step_is_the_same_however_it_is_cut_up(small, photos, class_photos, tmp_path, words):
     """Micro-batches without a class row or without an instance row, and ranks: the mean of their gradients is the step's."""
     one = tmp_path / "one"
@@ -156,6 +158,24 @@ def test_a_step_is_the_same_however_it_is_cut_up(small, photos, class_photos, tm
             assert_close(a, b, atol=1e-5 * float(a.abs().max()) + 1e-8, rtol=1e-3)
 
 
+@pytest.mark.parametrize("words", [["prior.class_fraction=0.25"], ["prior.class_fraction=0.6", "prior.weight=0.3"]])
+def test_at_batch_1_the_mean_gradient_is_that_of_the_two_means(made, words):
+    """The mean over batches of one row = gradient of (mean over their instance rows + λ · mean over their class rows)."""
+    module, stream = made("prior=noise", "dataset.batch_size=1", "dataset.resolutions=[64]", "dataset.crop_aspect=square", *words)
+    move(module)
+    batches = [next(stream) for _ in range(20)]  # of one bucket, in which 20 rows hold each kind at its very share
+    kinds = [len(batch.class_rows) for batch in batches]
+    assert sum(kinds) == pytest.approx(20 * module.cfg.prior.class_fraction)
+    mean = [torch.stack(each).mean(0) for each in zip(*(gradients(module, batch) for batch in batches), strict=True)]
+    module.zero_grad()
+    for batch, is_class in zip(batches, kinds, strict=True):
+        x_t = module.path.noise(batch.latents(), batch.eps, times(module, batch))
+        error = (module.predict(x_t, times(module, batch), batch.cond) - batch.eps).square().mean()
+        (error * (module.cfg.prior.weight / sum(kinds) if is_class else 1 / (20 - sum(kinds)))).backward()
+    for a, p in zip(mean, module.trainable_parameters().values(), strict=True):
+        assert_close(a, p.grad, atol=1e-5 * float(p.grad.abs().max()) + 1e-8, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["min_snr", "soft_min_snr", "debiased"])
 def test_each_rows_weight_follows_the_row(made, kind):
     module, stream = made(f"objective.weight={kind}", "prior=noise")
@@ -176,7 +196,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(made, words):
     module, stream = made(*words)
     move(module)
     module.training_step(next(stream), 0)["loss"].backward()
-    learning = module.learning()
+    learning = module.trainable_parameters()
     assert all((p.grad is not None) == (name in learning) for name, p in module.named_parameters())
 
 
@@ -206,23 +226,23 @@ def test_the_walk_has_no_dropout_and_leaves_the_modes_and_the_generator_as_they_
 
 def test_a_schedule_free_optimiser_walks_with_the_weights_that_train(small, tmp_path, monkeypatch):
     pytest.importorskip("schedulefree")
-    seen, real = [], DreamBooth.at_rest
+    seen, real = [], DreamBooth.dropout_off
 
     @contextmanager
     def spied(module):
-        before = [p.clone() for p in module.learning().values()]
+        before = [p.clone() for p in module.trainable_parameters().values()]
         with real(module):
-            seen.append(all(torch.equal(a, b) for a, b in zip(before, module.learning().values(), strict=True)))
+            seen.append(all(torch.equal(a, b) for a, b in zip(before, module.trainable_parameters().values(), strict=True)))
             yield
 
-    monkeypatch.setattr(DreamBooth, "at_rest", spied)
+    monkeypatch.setattr(DreamBooth, "dropout_off", spied)
     words = ["optimizer=schedulefree", "ema.enabled=false", "validation.every_n_steps=0", "trainer.max_steps=3", *WALK]
     run(lab.compose(*small, *words), tmp_path / "run")
     assert seen == [True] * 3
 
 
 class Flow:
-    """A family on a straight path, with the tiny network's answers as velocities."""
+    """A family on a straight path, with the tiny network's predictions as velocities."""
 
     def __init__(self, family):
         self.__dict__.update(family=family, path=RectifiedFlow(1000), times=(0.0, 1.0))
@@ -247,7 +267,7 @@ def test_reflexflow_adds_to_the_subjects_strayed_rows_and_to_no_others(made, ter
     a, b = flow.training_step(batch, 0), more.training_step(batch, 0)
     assert b["instance"] > a["instance"] + 1e-4
     assert b["prior"] < 1e-9, "a fresh adapter has no prior loss"
-    still = batch._replace(walk=torch.ones_like(batch.walk), u=torch.full_like(batch.u, 0.001))
+    still = batch._replace(rollout_draws=torch.ones_like(batch.rollout_draws), u=torch.full_like(batch.u, 0.001))
     assert_close(flow.training_step(still, 0), more.training_step(still, 0))
 
 
@@ -313,6 +333,8 @@ def test_huber_pulls_less_on_outliers(made):
 
 
 def test_times_are_the_objectives(made):
-    module, stream = made("objective.low=0.4", "objective.high=0.6", "objective.timesteps=logit_normal", "objective.shift=2")
+    module, stream = made(
+        "objective.min_time=0.4", "objective.max_time=0.6", "objective.timesteps=logit_normal", "objective.shift=2"
+    )
     t = torch.cat([times(module, next(stream)) for _ in range(20)])
     assert 0.4 <= t.min() < t.max() <= 0.6

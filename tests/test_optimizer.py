@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
+from torch.testing import assert_close
 
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, check, conf_dir
+from dreambooth_lab.config import ConfigError, check, conf_dir, enums, set_schedule_length
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.optimizer import Rate, build_optimizer, build_schedule, require
-from dreambooth_lab.run import attach, build_adapter, build_family, run
+from dreambooth_lab.factory import attach, build_adapter, build_family
+from dreambooth_lab.optimizer import Rate, build_optimizer, build_schedule, check_installed, learning_rate
+from dreambooth_lab.run import run
+from dreambooth_lab.runfolder import resume_config
 
 ALL = sorted(path.stem for path in (conf_dir() / "optimizer").glob("*.yaml"))
 
@@ -102,12 +106,76 @@ def test_the_schedule_moves_every_group_alike():
     assert all(b == pytest.approx(4 * a) for a, b in rates) and rates[0][0] == 0.5 and rates[2][0] == 1.0 > rates[9][0]
 
 
+@pytest.mark.parametrize("cut", [["dataset.batch_size=2"], ["dataset.batch_size=1", "trainer.accumulate_grad_batches=2"]])
+def test_the_rate_that_is_logged_is_the_one_that_was_used(small, tmp_path, monkeypatch, cut):
+    used, real = [], torch.optim.AdamW.step
+
+    def spied(optimizer, closure=None):
+        used.append(optimizer.param_groups[0]["lr"])
+        return real(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    words = ["optimizer.lr=1", "optimizer.warmup_steps=3", "optimizer.schedule=linear", "validation.every_n_steps=0"]
+    run(lab.compose(*small, *words, *cut, "trainer.max_steps=5", "trainer.log_every_n_steps=2"), tmp_path / "run")
+    logged = lab.load(tmp_path / "run").series["train/lr"]
+    assert_close(used, [1 / 3, 2 / 3, 1.0, 1.0, 0.5])
+    assert logged == [(2, used[1]), (4, used[3]), (5, used[4])]
+
+
+@pytest.mark.parametrize("schedule", [pytest.param("linear", marks=pytest.mark.slow), "cosine"])
+@pytest.mark.parametrize("what", ["hold", "stretch"])
+def test_a_run_made_longer_holds_its_last_rate_or_stretches_its_schedule(small, tmp_path, caplog, schedule, what):
+    words = [*small, "optimizer.lr=1e-3", f"optimizer.schedule={schedule}", "validation.every_n_steps=0"]
+    root = tmp_path / "run"
+    run(lab.compose(*words, "trainer.max_steps=4"), root)
+
+    def go_on(*more):
+        said = [f"resume={root}", *more]
+        cfg = resume_config(lab.compose(*said), said)
+        check(cfg)
+        run(cfg, root)
+        return [rate for _, rate in lab.load(root).series["train/lr"]]
+
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps was 4 and is 7, but .* optimizer\.on_extend is refuse; set "):
+        go_on("trainer.max_steps=7")
+    caplog.set_level("INFO")
+    rates = go_on("trainer.max_steps=7", f"optimizer.on_extend={what}")
+    four, seven = (learning_rate(enums.Schedule[schedule], 0, total) for total in (4, 7))
+    after = {"hold": [four(3)] * 3, "stretch": [seven(step) for step in (4, 5, 6)]}[what]
+    assert_close(rates, [1e-3 * share for share in (*map(four, range(4)), *after)])
+    assert "trainer.max_steps was 4 and is 7: the" in caplog.text
+    assert ("then its last rate stays" in caplog.text) is (what == "hold")
+    if what == "hold":
+        assert_close(go_on("trainer.max_steps=8")[-1], rates[-1]), "and goes on holding it"
+
+
+def test_a_run_that_goes_on_as_long_as_it_was_or_shorter_keeps_its_schedule():
+    def settled(after, *words):
+        before = lab.compose("dataset.path=.", "optimizer.schedule=cosine", "trainer.max_steps=10", *words)
+        now = before.copy()
+        now.trainer.max_steps = after
+        return set_schedule_length(before, now), now.optimizer.schedule_steps
+
+    assert settled(10) == (None, None) and settled(20, "optimizer.schedule=constant") == (None, None)
+    said, length = settled(6)
+    assert length == 10 and "lasts 10 steps as before" in said
+    assert settled(20, "optimizer.schedule_steps=5")[1] == 5, "with a length of its own nothing is refused"
+    assert settled(20, "optimizer.schedule_steps=5", "optimizer.on_extend=stretch")[1] is None
+
+
 def test_rules_for_blocks_set_ranks_and_rates(tiny_sdxl):
     blocks = "adapter.blocks=[{match: '^up_blocks.*to_q$', rank: 8, lr_ratio: 0.5}, {match: up_blocks, rank: null, lr_ratio: 2}]"
     for kind, end in (("lora", "lora_A.default.weight"), ("locon", ":lora_down:weight"), ("full", "weight")):
         words = [blocks if kind != "full" else blocks.replace("rank: 8", "rank: null"), f"adapter={kind}", "optimizer.lr=1"]
         more = ["adapter.rank=4", "adapter.alpha=2"] if kind != "full" else ["adapter.parts=[attention]"]
-        cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words, *more)
+        base = [
+            "dataset.path=.",
+            "dataset.instance_prompt=a dog",
+            "model=sdxl",
+            f"model.pretrained={tiny_sdxl}",
+            "model.dtype=float32",
+        ]
+        cfg = lab.compose(*base, *words, *more)
         check(cfg)
         family, adapter = build_family(cfg), build_adapter(cfg)
         attach(cfg, family, adapter, None)
@@ -115,7 +183,7 @@ def test_rules_for_blocks_set_ranks_and_rates(tiny_sdxl):
         optimizer = module.configure_optimizers()["optimizer"]
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         seen = set()
-        for name, p in module.learning().items():
+        for name, p in module.trainable_parameters().items():
             layer = adapter.layer_of(module.owner(name)[1])
             up, query = layer.startswith("up_blocks"), layer.endswith("to_q")
             assert rates[id(p)] == (0.5 if up and query else 2 if up else 1), (kind, name)
@@ -144,8 +212,8 @@ PLUS = "optimizer.lora_plus_ratio=16"
         (["adapter=lokr", PLUS], "which has no A and B"),
         (["adapter=full", "model.dtype=float32", PLUS], "which has no A and B"),
         (["adapter.blocks=[{match: 'up(', rank: null, lr_ratio: 1}]"], "which is no regular expression"),
-        (["adapter.blocks=[{match: up, rank: 0, lr_ratio: 1}]"], "rank is at least 1 or null"),
-        (["adapter.blocks=[{match: up, rank: null, lr_ratio: -1}]"], "lr_ratio at least 0"),
+        (["adapter.blocks=[{match: up, rank: 0, lr_ratio: 1}]"], "adapter.blocks.rank is 0"),
+        (["adapter.blocks=[{match: up, rank: null, lr_ratio: -1}]"], "adapter.blocks.lr_ratio is -1"),
         (["adapter.targets=['re:to_(q']"], "which is no regular expression"),
         (["adapter=full", "adapter.rank=4"], "it has no rank, dropout, options or ranks in blocks"),
         (["adapter=full", "adapter.dropout=0.1"], "it has no rank, dropout, options or ranks in blocks"),
@@ -166,8 +234,15 @@ def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_pa
     ):
         run(lab.compose(*small, "+optimizer.options.betta=1"), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"which can't be imported .*; see conf/optimizer/"):
-        require(config("adamw", "optimizer._target_=torch.optim.AdamX").optimizer)
-    assert not Path(tmp_path / "run").exists()
+        check_installed(config("adamw", "optimizer._target_=torch.optim.AdamX").optimizer)
+    with pytest.raises(ConfigError, match=r"which is no torch\.optim\.Optimizer"):
+        check_installed(config("adamw", "optimizer._target_=torch.nn.Linear").optimizer)
+    for options in ("{betas: 5}", "{betas: [0.9, 7]}", "{eps: small}", "{fused: true, foreach: true}"):
+        cfg = config("adamw").optimizer
+        cfg.options = OmegaConf.create(options)
+        with pytest.raises(ConfigError, match=r"optimizer\.options is .*, which torch\.optim\.AdamW refuses"):
+            check_installed(cfg)
+    assert [path.name for path in Path(tmp_path / "run").iterdir()] == [".lock"], "nothing but the lock was made"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +287,7 @@ def test_at_rest_there_is_no_dropout_and_after_it_there_is(adapter, tiny_sdxl):
     attach(cfg, family, ours, None)
     module = DreamBooth(cfg, family, ours).train()
     parts = ours.network.loras if adapter == "locon" else [part for part in module.modules() if isinstance(part, nn.Dropout)]
-    with module.at_rest():
+    with module.dropout_off():
         assert not any(part.training for part in parts)
     assert parts and all(part.training for part in parts)
 
@@ -236,6 +311,6 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, small, tmp_path):
     run(lab.compose(*words, "trainer.max_steps=2"), tmp_path / "part")
     run(lab.compose(*words, "trainer.max_steps=4", f"resume={tmp_path / 'part'}"), tmp_path / "part")
     whole, part = (lab.load(tmp_path / one) for one in ("whole", "part"))
-    assert whole.metrics == part.metrics
+    assert whole.series == part.series
     a, b = (torch.load(one.folder.newest()[0], weights_only=True)["state_dict"] for one in (whole, part))
     assert all(torch.equal(a[key], b[key]) for key in a)

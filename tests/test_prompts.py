@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, anchor, check
+from dreambooth_lab.config import ConfigError, Subject, check, resolve_paths
 
 
 @pytest.mark.parametrize(
@@ -18,12 +18,41 @@ def test_the_papers_prompts_have_the_subject_in_them(small, name, one):
     assert len(prompts) == len(set(prompts)) == 25 and one in prompts and not any("{" in p for p in prompts)
 
 
+@pytest.mark.parametrize(
+    ("class_prompt", "token"), [("a photo of a dog", None), (None, "sks"), ("a dog", "sks"), ("a photo of a dog", "SKS")]
+)
+def test_the_rare_word_alone_makes_a_prompt_the_subjects(class_prompt, token):
+    """Not the words that the class prompt lacks: with the class prompt "a dog" those are "photo" and "of" too."""
+    tells = Subject("a photo of sks dog", class_prompt, token)
+    for prompt in ("a photo of sks dog on the beach", "sks dog, in the snow", "SKS", "a painting of a (sks) dog"):
+        assert tells.is_subject(prompt) and not tells.is_class(prompt), prompt
+    for prompt in ("a photo of a dog on the beach", "a photo of a cat", "a photo of sksy dog", ""):
+        assert not tells.is_subject(prompt), prompt
+    assert tells.is_class("a photo of a dog on the beach") is bool(class_prompt)
+    assert not tells.is_class("a photo of a red car")
+
+
+def test_without_a_rare_word_the_subjects_prompts_are_those_that_hold_its_own():
+    """Two words could be it, or any: a prompt with one of them is scored neither as subject nor as class."""
+    two = Subject("a photo of sks dog wearing glasses", "a photo of a dog", None)
+    assert not two.rare and two.is_subject("a photo of sks dog wearing glasses, on the beach")
+    assert not two.is_subject("a photo of sks dog") and not two.is_class("a photo of sks dog")
+    assert two.is_class("a photo of a dog on the beach") and not two.is_class("a dog wearing a hat")
+    said = Subject("a photo of sks dog wearing glasses", "a photo of a dog", "sks")
+    assert said.is_subject("a photo of sks dog") and said.is_class("a dog wearing a hat")
+    any_of_them = Subject("a photo of sks dog", None, None)
+    assert any_of_them.is_subject("a photo of sks dog in space")
+    assert not any_of_them.is_subject("a photo of a dog in space") and not any_of_them.is_class("a photo of a dog in space")
+    digits = Subject("a photo of ohwx2 dog", "a photo of a dog", "ohwx2")
+    assert digits.is_subject("ohwx2 dog") and not digits.is_subject("ohwx dog 2")
+
+
 def test_a_users_library_is_a_list_or_names_in_yaml_or_json(small, tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("- '{subject}, in the snow'\n- a {class}\n")
     (tmp_path / "b.json").write_text(json.dumps({"snow": "{subject}, in the snow", "kind": "a {class}"}))
     monkeypatch.chdir(tmp_path)
     for name in ("a.yaml", "b.json"):
-        cfg = anchor(lab.compose(*small, f"validation.library={name}"))
+        cfg = resolve_paths(lab.compose(*small, f"validation.library={name}"))
         monkeypatch.chdir("/")
         check(cfg)
         assert list(cfg.validation.prompts) == ["sks dog, in the snow", "a dog"]

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+from dreambooth_lab import __main__ as cli
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError
-from dreambooth_lab.run import _device
-from dreambooth_lab.runfolder import RunFolder
+from dreambooth_lab.callbacks import validation
+from dreambooth_lab.config import ConfigError, check
+from dreambooth_lab.factory import device_of, leads
+from dreambooth_lab.runfolder import RunFolder, resume_config
 
 
 def call(*words: str, cwd: Path) -> str:
@@ -33,8 +40,8 @@ def words(small, photos, class_photos, tmp_path_factory):
             shutil.copy(own / ("00.png", "00.png", "02.png")[i], folder / name / f"{i}.png")
     return [
         *small, f"dataset.path={folder / 'photos'}", f"prior.path={folder / 'class'}", "dataset.crop_aspect=square",
-        "optimizer.lr=1e-3", "rollout.enabled=true", "rollout.ramp_steps=2", "prior.share=0.25", "trainer.max_steps=6",
-        "checkpoint.keep_all=true",
+        "optimizer.lr=1e-3", "rollout.enabled=true", "rollout.ramp_steps=2", "prior.class_fraction=0.25", "trainer.max_steps=6",
+        "checkpoint.keep=null",
     ]  # fmt: skip
 
 
@@ -47,16 +54,43 @@ def test_two_ranks_are_one_with_twice_the_batch(words, tmp_path):
     one, *others = (lab.load(tmp_path / str(i)) for i in range(3))
     for other, text in zip(others, said[1:], strict=True):
         assert text.count("Training") == 1 and "cpu and 1 more" in text, "the first rank alone speaks"
-        assert list(other.metrics) == list(one.metrics) and len(other.folder.starts()) == 1
-        for name, values in one.metrics.items():
-            assert [step for step, _ in other.metrics[name]] == [step for step, _ in values], "each line once"
-            assert_close([v for _, v in other.metrics[name]], [v for _, v in values], atol=1e-5, rtol=1e-3)
-        assert sorted(other.pictures) == sorted(one.pictures) == [0, 3, 6]
+        assert list(other.series) == list(one.series) and len(other.folder.starts()) == 1
+        for name, values in one.series.items():
+            assert [step for step, _ in other.series[name]] == [step for step, _ in values], "each line once"
+            assert_close([v for _, v in other.series[name]], [v for _, v in values], atol=1e-5, rtol=1e-3)
+        assert sorted(other.images) == sorted(one.images) == [0, 3, 6]
         ours, theirs = weights(other.folder, 6), weights(one.folder, 6)
         start = weights(one.folder, 2)
         moved = max(float((theirs[name] - start[name]).abs().max()) for name in theirs)
         assert all(float((ours[name] - theirs[name]).abs().max()) < 0.02 * moved for name in theirs)
         assert (other.folder.export / "pytorch_lora_weights.safetensors").is_file() and other.folder.report.is_file()
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_with_twice_the_batch(words, tmp_path):
+    """Two commands, as each machine would start one, on this machine."""
+    call(*words, "dataset.batch_size=4", "trainer.max_steps=3", f"hydra.run.dir={tmp_path / 'one'}", cwd=tmp_path)
+    said = [*words, "dataset.batch_size=2", "trainer.max_steps=3", "trainer.num_nodes=2", f"hydra.run.dir={tmp_path / 'two'}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "dreambooth_lab", *said]
+    both = [subprocess.Popen(command, cwd=tmp_path, env=env | {"NODE_RANK": str(i)}, stderr=subprocess.PIPE) for i in (0, 1)]
+    for process in both:
+        _, told = process.communicate(timeout=400)
+        assert process.returncode == 0, told.decode()
+    one, two = (lab.load(tmp_path / name) for name in ("one", "two"))
+    assert len(two.folder.starts()) == 1 and sorted(two.images) == [0, 3]
+    for name, values in one.series.items():
+        assert_close([v for _, v in two.series[name]], [v for _, v in values], atol=1e-5, rtol=1e-3)
+
+
+def test_machines_share_a_folder_that_is_named(small, monkeypatch):
+    said = {"mode": RunMode.RUN, "runtime": {"output_dir": "x"}, "overrides": {"task": [], "hydra": []}}
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create(said))
+    with pytest.raises(ConfigError, match="each machine would choose a run folder of its own"):
+        cli.job(lab.compose(*small, "trainer.num_nodes=2"))
 
 
 @pytest.mark.slow
@@ -67,6 +101,40 @@ def test_two_ranks_go_on_bit_for_bit(words, tmp_path):
     call(f"resume={tmp_path / 'cut'}", "trainer.max_steps=6", cwd=tmp_path)
     whole, cut = (weights(RunFolder(tmp_path / name), 6) for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_with_the_same_samples(words, tmp_path):
+    """Two ranks of 2 rows, then one of 4, and the other way round: the losses of one in one go."""
+    how = {1: ["trainer.devices=1", "dataset.batch_size=4"], 2: ["trainer.devices=2", "dataset.batch_size=2"]}
+    call(*words, *how[1], f"hydra.run.dir={tmp_path / 'whole'}", cwd=tmp_path)
+    whole = lab.load(tmp_path / "whole")
+    for first, then in ((2, 1), (1, 2)):
+        root = tmp_path / f"from_{first}"
+        call(*words, *how[first], "trainer.max_steps=3", f"hydra.run.dir={root}", cwd=tmp_path)
+        call(f"resume={root}", *how[then], "trainer.max_steps=6", cwd=tmp_path)
+        went_on = lab.load(root)
+        for name, values in whole.series.items():
+            assert [step for step, _ in went_on.series[name]] == [step for step, _ in values]
+            assert_close([v for _, v in went_on.series[name]], [v for _, v in values], atol=1e-5, rtol=1e-3)
+        assert went_on.config.trainer.devices == then
+
+
+@pytest.mark.slow
+def test_ranks_share_the_images_and_caches_are_built_once(words, tmp_path):
+    """Each rank draws its own prompts, the first saves all; what the second rank reads of the caches, the first has made."""
+    prompts = "validation.prompts=[a dog, sks dog, a cat]"
+    for i in (1, 2):
+        how = [f"trainer.devices={i}", f"dataset.batch_size={4 // i}", f"cache={tmp_path / f'cache{i}'}"]
+        call(*words, *how, prompts, f"hydra.run.dir={tmp_path / str(i)}", cwd=tmp_path)
+    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1/pictures").rglob("step_*/*.png"))
+    assert len(files) == 3 * 3 * 2 and all((tmp_path / "2" / file).is_file() for file in files)
+    for file in files:
+        if "step_0000000" in str(file):
+            assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), "of the base model, to the bit"
+    made = [path for part in ("latents", "text") for path in (tmp_path / "cache2" / part).rglob("*") if path.is_file()]
+    starts = RunFolder(tmp_path / "2").preflight.stat().st_mtime  # the other rank begins after that
+    assert made and all(path.stat().st_mtime <= starts for path in made)
 
 
 @pytest.mark.slow
@@ -81,9 +149,9 @@ def test_ranks_share_the_eval_loss_and_agree_on_the_best(words, tmp_path):
         how = [f"trainer.devices={i}", f"dataset.batch_size={2 // i}", f"hydra.run.dir={tmp_path / str(i)}"]
         call(*words, *asked, *how, cwd=tmp_path)
     one, two = (lab.load(tmp_path / str(i)) for i in (1, 2))
-    assert_close([v for _, v in two.metrics["eval/loss"]], [v for _, v in one.metrics["eval/loss"]], atol=1e-4, rtol=1e-3)
-    assert len(one.metrics["eval/loss"]) == 4 and one.folder.best()[1] == two.folder.best()[1]
-    assert len((tmp_path / "2" / "eval.csv").read_text().splitlines()) == 1 + 6 * len(two.metrics["eval/loss"])
+    assert_close([v for _, v in two.series["eval/loss"]], [v for _, v in one.series["eval/loss"]], atol=1e-4, rtol=1e-3)
+    assert len(one.series["eval/loss"]) == 4 and one.folder.best()[1] == two.folder.best()[1]
+    assert len((tmp_path / "2" / "eval.csv").read_text().splitlines()) == 1 + 6 * len(two.series["eval/loss"])
 
 
 @pytest.mark.slow
@@ -96,11 +164,64 @@ def test_a_sweep_has_one_device_each(words, tmp_path):
 def test_a_rank_has_its_own_gpu_and_there_are_enough(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _device("auto", 2) == torch.device("cuda", 0)
+    assert device_of("auto", 2) == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert _device("gpu", 2) == torch.device("cuda", 1) and _device("cpu", 2) == torch.device("cpu")
+    assert device_of("gpu", 2) == torch.device("cuda", 1) and device_of("cpu", 2) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"trainer.devices is 3, but torch sees 2 CUDA"):
-        _device("gpu", 3)
+        device_of("gpu", 3)
+
+
+def test_apples_gpu_is_taken_where_there_is_one_and_none_of_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="'mps', but torch sees no MPS device"):
+        device_of("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device_of("auto") == device_of("mps") == torch.device("mps") and device_of("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"trainer.devices is 2, but MPS is one device"):
+        device_of("auto", 2)
+    with pytest.raises(ConfigError, match="sees no CUDA device"):
+        device_of("gpu")
+
+
+def test_the_first_process_of_all_machines_writes(monkeypatch):
+    for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    assert leads()
+    for variables in ({"NODE_RANK": "1"}, {"LOCAL_RANK": "1"}, {"SLURM_LOCALID": "1"}, {"LOCAL_RANK": "0", "GROUP_RANK": "1"}):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert not leads()
+
+
+def test_rows_may_be_divided_otherwise_but_not_changed(small, tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.save_config(lab.compose(*small, "dataset.batch_size=4"))
+    folder.checkpoints.mkdir()
+    folder.checkpoint(1).touch()
+    words = ["trainer.devices=2", "dataset.batch_size=2"]
+    again = resume_config(lab.compose(*small, f"resume={tmp_path}", *words), words)
+    assert (again.trainer.devices, again.dataset.batch_size) == (2, 2)
+    with pytest.raises(ConfigError, match=r"trainer.devices was 1, now 2") as caught:
+        resume_config(lab.compose(*small, f"resume={tmp_path}", words[0]), words[:1])
+    assert "may be divided otherwise if it stays 4" in str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
+def test_what_splits_the_network_is_refused(strategy, small):
+    with pytest.raises(ConfigError, match="which would split the network; adapters, exports and images need"):
+        check(lab.compose(*small, f"trainer.strategy={strategy}"))
+
+
+def test_a_rank_that_fails_to_draw_is_told_to_the_first(monkeypatch):
+    """And no rank waits for another."""
+
+    def other(own, parts):
+        parts[1] = ({1: ["b"]}, "disk full")
+
+    monkeypatch.setattr(validation.dist, "gather_object", other)
+    first = SimpleNamespace(world_size=2, is_global_zero=True)
+    assert validation.gathered({0: ["a"]}, "", first) == ({0: ["a"], 1: ["b"]}, "disk full")
 
 
 def weights(folder: RunFolder, step: int) -> dict[str, torch.Tensor]:

@@ -1,12 +1,13 @@
 import re
 
 import pytest
+from plotly.offline import get_plotlyjs
 
 import browser
 import tiny
 from dreambooth_lab import lab
-from dreambooth_lab.report import story
-from dreambooth_lab.report.curves import Frame, Line, chart, path, smoothed
+from dreambooth_lab.plots import Line, chart, smoothed
+from dreambooth_lab.report import sections
 from dreambooth_lab.run import run
 
 
@@ -23,12 +24,12 @@ def folder(small, tmp_path_factory):
 
 def test_the_page_is_self_contained(folder):
     page = folder.report.read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page
+    assert not re.search(r'<[^>]*\b(src|href)="(?!data:)', page.replace(get_plotlyjs(), ""))
     shown = {"before and after", "step 0", "step 2", "step 4", "compared at 2", "compared at 4"}
     shown |= {"the step kept"} if folder.best()[1] == 2 else set()  # else it is among the before and after
     assert page.count("data:image/jpeg;base64,") == len(shown)
     for name in ("train/loss", "train/loss_instance", "train/loss_prior", "eval/loss", "eval/loss by time", "clip/mean"):
-        assert re.search(f'<svg [^>]*aria-label="{name}[ ;,]', page), name
+        assert re.search(f'<figure class="plot" role="img" aria-label="{name}[ ;,]', page), name
 
 
 def test_what_users_type_is_escaped(folder):
@@ -50,23 +51,22 @@ def test_it_says_which_step_to_keep_and_how_to_use_it(folder):
 
 def test_the_verdict_is_honest_about_the_base_model():
     values = {0: 0.5, 10: 0.6, 20: 0.7}
-    assert story._chosen("eval/loss", values, 10, True).startswith(
+    assert sections._chosen("eval/loss", values, 10, True).startswith(
         "keep step 10: eval/loss is 0.6 there, 0.5 for the base model (which"
     )
-    assert "(which" not in story._chosen("clip/mean", values, 20, False)
-    assert story._lowest("eval/loss", values) == "eval/loss was at no step lower than the base model's."
+    assert "(which" not in sections._chosen("clip/mean", values, 20, False)
+    assert sections._lowest("eval/loss", values) == "eval/loss was at no step lower than the base model's."
 
 
 def test_the_curve_shows_the_values():
-    values = [(1, 0.0), (2, 1.0), (4, 0.5)]
-    assert path(values, Frame(0, 4, 0, 1)) == "M250.0 210.0L500.0 10.0L1000.0 110.0"
-    drawn = chart("a", [Line(values, "thin")], from_zero=True, level=0.5, mark=2)
-    assert "M250.0 210.0L500.0 10.0L1000.0 110.0" in drawn
-    assert 'class="level" d="M0 110.0L1000 110.0"' in drawn and 'class="mark" d="M500.0 10L500.0 210"' in drawn
+    drawn = chart("a", [Line([(1, 1.0), (2, 3.0)], "</script><b>x")], level=0.5, mark=2)
+    assert '"x":[1,2],"y":[1.0,3.0]' in drawn and '"log"' in drawn
+    assert '"y0":0.5,"y1":0.5' in drawn and '"x0":2,"x1":2' in drawn
+    assert drawn.count("</script>") == 1 and "<b>x" not in drawn
+    assert '"log"' not in chart("a", [Line([(1, 0.0), (2, 3.0)])]), "nothing of 0 or less on a logarithmic axis"
 
 
-def test_what_is_no_number_leaves_a_gap_and_no_trace():
-    assert "nan" not in chart("a", [Line([(1, float("nan")), (2, 1.0), (3, 2.0)], "thin")])
+def test_smoothing_keeps_a_level():
     assert smoothed([(0, 2.0), (1, 2.0)]) == [(0, 2.0), (1, 2.0)]
 
 
@@ -77,6 +77,8 @@ def test_the_page_in_a_browser(folder, tmp_path, size):
         for closed in page.find_elements("css selector", "details:not([open])"):
             page.execute_script("arguments[0].open = true", closed)
         found = browser.look(page, size, tmp_path / "report.png")
+        assert page.execute_script("return document.querySelectorAll('.plotly-graph-div .main-svg').length") > 8
+        assert not browser.complaints(page)
         assert found["broken"] == 0 and found["pictures"] >= 6 and found["wide"] <= size[0], found
         assert browser.complaints(page) == []
         assert len(page.find_elements("tag name", "svg")) >= 6

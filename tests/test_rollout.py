@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -12,21 +13,31 @@ from torch.testing import assert_close
 
 from dreambooth_lab import lab
 from dreambooth_lab.batch import Cond
-from dreambooth_lab.config import ConfigError, Ramp, Sampler
-from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePreserving
-from dreambooth_lab.rollout import Direct, Grid, InputPerturbation, ReflexFlow, Walk, build_reflexflow, build_rollout, ramp
+from dreambooth_lab.config import ConfigError, enums
+from dreambooth_lab.diffusion.path import RectifiedFlow, VariancePreserving
+from dreambooth_lab.rollout import (
+    Grid,
+    InputPerturbation,
+    ModelRollout,
+    NoRollout,
+    ReflexFlow,
+    build_reflexflow,
+    build_rollout,
+    ramp,
+)
 
 ALPHAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
 ZERO = VariancePreserving(
-    DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod, Prediction.v_prediction
+    DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod, enums.Prediction.v_prediction
 )
-PATHS = {p.value: VariancePreserving(ALPHAS, p) for p in Prediction} | {"flow": RectifiedFlow(1000)}
+PATHS = {p.value: VariancePreserving(ALPHAS, p) for p in enums.Prediction} | {"flow": RectifiedFlow(1000)}
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-every_sampler = pytest.mark.parametrize("sampler", Sampler, ids=lambda s: s.value)
+every_sampler = pytest.mark.parametrize("sampler", enums.Sampler, ids=lambda s: s.value)
 
 
 def config(*overrides):
-    return lab.compose("rollout.enabled=true", "rollout.ramp_steps=0", *overrides).rollout
+    """Strides long enough for drift to be seen."""
+    return lab.compose("rollout.enabled=true", "rollout.ramp_steps=0", "rollout.num_steps=28", *overrides).rollout
 
 
 def rows(n=6, seed=0):
@@ -34,7 +45,7 @@ def rows(n=6, seed=0):
     x0, eps, xi = (torch.randn(n, 4, 8, 8, generator=g) for _ in range(3))
     t = 0.1 + 0.85 * torch.rand(n, generator=g, dtype=torch.float64)
     draws = torch.rand(n, 2, generator=g, dtype=torch.float64)
-    batch = SimpleNamespace(eps=eps, xi=xi, walk=draws, latents=lambda: x0)
+    batch = SimpleNamespace(eps=eps, xi=xi, rollout_draws=draws, latents=lambda: x0)
     return x0, batch, Cond(states=torch.arange(n).float().view(n, 1, 1)), t
 
 
@@ -47,11 +58,11 @@ def unshifted(height, width):
 
 
 def walk(cfg, path, predict=network, top=1.0):
-    return Walk(cfg, path, top, unshifted, predict, nullcontext)
+    return ModelRollout(cfg, path, top, unshifted, predict, nullcontext)
 
 
 def lengths_of(made, walk, t, step):
-    return made.lengths(walk, t, step, Grid(made.grid, made.shift(8, 8)))
+    return made.rollout_steps(walk, t, step, Grid(made.grid, made.shift(8, 8)))
 
 
 @every_path
@@ -64,17 +75,95 @@ def test_an_oracle_stays_on_the_path(path, sampler, grid):
         mine = cond["states"][:, 0, 0].long()
         return path.target(x0[mine], batch.eps[mine], now)
 
-    at = walk(config(f"rollout.sampler={sampler.value}", f"rollout.grid={grid}"), path, oracle)(x0, batch, cond, t, 5)
-    assert at.strayed.any()
+    at = walk(config(f"rollout.sampler={sampler.value}", f"rollout.num_steps={grid}"), path, oracle)(x0, batch, cond, t, 5)
+    assert at.rolled_out.any()
     assert_close(at.x_t, path.noise(x0, batch.eps, t), atol=1e-3, rtol=1e-3)
     assert_close(at.eps, batch.eps, atol=2e-2, rtol=2e-2)
+
+
+@cache
+def rollout_of(*words):
+    """As it ships, but for the ramp and these words."""
+    return lab.compose("rollout.enabled=true", "rollout.ramp_steps=0", *words).rollout
+
+
+def shrunk(path, t, variance, *words):
+    """By what a walk multiplies the x_0 that is asked of an exact denoiser of N(0, variance), at time t.
+
+    Four samples (±√v, ±1) have the second moments of x_0 and ε exactly, once for each length of a walk, and all that follows is
+    linear; so the least-squares answer to what is asked is exact as well.
+    """
+    cfg = rollout_of(*words)
+    lengths = cfg.max_step_offset
+    draws = torch.tensor([[0.0, (k + 0.5) / lengths] for k in range(lengths)], dtype=torch.float64).repeat_interleave(4, 0)
+    x0 = (variance**0.5 * torch.tensor([1.0, 1.0, -1.0, -1.0])).repeat(lengths).view(-1, 1, 1, 1)
+    eps = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(lengths).view(-1, 1, 1, 1)
+
+    def exact(x, now, cond):
+        alpha, sigma = path.scales(now)
+        spread = alpha**2 * variance + sigma**2
+        return path.target(alpha * variance / spread * x, sigma / spread * x, now)
+
+    t = torch.full((4 * lengths,), t, dtype=torch.float64)
+    at = walk(cfg, path, exact)(
+        x0, SimpleNamespace(eps=eps, rollout_draws=draws), Cond(states=torch.zeros(4 * lengths, 1, 1)), t, 0
+    )
+    assert at.rolled_out.all()
+    asked, x = path.target(x0, at.eps, t), at.x_t
+    best = (asked * x).sum() / x.square().sum() * x
+    right, _ = path.split(exact(x, t, None), x, t)
+    return float((path.split(best, x, t)[0] / right).mean())
+
+
+def predicted(path, t, variance, strides, number):
+    """E_k[α_s/α_t √(V_t/V_s)] of rollout.py's docstring."""
+    times = t + torch.arange(0, strides + 1, dtype=torch.float64) / number
+    alpha, sigma = path.exact_scales(times)
+    spread = alpha**2 * variance + sigma**2
+    return float((alpha[1:] / alpha[0] * (spread[0] / spread[1:]).sqrt()).mean())
+
+
+@every_path
+@every_sampler
+@pytest.mark.parametrize("variance", [0.5, 1.0, 2.0])
+def test_the_default_leaves_an_exact_denoiser_at_its_optimum(path, sampler, variance):
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        factor = shrunk(path, t, variance, f"rollout.sampler={sampler.value}")
+        assert factor == pytest.approx(1, abs=0.03)
+        assert factor == pytest.approx(predicted(path, t, variance, 4, 1000), abs=2e-3)
+
+
+@every_path
+@pytest.mark.parametrize("variance", [0.5, 1.0, 2.0])
+def test_long_walks_move_it_as_the_formula_says(path, variance):
+    """But for the solver's own error on such strides."""
+    for t in (0.1, 0.3, 0.5, 0.7):
+        for words, strides, number in ((("rollout.num_steps=28",), 4, 28), (("rollout.max_step_offset=10",), 10, 1000)):
+            factor = shrunk(path, t, variance, "rollout.sampler=unipc", *words)
+            assert factor == pytest.approx(predicted(path, t, variance, strides, number), rel=0.03)
+    assert shrunk(path, 0.5, 1.0, "rollout.num_steps=28") < 0.9
+
+
+def test_the_figures_that_are_said_are_those_of_the_formula():
+    """In conf/rollout/default.yaml and in the docstring."""
+    path, times = PATHS["epsilon"], (0.1, 0.5, 0.9)
+    for strides, number, said in (
+        (4, 1000, (0.998, 0.994, 0.987)),
+        (10, 1000, (0.996, 0.987, 0.972)),
+        (4, 28, (0.93, 0.79, 0.66)),
+    ):
+        assert [predicted(path, t, 1.0, strides, number) for t in times] == pytest.approx(
+            said, abs=0.005 if number == 28 else 5e-4
+        )
+    original = shrunk(path, 0.5, 1.0, "rollout.num_steps=28", "rollout.sampler=unipc", "rollout.target=original")
+    assert original == pytest.approx(0.82, abs=0.01)
 
 
 @every_path
 def test_the_corrected_target_points_back_at_the_picture(path):
     x0, batch, cond, t = rows()
     at = walk(config("rollout.max_step_offset=8"), path)(x0, batch, cond, t, 5)
-    assert (at.x_t - path.noise(x0, batch.eps, t))[at.strayed].abs().max() > 0.05, "this network does drift"
+    assert (at.x_t - path.noise(x0, batch.eps, t))[at.rolled_out].abs().max() > 0.05, "this network does drift"
     back, _ = path.split(path.target(x0, at.eps, t), at.x_t, t)
     assert_close(back, x0, atol=1e-3, rtol=1e-3)
     original = walk(config("rollout.max_step_offset=8", "rollout.target=original"), path)(x0, batch, cond, t, 5)
@@ -87,7 +176,7 @@ def test_the_corrected_target_points_back_at_the_picture(path):
 def test_a_walk_of_no_length_is_no_rollout_to_the_bit(path, sampler, off):
     x0, batch, cond, t = rows()
     at = walk(config(f"rollout.sampler={sampler.value}", off), path, None)(x0, batch, cond, t, 5)
-    plain = Direct(path)(x0, batch, cond, t, 5)
+    plain = NoRollout(path)(x0, batch, cond, t, 5)
     assert all(torch.equal(a, b) for a, b in zip(at, plain, strict=True))
 
 
@@ -98,12 +187,12 @@ def test_a_batch_walks_as_its_rows_do_one_by_one_with_few_forwards(path, sampler
     cfg, calls = config(f"rollout.sampler={sampler.value}"), []
     counted = walk(cfg, path, lambda x, *a: calls.append(len(x)) or network(x, *a))
     at = counted(x0, batch, cond, t, 5)
-    lengths = lengths_of(counted, batch.walk, t, 5)
+    lengths = lengths_of(counted, batch.rollout_draws, t, 5)
     assert len(set(lengths.tolist())) > 2
     assert calls == [int((lengths > i).sum()) for i in range(int(lengths.max()))]
     for i in range(len(t)):
-        one = SimpleNamespace(eps=batch.eps[i : i + 1], walk=batch.walk[i : i + 1])
-        alone = walk(cfg, path)(x0[i : i + 1], one, cond.take(torch.tensor([i])), t[i : i + 1], 5)
+        one = SimpleNamespace(eps=batch.eps[i : i + 1], rollout_draws=batch.rollout_draws[i : i + 1])
+        alone = walk(cfg, path)(x0[i : i + 1], one, cond.select(torch.tensor([i])), t[i : i + 1], 5)
         assert_close(at.x_t[i : i + 1], alone.x_t, atol=1e-5, rtol=1e-5)
         assert_close(at.eps[i : i + 1], alone.eps, atol=1e-4, rtol=1e-4)
 
@@ -125,30 +214,37 @@ def test_walks_have_every_length_equally_often_and_end_below_the_top():
 def test_with_zero_terminal_snr_no_walk_starts_at_pure_noise_and_all_is_a_number(sampler, grid, shift):
     x0, batch, cond, _ = rows(8)
     t = torch.tensor([0.3, 0.9, 0.97, 0.995, 0.998, 0.9985, 0.99905, 0.99999], dtype=torch.float64)
-    batch.walk = torch.tensor([[0.0, 0.99]] * 8, dtype=torch.float64)
+    batch.rollout_draws = torch.tensor([[0.0, 0.99]] * 8, dtype=torch.float64)
     seen = []
     spy = lambda x, now, cond: seen.extend(now.tolist()) or network(x, now, cond)  # noqa: E731
-    words = (f"rollout.sampler={sampler.value}", f"rollout.grid={grid}", f"rollout.shift={shift}", "rollout.max_step_offset=8")
+    words = (
+        f"rollout.sampler={sampler.value}",
+        f"rollout.num_steps={grid}",
+        f"rollout.shift={shift}",
+        "rollout.max_step_offset=8",
+    )
     made = walk(config(*words), ZERO, spy)
     at = made(x0, batch, cond, t, 5)
     assert max(seen) <= ZERO.top + 1e-9 and ZERO.native(torch.tensor(seen)).max() <= 998
     assert at.x_t.isfinite().all() and at.eps.isfinite().all()
-    length = lengths_of(made, batch.walk, t, 5)
-    assert torch.equal(at.strayed, length > 0) and length.min() == 0 and length[0] == 8
-    plain = Direct(ZERO)(x0, batch, cond, t, 5)
-    assert torch.equal(at.x_t[~at.strayed], plain.x_t[~at.strayed]) and torch.equal(at.eps[~at.strayed], plain.eps[~at.strayed])
+    length = lengths_of(made, batch.rollout_draws, t, 5)
+    assert torch.equal(at.rolled_out, length > 0) and length.min() == 0 and length[0] == 8
+    plain = NoRollout(ZERO)(x0, batch, cond, t, 5)
+    assert torch.equal(at.x_t[~at.rolled_out], plain.x_t[~at.rolled_out]) and torch.equal(
+        at.eps[~at.rolled_out], plain.eps[~at.rolled_out]
+    )
 
 
 def test_the_grid_is_shifted_as_the_model_is_for_the_size_unless_a_number_is_said():
     asked = []
     x0, batch, cond, t = rows(1)
-    batch.walk, t = torch.tensor([[0.0, 0.99]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    batch.rollout_draws, t = torch.tensor([[0.0, 0.99]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
 
     def starts(shift):
         seen = []
         spy = lambda x, now, cond: seen.append(float(now)) or network(x, now, cond)  # noqa: E731
-        cfg = config("rollout.max_step_offset=2", "rollout.grid=10", f"rollout.shift={shift}")
-        Walk(cfg, PATHS["flow"], 1.0, lambda *size: asked.append(size) or 3.0, spy, nullcontext)(x0, batch, cond, t, 0)
+        cfg = config("rollout.max_step_offset=2", "rollout.num_steps=10", f"rollout.shift={shift}")
+        ModelRollout(cfg, PATHS["flow"], 1.0, lambda *size: asked.append(size) or 3.0, spy, nullcontext)(x0, batch, cond, t, 0)
         return seen
 
     assert_close(starts("model"), [3 * u / (1 + 2 * u) for u in (0.45, 0.35)])
@@ -160,16 +256,18 @@ def test_the_grid_is_shifted_as_the_model_is_for_the_size_unless_a_number_is_sai
 def test_strides_are_those_of_inference():
     seen = []
     x0, batch, cond, _ = rows(1)
-    batch.walk = torch.tensor([[0.0, 0.99]], dtype=torch.float64)
+    batch.rollout_draws = torch.tensor([[0.0, 0.99]], dtype=torch.float64)
     t = torch.tensor([0.5], dtype=torch.float64)
     spy = lambda x, now, cond: seen.append(float(now)) or network(x, now, cond)  # noqa: E731
-    walk(config("rollout.max_step_offset=3", "rollout.grid=10"), PATHS["flow"], spy)(x0, batch, cond, t, 0)
+    walk(config("rollout.max_step_offset=3", "rollout.num_steps=10"), PATHS["flow"], spy)(x0, batch, cond, t, 0)
     assert_close(seen, [0.8, 0.7, 0.6])
     seen.clear()
-    walk(config("rollout.max_step_offset=3", "rollout.grid=native"), PATHS["epsilon"], spy)(x0, batch, cond, t, 0)
+    walk(config("rollout.max_step_offset=3", "rollout.num_steps=native"), PATHS["epsilon"], spy)(x0, batch, cond, t, 0)
     assert PATHS["epsilon"].native(torch.tensor(seen, dtype=torch.float64)).tolist() == [503, 502, 501]
     seen.clear()
-    walk(config("rollout.max_step_offset=2", "rollout.grid=10", "rollout.shift=3"), PATHS["flow"], spy)(x0, batch, cond, t, 0)
+    walk(config("rollout.max_step_offset=2", "rollout.num_steps=10", "rollout.shift=3"), PATHS["flow"], spy)(
+        x0, batch, cond, t, 0
+    )
     assert_close(seen, [3 * u / (1 + 2 * u) for u in (0.45, 0.35)])
 
 
@@ -188,11 +286,11 @@ def test_the_walk_is_without_gradient_and_at_rest():
         inside.append(torch.is_grad_enabled())
         return weight * network(x, now, cond)
 
-    at = Walk(config(), PATHS["flow"], 1.0, unshifted, predict, Rest)(x0, batch, cond, t, 5)
+    at = ModelRollout(config(), PATHS["flow"], 1.0, unshifted, predict, Rest)(x0, batch, cond, t, 5)
     assert not at.x_t.requires_grad and inside[0] == "in" and inside[-1] == "out" and set(inside[1:-1]) == {False}
 
 
-@pytest.mark.parametrize(("shape", "quarter"), [(Ramp.linear, 0.25), (Ramp.cosine, 0.5 - 0.5 * 2**-0.5)])
+@pytest.mark.parametrize(("shape", "quarter"), [(enums.Ramp.linear, 0.25), (enums.Ramp.cosine, 0.5 - 0.5 * 2**-0.5)])
 def test_the_ramp_rises(shape, quarter):
     values = [ramp(step, 0.8, 1000, shape) for step in (0, 250, 500, 1000, 5000)]
     assert_close(values, [0.0, 0.8 * quarter, 0.4, 0.8, 0.8])
@@ -225,41 +323,45 @@ def test_input_perturbation_adds_noise_that_the_answer_leaves_out(path):
         config("rollout.kind=input_perturbation", "rollout.probability=0.5", "rollout.perturbation=0.3"), path
     )
     at = made(x0, batch, cond, t, 0)
-    assert torch.equal(at.eps, batch.eps) and torch.equal(at.strayed, batch.walk[:, 0] < 0.5) and 0 < at.strayed.sum() < 6
-    assert_close(at.x_t[at.strayed], path.noise(x0, batch.eps + 0.3 * batch.xi, t)[at.strayed])
-    assert torch.equal(at.x_t[~at.strayed], path.noise(x0, batch.eps, t)[~at.strayed])
+    assert (
+        torch.equal(at.eps, batch.eps)
+        and torch.equal(at.rolled_out, batch.rollout_draws[:, 0] < 0.5)
+        and 0 < at.rolled_out.sum() < 6
+    )
+    assert_close(at.x_t[at.rolled_out], path.noise(x0, batch.eps + 0.3 * batch.xi, t)[at.rolled_out])
+    assert torch.equal(at.x_t[~at.rolled_out], path.noise(x0, batch.eps, t)[~at.rolled_out])
 
 
 def test_what_is_built_is_what_is_said():
     made = [build_rollout(lab.compose(*words).rollout, PATHS["flow"], 1.0, unshifted, network, nullcontext)
             for words in ([], ["rollout.enabled=true"], ["rollout.enabled=true", "rollout.kind=input_perturbation"])]  # fmt: skip
-    assert [type(m) for m in made] == [Direct, Walk, InputPerturbation]
+    assert [type(m) for m in made] == [NoRollout, ModelRollout, InputPerturbation]
 
 
 def test_reflexflow_turns_towards_the_picture():
     x0, batch, _, t = rows()
     path = PATHS["flow"]
     x_t = path.noise(x0, batch.eps, t) + 0.3 * batch.xi
-    strayed = torch.tensor([True, True, False, True, False, True])
+    rolled_out = torch.tensor([True, True, False, True, False, True])
     terms = ReflexFlow(10.0, 0.0, path, network)
-    assert_close(terms.turn(7 * (x_t - x0), x_t, x0, strayed, None), torch.zeros(6), atol=1e-5, rtol=0)
-    away = terms.turn(-(x_t - x0), x_t, x0, strayed, None)
-    assert_close(away, 40.0 * strayed.float()), "opposite unit vectors are 2 apart"
+    assert_close(terms.direction_loss(7 * (x_t - x0), x_t, x0, rolled_out, None), torch.zeros(6), atol=1e-5, rtol=0)
+    away = terms.direction_loss(-(x_t - x0), x_t, x0, rolled_out, None)
+    assert_close(away, 40.0 * rolled_out.float()), "opposite unit vectors are 2 apart"
     v = (x_t - x0).clone().requires_grad_()
     mask = torch.zeros(6, 1, 8, 8)
     mask[..., :4] = 1
-    terms.turn(v + batch.xi, x_t, x0, strayed, mask).sum().backward()
+    terms.direction_loss(v + batch.xi, x_t, x0, rolled_out, mask).sum().backward()
     assert v.grad[2].abs().sum() == 0 < v.grad[0].abs().sum()
     assert v.grad[..., 4:].abs().sum() == 0, "nothing is turned outside the mask"
 
 
 def test_reflexflow_weighs_what_drift_changed():
     x0, batch, cond, t = rows()
-    path, strayed = PATHS["flow"], torch.tensor([True] * 3 + [False] * 3)
+    path, rolled_out = PATHS["flow"], torch.tensor([True] * 3 + [False] * 3)
     at = path.noise(x0, batch.eps, t)
     drift = torch.zeros_like(at)
     drift[..., :2] = 0.5
-    weight = ReflexFlow(0.0, 2.0, path, network).lost(network(at + drift, t, cond), batch, cond, t, strayed)
+    weight = ReflexFlow(0.0, 2.0, path, network).frequency_weight(network(at + drift, t, cond), batch, cond, t, rolled_out)
     assert torch.equal(weight[3:], torch.ones(3, 4, 8, 8)) and torch.equal(weight[:3, ..., 2:], torch.ones(3, 4, 8, 6))
     assert (weight[:3, ..., :2] > 1).all()
     assert_close(weight[:3].mean((1, 2, 3)), torch.full((3,), 3.0))

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 
 from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError
-from dreambooth_lab.run import build_family, run
-from dreambooth_lab.runfolder import RunFolder, take_up
+from dreambooth_lab.factory import build_family
+from dreambooth_lab.run import run
+from dreambooth_lab.runfolder import RunFolder, resume_config
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,11 @@ def test_a_run_leaves_everything_in_its_folder(done):
     folder = done.folder
     for path in (folder.config, folder.environment, folder.preflight, folder.metrics, folder.report):
         assert path.stat().st_size > 0
-    assert sorted(done.pictures) == [0, 3, 6]
-    assert folder.newest() == (folder.checkpoint(6), 6) and len(list(folder.checkpoints.iterdir())) == 1
-    assert [step for step, _ in done.metrics["train/loss"]] == [1, 2, 3, 4, 5, 6]
-    assert {"train/loss_instance", "train/loss_prior", "train/lr"} < done.metrics.keys()
+    assert sorted(done.images) == [0, 3, 6]
+    assert folder.newest() == (folder.checkpoint(6), 6)
+    assert sorted(folder.checkpoints.iterdir()) == [folder.checkpoint(4), folder.checkpoint(6)], "the newest two"
+    assert [step for step, _ in done.series["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert {"train/loss_instance", "train/loss_prior", "train/lr"} < done.series.keys()
 
 
 def test_what_it_took_is_told_by_phase(done):
@@ -41,7 +43,7 @@ def test_what_it_took_is_told_by_phase(done):
 
 
 def test_the_loss_is_the_sum_of_its_logged_parts(done):
-    parts = [dict(done.metrics[f"train/{name}"]) for name in ("loss", "loss_instance", "loss_prior")]
+    parts = [dict(done.series[f"train/{name}"]) for name in ("loss", "loss_instance", "loss_prior")]
     for step, total in parts[0].items():
         assert total == pytest.approx(parts[1][step] + parts[2][step])
 
@@ -85,12 +87,12 @@ def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_pa
     from safetensors.torch import save_file
 
     from dreambooth_lab.dreambooth import DreamBooth
-    from dreambooth_lab.run import build_adapter
+    from dreambooth_lab.factory import build_adapter
 
     checkpoint = torch.load(done.folder.newest()[0], weights_only=True)
     weights = checkpoint["state_dict"] if which == "live" else checkpoint["callbacks"]["Ema"]["shadow"]
     family, adapter = build_family(done.config), build_adapter(done.config)
-    adapter.attach(family.denoiser, family.learns, seed=9)
+    adapter.attach(family.denoiser, family.target_modules, seed=9)
     DreamBooth(done.config, family, adapter).load_state_dict(weights, strict=False)
     x, text = torch.randn(1, 4, 8, 8), family.encode_text(["a photo of sks dog"])
     said = {"states": text["prompt_embeds"], "pooled": text["pooled_prompt_embeds"]}
@@ -105,8 +107,8 @@ def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_pa
         ours = family.denoise(x, family.path.time(inputs["t"]), Cond(text, size=inputs["size"]))
         with adapter.base():
             base = family.denoise(x, family.path.time(inputs["t"]), Cond(text, size=inputs["size"]))
-    assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert (ours - base).abs().max() > 1e-3, "the adapter does something"
+    assert (ours - theirs).norm() < 0.01 * (ours - base).norm(), "to float16's rounding"
 
 
 def test_lab_gives_config_metrics_and_a_working_pipeline(done):
@@ -123,7 +125,7 @@ def test_lab_gives_config_metrics_and_a_working_pipeline(done):
 
 def test_validation_does_not_touch_training(done, small, tmp_path):
     run(lab.compose(*small, "adapter.alpha=8", "validation.every_n_steps=0"), tmp_path / "b")
-    assert lab.load(tmp_path / "b").metrics == done.metrics
+    assert lab.load(tmp_path / "b").series == done.series
     plain, shown = (torch.load(f.newest()[0], weights_only=True)["state_dict"] for f in (RunFolder(tmp_path / "b"), done.folder))
     assert all(torch.equal(plain[name], shown[name]) for name in shown)
 
@@ -139,7 +141,7 @@ def test_accumulation_logs_the_mean_of_its_micro_batches(small, tmp_path):
     ]
     run(lab.compose(*quick, "trainer.max_steps=8"), tmp_path / "one")
     run(lab.compose(*quick, "trainer.accumulate_grad_batches=2"), tmp_path / "two")
-    one, two = (dict(lab.load(tmp_path / name).metrics["train/loss"]) for name in ("one", "two"))
+    one, two = (dict(lab.load(tmp_path / name).series["train/loss"]) for name in ("one", "two"))
     for step, loss in two.items():
         assert loss == pytest.approx((one[2 * step - 1] + one[2 * step]) / 2, rel=1e-5)
     assert len(two) == 4
@@ -160,7 +162,7 @@ def test_the_average_follows_its_closed_form(small, tmp_path):
     from dreambooth_lab.dreambooth import DreamBooth
 
     module = MagicMock(spec=DreamBooth)
-    module.learning.return_value = live
+    module.trainable_parameters.return_value = live
     expected = torch.tensor([0.0, 4.0])
     for step in range(1, 31):
         live["denoiser.w"] += 1
@@ -181,7 +183,7 @@ def test_weights_that_arrive_later_are_averaged_as_if_they_came_at_once(monkeypa
     from dreambooth_lab.dreambooth import DreamBooth
 
     module, live = MagicMock(spec=DreamBooth), {"w": torch.tensor([0.0, 4.0])}
-    module.learning.return_value = live
+    module.trainable_parameters.return_value = live
     at_once, later = Ema(0.9, 1, "cpu"), Ema(0.9, 1, "cpu")
     waited = []
 
@@ -202,14 +204,6 @@ def test_weights_that_arrive_later_are_averaged_as_if_they_came_at_once(monkeypa
     assert len(waited) == 8, "each copy is waited for once"
 
 
-def test_compare_shows_what_differs(done, small, tmp_path):
-    run(lab.compose(*small, "adapter.alpha=8", "seed=1", "validation.every_n_steps=0"), tmp_path / "c")
-    rows = lab.compare([done, lab.load(tmp_path / "c")])
-    assert [row["seed"] for row in rows] == [0, 1] and "adapter.alpha" not in rows[0]
-    assert rows[0]["train/loss"] != rows[1]["train/loss"]
-    assert [r.folder.root for r in lab.runs(tmp_path)] == [tmp_path / "c"]
-
-
 def test_preflight_only_trains_nothing(small, tmp_path):
     run(lab.compose(*small, "preflight=only"), tmp_path / "p")
     folder = RunFolder(tmp_path / "p")
@@ -219,13 +213,13 @@ def test_preflight_only_trains_nothing(small, tmp_path):
 
 def test_a_resumed_run_refuses_what_would_change_the_past(done, small):
     again = [*small, f"resume={done.folder.root}"]
-    assert take_up(lab.compose(f"resume={done.folder.root}"), ["trainer.max_steps=9"]).adapter.alpha == 8
+    assert resume_config(lab.compose(f"resume={done.folder.root}"), ["trainer.max_steps=9"]).adapter.alpha == 8
     words = ["optimizer.lr=5", "trainer.max_steps=9", "dataset.batch_size=1"]
     with pytest.raises(ConfigError, match=r"optimizer\.lr was 0\.01, now 5\.0") as caught:
-        take_up(lab.compose(*again, *words), words)
+        resume_config(lab.compose(*again, *words), words)
     assert "dataset.batch_size was 2, now 1" in str(caught.value) and "max_steps" not in str(caught.value)
 
 
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ConfigError, match="is not a run folder"):
-        take_up(lab.compose(f"resume={tmp_path}"), [])
+        resume_config(lab.compose(f"resume={tmp_path}"), [])

@@ -14,7 +14,7 @@ RECORDED = json.loads((Path(__file__).parent / "toybox_steps.json").read_text())
 COMMON = ["trainer.max_steps=20", "validation.every_n_steps=0", "trainer.progress=false", "logger=none",
           "trainer.accelerator=cpu", "prior.path=${package:toybox/pictures/classes/robot}", "optimizer.lr=1e-3"]  # fmt: skip
 RUNS = {
-    "plain": ["prior=teacher", "rollout.enabled=true", "rollout.ramp_steps=0", "rollout.probability=0.5"],
+    "plain": ["prior=teacher", "rollout.enabled=true", "rollout.ramp_steps=0", "rollout.probability=0.5", "rollout.num_steps=28"],
     "token": ["prior=teacher", "adapter.train_token=true"],
     "bank": ["prior=bank", "adapter=dora", "dataset.caption_dropout=0.3", "objective.weight=min_snr"],
 }
@@ -23,5 +23,5 @@ RUNS = {
 @pytest.mark.parametrize("kind", [kind if kind == "plain" else pytest.param(kind, marks=pytest.mark.slow) for kind in RUNS])
 def test_the_losses_are_those_recorded(kind, tmp_path):
     run(lab.compose(*COMMON, *RUNS[kind], f"cache={tmp_path / 'cache'}"), tmp_path / "run")
-    losses = [loss for _, loss in sorted(lab.load(tmp_path / "run").metrics["train/loss"])]
+    losses = [loss for _, loss in sorted(lab.load(tmp_path / "run").series["train/loss"])]
     assert losses == pytest.approx(RECORDED[kind], rel=1e-4), "other processors round differently, but no more than so"

@@ -1,19 +1,26 @@
 """The measuring commands refuse what a training run refuses, without a traceback."""
 
-import sys
-
 import pytest
 
-from dreambooth_lab.tools.words import checked, command
+from dreambooth_lab.tools.common.training_config import command, compose_checked
 
 
-@pytest.mark.parametrize(("word", "told"), [("nosuch=1", "'nosuch'"), ("dataset.batch_size=0", "dataset.batch_size is 0")])
-def test_bad_words_end_a_measuring_command_with_the_key(monkeypatch, word, told):
-    monkeypatch.setattr(sys, "argv", ["measure", word])
-    with pytest.raises(SystemExit, match=r"^error: ") as ended:
-        command(checked)
-    assert told in str(ended.value)
+@pytest.mark.parametrize(
+    ("word", "told"), [("nosuch=1", "nosuch is no key"), ("dataset.batch_size=0", "dataset.batch_size is 0")]
+)
+def test_bad_words_end_a_measuring_command_with_the_key(capsys, word, told):
+    with pytest.raises(SystemExit) as ended:
+        command(compose_checked, "What it measures.", [word])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and told in said
+
+
+def test_help_says_what_a_command_measures(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(compose_checked, "What it measures:\n\n    python -m it key=value\n", ["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "What it measures" in said and "python -m it key=value" in said
 
 
 def test_good_words_give_the_config_of_the_run():
-    assert checked(["dataset.batch_size=3"]).dataset.batch_size == 3
+    assert compose_checked(["dataset.batch_size=3"]).dataset.batch_size == 3

@@ -109,3 +109,14 @@ def save_photos(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> Pa
         coarse = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
     return folder
+
+
+def save_masks(photos: Path, folder: Path) -> Path:
+    """A mask for each photo: white but for its upper and left quarter."""
+    folder.mkdir()
+    for photo in photos.glob("*.png"):
+        width, height = Image.open(photo).size
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 4 :, width // 4 :] = 255
+        Image.fromarray(mask).save(folder / photo.name)
+    return folder

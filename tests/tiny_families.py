@@ -11,6 +11,7 @@ import torch
 import transformers as T
 
 import tiny
+from dreambooth_lab.config import conf_dir
 
 WORDS = ["a", "photo", "of", "dog", "cat", "sks", "on", "the", "beach", "in", "space", "red", "robot"]
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|end|>"
@@ -424,6 +425,23 @@ def pixart() -> Any:
     )
 
 
+def aura_flow() -> Any:
+    torch.manual_seed(0)
+    transformer = D.AuraFlowTransformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, out_channels=4, pos_embed_max_size=256,
+    )  # fmt: skip
+    _stir(transformer)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 130}
+    return D.AuraFlowPipeline(
+        tokenizer=gemma_tokenizer(),
+        text_encoder=T.UMT5EncoderModel(T.UMT5Config(**sizes)),
+        vae=vae(4, scaling_factor=0.13025),
+        transformer=transformer,
+        scheduler=D.FlowMatchEulerDiscreteScheduler(**FLOW, shift=1.73),
+    )
+
+
 @torch.no_grad()
 def _stir(model: torch.nn.Module) -> None:
     """Layers that begin at zero would hide what they are fed."""
@@ -453,6 +471,15 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 }
 
 
+def model_of(name: str) -> str:
+    """The choice of `model=` that trains it."""
+    name = {"sd35": "sd35_large"}.get(name, name)
+    return name if (conf_dir() / "model" / f"{name}.yaml").is_file() else "diffusers"
+
+
+REFUSED = {"aura_flow": aura_flow}  # pipelines that can't be trained here
+
+
 def save(name: str, folder: Path) -> Path:
-    PIPELINES[name]().save_pretrained(folder)
+    (PIPELINES | REFUSED)[name]().save_pretrained(folder)
     return folder

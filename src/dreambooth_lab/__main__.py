@@ -2,68 +2,233 @@
 
 from __future__ import annotations
 
-import gc
+import errno
+import os
+import signal
 import sys
+import traceback
+from collections.abc import Sequence
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dreambooth_lab.config import ConfigError, anchor, check, conf_dir
-from dreambooth_lab.data.simpletuner import first_prompt
-from dreambooth_lab.data.spec import plan
-from dreambooth_lab.runfolder import RunFolder, new_folder, take_up
+from dreambooth_lab import heap, resolvers, sweep
+from dreambooth_lab.config import ConfigError, Interrupted, RunError, check, conf_dir, processes, resolve_paths
+from dreambooth_lab.config.help import page as help_page
+from dreambooth_lab.config.hydra_errors import explain
+from dreambooth_lab.config.typed import as_hydra_reads
+from dreambooth_lab.data.planning import plan
+from dreambooth_lab.pages import Pages
+from dreambooth_lab.quiet import quiet_libraries
+from dreambooth_lab.runfolder import AUTO, LATEST, RunFolder, resume_config
+from dreambooth_lab.storage import disk, durable
+from dreambooth_lab.sweep import JobFailed, State
 
-OmegaConf.register_new_resolver("run_folder", new_folder, replace=True)
-OmegaConf.register_new_resolver("dataset_file_prompt", first_prompt, replace=True)
+FULL = 2**20  # bytes free under which a disk is full
+FULL_ERROR = "HYDRA_FULL_ERROR"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+resolvers.register()
 
 
 def job(cfg: DictConfig) -> dict[str, float]:
     """Compose → check → run one job of Hydra's."""
     hydra_cfg = HydraConfig.get()
-    cfg = anchor(cfg)
-    if cfg.resume is not None:
-        cfg = take_up(cfg, list(hydra_cfg.overrides.task))
+    cfg, folder = resolve_paths(cfg), RunFolder(hydra_cfg.runtime.output_dir)
+    cfg = with_saved_config(cfg, folder, list(hydra_cfg.overrides.task))
     check(cfg)
-    if cfg.trainer.devices > 1 and hydra_cfg.mode is RunMode.MULTIRUN:
-        several = f"trainer.devices is {cfg.trainer.devices} in a sweep, whose jobs share this process"
+    if hydra_cfg.mode is RunMode.MULTIRUN and "optuna" in hydra_cfg.sweeper._target_ and cfg.search_metric is None:
+        raise ConfigError("hydra/sweeper is optuna, but search_metric is null; set it to a logged number, such as eval/loss")
+    own = any(word.startswith("hydra.run.dir=") for word in hydra_cfg.overrides.hydra)
+    if cfg.trainer.num_nodes > 1 and cfg.resume is None and not own:
+        several = f"trainer.num_nodes is {cfg.trainer.num_nodes}, and each machine would choose a run folder of its own"
+        raise ConfigError(f"{several}; name one that all see: hydra.run.dir=FOLDER, or resume=auto")
+    if processes(cfg) > 1 and hydra_cfg.mode is RunMode.MULTIRUN:
+        several = f"trainer.devices is {cfg.trainer.devices} in a sweep, whose jobs have a process each"
         raise ConfigError(f"{several}; start them one by one (hydra.mode=RUN), or with trainer.devices=1")
     plan(cfg)  # a wrong dataset file is refused before torch and the rest load
-    from dreambooth_lab.run import run  # torch and the rest load here
+    quiet_libraries()
+    with heap.imports():
+        from dreambooth_lab.run import run  # torch and the rest load here
 
-    try:
-        return run(cfg, Path(hydra_cfg.runtime.output_dir))
-    finally:
-        gc.collect()  # the next job of a sweep shares this process
+    cfg, tables = with_memory_plan(cfg, list(hydra_cfg.overrides.task), str(hydra_cfg.job.config_name))
+    return run(cfg, folder.root, tables)
+
+
+def with_memory_plan(cfg: DictConfig, said: list[str], name: str) -> tuple[DictConfig, list[Any]]:
+    """The configuration with what `memory` chooses for the card, and what is to be shown of it; a run that goes on has chosen."""
+    if cfg.resume:
+        return cfg, []
+    from dreambooth_lab.forecast import plans
+
+    def compose(words: Sequence[str]) -> DictConfig:
+        with_more: DictConfig = resolve_paths(hydra.compose(name, overrides=[*said, *words]))
+        check(with_more)
+        return with_more
+
+    chosen = plans.choose_plan(cfg, said, compose)
+    if chosen is None:
+        return cfg, []
+    chosen.show()
+    return chosen.cfg, [chosen.table()]
+
+
+def with_saved_config(cfg: DictConfig, folder: RunFolder, overrides: list[str]) -> DictConfig:
+    """What is to run: as composed, or with `resume` the saved configuration of the run in the folder."""
+    if cfg.resume is None:
+        return cfg
+    if HydraConfig.get().mode is RunMode.MULTIRUN and cfg.resume != AUTO:
+        way_out = "resume=auto goes on with the sweep of the same command, hydra.mode=RUN resume=FOLDER with one of its runs"
+        raise ConfigError(f"resume is {cfg.resume!r} in a sweep; {way_out}")
+    if cfg.resume in (AUTO, LATEST):
+        began = cfg.resume == LATEST or folder.newest() is not None
+        cfg.resume = str(folder.root) if began else None
+    return resume_config(cfg, overrides) if cfg.resume else cfg
+
+
+def task(cfg: DictConfig) -> dict[str, float] | float | None:
+    """What Hydra calls: a single run, or one job of a sweep."""
+    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return _job_or_exit(cfg)
+    numbers = _member(cfg)
+    return numbers if cfg.search_metric is None else _searched(cfg.search_metric)
+
+
+def _searched(metric: str) -> float:
+    """What a job of a search came to: the number by which its page judges it.
+
+    Raises:
+        JobFailed: the job logged no such number.
+    """
+    from dreambooth_lab.compare import arms
+
+    numbers = arms.run_of(RunFolder(HydraConfig.get().runtime.output_dir)).metrics
+    if metric not in numbers:
+        told = f"search_metric is {metric!r}, which this run does not log; it logs {', '.join(sorted(numbers)) or 'nothing'}"
+        print(f"error: {told}", file=sys.stderr)
+        raise JobFailed(told)
+    return numbers[metric]
 
 
 def _job_or_exit(cfg: DictConfig) -> dict[str, float] | None:
-    """A refused single run ends with its message and code 2; in a sweep, Hydra goes on and reports it at the end."""
+    """A refused run ends with its message and code 2."""
     try:
         return job(cfg)
-    except ConfigError as error:
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         _drop_if_empty(Path(HydraConfig.get().runtime.output_dir))
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        folder = RunFolder(HydraConfig.get().runtime.output_dir)
-        way_on = f"go on with: python -m dreambooth_lab resume={folder.root}" if folder.newest() else "no checkpoint yet"
-        print(f"interrupted; {way_on}", file=sys.stderr)
+        print(f"interrupted; {_how_to_resume('go on')}", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
+        print(f"error: {error}; {_how_to_resume('make room or give write access, then go on')}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _member(cfg: DictConfig) -> dict[str, float]:
+    """One job of a sweep. A failure is told and kept in its folder, and the others run; a signal ends the sweep.
+
+    Raises:
+        JobFailed: it did; for Hydra.
+    """
+    hydra_cfg = HydraConfig.get()
+    folder = RunFolder(hydra_cfg.runtime.output_dir)
+    if cfg.resume == AUTO and (numbers := sweep.finished(folder)) is not None:
+        print(f"job {hydra_cfg.job.num} is done already: {folder.root}", flush=True)
+        sweep.note(folder, State.done, hydra_cfg)
+        return numbers
+    sweep.note(folder, State.began, hydra_cfg)
+    try:
+        numbers = job(cfg)
+        sweep.note(folder, State.previewed if cfg.preflight == "only" else State.done, hydra_cfg)
+        return numbers
+    except (Interrupted, KeyboardInterrupt) as stop:
+        sweep.note(folder, State.stopped, hydra_cfg)
+        print(f"{stop}\nthe sweep ends here; {_whole_sweep_on(cfg)}", file=sys.stderr)
+        sys.exit(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT))
+    except (ConfigError, RunError) as error:
+        told = str(error)
+    except Exception as error:
+        traceback.print_exc()
+        told = f"{type(error).__name__}: {error}"
+    finally:
+        _release()
+    _release()  # what the exception held until here
+    sweep.note(folder, State.failed, hydra_cfg, told)
+    print(f"error in job {hydra_cfg.job.num}: {told}\nthe other jobs go on", file=sys.stderr)
+    raise JobFailed(told)
+
+
+def _release() -> None:
+    """Leave the process to the next job as this one found it."""
+    if "torch" not in sys.modules:  # it was refused before
+        return
+    from dreambooth_lab.run import release
+
+    release()
+
+
+def _whole_sweep_on(cfg: DictConfig) -> str:
+    return f"the same command goes on{'' if cfg.resume == AUTO else ', if it was started with resume=auto, as sweep=NAME does'}"
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Could a file not be written? Libraries that write files say so in exceptions of their own."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    return disk.free_bytes(Path(HydraConfig.get().runtime.output_dir)) < FULL
+
+
+def _how_to_resume(what: str) -> str:
+    folder = RunFolder(HydraConfig.get().runtime.output_dir)
+    if folder.newest():
+        return f"{what} with: python -m dreambooth_lab resume={folder.root}"
+    return "no step was saved yet; what was cached stays, so the same command begins sooner"
 
 
 def _drop_if_empty(folder: Path) -> None:
+    """Remove the folder of a run that never began."""
     with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [durable.LOCK]:
+            (folder / durable.LOCK).unlink()
         folder.rmdir()
 
 
 def main() -> None:
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job_or_exit)()
+    """The command line. With HYDRA_FULL_ERROR=1 a refusal shows where it comes from."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or log that has no é or … gets a ?
+    wants_traceback = os.environ.get(FULL_ERROR, "0") != "0"
+    os.environ[FULL_ERROR] = "1"  # so that Hydra leaves errors to us
+    try:
+        if (shown := help_page(sys.argv[1:])) is not None:
+            print(shown, end="")
+            return
+        sys.argv[1:] = as_hydra_reads(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+    except JobFailed:
+        sys.exit(1)  # it has been told
+    except Exception as error:
+        said = explain(error)
+        if said is None or wants_traceback:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        Pages.close()
 
 
 if __name__ == "__main__":

@@ -6,26 +6,30 @@ Letters: B rows, C latent channels, h w latent grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ON_HOST = ("sample", "u", "rollout_draws")  # fields of a batch
+WITHOUT_FLOAT64 = ("mps",)  # types of devices
+Caption = str | None  # None: the unconditional input of the sampler
+
 
 class Record(dict[str, Tensor]):
-    """Named tensors, a row for each sample first. Only the model family knows the names; everybody else moves whole rows."""
+    """Named tensors whose first dimension is the rows. Only the model family knows the names; all others handle whole rows."""
 
     @property
     def rows(self) -> int:
         return len(next(iter(self.values())))
 
-    def take(self, rows: Tensor) -> Self:
-        """Some of the rows."""
+    def select(self, rows: Tensor) -> Self:
+        """The record with some of the rows."""
         return type(self)({name: tensor[rows] for name, tensor in self.items()})
 
-    def put(self, rows: Tensor, other: Record) -> Self:
-        """With other tensors at some rows, for the names that `other` has; the rest stays."""
+    def replace_rows(self, rows: Tensor, other: Record) -> Self:
+        """A copy whose tensors have `other`'s values at these rows; names that `other` lacks are unchanged."""
         made = type(self)(self)
         for name, tensor in other.items():
             own, tensor = _same_shape([self[name], tensor.to(self[name])])
@@ -33,75 +37,99 @@ class Record(dict[str, Tensor]):
         return made
 
     def to(self, device: torch.device) -> Self:
-        return type(self)({name: tensor.to(device) for name, tensor in self.items()})
+        return type(self)({name: to_device(tensor, device) for name, tensor in self.items()})
 
     def repeat(self, n: int) -> Self:
-        """A single row n times."""
+        """Expand a single row to n rows."""
         return type(self)({name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in self.items()})
 
     @classmethod
     def stack(cls, records: Sequence[Self]) -> Self:
-        """All rows of all records. Tensors of different length are padded with zeros at their ends; a family whose captions
-        differ in length has a mask or a length among its tensors, so that padding is never read."""
+        """Concatenate the rows of all records. Tensors of different length are padded with zeros at the end; a family whose
+        captions differ in length has a mask or a length among its tensors, so padding is never read."""
         return cls({name: torch.cat(_same_shape([record[name] for record in records])) for name in records[0]})
 
 
 class Text(Record):
-    """What the text encoders say about captions."""
+    """The text encoders' output for captions."""
 
 
 class Cond(Record):
-    """Everything the denoiser is told besides x_t and t."""
+    """The denoiser's conditioning: all its inputs besides x_t and t."""
 
 
 class Size(NamedTuple):
-    """A picture's own size, where its crop began after resizing, and the size trained on (SDXL §2.2), in pixels."""
+    """SDXL's size conditioning (SDXL §2.2), in pixels: the image's original size, the crop's corner, the training size."""
 
     original: tuple[int, int]  # height, width
     crop: tuple[int, int]  # top, left
     target: tuple[int, int]  # height, width
 
 
-class Shown(NamedTuple):
-    """A picture as the denoiser may be told of it."""
+class ImageInfo(NamedTuple):
+    """What the conditioning may depend on besides the caption."""
 
     size: Size
     latents: Tensor  # [C h w], the mean of its posterior
     seed: int
-    sample: int  # with the seed, what further draws of this row are keyed by
-    aesthetic_score: float  # that the row is trained under, for models that are told one (SDXL's refiner)
+    sample: int  # sample index: with the seed, the key of further random draws of this row
+    aesthetic_score: float  # for models with this conditioning (SDXL's refiner)
 
 
-class Kinds(NamedTuple):
-    """Rows of each kind in a micro-batch, the mean over all micro-batches and ranks of its optimiser step: means over a step's
-    rows come out the same however it is cut up."""
+class RowCounts(NamedTuple):
+    """The expected number of instance and class rows of a batch: the mean over all batches, not the numbers of this one."""
 
     instances: float
     classes: float
 
+    @classmethod
+    def expected(cls, rows: int, class_share: float) -> Self:
+        """For batches of `rows` rows with this share of class rows."""
+        return cls(rows * (1 - class_share), rows * class_share)
+
 
 class Batch(NamedTuple):
-    """Rows of one shape, with every random choice already drawn."""
+    """Rows of one shape, with every random number already drawn. The tensors that decide how much work there is stay on the
+    host, because reading them from the device would wait for the device."""
 
-    sample: Tensor  # [B] global sample index n
+    sample: Tensor  # [B] global sample index n, on the host
     mean: Tensor  # [B C h w] VAE posterior, in the denoiser's latent scale
     std: Tensor  # [B C h w]
-    z: Tensor  # [B C h w] N(0,1): the posterior's noise
+    z: Tensor  # [B C h w] N(0,1): noise of the posterior
     eps: Tensor  # [B C h w] N(0,1): ε
-    u: Tensor  # [B] U[0,1): becomes t
-    walk: Tensor  # [B 2] U[0,1): whether a row rolls out, and how far
-    xi: Tensor | None  # [B C h w] N(0,1): input perturbation, if it is on
+    u: Tensor  # [B] U[0,1): becomes t; on the host
+    rollout_draws: Tensor  # [B 2] U[0,1): whether a row is rolled out, and over how many steps; on the host
+    xi: Tensor | None  # [B C h w] N(0,1): noise of the input perturbation, if it is on
     cond: Cond
     captions: tuple[str, ...]  # B of them, as drawn
-    instance_rows: Tensor  # [≤B] positions of the subject's rows
+    instance_rows: Tensor  # [≤B] positions of the instance rows
     class_rows: Tensor  # [≤B] positions of the class rows
-    kinds: Kinds
-    mask: Tensor | None  # [B 1 h w] in [0,1], or no masks at all
-    taught: Tensor | None  # [class rows, C h w], the base model's answers from the bank, if there is one
+    row_counts: RowCounts
+    mask: Tensor | None  # [B 1 h w] in [0,1]; None: no row has a mask
+    teacher_output: Tensor | None  # [class rows, C h w], the base model's cached predictions, with prior=bank
 
     def latents(self) -> Tensor:
         """x_0 drawn from the cached posterior [B C h w]."""
         return self.mean + self.std * self.z
+
+    def to(self, device: torch.device) -> Batch:
+        """Move the tensors to a device, except those of `ON_HOST`; Lightning calls it."""
+        there: dict[str, Any] = {"cond": self.cond.to(device)}
+        there |= {n: to_device(v, device) for n, v in self._asdict().items() if isinstance(v, Tensor) and n not in ON_HOST}
+        return self._replace(**there)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device, from the host without waiting (CUDA stages pageable memory at once; MPS does not, so
+    there it waits). float64 becomes float32 on a device that lacks it."""
+    if tensor.dtype is torch.float64:
+        tensor = tensor.to(widest(device))
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "mps")
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise dtype of a device: float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def _same_shape(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     SUBSET = 22  # which pictures of a dataset that may give only some
     LEVEL = 23  # how far an upscaler's small picture is noised
     AUGMENTATION = 24  # and that noise
+    ROUNDING = 25  # which way a step rounds weights that learn in bfloat16
     EVALUATION = 30  # the posterior's noise and ε of the eval loss
 
 

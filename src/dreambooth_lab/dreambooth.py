@@ -1,25 +1,25 @@
-"""★ The method: DreamBooth's training step (Ruiz et al. 2023), readable like the paper."""
+"""★ The method: DreamBooth's training step (Ruiz et al. 2023), in the paper's order and notation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from . import draw
 from .adapter import Adapter
-from .batch import Batch, Cond
-from .config import LossKind, Outside
+from .batch import Batch, Cond, to_device
+from .config import enums
 from .diffusion.time import build_times
 from .draw import Purpose
-from .learned_text import LearnedText
 from .losses import (
     Penalty,
     huber_width,
@@ -32,120 +32,122 @@ from .losses import (
     time_weight,
 )
 from .models.family import Family
-from .optimizer import Rate, build_optimizer, build_schedule, plus
+from .optimizer import Rate, add_lora_plus, build_optimizer, build_schedule, set_rates
 from .prior import Teacher, build_prior
-from .rollout import Reached, build_reflexflow, build_rollout
+from .rollout import NoisedSample, build_reflexflow, build_rollout
+from .trainable_text import TrainableText
 
-TOKEN = "token"  # owner of the rare token's rows
+TOKEN = "token"  # owner of the rare token's embeddings
 
 
 class DreamBooth(LightningModule):
-    """Teaches the family's denoiser one subject through an adapter.
+    """Fine-tunes the family's denoiser on one subject through an adapter.
 
-    Holds no timetable: everything periodic is a callback's. Draws nothing: every random choice comes in the batch.
+    Everything periodic is a callback. Nothing is drawn here: every random number comes with the batch.
     """
 
-    strict_loading = False  # checkpoints hold what learns, nothing else
+    strict_loading = False  # checkpoints hold the trainable parameters only
 
-    def __init__(self, cfg: DictConfig, family: Family, adapter: Adapter, text: LearnedText | None = None):
+    def __init__(self, cfg: DictConfig, family: Family, adapter: Adapter, text: TrainableText | None = None):
         super().__init__()
         self.cfg, self.family, self.adapter = cfg, family, adapter
-        self.denoiser, self.outside, self.text = family.denoiser, adapter.outside(), text
+        self.denoiser, self.outside, self.text = family.denoiser, adapter.extra_module(), text
         self._point: list[Tensor] = []
         self.path = family.path
         require_finite(cfg.objective.weight, family.path)
         self.times = build_times(cfg.objective, family.times, family.shift)
         self.teacher = Teacher(family.denoise, adapter.base)
         self.prior = build_prior(cfg.prior.kind, self.teacher)
-        self.rollout = build_rollout(cfg.rollout, self.path, family.times[1], family.shift, self.predict, self.at_rest)
+        self.rollout = build_rollout(cfg.rollout, self.path, family.times[1], family.shift, self.predict, self.dropout_off)
         self.reflexflow = build_reflexflow(cfg.rollout, self.path, self.predict)
 
     def training_step(self, batch: Batch, _: int) -> dict[str, Tensor]:
-        x0, cond = batch.latents(), self.told(batch)
-        t = self.times(batch.u, x0.shape[2:])  #                                         [B]        when
-        at = self.rollout(x0, batch, cond, t, self.global_step)  #                       [B C h w]  x_t, by ε or by the model
+        x0, cond = batch.latents(), self.conditioning(batch)
+        when = self.times(batch.u, x0.shape[2:])  #                                      [B]        on the host, like u
+        t = to_device(when, x0.device)
+        at = self.rollout(x0, batch, cond, when, self.global_step)  #                    [B C h w]  noised or rolled out
         output = self.predict(at.x_t, t, cond)
         target = self.path.target(x0, at.eps, t)
-        target = self.prior(target, batch, at.x_t, t)  #                                            the class rows' own answer
+        target = self.prior(target, batch, at.x_t, t)  #                                            class rows only
         error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
-        loss, instance, prior = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.kinds, self.cfg.prior.weight)
-        parts = {"total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
-        parts |= {"instance": instance.detach()} if batch.kinds.instances else {}
-        parts |= {"prior": prior.detach()} if batch.kinds.classes else {}
-        return {"loss": loss, **parts}  # what has no rows has no value, rather than 0
+        loss = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.row_counts, self.cfg.prior.weight)
+        parts = {"loss": loss, "total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
+        terms = {"instance": batch.instance_rows, "prior": batch.class_rows}  # a term without rows is left out, not 0
+        return parts | {name: error[rows].detach().mean() for name, rows in terms.items() if len(rows)}
 
-    def error(self, output: Tensor, target: Tensor, batch: Batch, cond: Cond, t: Tensor, at: Reached) -> Tensor:
-        """Each row's error inside its mask, outside it if that is asked for, and of a strayed velocity [B]."""
-        mask, normalize, floor = batch.mask, self.cfg.mask.normalize, self.cfg.mask.floor
+    def error(self, output: Tensor, target: Tensor, batch: Batch, cond: Cond, t: Tensor, at: NoisedSample) -> Tensor:
+        """Each row's error [B]: inside its mask, plus ReflexFlow's terms and the error outside the mask if they are on."""
+        mask, normalize, floor = batch.mask, self.cfg.mask.normalize, self.cfg.mask.min_weight
         penalty = self.penalty(t)
         if self.reflexflow:
-            penalty = self.reflexflow.weigh(penalty, output, batch, cond, t, at.strayed)
+            penalty = self.reflexflow.weighted_penalty(penalty, output, batch, cond, t, at.rolled_out)
         error = masked_error(output, target, mask, normalize, floor, penalty)
         if self.reflexflow:
-            own = at.strayed.index_fill(0, batch.class_rows, False)  # class rows are for the prior to turn
-            error = error + self.reflexflow.turn(output, at.x_t, batch.latents(), own, mask)
+            rolled_out = to_device(at.rolled_out, output.device)
+            own = rolled_out.index_fill(0, batch.class_rows, False)  # class rows have the prior's target
+            error = error + self.reflexflow.direction_loss(output, at.x_t, batch.latents(), own, mask)
         rows = batch.instance_rows
-        if mask is None or self.cfg.mask.outside is Outside.ignore or len(rows) == 0:
+        if mask is None or self.cfg.mask.outside is enums.Outside.ignore or len(rows) == 0:
             return error
-        taught = self.teacher.answer(batch, at.x_t, t, rows)
-        return error.index_add(0, rows, outside_error(output[rows], taught, mask[rows], floor, self.penalty(t[rows])))
+        teacher_output = self.teacher.predict_base(batch, at.x_t, t, rows)
+        return error.index_add(0, rows, outside_error(output[rows], teacher_output, mask[rows], floor, self.penalty(t[rows])))
 
     def penalty(self, t: Tensor) -> Penalty:
-        """The error of an element, for rows at these times."""
+        """The elementwise loss for rows at times t."""
         cfg = self.cfg.objective
-        if cfg.loss is LossKind.l2:
+        if cfg.loss is enums.LossKind.l2:
             return squared
         return partial(pseudo_huber, c=huber_width(cfg.huber_schedule, cfg.huber_c, self.path.snr(t)))
 
     def weight(self, t: Tensor) -> Tensor:
-        """Weight of each row by its time [B]."""
+        """Loss weight of each row at times t [B]."""
         return time_weight(self.cfg.objective.weight, self.cfg.objective.gamma, self.path, t)
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Inside, no dropout; after, every part is in the mode it was in. The weights are those that train, of a schedule-free
-        optimiser too, so this is not `eval`."""
+    def dropout_off(self) -> Iterator[None]:
+        """A context without dropout; afterwards every module is in its former mode. Unlike `eval`, it keeps the training weights
+        of a schedule-free optimiser."""
         training, before = self.training, [(part, part.training) for part in self.modules()]
         super().train(False)
         try:
             yield
         finally:
-            super().train(training)  # reaches what an adapter keeps outside the module
+            super().train(training)  # also sets the mode of modules that an adapter keeps elsewhere
             for part, mode in before:
                 part.training = mode
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.family.denoise(x_t, t, cond)
 
-    def told(self, batch: Batch) -> Cond:
-        """The batch's conditions, which are the base model's, with the current meaning of the captions that training changes."""
+    def conditioning(self, batch: Batch) -> Cond:
+        """The batch's conditioning. Captions whose encoding is being trained are encoded anew; the others come from the cache."""
         rows = [i for i, caption in enumerate(batch.captions) if self.text and self.text.changes(caption)]
         if not self.text or not rows:
             return batch.cond
         text = self.text.read([batch.captions[i] for i in rows])
-        return batch.cond.put(torch.tensor(rows, device=batch.u.device), text)
+        return batch.cond.replace_rows(to_device(torch.tensor(rows), batch.mean.device), text)
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
-        """What little uses torch's own generator (adapter dropout) restarts from the sample index: no state to save."""
+        """Seed torch's own generator, which only adapter dropout uses, from the sample index: no state has to be saved."""
         torch.manual_seed(draw.torch_seed(self.cfg.seed, int(batch.sample[0]), Purpose.STEP))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        cfg, learning = self.cfg.optimizer, self.learning()
-        optimizer = build_optimizer(cfg, learning, {name: self.rate(name) for name in learning})
-        schedule = build_schedule(cfg, optimizer, self.cfg.trainer.max_steps)
+        cfg, learning = self.cfg.optimizer, self.trainable_parameters()
+        optimizer = build_optimizer(cfg, learning, {name: self.rate(name) for name in learning}, self.cfg.seed)
+        schedule = build_schedule(cfg, optimizer, cfg.schedule_steps or self.cfg.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def rate(self, name: str) -> Rate:
-        """How a parameter learns, by whose it is."""
+        """Learning rate ratio and weight decay of a parameter."""
         cfg, (part, own) = self.cfg.adapter, self.owner(name)
-        if part == TOKEN:  # decay would pull the token's meaning to nothing
+        if part == TOKEN:  # weight decay would pull the embedding to 0
             return Rate(cfg.token_lr_ratio, False)
         encoder = "" if part == self.family.denoiser_part else part
         ratio = self.adapter.lr_ratio(own, encoder) * (cfg.text_lr_ratio if encoder else 1.0)
-        return Rate(ratio * plus(own, self.cfg.optimizer.lora_plus_ratio), True)
+        return Rate(ratio * add_lora_plus(own, self.cfg.optimizer.lora_plus_ratio), True)
 
     def owner(self, name: str) -> tuple[str, str]:
-        """Whose parameter it is, a part of the pipeline or the token, and its name there."""
+        """The part of the pipeline that a parameter belongs to (or `TOKEN`), and its name in that part."""
         for prefix in ("denoiser.", "outside."):
             if name.startswith(prefix):
                 return self.family.denoiser_part, name.removeprefix(prefix)
@@ -153,7 +155,7 @@ class DreamBooth(LightningModule):
         return where, own
 
     def by_owner(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Weights of the module's own names, by part of the pipeline (or the token) and name there."""
+        """Group weights, named as in this module, by part of the pipeline (or `TOKEN`) and name in that part."""
         owned: dict[str, dict[str, Tensor]] = {}
         for name, weight in weights.items():
             part, own = self.owner(name)
@@ -162,18 +164,20 @@ class DreamBooth(LightningModule):
 
     def on_train_start(self) -> None:
         self.train()
+        for configured in self.trainer.lr_scheduler_configs:
+            set_rates(cast(LambdaLR, configured.scheduler))
 
     def train(self, mode: bool = True) -> DreamBooth:
-        """Schedule-free optimisers keep two points: the one that trains, and the average that is looked at."""
+        """Switch schedule-free optimisers too: they keep the weights that train and an average for evaluation."""
         super().train(mode)
         trainer = self._trainer
         if trainer and trainer.optimizers and hasattr(trainer.optimizers[0], "eval"):
-            self._turn(trainer.optimizers[0], mode)
+            self._switch(trainer.optimizers[0], mode)
         return self
 
-    def _turn(self, optimizer: Any, mode: bool) -> None:
-        """To the average, and back to the very bits that train: the optimiser's own way back rounds."""
-        learning = self.learning().values()
+    def _switch(self, optimizer: Any, mode: bool) -> None:
+        """To the average, and back to exactly the training weights: the optimiser's own conversion rounds."""
+        learning = self.trainable_parameters().values()
         if not mode and not self._point:
             self._point = [p.detach().clone() for p in learning]
         (optimizer.train if mode else optimizer.eval)()
@@ -182,10 +186,10 @@ class DreamBooth(LightningModule):
                 p.data.copy_(before)
             self._point = []
 
-    def learning(self) -> dict[str, Tensor]:
+    def trainable_parameters(self) -> dict[str, Tensor]:
         """The trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        learning = self.learning()
+        learning = self.trainable_parameters()
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in learning}

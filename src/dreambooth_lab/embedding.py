@@ -1,4 +1,4 @@
-"""The rare token's own embedding, learned beside the adapter."""
+"""The trainable embedding of the rare token."""
 
 from __future__ import annotations
 

@@ -1,9 +1,15 @@
-"""For notebooks: load a run, list runs, compare them, compose a configuration.
+"""For notebooks: load a run, list runs, compare them, compose and train.
 
 from dreambooth_lab import lab
-run = lab.load("runs/2026-01-01_12-00-00_dreambooth")
-run.config.optimizer.lr, run.metrics["train/loss"][-1]
+run = lab.load("runs/2026-01-01_12-00-00_dreambooth")     # as a cell's last line: its pictures and verdict
+run.config.optimizer.lr, run.metrics["train/loss"].plot(backend="plotly")
 run.pipeline()("a photo of sks dog in the snow").images[0]
+run.module("best", ema=True)                               # the LightningModule with the weights of a checkpoint
+lab.runs("runs")                                           # a table, a row a run
+lab.compare("runs/SWEEP")                                  # the page of `tools.compare` in the cell
+
+Loading reads tensors and text. Nothing in a run's files is unpickled or called; a class that its configuration names is made only
+where it is one of this project's.
 """
 
 from __future__ import annotations
@@ -11,13 +17,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from yaml import YAMLError
 
-from .config import ConfigError, conf_dir
-from .data.simpletuner import first_prompt
-from .runfolder import RunFolder, new_folder
+from . import resolvers
+from .config import ConfigError, check, conf_dir, resolve_paths
+from .config.hydra_errors import explain
+from .config.typed import as_hydra_reads
+from .runfolder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .compare.arms import Study
+    from .compare.stats import Difference
+    from .data.module import DreamBoothData
+    from .dreambooth import DreamBooth
+    from .rebuilt import Which
 
 
 class Run:
@@ -30,36 +48,67 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.folder.root)!r}, {self.steps} steps)"
 
+    def _repr_html_(self) -> str:
+        from . import notebook
+
+        return notebook.run(self.folder, self.config, self.images, self.steps)
+
     @cached_property
-    def metrics(self) -> dict[str, list[tuple[int, float]]]:
-        """Name → (optimiser step, value), in order."""
+    def series(self) -> dict[str, list[tuple[int, float]]]:
+        """Name → (optimiser step, value), in order: every number as it was logged."""
         table: dict[str, list[tuple[int, float]]] = {}
         for step, name, value in self.folder.read_metrics():
             table.setdefault(name, []).append((step, value))
         return table
 
     @property
-    def steps(self) -> int:
-        """Optimiser steps logged so far."""
-        return max((values[-1][0] for values in self.metrics.values()), default=0)
+    def metrics(self) -> pd.DataFrame:
+        """The same as a table: a row an optimiser step, a column a number; NaN where one was not logged."""
+        import pandas as pd
+
+        columns = {name: pd.Series(dict(values), dtype=float) for name, values in self.series.items()}
+        return pd.DataFrame(columns).sort_index().rename_axis(index="step")
 
     @property
-    def pictures(self) -> dict[int, Path]:
+    def steps(self) -> int:
+        """Optimiser steps logged so far."""
+        return max((values[-1][0] for values in self.series.values()), default=0)
+
+    @property
+    def images(self) -> dict[int, Path]:
         """Step → its grid of validation pictures."""
         return {int(path.stem.removeprefix("step_")): path for path in sorted(self.folder.pictures.glob("step_*.png"))}
 
-    def pipeline(self, ema: bool = False) -> Any:
+    def module(self, checkpoint: Which = "last", ema: bool = False) -> DreamBooth:
+        """The LightningModule with the weights of a checkpoint, in evaluation mode, on this machine's device.
+
+        Args:
+            checkpoint: last, best (what `checkpoint.monitor` kept), a step whose checkpoint is kept, or a checkpoint's file.
+            ema: the averaged weights instead of those that train.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or it holds no average.
+        """
+        from . import rebuilt
+
+        return rebuilt.module(self.config, rebuilt.checkpoint_of(self.folder, checkpoint), ema)
+
+    def pipeline(self, checkpoint: Which | None = None, ema: bool = False) -> Any:
         """The base model's diffusers pipeline with the trained adapter loaded.
 
         Args:
-            ema: the averaged weights instead of the last.
+            checkpoint: None for the newest export, or as for `module`.
+            ema: the averaged weights instead of those that train.
 
         Raises:
-            ConfigError: the run has not finished, or kept no average.
+            ConfigError: there is no such export or checkpoint, or it holds no average.
         """
-        from .run import Trained
+        from . import rebuilt
+        from .trained import TrainedPipeline
 
-        return Trained(self.config, self.export(ema)).pipeline
+        if checkpoint is None:
+            return TrainedPipeline(rebuilt.here(self.config), self.export(ema)).pipeline
+        return rebuilt.pipeline(self.config, rebuilt.checkpoint_of(self.folder, checkpoint), ema)
 
     def export(self, ema: bool = False) -> Path:
         """The folder of its newest export, live or averaged.
@@ -67,6 +116,8 @@ class Run:
         Raises:
             ConfigError: there is none yet, or the run keeps no average.
         """
+        if not self.folder.export.is_dir():
+            self.folder.finish_writes_if_unused()
         export = self.folder.export / "ema" if ema else self.folder.export
         if not export.is_dir():
             way_out = "it ran without ema.enabled=true" if ema else f"finish it with resume={self.folder.root}"
@@ -74,43 +125,136 @@ class Run:
         return export
 
 
+class Comparison:
+    """Runs against each other, as on the page of `tools.compare`, which a notebook's cell shows."""
+
+    def __init__(self, name: str, study: Study, found: Sequence[Difference]):
+        self.name, self.study, self.found = name, study, found
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.name!r}, arms: {', '.join(arm.name for arm in self.study.arms)})"
+
+    def _repr_html_(self) -> str:
+        from . import notebook
+        from .compare.document import document
+
+        return notebook.framed(document(self.name, self.study, self.found))
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """A row a run: arm, seed, keys that differ, numbers at the end, cost."""
+        from .compare import tables
+
+        return tables.runs(self.study)
+
+    @property
+    def differences(self) -> pd.DataFrame:
+        """A row a comparison of an arm with the reference: mean, 95 % interval, p, p corrected."""
+        from .compare import tables
+
+        return tables.differences(self.found)
+
+
 def load(root: Path | str) -> Run:
     """A run by its folder."""
     return Run(root)
 
 
-def runs(folder: Path | str = "runs") -> list[Run]:
-    """Every run at or below a folder, by name; members of a sweep included."""
-    return [
-        Run(path.parent) for path in sorted(Path(folder).rglob("config.yaml")) if RunFolder(path.parent).environment.is_file()
-    ]
+def runs(folder: Path | str = "runs") -> pd.DataFrame:
+    """Every run at or below a folder, jobs of sweeps included, in the order in which they began.
+
+    The index is each run's folder, for `load`. Columns: name, started, steps, the keys in which the runs differ, the last value
+    of every number (of training losses the mean over the last tenth), and cost: seconds, MiB (0 of a run that has not ended).
+    """
+    import pandas as pd
+
+    from .compare import arms
+
+    found: list[arms.Run] = []
+    for path in sorted(Path(folder).expanduser().rglob("config.yaml")):
+        try:
+            found += [arms.run_of(RunFolder(path.parent))] if RunFolder(path.parent).environment.is_file() else []
+        except (YAMLError, ValueError):  # damaged by a kill or by hand
+            continue
+    found.sort(key=lambda run: str((run.folder.starts() or [{}])[0].get("started", "")))
+    keys = arms.differing([run.values for run in found])
+    rows = [_row(run, keys) for run in found]
+    return pd.DataFrame(rows, index=pd.Index([str(run.folder.root) for run in found], name="run"))
 
 
-def compare(chosen: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row a run: its folder, the keys in which the runs differ, and the last value of every metric."""
-    flat = [_flatten(OmegaConf.to_container(run.config, resolve=True)) for run in chosen]
-    keys = sorted({key for values in flat for key in values})
-    differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
-    return [
-        {"run": str(run.folder.root)}
-        | {key: values.get(key) for key in differing}
-        | {name: series[-1][1] for name, series in run.metrics.items()}
-        for run, values in zip(chosen, flat, strict=True)
-    ]
+def compare(*places: Run | Path | str, reference: str | None = None) -> Comparison:
+    """Runs, or those at or below some folders, against each other; runs that differ in their seed alone are one arm.
+
+    Args:
+        reference: the arm that the others are compared with, by its name or a part that no other has; None: the first.
+
+    Raises:
+        ConfigError: there are no runs, none has come to its end, or no arm has that name.
+    """
+    from . import compare as comparing
+    from .compare import arms
+
+    folders = [place.folder.root if isinstance(place, Run) else Path(place).expanduser() for place in places]
+    study = comparing.led_by(arms.read(folders), reference)
+    if not study.arms:
+        raise ConfigError(
+            f"no run of {', '.join(map(str, folders)) or 'those given'} has come to its end; there is nothing to compare"
+        )
+    return Comparison(", ".join(folder.name for folder in folders), study, comparing.compared(study))
 
 
 def compose(*overrides: str) -> DictConfig:
-    """The configuration that a command line of these words would run."""
+    """The configuration that a command line of these words would run, unchecked.
+
+    Raises:
+        ConfigError: a word can't be read, or names what is not there.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    OmegaConf.register_new_resolver("run_folder", new_folder, replace=True)
-    OmegaConf.register_new_resolver("dataset_file_prompt", first_prompt, replace=True)
+    resolvers.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra_compose("config", overrides=list(overrides))
+        try:
+            return hydra_compose("config", overrides=as_hydra_reads(overrides))
+        except Exception as error:
+            if (said := explain(error)) is None:
+                raise
+            raise ConfigError(said) from error
 
 
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    return {key: leaf for name, child in values.items() for key, leaf in _flatten(child, f"{prefix}{name}.").items()}
+def train(cfg: DictConfig, root: Path | str) -> Run:
+    """Train as a composed configuration says, in a new folder.
+
+    Raises:
+        ConfigError: it can't run; names the keys.
+    """
+    from .run import run
+
+    cfg = resolve_paths(cfg)
+    check(cfg)
+    run(cfg, Path(root).expanduser())
+    return load(root)
+
+
+def build(cfg: DictConfig) -> tuple[DreamBooth, DreamBoothData]:
+    """The LightningModule of a composed configuration before its first step, and its data, whose caches are filled.
+
+    Raises:
+        ConfigError: it can't run; names the keys.
+    """
+    from .data.module import DreamBoothData
+    from .factory import build_family, build_method
+
+    cfg = resolve_paths(cfg)
+    check(cfg)
+    data = DreamBoothData(cfg, build_family(cfg))
+    data.prepare()
+    return build_method(cfg, data.family)[0], data
+
+
+def _row(run: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """A run of `compare.arms` as a row of the table."""
+    first = (run.folder.starts() or [{}])[0]
+    steps = max((values[-1][0] for values in run.series.values()), default=0)
+    known = {"name": run.values.get("name"), "started": first.get("started"), "steps": steps}
+    return known | {key: run.values.get(key) for key in keys if key != "name"} | run.metrics | run.cost()

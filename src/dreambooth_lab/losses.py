@@ -1,4 +1,4 @@
-"""The terms of the objective, each a small function with its equation."""
+"""The terms of the loss, each a small function with its equation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .batch import Kinds
-from .config import ConfigError, HuberSchedule, Weight
+from .batch import RowCounts
+from .config import ConfigError, enums
 from .diffusion.path import Path
 
-Penalty = Callable[[Tensor], Tensor]  # difference → error, element by element
+Penalty = Callable[[Tensor], Tensor]  # difference → error, elementwise
 
 
 def squared(difference: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def squared(difference: Tensor) -> Tensor:
 
 
 def pseudo_huber(difference: Tensor, c: Tensor) -> Tensor:
-    """2c (√(d² + c²) - c): d² near 0, 2c |d| far out, so one odd pixel pulls less (Song & Dhariwal 2023, §3.3).
+    """2c (√(d² + c²) - c): d² near 0, 2c |d| far from 0, so outliers have less weight (Song & Dhariwal 2023, §3.3).
 
     Args:
         c: width of the quadratic part, [B 1 1 1].
@@ -28,21 +28,21 @@ def pseudo_huber(difference: Tensor, c: Tensor) -> Tensor:
     return 2 * c * (torch.sqrt(difference.square() + c.square()) - c)
 
 
-def huber_width(schedule: HuberSchedule, c: float, snr: Tensor) -> Tensor:
+def huber_width(schedule: enums.HuberSchedule, c: float, snr: Tensor) -> Tensor:
     """c per row [B 1 1 1]: constant, or c + (1 - c) / (1 + σ/α)², wide at data and narrow at noise (Khrapov et al. 2024)."""
     constant = torch.full_like(snr, c)
-    width = constant if schedule is HuberSchedule.constant else c + (1 - c) / (1 + snr.rsqrt()).square()
+    width = constant if schedule is enums.HuberSchedule.constant else c + (1 - c) / (1 + snr.rsqrt()).square()
     return width.float().view(-1, 1, 1, 1)
 
 
 def masked_error(
     output: Tensor, target: Tensor, mask: Tensor | None, normalize: bool, floor: float, penalty: Penalty = squared
 ) -> Tensor:
-    """Error per row, weighted over the latent grid [B].
+    """Error of each row [B], weighted over the latent grid.
 
     With weights w = floor + (1 - floor)·mask: mean(w · penalty(output - target)), divided by mean(w) when `normalize`, so that
-    a small subject weighs as much as a large one. Without masks, and with a mask of ones, it is the plain mean; a mask of
-    zeros without floor gives 0.
+    a small subject weighs as much as a large one. Without masks, or with a mask of ones, it is the plain mean. A mask of zeros
+    without floor gives 0.
 
     Args:
         output, target: [B C h w].
@@ -57,28 +57,28 @@ def masked_error(
     return (error * weight).mean((1, 2, 3)) / area
 
 
-def outside_error(output: Tensor, taught: Tensor, mask: Tensor, floor: float, penalty: Penalty = squared) -> Tensor:
-    """What `masked_error` leaves out, held to the base model's answer: mean((1 - w) · penalty(output - taught)) [B]."""
+def outside_error(output: Tensor, teacher_output: Tensor, mask: Tensor, floor: float, penalty: Penalty = squared) -> Tensor:
+    """What `masked_error` leaves out, held to the base model's prediction: mean((1 - w) · penalty(output - taught)) [B]."""
     weight = (1 - floor) * (1 - mask)  # [B 1 h w]
-    return (penalty(output.float() - taught.float()) * weight).mean((1, 2, 3))
+    return (penalty(output.float() - teacher_output.float()) * weight).mean((1, 2, 3))
 
 
-def preserve_prior(
-    error: Tensor, instance_rows: Tensor, class_rows: Tensor, kinds: Kinds, weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over instance rows + λ · mean over class rows (Ruiz et al. 2023, eq. 2): total, instance term, class term.
+def preserve_prior(error: Tensor, instance_rows: Tensor, class_rows: Tensor, row_counts: RowCounts, weight: float) -> Tensor:
+    """(Sum over instance rows) / n + λ · (sum over class rows) / m; n and m are the rows of each to be *expected* in a batch.
 
-    A term without rows is 0. Each mean is taken over its kind's own rows in the whole optimiser step, so neither depends on the
-    other's number, nor on micro-batches: their terms average to the step's.
+    Its expected gradient is that of the mean over instance rows + λ · the mean over class rows (Ruiz et al. 2023, eq. 2), at any
+    batch size and class share. Dividing by the rows that a batch happens to have would be wrong: at batch size 1 and a share of
+    .1, nine batches of ten have no class row, and λ would act as .11 λ. n and m grow with the batch size, so the mean over
+    micro-batches and ranks does not depend on how a step is divided. A term without rows is 0.
 
     Args:
         error: one weighted error per row [B].
         instance_rows, class_rows: positions in [0, B).
+        kinds: n and m.
         weight: λ.
     """
-    instance = error[instance_rows].sum() / (kinds.instances or 1)
-    prior = error[class_rows].sum() / (kinds.classes or 1)
-    return instance + weight * prior, instance, prior
+    instance = error[instance_rows].sum() / (row_counts.instances or 1)
+    return instance + weight * error[class_rows].sum() / (row_counts.classes or 1)
 
 
 def min_snr(snr: Tensor, gamma: float) -> Tensor:
@@ -96,28 +96,28 @@ def debiased(snr: Tensor, gamma: float) -> Tensor:
     return snr.rsqrt()
 
 
-ON_NOISE = {Weight.min_snr: min_snr, Weight.soft_min_snr: soft_min_snr, Weight.debiased: debiased}
+ON_NOISE = {enums.Weight.min_snr: min_snr, enums.Weight.soft_min_snr: soft_min_snr, enums.Weight.debiased: debiased}
 
 
-def time_weight(kind: Weight, gamma: float, path: Path, t: Tensor) -> Tensor:
+def time_weight(kind: enums.Weight, gamma: float, path: Path, t: Tensor) -> Tensor:
     """Weight of each row's error [B], float32.
 
-    The error of ε is weighed by w(SNR), which stays finite where the signal is gone; the network's own error is `path.gain` times
-    smaller or larger, so its weight is w · gain. For min-SNR that is min(1, γ / SNR) on ε, min(SNR, γ) / (SNR + 1) on v, and
+    w(SNR) is the weight of the error of ε, which stays finite at pure noise. The network's own error differs from it by the
+    factor `path.gain`, so its weight is w · gain. For min-SNR that is min(1, γ / SNR) on ε, min(SNR, γ) / (SNR + 1) on v, and
     min(SNR, γ) t² on a velocity.
     """
-    if kind is Weight.none:
+    if kind is enums.Weight.none:
         return torch.ones_like(t, dtype=torch.float32)
     return (ON_NOISE[kind](path.snr(t), gamma) * path.gain(t)).float()
 
 
-def require_finite(kind: Weight, path: Path) -> None:
-    """Refuse a weight that is infinite somewhere on the path.
+def require_finite(kind: enums.Weight, path: Path) -> None:
+    """Check that the loss weight is finite everywhere on the path.
 
     Raises:
         ConfigError: debiased, on a path that ends in pure noise.
     """
-    if kind is Weight.debiased and path.top < 1:
+    if kind is enums.Weight.debiased and path.top < 1:
         raise ConfigError(
             "objective.weight is debiased, which is infinite at pure noise, and this model's schedule has zero terminal SNR; "
             "use min_snr, soft_min_snr or none"

@@ -1,4 +1,4 @@
-"""What class rows should be answered with, so that the class does not drift onto the subject."""
+"""Prior preservation: the training target of class rows, which keeps the class from drifting towards the subject."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Cond
-from .config import PriorKind
+from .config import enums
 
-Predict = Callable[[Tensor, Tensor, Cond], Tensor]  # (x_t, t, cond) → the network's answer
+Predict = Callable[[Tensor, Tensor, Cond], Tensor]  # (x_t, t, cond) → the network's prediction
 
 
 class Prior(Protocol):
@@ -20,19 +20,19 @@ class Prior(Protocol):
 
 
 class Noise:
-    """The paper's own: class rows regress to the true noise, like every row (Ruiz et al. 2023, eq. 2)."""
+    """As in the paper: the target of class rows is the true noise, as for every row (Ruiz et al. 2023, eq. 2)."""
 
     def __call__(self, target: Tensor, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
         return target
 
 
 class Teacher:
-    """Class rows regress to the base model's own answer on the same (x_t, t, cond): self-distillation, without the error
-    of the class pictures themselves. Only class rows are run.
+    """The target of class rows is the base model's prediction for the same (x_t, t, cond): self-distillation, without the
+    error of the class images themselves. Only class rows are run.
 
     Args:
         predict: the denoiser.
-        base: enters a state in which `predict` is exactly the base model, and restores the adapter after.
+        base: context manager in which `predict` is exactly the base model.
     """
 
     def __init__(self, predict: Predict, base: Callable[[], AbstractContextManager[None]]):
@@ -42,24 +42,24 @@ class Teacher:
         rows = batch.class_rows
         if len(rows) == 0:
             return target
-        return target.index_copy(0, rows, self.answer(batch, x_t, t, rows).to(target.dtype))
+        return target.index_copy(0, rows, self.predict_base(batch, x_t, t, rows).to(target.dtype))
 
-    def answer(self, batch: Batch, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        """The base model's answer for some rows, without gradient."""
+    def predict_base(self, batch: Batch, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """The base model's prediction for these rows, without gradient."""
         with torch.no_grad(), self.base():
-            return self.predict(x_t[rows], t[rows], batch.cond.take(rows))
+            return self.predict(x_t[rows], t[rows], batch.cond.select(rows))
 
 
 class Banked:
-    """Class rows regress to the base model's answer at their own (x_t, t, cond), which came with the batch."""
+    """The target of class rows is the base model's prediction for their (x_t, t, cond), cached and part of the batch."""
 
     def __call__(self, target: Tensor, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
-        if batch.taught is None or len(batch.class_rows) == 0:
+        if batch.teacher_output is None or len(batch.class_rows) == 0:
             return target
-        return target.index_copy(0, batch.class_rows, batch.taught.to(target.dtype))
+        return target.index_copy(0, batch.class_rows, batch.teacher_output.to(target.dtype))
 
 
-def build_prior(kind: PriorKind, teacher: Teacher) -> Prior:
-    if kind is PriorKind.teacher:
+def build_prior(kind: enums.PriorKind, teacher: Teacher) -> Prior:
+    if kind is enums.PriorKind.teacher:
         return teacher
-    return Banked() if kind is PriorKind.bank else Noise()
+    return Banked() if kind is enums.PriorKind.bank else Noise()

@@ -10,37 +10,46 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_matrix import compose, question
+from test_matrix import build, compose, learned, question
 from torch.testing import assert_close
 
+from dreambooth_lab.adapter import Form
+from dreambooth_lab.adapter.files import read as read_lora
 from dreambooth_lab.callbacks.ema import Ema
 from dreambooth_lab.callbacks.export import Export
+from dreambooth_lab.config import enums
+from dreambooth_lab.config.schema import BlockConfig
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.run import attach, build_adapter, build_family, build_text
+from dreambooth_lab.factory import attach, build_adapter, build_family, build_trainable_text
 from dreambooth_lab.runfolder import RunFolder
 
-PROMPT = "a photo of sks dog"
+PROMPT, TAGS = "a photo of sks dog", {"photos": {"sks dog": 4}}
 FRESH = """
 import copy, json, sys, torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from lycoris import create_lycoris_from_weights
+from lycoris import LycorisNetwork, create_lycoris_from_weights
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 base, jobs, file = sys.argv[1:]
 x = load_file(file)
 for how, export in json.loads(jobs):
+    name = "dreambooth_ema" if export.endswith("ema") else "dreambooth"
     pipeline = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
     if how == "diffusers":
         pipeline.load_lora_weights(export)
     elif how == "kohya":
-        pipeline.load_lora_weights(export, weight_name="kohya.safetensors")
+        pipeline.load_lora_weights(export, weight_name=name + ".safetensors")
     elif how == "peft":
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, export + "/peft")
     elif how == "peft of all":
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, export + "/peft")
         for part in ("text_encoder", "text_encoder_2"):
             PeftModel.from_pretrained(getattr(pipeline, part), export + "/peft/" + part)
+    elif how == "lycoris for programs":
+        LycorisNetwork.apply_preset({"lora_prefix": "lora_unet"})
+        create_lycoris_from_weights(1.0, export + f"/{name}.safetensors", pipeline.unet)[0].apply_to()
+        LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
     elif how == "lycoris":
         create_lycoris_from_weights(1.0, export + "/lycoris.safetensors", pipeline.unet)[0].apply_to()
     else:
@@ -52,26 +61,29 @@ for how, export in json.loads(jobs):
     save_file({"y": answer, "states": states.detach(), "pooled": pooled.detach()}, export + "/" + how + ".out")
 assert not any(name.startswith("dreambooth_lab") for name in sys.modules)
 """.replace("PROMPT", PROMPT)
+LYCORIS = ("lycoris", "lycoris for programs")
 LOADS = {
-    "lora": ("diffusers", "kohya", "peft"), "dora": ("diffusers", "peft"), "locon": ("lycoris",), "loha": ("lycoris",),
-    "lokr": ("lycoris",), "oft": ("lycoris",), "full": ("full",), "lora+text": ("diffusers", "kohya", "peft of all"),
-    "dora+text": ("diffusers",),
+    "lora": ("diffusers", "kohya", "peft"), "dora": ("diffusers", "peft"), "locon": LYCORIS, "loha": LYCORIS,
+    "lokr": LYCORIS, "oft": LYCORIS, "full": ("full",), "lora+text": ("diffusers", "kohya", "peft of all"),
+    "dora+text": ("diffusers",), "lora+ranks": ("diffusers", "kohya", "peft"),
 }  # fmt: skip
 
 
 def moved(module, seed):
     """Weights as after some training: every one somewhere else."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in module.learning().items()}
+    return {
+        name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in module.trainable_parameters().items()
+    }
 
 
 def answer(module, weights):
     with torch.no_grad():
-        for name, p in module.learning().items():
+        for name, p in module.trainable_parameters().items():
             p.copy_(weights[name])
         x, t, cond = question()
         text = module.text.encode([PROMPT]) if module.text else module.family.encode_text([PROMPT])
-        cond = cond.put(torch.arange(2), text.repeat(2))
+        cond = cond.replace_rows(torch.arange(2), text.repeat(2))
         return module.eval().predict(x, t, cond), text
 
 
@@ -80,17 +92,20 @@ def written(tiny_sdxl, tmp_path_factory):
     """(kind, live or ema) → our answer and the export, after a fresh process has loaded them all."""
     root, ours, jobs = tmp_path_factory.mktemp("exports"), {}, []
     for kind, hows in LOADS.items():
-        cfg = compose(tiny_sdxl, kind.removesuffix("+text"))
+        cfg = compose(tiny_sdxl, kind.partition("+")[0])
+        if kind.endswith("+ranks"):
+            cfg.adapter.blocks = [BlockConfig("down_blocks", 2, 1.0)]
+        cfg.export.dtype, cfg.export.formats = enums.Dtype.float32, list(enums.Format)
         cfg.adapter.text_encoders = [1, 2] if kind.endswith("+text") else []
-        family, adapter, text = build_family(cfg), build_adapter(cfg), build_text(cfg, build_family(cfg))
+        family, adapter, text = build_family(cfg), build_adapter(cfg), build_trainable_text(cfg, build_family(cfg))
         attach(cfg, family, adapter, text)
         module, folder = DreamBooth(cfg, family, adapter, text), RunFolder(root / kind)
-        before, live, average = dict(module.learning()), moved(module, 1), moved(module, 2)
+        before, live, average = dict(module.trainable_parameters()), moved(module, 1), moved(module, 2)
         ours[kind, "base"] = answer(module, {name: p.detach().clone() for name, p in before.items()})
         ours[kind, "ema"], ours[kind, "live"] = answer(module, average), answer(module, live)
         ema = Ema(0.9, 1, "cpu")
         ema.shadow = average
-        Export(cfg, folder, ema).on_train_end(At(3), module)
+        Export(cfg, folder, ema, TAGS).on_train_end(At(3), module)
         jobs += [(how, str(export)) for how in hows for export in (folder.export, folder.export / "ema")]
     x, t, cond = question()
     given = {"x": x, "t": module.path.native(t), "size": cond["size"]}
@@ -133,3 +148,57 @@ def test_every_file_says_what_made_it(kind, written):
         assert said["base_model"] and said["made_by"].startswith("dreambooth-lab ") and said["instance_prompt"]
         hashes.add((said["weights_sha256"], "ema" in file.parts))
     assert len(hashes) == 2, "one hash for the live weights, another for the averaged"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "lokr", "full"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_file_predicts_nearly_the_same_and_training_stays_in_float32(kind, dtype, tiny_sdxl, tmp_path):
+    cfg = compose(tiny_sdxl, kind)
+    module, _ = build(cfg)
+    weights = moved(module, 1)
+    trained, _ = answer(module, weights)
+    before = {name: p.detach().clone() for name, p in module.trainable_parameters().items()}
+    form = Form("it", dtype, (enums.Format.diffusers, enums.Format.comfyui))
+    files = module.adapter.export(tmp_path, learned(module)._replace(form=form))
+    assert all(torch.equal(p, before[name]) and p.dtype is torch.float32 for name, p in module.trainable_parameters().items())
+    for file in tmp_path.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values() if tensor.ndim} == {dtype}, file
+    assert {path for path in files if (tmp_path / path).is_file()} <= {p.relative_to(tmp_path) for p in tmp_path.rglob("*")}
+    again, _ = build(compose(tiny_sdxl, kind), seed=5)
+    base, _ = answer(again, dict(again.trainable_parameters()))
+    again.adapter.load_weights(tmp_path)
+    read, _ = answer(again, {name: p.detach().clone() for name, p in again.trainable_parameters().items()})
+    assert 0 < (read - trained).norm() < (0.01 if dtype is torch.float16 else 0.06) * (trained - base).norm()
+
+
+def test_numbers_that_float16_cannot_hold_are_written_in_float32_and_told(tiny_sdxl, tmp_path, caplog):
+    module, _ = build(compose(tiny_sdxl, "lora"))
+    weights = {name: p.data.mul_(1e6) for name, p in module.trainable_parameters().items()}
+    assert max(w.abs().max() for w in weights.values()) > 65504
+    module.adapter.export(tmp_path, learned(module)._replace(form=Form("it", torch.float16, (enums.Format.diffusers,))))
+    (file,) = tmp_path.glob("*.safetensors")
+    assert all(tensor.isfinite().all() and tensor.dtype is torch.float32 for tensor in load_file(file).values())
+    assert "is written in float32" in caplog.text and "export.dtype=bfloat16" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["kohya", "lycoris"])
+def test_lycoris_has_the_names_that_programs_know_and_its_own(name, tiny_sdxl, tmp_path):
+    module, layers = build(compose(tiny_sdxl, "lokr"))
+    module.adapter.export(tmp_path, learned(module))
+    prefix = {"kohya": "lora_unet", "lycoris": "lycoris"}[name]
+    named = {key.partition(".")[0] for key in load_file(tmp_path / f"{name}.safetensors")}
+    assert named == {f"{prefix}_{layer.replace('.', '_')}" for layer in layers}
+
+
+def test_every_layer_of_a_lora_has_the_same_scale_to_every_reader(tiny_sdxl, tmp_path):
+    """Layers of several ranks, and an alpha that is none of them."""
+    cfg = compose(tiny_sdxl, "lora")
+    cfg.adapter.blocks = [BlockConfig("down_blocks", 2, 1.0)]
+    module, _ = build(cfg)
+    module.adapter.export(tmp_path, learned(module))
+    scales = [read_lora(tmp_path / name).parts["unet"] for name in ("pytorch_lora_weights.safetensors", "peft")]
+    assert {layer.scale for layers in scales for layer in layers.values()} == {1.0}
+    assert {layer.rank for layer in scales[0].values()} == {2, 4}
+    alphas = {float(t) for key, t in load_file(tmp_path / "kohya.safetensors").items() if key.endswith(".alpha")}
+    assert alphas == {4.0}, "one alpha, the adapter's rank"

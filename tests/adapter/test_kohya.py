@@ -9,48 +9,14 @@ from safetensors.torch import load_file
 from test_matrix import compose, learned
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dreambooth_lab.adapter import kohya, match
+from comfyui import text_names, unet_names
+from dreambooth_lab.adapter import kohya, matching_layers
 from dreambooth_lab.adapter.lora import _saved
 from dreambooth_lab.dreambooth import DreamBooth
+from dreambooth_lab.factory import attach, build_adapter, build_family, build_trainable_text
 from dreambooth_lab.models.sdxl import SDXL
-from dreambooth_lab.run import attach, build_adapter, build_family, build_text
 
-RESNET = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
-BLOCK = [f"attn{i}_to_{end}" for i in (1, 2) for end in ("q", "k", "v", "out_0")] + ["ff_net_0_proj", "ff_net_2"]
-CLIP = ("mlp_fc1", "mlp_fc2", "self_attn_k_proj", "self_attn_q_proj", "self_attn_v_proj", "self_attn_out_proj")
 ENDS = {"lora_up.weight", "lora_down.weight", "alpha"}
-
-
-def unet_names(depths: tuple[int, ...], resnets: int) -> set[str]:
-    """ComfyUI maps its own modules to diffusers' names of blocks, dots as underscores, behind `lora_unet_`.
-
-    Args:
-        depths: transformer blocks of each attention, down block by down block; the middle has the last.
-    """
-    names = {"conv_in", "conv_out", *(f"{part}_embedding_linear_{i}" for part in ("time", "add") for i in (1, 2))}
-
-    def place(where: str, count: int, depth: int) -> None:
-        for i in range(count):
-            names.update(f"{where}_resnets_{i}_{part}" for part in RESNET)
-            if depth and not (where == "mid_block" and i):
-                inside = [f"transformer_blocks_{t}_{part}" for t in range(depth) for part in BLOCK]
-                names.update(f"{where}_attentions_{i}_{part}" for part in ("proj_in", "proj_out", *inside))
-
-    for i, depth in enumerate(depths):
-        place(f"down_blocks_{i}", resnets, depth)
-        place(f"up_blocks_{len(depths) - 1 - i}", resnets + 1, depth)
-        names |= {f"down_blocks_{i}_downsamplers_0_conv", f"up_blocks_{i}_upsamplers_0_conv"}
-    place("mid_block", 2, depths[-1])
-    return {f"lora_unet_{name}" for name in names}
-
-
-def text_names(layers: tuple[int, int]) -> set[str]:
-    return {
-        f"lora_te{i}_text_model_encoder_layers_{layer}_{part}"
-        for i, count in enumerate(layers, 1)
-        for layer in range(count)
-        for part in CLIP
-    }
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +36,14 @@ def real():
 
 
 def test_every_layer_of_sdxl_that_learns_has_a_name_comfyui_knows(real):
-    expected = unet_names((0, 2, 10), 2) | text_names((12, 32))
+    expected = unet_names((0, 2, 10), 10, 2) | text_names("te1", 12) | text_names("te2", 32)
     written: set[str] = set()
     for part, model in real.items():
-        learns = SDXL.learns if part == "unet" else SDXL.text_learns
-        layers = match(model, [ending for endings in learns.values() for ending in endings])
+        target_modules = SDXL.target_modules if part == "unet" else SDXL.text_target_modules
+        layers = matching_layers(model, [ending for endings in target_modules.values() for ending in endings])
         layers = [layer if part == "unet" else _saved(layer) for layer in layers]
         one = {f"{layer}.lora_{which}.weight": torch.zeros(1) for layer in layers for which in "AB"}
-        names = kohya.convert(SDXL.kohya[part], one, dict.fromkeys(layers, 1.0))
+        names = kohya.convert(SDXL.kohya[part], one, dict.fromkeys(layers, 1.0), 1.0)
         assert len(names) == 3 * len(layers), "no two layers share a name"
         written |= {name.partition(".")[0] for name in names}
     assert written <= expected
@@ -89,11 +55,12 @@ def test_what_is_written_are_these_names_and_each_has_its_alpha(tiny_sdxl, tmp_p
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.text_encoders, cfg.adapter.parts = [1, 2], ["attention", "feed_forward", "convolution"]
     family, adapter = build_family(cfg), build_adapter(cfg)
-    text = build_text(cfg, family)
+    text = build_trainable_text(cfg, family)
     attach(cfg, family, adapter, text)
     adapter.export(tmp_path, learned(DreamBooth(cfg, family, adapter, text)))
     keys = load_file(tmp_path / "kohya.safetensors")
     named = {key.partition(".")[0] for key in keys}
-    assert named <= unet_names((0, 1), 1) | text_names((2, 2)) and len(named) > 40
+    assert named <= unet_names((0, 1), 1, 1) | text_names("te1", 2) | text_names("te2", 2) and len(named) > 40
     assert {key.partition(".")[2] for key in keys} == ENDS and len(keys) == 3 * len(named)
-    assert all(keys[f"{name}.alpha"] == 3 and keys[f"{name}.lora_down.weight"].shape[0] == 4 for name in named)
+    ranks = {keys[f"{name}.alpha"].item() for name in named} | {keys[f"{name}.lora_down.weight"].shape[0] for name in named}
+    assert ranks == {4}, "the scale is in the up weights"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from lycoris import create_lycoris_from_weights
-from test_matrix import compose, learned, question
+from test_matrix import build, compose, learned, question
 from torch.testing import assert_close
 
 from dreambooth_lab.config import ConfigError, check
 from dreambooth_lab.config.schema import BlockConfig
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.run import attach, build_adapter, build_family
+from dreambooth_lab.factory import attach, build_adapter, build_family
 
 SIMPLETUNERS = {
     "algo": "lokr", "multiplier": 1.0, "linear_dim": 10000, "linear_alpha": 1, "factor": 12,
@@ -66,13 +67,13 @@ def test_simpletuners_file_is_taken_as_it_is(make, tmp_path):
     assert layers and all(".attn" in layer or ".ff." in layer for layer in layers)
     small = {lora.lora_name: lora.lokr_w1.shape for lora in module.adapter.network.loras if "to_q" in lora.lora_name}
     assert set(small.values()) == {(2, 2)}, "its factor for attention, not the one for all"
-    assert all("lokr" in name for name in module.learning())
+    assert all("lokr" in name for name in module.trainable_parameters())
 
 
 def test_an_exports_file_and_weights_make_the_same_adapter_again(make, tmp_path):
     rules = [BlockConfig(match="to_v", rank=2, lr_ratio=1.0)]
     module, layers = make("locon", blocks=rules, options={"use_tucker": True})
-    for p in module.learning().values():
+    for p in module.trainable_parameters().values():
         p.data += 0.05 * torch.randn(p.shape)
     module.adapter.export(tmp_path / "export", learned(module))
     again, same = make("lokr", str(tmp_path / "export" / "lycoris_config.json"), init_from=str(tmp_path / "export"))
@@ -122,7 +123,7 @@ def test_other_algorithms_learn_export_and_load_by_the_library_alone(algorithm, 
     ask = question()
     with torch.no_grad(), module.adapter.base():
         base = module.predict(*ask)
-    optimizer = torch.optim.Adam(module.learning().values(), lr=3e-2)
+    optimizer = torch.optim.Adam(module.trainable_parameters().values(), lr=3e-2)
     for _ in range(3):
         optimizer.zero_grad()
         (module.predict(*ask) - 1).square().mean().backward()
@@ -138,3 +139,64 @@ def test_other_algorithms_learn_export_and_load_by_the_library_alone(algorithm, 
     network.apply_to()
     with torch.no_grad():
         assert_close(fresh.denoise(*ask), trained, atol=1e-4, rtol=1e-4)
+
+
+FACTORED = [
+    ("locon", {}), ("locon", {"use_tucker": True}), ("locon", {"rs_lora": True}), ("loha", {}), ("loha", {"use_tucker": True}),
+    ("lokr", {"factor": 2}), ("lokr", {"factor": 2, "use_tucker": True}), ("lokr", {"full_matrix": True}),
+    ("lokr", {"decompose_both": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("algorithm", "options"), FACTORED, ids=[f"{kind} {''.join(options)}" for kind, options in FACTORED])
+def test_an_update_by_its_factors_is_the_one_of_the_weights(algorithm, options, make):
+    preset = {"parts": ["attention", "feed_forward", "convolution"], "rank": 2, "algorithm": algorithm, "options": options}
+    module, layers = make("locon", **preset)
+    assert any("resnets" in layer for layer in layers)
+    loras = module.adapter.network.loras
+    assert all(lora.bypass_mode for lora in loras), "nothing keeps a copy of its layer's weight"
+    for p in module.trainable_parameters().values():
+        p.data += 0.05 * torch.randn(p.shape)
+    ask, found = question(), []
+    for by_factors in (True, False):
+        for lora in loras:
+            lora.bypass_mode = by_factors
+        output = module.predict(*ask)
+        found.append([output, *torch.autograd.grad((output - 1).square().mean(), list(module.trainable_parameters().values()))])
+    assert_close(*found, atol=1e-5, rtol=1e-3)
+
+
+def test_what_the_factors_alone_do_not_give_goes_by_the_weights(make):
+    for said in ({"algorithm": "diag-oft"}, {"algorithm": "locon", "options": {"dora_wd": True}}):
+        assert not any(lora.bypass_mode for lora in make("locon", **said)[0].adapter.network.loras)
+    for said in (True, False):
+        module, _ = make("locon", options={"bypass_mode": said})
+        assert {lora.bypass_mode for lora in module.adapter.network.loras} == {said}, "what the options say goes first"
+
+
+@torch.no_grad()
+def test_an_update_below_the_weights_last_digit_acts_in_bfloat16(tiny_sdxl):
+    cfg = compose(tiny_sdxl, "locon", dtype="bfloat16")
+    cfg.adapter.parts = ["attention"]
+    module, _ = build(cfg)
+    lora = module.adapter.network.loras[0]
+    layer = lora.org_module[0]
+    x = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
+    x[:, 1::2] = -1
+    layer.weight.fill_(1)  # W x = 0, and 1 + ΔW is 1 in bfloat16
+    lora.lora_down.weight.zero_()[:, ::2] = 1e-2
+    lora.lora_up.weight.fill_(1e-2)
+    update = lora.scale * (lora.lora_up.weight @ (lora.lora_down.weight @ x.float().T)).T
+    bias = 0 if layer.bias is None else layer.bias.float()
+    assert update.abs().min() > 0
+    assert_close((layer(x).float() - bias), update, rtol=2e-2, atol=0)
+
+
+def test_a_target_is_one_layer_and_a_pattern_is_matched_once_compiled(monkeypatch, make):
+    compiled, compile_ = [], re.compile
+    monkeypatch.setattr(re, "compile", lambda *said: compiled.append(said) or compile_(*said))
+    targets = ["re:.*attn1.to_q", "attn2.to_k"]
+    _, layers = make("locon", targets=targets)
+    mine = [said for said in compiled if "to_q" in str(said) or "to_k" in str(said)]
+    assert len(mine) <= 2 * len(targets), "names of layers are compared, not compiled"
+    assert layers and all(layer.endswith(("attn1.to_q", "attn2.to_k")) for layer in layers)

@@ -12,7 +12,8 @@ from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError, check
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.run import attach, build_adapter, build_family, build_text, run
+from dreambooth_lab.factory import attach, build_adapter, build_family, build_trainable_text
+from dreambooth_lab.run import run
 
 BOTH = "adapter.text_encoders=[1,2]"
 
@@ -24,7 +25,7 @@ def make(small):
         family = build_family(cfg)
         data = DreamBoothData(cfg, family)
         data.prepare()
-        adapter, text = build_adapter(cfg), build_text(cfg, family)
+        adapter, text = build_adapter(cfg), build_trainable_text(cfg, family)
         layers = attach(cfg, family, adapter, text)
         return DreamBooth(cfg, family, adapter, text).train(), data, layers
 
@@ -42,7 +43,7 @@ def batch_of(data):
 
 def move(module):
     generator = torch.Generator().manual_seed(0)
-    for p in module.learning().values():
+    for p in module.trainable_parameters().values():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
 
 
@@ -50,13 +51,13 @@ def test_the_base_models_text_is_left_alone_and_is_what_the_teacher_hears(make):
     module, data, _ = make()
     batch = batch_of(data)
     base = batch.cond
-    assert_close(module.told(batch)["prompt_embeds"], base["prompt_embeds"]), "fresh adapters change nothing"
+    assert_close(module.conditioning(batch)["prompt_embeds"], base["prompt_embeds"]), "fresh adapters change nothing"
     assert module.training_step(batch, 0)["prior"] < 1e-12, "captions encoded together round a little otherwise"
-    taught = module.teacher.answer(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
+    taught = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
     move(module)
-    told = module.told(batch)
+    told = module.conditioning(batch)
     assert (told["prompt_embeds"] - base["prompt_embeds"]).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
-    again = module.teacher.answer(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
+    again = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
     assert torch.equal(taught, again), "the teacher hears the base model's text"
     by_family = module.family.encode_text(batch.captions)
     assert torch.equal(by_family["prompt_embeds"], base["prompt_embeds"]), "the family's encoders are the base's"
@@ -80,8 +81,8 @@ def test_each_part_learns_at_its_own_rate(make):
                         "dataset.instance_prompt='a photo of q dog'", rules)  # fmt: skip
     optimizer = module.configure_optimizers()["optimizer"]
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    assert len(rates) == len(module.learning())
-    for name, p in module.learning().items():
+    assert len(rates) == len(module.trainable_parameters())
+    for name, p in module.trainable_parameters().items():
         plus = 4 if "lora_B" in name else 1
         ruled = "text_encoder_2" in name and "layers.0" in name
         expected = 5.0 if "token" in name else plus * (0.5 if "text." in name else 1) * (0.1 if ruled else 1)
@@ -90,6 +91,7 @@ def test_each_part_learns_at_its_own_rate(make):
             assert p.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_a_run_learns_shows_and_exports_them(small, tmp_path):
     run(lab.compose(*small, BOTH), tmp_path / "run")
     done = lab.load(tmp_path / "run")
@@ -106,7 +108,7 @@ def test_a_run_learns_shows_and_exports_them(small, tmp_path):
         *small, BOTH, f"adapter.init_from={done.folder.export}", "trainer.max_steps=1", "validation.every_n_steps=0"
     )
     run(more, tmp_path / "more")
-    first = dict(lab.load(tmp_path / "more").metrics["train/loss_prior"])[1]
+    first = dict(lab.load(tmp_path / "more").series["train/loss_prior"])[1]
     assert first > 0, "it goes on from what was learned"
 
 
@@ -116,7 +118,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
     run(lab.compose(*words, "trainer.max_steps=2"), tmp_path / "part")
     run(lab.compose(*words, "trainer.max_steps=4", f"resume={tmp_path / 'part'}"), tmp_path / "part")
     whole, part = (lab.load(tmp_path / one) for one in ("whole", "part"))
-    assert whole.metrics == part.metrics
+    assert whole.series == part.series
     a, b = (torch.load(one.folder.newest()[0], weights_only=True)["state_dict"] for one in (whole, part))
     assert any(key.startswith("text.encoders.text_encoder_2.") for key in a) and all("lora_" in key for key in a)
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -125,7 +127,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["adapter=lokr", BOTH], "lokr can't sit on text encoders"),
+        (["adapter=lokr", BOTH], "lokr does not support text encoders"),
         (["adapter.text_encoders=[1,1]"], "number each once, from 1"),
         (["adapter.text_encoders=[0]"], "number each once, from 1"),
         ([BOTH, "adapter.text_parts=[]"], "adapter.text_parts is empty"),
@@ -142,7 +144,7 @@ def test_what_cant_work_is_refused(words, said):
 def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make, small):
     with pytest.raises(ConfigError, match=r"has \[3\]; of this model's text encoders those that can learn are \[1, 2\]"):
         build_family(lab.compose(*small, "adapter.text_encoders=[3]"))
-    with pytest.raises(ConfigError, match=r"adapter\.text_parts has \['attn'\]; this model family names"):
+    with pytest.raises(ConfigError, match=r"adapter\.text_parts has \['attn'\]; set adapter.text_parts to some of"):
         make("adapter.text_parts=[attn]")
 
 
@@ -150,7 +152,7 @@ def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make,
 def test_they_sit_on_quantised_encoders_too(kind, make):
     module, data, _ = make(f"quant.text_encoder_1={kind}", f"quant.text_encoder_2={kind}", "quant.cache=false")
     batch = batch_of(data)
-    assert_close(module.told(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])
+    assert_close(module.conditioning(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])
     move(module)
     module.training_step(batch, 0)["loss"].backward()
     assert sum(p.grad is not None for p in module.text.encoders.parameters()) > 20

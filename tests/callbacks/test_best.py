@@ -13,12 +13,12 @@ from safetensors import safe_open
 import tiny
 from dreambooth_lab import lab
 from dreambooth_lab.callbacks.checkpoint import Best
-from dreambooth_lab.config import ConfigError, Mode, check
+from dreambooth_lab.config import ConfigError, check, enums
 from dreambooth_lab.run import run
 from dreambooth_lab.runfolder import RunFolder
 
 
-def watch(values, tmp_path, mode=Mode.min, patience=0):
+def watch(values, tmp_path, mode=enums.Mode.min, patience=0):
     """Show a Best these values, one a step; returns it, its trainer and the steps it kept."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ def test_the_first_of_the_best_is_kept_and_only_it(tmp_path):
 
 
 def test_max_and_nothing_but_nan(tmp_path):
-    assert watch([0.1, 0.3, 0.2], tmp_path / "a", Mode.max)[2] == [1, 2, 2]
+    assert watch([0.1, 0.3, 0.2], tmp_path / "a", enums.Mode.max)[2] == [1, 2, 2]
     assert watch([float("nan")] * 2, tmp_path / "b")[2] == [None, None]
 
 
@@ -72,12 +72,12 @@ def stopped(small, tmp_path_factory):
 
 
 def test_a_run_that_gets_worse_stops_and_keeps_its_best(stopped):
-    values = dict(stopped.metrics["eval/loss"])
+    values = dict(stopped.series["eval/loss"])
     after = {step: value for step, value in values.items() if step}
     best = min(after, key=after.get)
     assert stopped.steps == best + 4 < 60, "two values of two steps each"
     assert stopped.folder.best()[1] == best and stopped.folder.newest()[1] == stopped.steps
-    assert sorted(stopped.pictures) == [0, stopped.steps], "the last pictures are those of the step where it stopped"
+    assert sorted(stopped.images) == [0, stopped.steps], "the last pictures are those of the step where it stopped"
     assert torch.load(stopped.folder.best()[0], weights_only=True)["global_step"] == best
     for export, step in ((stopped.folder.best_export, best), (stopped.folder.export, stopped.steps)):
         with safe_open(export / "pytorch_lora_weights.safetensors", "pt") as file:

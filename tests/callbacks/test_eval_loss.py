@@ -8,14 +8,15 @@ from torch.testing import assert_close
 
 import tiny
 from dreambooth_lab import lab
-from dreambooth_lab.callbacks.eval_loss import Answer, ask, summary
-from dreambooth_lab.callbacks.ledger import Ledger
-from dreambooth_lab.callbacks.periodic import Timetable
+from dreambooth_lab.callbacks.csv_log import CsvLog
+from dreambooth_lab.callbacks.eval_loss import EvalRow, evaluate, summary
+from dreambooth_lab.callbacks.periodic import Interval
 from dreambooth_lab.config import ConfigError, check
-from dreambooth_lab.data.held_out import exams
+from dreambooth_lab.data.eval_batches import eval_batches
 from dreambooth_lab.data.module import DreamBoothData
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.run import build_adapter, build_family, run
+from dreambooth_lab.factory import build_adapter, build_family
+from dreambooth_lab.run import run
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +30,13 @@ def made(small, held, *overrides):
     data = DreamBoothData(cfg, family)
     data.prepare()
     adapter = build_adapter(cfg)
-    adapter.attach(family.denoiser, family.learns, seed=0)
+    adapter.attach(family.denoiser, family.target_modules, seed=0)
     return data, DreamBooth(cfg, family, adapter).eval()
 
 
 def losses(data, module, rows=4):
-    asked = exams(data, 3, rows)
-    return {(a.dataset, a.picture, a.t): a.loss for exam in asked for a in ask(exam, 0, module)}
+    asked = eval_batches(data, 3, rows)
+    return {(a.dataset, a.picture, a.t): a.loss for exam in asked for a in evaluate(exam, 0, module)}
 
 
 def test_the_same_weights_give_the_same_bits_and_the_rows_are_fixed(small, held):
@@ -53,11 +54,11 @@ def test_the_same_weights_give_the_same_bits_and_the_rows_are_fixed(small, held)
 
 def test_the_loss_is_the_plain_error_at_the_rows_own_time(small, held):
     data, module = made(small, held)
-    exam = exams(data, 3, 4)[0]
+    exam = eval_batches(data, 3, 4)[0]
     batch, path = exam.batch, module.path
     noisy = path.noise(batch.latents(), batch.eps, batch.u)
     plain = (module.predict(noisy, batch.u, batch.cond) - batch.eps).square().mean((1, 2, 3))
-    assert [a.loss for a in ask(exam, 0, module)] == plain.tolist()
+    assert [a.loss for a in evaluate(exam, 0, module)] == plain.tolist()
 
 
 def test_dropout_is_off_and_training_does_not_notice(small, held, tmp_path):
@@ -73,21 +74,21 @@ def test_dropout_is_off_and_training_does_not_notice(small, held, tmp_path):
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_close(a[part], b[part], rtol=0, atol=0)
     assert_close(a["callbacks"]["Ema"]["shadow"], b["callbacks"]["Ema"]["shadow"], rtol=0, atol=0)
-    assert all(seen.metrics[name] == values for name, values in blind.metrics.items())
-    base, *later = (values for _, values in sorted(seen.metrics["eval/loss"]))
-    assert len(later) == 4 and base not in later and seen.metrics["ema/eval/loss"][0][1] == base
-    assert seen.metrics["ema/eval/loss"][4] != seen.metrics["eval/loss"][4]
-    assert (seen.folder.compared / "step_0000004.png").is_file() and sorted(seen.pictures) == [0, 2, 4]
-    rows = Ledger(seen.folder.eval, Answer).read()
+    assert all(seen.series[name] == values for name, values in blind.series.items())
+    base, *later = (values for _, values in sorted(seen.series["eval/loss"]))
+    assert len(later) == 4 and base not in later and seen.series["ema/eval/loss"][0][1] == base
+    assert seen.series["ema/eval/loss"][4] != seen.series["eval/loss"][4]
+    assert (seen.folder.compared / "step_0000004.png").is_file() and sorted(seen.images) == [0, 2, 4]
+    rows = CsvLog(seen.folder.eval, EvalRow).read()
     assert {(row.step, row.weights) for row in rows} == {(step, kind) for step in range(5) for kind in ("live", "ema")}
-    assert seen.metrics["eval/loss"][2][1] == summary([r for r in rows if (r.step, r.weights) == (2, "live")])["eval/loss"]
+    assert seen.series["eval/loss"][2][1] == summary([r for r in rows if (r.step, r.weights) == (2, "live")])["eval/loss"]
 
 
 def test_by_steps_and_by_parts_of_an_epoch():
-    assert [s for s in range(1, 21) if Timetable(6, 0, 10, 20).due(s)] == [6, 12, 18, 20]
-    assert [s for s in range(1, 21) if Timetable(0, 0.5, 7, 20).due(s)] == [4, 7, 11, 14, 18, 20]
-    assert [s for s in range(1, 11) if Timetable(3, 0.5, 10, 10).due(s)] == [3, 5, 6, 9, 10]
-    assert all(Timetable(0, 0.01, 10, 99).due(s) for s in range(1, 20)), "more often than every step is every step"
+    assert [s for s in range(1, 21) if Interval(6, 0, 10, 20).due(s)] == [6, 12, 18, 20]
+    assert [s for s in range(1, 21) if Interval(0, 0.5, 7, 20).due(s)] == [4, 7, 11, 14, 18, 20]
+    assert [s for s in range(1, 11) if Interval(3, 0.5, 10, 10).due(s)] == [3, 5, 6, 9, 10]
+    assert all(Interval(0, 0.01, 10, 99).due(s) for s in range(1, 20)), "more often than every step is every step"
 
 
 def test_a_number_of_pictures_is_a_fixed_choice(small, held):
@@ -98,10 +99,10 @@ def test_a_number_of_pictures_is_a_fixed_choice(small, held):
 
 
 def test_a_step_told_again_replaces_what_was_told(tmp_path):
-    ledger = Ledger(tmp_path / "a.csv", Answer)
+    ledger = CsvLog(tmp_path / "a.csv", EvalRow)
     for step in (0, 1, 2):
-        ledger.add(step, [Answer(step, "live", "d", "p, q", 0.25, 0.1 + step, 0.25)])
-    ledger.add(1, [Answer(1, "live", "d", "p, q", 0.25, 9.0, 0.25)])
+        ledger.add(step, [EvalRow(step, "live", "d", "p, q", 0.25, 0.1 + step, 0.25)])
+    ledger.add(1, [EvalRow(1, "live", "d", "p, q", 0.25, 9.0, 0.25)])
     assert [(a.step, a.picture, a.loss) for a in ledger.read()] == [(0, "p, q", 0.1), (1, "p, q", 9.0)]
 
 

@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import os
 import re
+from datetime import datetime
+from pathlib import Path
 from typing import ClassVar
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from dreambooth_lab import lab
 from dreambooth_lab.callbacks.card import usage
+from dreambooth_lab.callbacks.header import place
 from dreambooth_lab.config import ConfigError, check
 from dreambooth_lab.run import run
+from dreambooth_lab.tools.generate import config_from_header
+from dreambooth_lab.trained import TrainedPipeline
+from programs import a1111_version, forge_version
 
 TOKEN = "hf_secret"
 PUSH = ["export.push_to_hub=true", "export.repo=me/sks-dog"]
+SORTING = {
+    "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "ss_output_name", "ss_base_model_version",
+    "ss_v2",
+}  # fmt: skip
 QUICK = ["trainer.max_steps=2", "validation.num_images=1", "ema.enabled=false"]
 
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("card") / "run"
-    learned = ["adapter.train_token=true", "adapter.token=q", 'dataset.instance_prompt="a \'photo\' of q: \\"dog\\""']
+    learned = [
+        "export.metadata=full",
+        "adapter.train_token=true",
+        "adapter.token=q",
+        'dataset.instance_prompt="a \'photo\' of q: \\"dog\\""',
+    ]
     run(
         lab.compose(
             *small, *learned, "trainer.max_steps=2", "webhook=raw", "webhook.receivers.raw.url=http://127.0.0.1:9/secret"
@@ -40,12 +62,15 @@ def test_the_card_shows_pictures_numbers_and_facts(finished):
     front = OmegaConf.create(card.split("---")[1])
     assert front.instance_prompt == "a 'photo' of q: \"dog\"" and front.library_name == "diffusers"
     assert "base_model" not in front, "a folder of this machine is no model of the hub's"
-    last = dict(finished.metrics["train/loss"])[2]
+    last = dict(finished.series["train/loss"])[2]
     assert f"| train/loss | {last:.6g} | 2 |" in card and "lora of rank 4" in card and "2 optimiser steps" in card
     for name in re.findall(r"\]\((.*?)\)", card):
         assert (finished.folder.export / name).stat().st_size > 100
-    for file in re.findall(r"^- `(.*)`$", card, re.M):
-        assert (finished.folder.export / file).is_file()
+    for folder in (finished.folder.export, finished.folder.export / "ema"):
+        listed = re.findall(r"^\| `(.*?)/?` \|", (folder / "README.md").read_text(), re.M)
+        assert all((folder / name).exists() for name in listed)
+        for file in (path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
+            assert any(file.as_posix() == name or Path(name) in file.parents for name in listed), f"{file} is not on the page"
     assert "Averaged weights" in (finished.folder.export / "ema" / "README.md").read_text()
     assert usage(finished.folder.export) in finished.folder.report.read_text().replace("&quot;", '"').replace("&#x27;", "'")
 
@@ -58,7 +83,10 @@ def test_addresses_of_webhooks_stay_out_of_what_is_given_away(finished):
 @pytest.mark.parametrize("words", [[], ["adapter=lokr"], ["adapter=full"]], ids=["lora", "lokr", "full"])
 def test_the_code_on_the_card_works(words, finished, small, tmp_path):
     if words:
-        run(lab.compose(*small, *QUICK, *words, "adapter.rank=1", "validation.every_n_steps=0"), tmp_path / "run")
+        run(
+            lab.compose(*small, *QUICK, *words, "export.metadata=full", "adapter.rank=1", "validation.every_n_steps=0"),
+            tmp_path / "run",
+        )
     done = lab.load(tmp_path / "run") if words else finished
     names: dict[str, object] = {}
     exec(usage(done.folder.export).rpartition("pipeline(")[0], names)
@@ -128,10 +156,120 @@ def test_a_push_that_cant_work_is_refused(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError) as error:
-        check(lab.compose("dataset.path=.", "export.push_to_hub=true", "export.repo=nobody"))
+        check(lab.compose("dataset.path=.", "dataset.instance_prompt=a dog", "export.push_to_hub=true", "export.repo=nobody"))
     for said in ("export.repo is 'nobody'; set it to owner/name", "'HF_TOKEN', an environment variable that is not set",
                  "HF_HUB_OFFLINE is set"):  # fmt: skip
         assert said in str(error.value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    check(lab.compose("dataset.path=.", *PUSH))
+    check(lab.compose("dataset.path=.", "dataset.instance_prompt=a dog", *PUSH))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export.name=a/b"], r"export\.name is 'a/b', which is no plain file name"),
+        (["export.formats=[comfyui]"], r"export\.formats is \['comfyui'\]; add diffusers"),
+        (["adapter=lokr", "export.formats=[peft]"], r"export\.formats is \['peft'\]; add comfyui or lycoris"),
+    ],
+)
+def test_files_that_could_not_be_written_or_read_again_are_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        check(lab.compose("dataset.path=.", *words))
+
+
+@pytest.mark.parametrize("words", [[], ["adapter=lokr"], ["adapter=full"]], ids=["lora", "lokr", "full"])
+def test_what_is_given_away_names_no_path_of_this_machine(words, small, tiny_sdxl, tmp_path):
+    more = ["adapter.rank=1", "validation.every_n_steps=0", f"runs={tmp_path}/janes-runs"]
+    before = os.umask(0o022)
+    try:
+        run(lab.compose(*small, *QUICK, *words, *more), tmp_path / "run")
+    finally:
+        os.umask(before)
+    export = lab.load(tmp_path / "run").folder.export
+    for path in (p for p in export.rglob("*") if p.is_file()):
+        assert path.stat().st_mode & 0o777 == 0o644, path
+        for secret in (str(tiny_sdxl.parent), str(tmp_path), str(Path.home()) + "/"):
+            assert secret.encode() not in path.read_bytes(), (path, secret)
+    file = next(p for p in export.rglob("*.safetensors") if "peft" not in str(p))
+    with safe_open(file, "pt") as opened:
+        said = OmegaConf.create(opened.metadata()["config"])
+    assert said.model.pretrained == f"local:{tiny_sdxl.name}" and said.optimizer.lr == 1e-2 and "webhook" not in said
+    with pytest.raises(ConfigError, match=r"a folder or file of its maker's; give model=BASE"):
+        config_from_header(file, None)
+    assert config_from_header(file, str(tiny_sdxl)).model.pretrained == str(tiny_sdxl)
+
+
+def test_nothing_at_all_is_said_if_that_is_asked(small, tmp_path):
+    run(lab.compose(*small, *QUICK, "validation.every_n_steps=0", "export.metadata=none"), tmp_path / "run")
+    export = lab.load(tmp_path / "run").folder.export
+    with safe_open(export / "dreambooth.safetensors", "pt") as opened:
+        assert opened.metadata().keys() <= {"format", *SORTING, *(f"ss_network_{key}" for key in ("module", "dim", "alpha"))}
+    with safe_open(export / "pytorch_lora_weights.safetensors", "pt") as opened:
+        assert opened.metadata().keys() == {"format", "lora_adapter_metadata", *SORTING}
+
+
+def test_other_programs_list_the_file_under_its_base_and_show_what_it_is(finished):
+    """The rules of A1111's and Forge's lists, and the fields that they, ComfyUI's and InvokeAI's managers show."""
+    export = finished.folder.export
+    for folder, name in ((export, "dreambooth"), (export / "ema", "dreambooth_ema")):
+        with safe_open(folder / f"{name}.safetensors", "pt") as opened:
+            said = opened.metadata()
+        assert a1111_version(said) == forge_version(said) == "SDXL"
+        assert said["ss_output_name"] == said["modelspec.title"] == name
+        assert (said["ss_network_module"], said["ss_network_dim"], said["ss_network_alpha"]) == ("networks.lora", "4", "4")
+        assert json.loads(said["ss_tag_frequency"]).popitem()[1] == {"a 'photo' of q: \"dog\"": 5}
+        assert said["modelspec.trigger_phrase"] == "a 'photo' of q: \"dog\"" and said["modelspec.prediction_type"] == "epsilon"
+        assert said["modelspec.resolution"] == "64x64" and datetime.fromisoformat(said["modelspec.date"]).tzinfo
+        kind, _, data = said["modelspec.thumbnail"].partition(",")
+        picture = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert kind == "data:image/jpeg;base64" and max(picture.size) <= 256
+        shown = Image.open(next(finished.folder.pictures.glob("step_0000002/00_00.png"))).convert("L")
+        assert (
+            picture.size == shown.size and np.abs(np.asarray(picture.convert("L"), float) - np.asarray(shown, float)).mean() < 12
+        )
+    with safe_open(export / "embeddings" / "q.safetensors", "pt") as opened:
+        assert opened.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
+
+
+def test_the_embeddings_file_is_read_by_each_programs_rule(finished):
+    """A1111 and ComfyUI take the file's name for the word; diffusers is told one that its tokenizer lacks."""
+    file = finished.folder.export / "embeddings" / "q.safetensors"
+    rows = load_file(file)
+    pipeline = finished.pipeline()
+    widths = {"clip_l": pipeline.text_encoder.config.hidden_size, "clip_g": pipeline.text_encoder_2.config.hidden_size}
+    assert {key: tuple(row.shape) for key, row in rows.items()} == {key: (1, width) for key, width in widths.items()}
+    pipeline.load_textual_inversion(rows["clip_l"], token="<q>", text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
+    word, (own,) = pipeline.tokenizer.convert_tokens_to_ids("<q>"), pipeline.tokenizer("q", add_special_tokens=False).input_ids
+    weight = pipeline.text_encoder.get_input_embeddings().weight
+    assert torch.equal(weight[word], weight[own]) and torch.equal(weight[word], rows["clip_l"][0])
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "told"),
+    [
+        ("/home/jane/photos/dog", "dataset.path", "dog"),
+        ("~/sdxl/", "model.pretrained", "local:sdxl"),
+        (str(Path.home()), "dataset.path", "home"),
+        ("C:\\Users\\jane\\dog", "dataset.path", "dog"),
+        ("file:///home/jane/dog", "dataset.path", "dog"),
+        ("https://jane:secret@host/photos?token=1", "dataset.path", "https://host/photos"),
+        ("owner/name", "model.pretrained", "owner/name"),
+        ("a photo of sks dog/cat", "dataset.instance_prompt", "a photo of sks dog/cat"),
+    ],
+)
+def test_a_path_is_cut_to_its_last_part_and_nothing_else_is(text, key, told):
+    assert place(text, key) == told
+
+
+def test_a_public_file_of_a_lycoris_preset_is_read_with_the_file_beside_it(small, tiny_sdxl, tmp_path):
+    preset = tmp_path / "mine.json"
+    preset.write_text(json.dumps({"algo": "lokr", "linear_dim": 4, "linear_alpha": 1, "factor": 4}))
+    words = [*small, *QUICK, "adapter=lokr", f"adapter.preset={preset}", "validation.every_n_steps=0"]
+    run(lab.compose(*words), tmp_path / "run")
+    export = lab.load(tmp_path / "run").folder.export
+    preset.unlink()
+    for file in (export, export / "dreambooth.safetensors"):
+        cfg = config_from_header(file, str(tiny_sdxl))
+        assert cfg.adapter.preset == str(export / "lycoris_config.json")
+        TrainedPipeline(cfg, file)

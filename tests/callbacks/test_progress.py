@@ -1,12 +1,18 @@
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
-from dreambooth_lab import lab, speed
+from dreambooth_lab import lab
 from dreambooth_lab.callbacks import progress
 from dreambooth_lab.callbacks.metrics import StepMetrics
+from dreambooth_lab.callbacks.periodic import Interval
+from dreambooth_lab.callbacks.progress import FIRST, TimeLeft
 from dreambooth_lab.data.module import DreamBoothData
 from dreambooth_lab.dreambooth import DreamBooth
-from dreambooth_lab.run import build_adapter, build_family
+from dreambooth_lab.factory import build_adapter, build_family
+from dreambooth_lab.profiling import speed
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +22,7 @@ def made(small):
     data = DreamBoothData(cfg, family)
     data.prepare()
     adapter = build_adapter(cfg)
-    adapter.attach(family.denoiser, family.learns, seed=0)
+    adapter.attach(family.denoiser, family.target_modules, seed=0)
     return data, DreamBooth(cfg, family, adapter).train()
 
 
@@ -33,12 +39,47 @@ def test_flops_are_counted_over_the_buckets_and_leave_no_gradient(made):
 
 def test_the_bar_tells_the_pace_and_its_share_of_the_peak(made, monkeypatch):
     data, module = made
-    bar = progress.Bar(StepMetrics(1), data, rows=6)
+    bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 9))
+    bar.console = Console(width=120)
     bar.metrics.last = {"train/loss": 0.125}
-    assert "loss 0.1250  2.00 steps/s  12.0 samples/s  " in bar.told(2.0, torch.device("cpu"))
-    assert "of peak" not in bar.told(2.0, torch.device("cpu")), "a CPU's is not known"
+    assert "loss 0.1250  2.00 steps/s  12.0 samples/s  " in bar.status(2.0, torch.device("cpu"))
+    assert "of peak" not in bar.status(2.0, torch.device("cpu")), "a CPU's is not known"
     monkeypatch.setattr(progress, "peak", lambda *_: 60 * speed.row_flops(module, data.text(""), data.schedule.buckets))
     trainer = type("At", (), {"max_steps": 9, "global_step": 0})()
     bar.on_train_start(trainer, module)
     bar.bar.stop()
-    assert "  20% of peak  " in bar.told(2.0, torch.device("cpu"))
+    assert "  20% of peak  " in bar.status(2.0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("start", [0, 12])
+def test_the_time_left_is_that_of_the_steps_and_looks_to_come(start):
+    """2 s a step, 30 s for the first ones; 10 s for each look, every 8 steps and at the end, and at the base model."""
+    when = Interval(8, 0.0, 1.0, 44)
+    left = TimeLeft({"pictures": when}, 44)
+    now, took = (10.0, 10.0) if start == 0 else (0.0, 0.0)
+    left.begin(start, now)
+    for step in range(start + 1, 45):
+        now += 30.0 if step <= start + FIRST else 2.0
+        told = left.seconds(step, now, {"pictures": took})
+        if step <= start + FIRST:
+            assert told is None
+        elif took:
+            to_come = sum(when.due(one) for one in range(step, 45))
+            assert told == pytest.approx((44 - step) * 2.0 + to_come * 10.0), step
+        if when.due(step):
+            now, took = now + 10.0, took + 10.0
+
+
+@pytest.mark.parametrize(("width", "samples"), [(60, False), (80, False), (120, True)])
+def test_the_bar_fits_the_terminal(made, width, samples, monkeypatch):
+    data, _ = made
+    on = Console(width=width, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(progress, "console", lambda: on)
+    bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 900))
+    bar.metrics.last = {"train/loss": 0.125}
+    told = bar.status(2.0, torch.device("cpu"), 700.0)
+    assert ("samples/s" in told) == samples and told.endswith("12 min left")
+    bar.bar.add_task("", total=900, completed=123, told=told)
+    on.print(bar.bar.get_renderable())
+    (line,) = [one for one in on.file.getvalue().splitlines() if "loss" in one]
+    assert "12 min left" in line and "123/900" in line and "…" not in line

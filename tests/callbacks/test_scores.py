@@ -7,10 +7,11 @@ from transformers import CLIPModel, CLIPProcessor
 import tiny
 from dreambooth_lab import lab
 from dreambooth_lab.callbacks import scores
-from dreambooth_lab.callbacks.scores import Score, changes, read_scores, summary
-from dreambooth_lab.config import ConfigError, check
-from dreambooth_lab.models.judges import Clip, Dino, MaskedDino, Photo, foreground
+from dreambooth_lab.callbacks.scores import Score, Scores, changes, read_scores, summary
+from dreambooth_lab.config import ConfigError, Subject, check
+from dreambooth_lab.models.feature_extractors import Clip, Dino, MaskedDino, Photo, foreground
 from dreambooth_lab.run import run
+from dreambooth_lab.runfolder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -43,11 +44,11 @@ def test_clip_is_transformers_own_cosine_whatever_the_batch(models):
         logits = clip(**inputs).logits_per_image / clip.logit_scale.exp()
     for batch_size in (2, 16):
         ours = Clip(str(models[0]), "eval.clip_model", CPU, batch_size)
-        assert_close(ours.see(looks) @ ours.read(["a dog", "a red car"]).T, logits, atol=1e-5, rtol=1e-4)
+        assert_close(ours.embed(looks) @ ours.embed_texts(["a dog", "a red car"]).T, logits, atol=1e-5, rtol=1e-4)
 
 
 def test_dino_knows_a_picture_again(models):
-    seen = Dino(str(models[1]), "eval.dino_model", CPU, 2).see([*pictures(3), *pictures(1)])
+    seen = Dino(str(models[1]), "eval.dino_model", CPU, 2).embed([*pictures(3), *pictures(1)])
     assert_close(seen.norm(dim=1), torch.ones(4))
     assert_close(seen[0], seen[3])
 
@@ -60,27 +61,39 @@ def on_ground(colour, ground):
     return Photo(picture, mask)
 
 
-def test_the_masked_mean_is_of_the_patches_under_the_mask(models):
+def test_the_masked_mean_is_of_the_patches_that_hold_the_attention(models):
     dino = Dino(str(models[1]), "eval.dino_model", CPU, 2)
-    photo = on_ground("red", "blue")
-    pixels = dino.processor(images=[photo.image], return_tensors="pt")["pixel_values"]
+    picture = on_ground("red", "blue").image
     with torch.no_grad():
-        patches = dino.model(pixel_values=pixels).last_hidden_state[0, 1:].view(4, 4, -1)
-    mean = patches[1:3, 1:3].mean((0, 1))
-    assert_close(MaskedDino(dino).see_photos([photo])[0], mean / mean.norm())
-    whole = patches.mean((0, 1))
-    everything = Photo(photo.image, Image.new("L", (32, 32), 255))
-    assert_close(MaskedDino(dino).see_photos([everything])[0], whole / whole.norm())
-
-
-def test_without_a_mask_the_attention_tells_the_foreground(models):
+        pixels = dino.processor(images=[picture], return_tensors="pt")["pixel_values"]
+        seen = dino.model(pixel_values=pixels, output_attentions=True)
+    front = foreground(seen.attentions[-1][:, :, 0, 1:].mean(1), 0.6)[0].bool()
+    assert 0 < front.sum() < 16
+    mean = seen.last_hidden_state[0, 1:][front].mean(0)
+    assert_close(MaskedDino(dino).embed([picture])[0], mean / mean.norm())
     attention = torch.tensor([[0.05, 0.3, 0.25, 0.2, 0.2], [1.0, 0.0, 0.0, 0.0, 0.0]])
     assert foreground(attention, 0.6).tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["clip_i", "dino", "dino_masked"])
+def test_a_copy_of_a_photo_byte_for_byte_has_similarity_one_masks_or_not(models, tmp_path, name):
+    clip, dino = Clip(str(models[0]), "eval.clip_model", CPU, 4), Dino(str(models[1]), "eval.dino_model", CPU, 4)
+    judge = {"clip_i": clip, "dino": dino, "dino_masked": MaskedDino(dino)}[name]
+    for number, picture in enumerate(pictures(3)):
+        mask = Image.new("L", picture.size, 0)
+        mask.paste(255, (5 * number, 4, 30, 25))
+        photos = [Photo(picture, mask)]
+        scored = Scores(RunFolder(tmp_path), None, {name: judge}, photos, Subject("a photo of sks dog", None, "sks"))
+        (score,) = scored(["a photo of sks dog"], [[picture.copy()]])
+        assert score.metric == name and score.value == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_masks_tell_how_well_the_attention_finds_the_subject(models):
     dino = MaskedDino(Dino(str(models[1]), "eval.dino_model", CPU, 2))
     photo = on_ground("red", "blue")
-    black = Photo(photo.image, Image.new("L", (32, 32), 0))
-    assert_close(dino.see_photos([black]), dino.see([photo.image]))
-    assert_close(dino.see(pictures(3)).norm(dim=1), torch.ones(3))
+    covered = [Photo(photo.image, Image.new("L", (32, 32), grey)) for grey in (255, 0)]
+    assert dino.under_masks(covered[:1]) == pytest.approx(1.0) and dino.under_masks(covered[1:]) == 0.0
+    assert dino.under_masks(covered) == pytest.approx(0.5) and dino.under_masks([Photo(photo.image, None)]) is None
 
 
 def test_every_picture_is_scored_for_what_its_prompt_is_about(scored):
@@ -90,7 +103,25 @@ def test_every_picture_is_scored_for_what_its_prompt_is_about(scored):
     other = {m for step, m, p in found if p == "a red car" and step == 3}
     assert subject == {"clip_t", "clip_i", "dino", "dino_masked"} and other == {"clip_t"}
     judged = ("clip_i", "dino", "dino_masked")
-    assert kind == {"clip_t", *(f"pres_{name}" for name in judged), *(f"div_{name}" for name in judged)}
+    assert kind == {"clip_t", *(f"pres_{name}" for name in judged), *(f"diversity_{name}" for name in judged)}
+
+
+def test_diversity_is_one_less_the_mean_cosine_of_different_pictures(models, tmp_path):
+    dino, (a, b) = Dino(str(models[1]), "eval.dino_model", CPU, 4), pictures(2)
+    scored = Scores(
+        RunFolder(tmp_path), None, {"dino": dino}, [Photo(a, None)], Subject("a photo of sks dog", "a photo of a dog", None)
+    )
+    found = [s.value for s in scored(["a photo of a dog"], [[a, a, b]]) if s.metric == "diversity_dino"]
+    apart = 1 - float(dino.embed([a]) @ dino.embed([b]).T)
+    assert apart > 1e-4 and found == pytest.approx([apart / 2, apart / 2, apart], abs=1e-5)
+
+
+def test_an_unclear_rare_word_is_said(models, tmp_path, caplog):
+    dino = Dino(str(models[1]), "eval.dino_model", CPU, 4)
+    for subject, said in ((Subject("a photo of sks dog", None, None), True), (Subject("a photo of sks dog", None, "sks"), False)):
+        caplog.clear()
+        Scores(RunFolder(tmp_path), None, {"dino": dino}, [Photo(pictures(1)[0], None)], subject)
+        assert ("set adapter.token to it" in caplog.text) is said
 
 
 def test_the_means_are_logged_at_their_steps(scored):
@@ -102,19 +133,19 @@ def test_the_means_are_logged_at_their_steps(scored):
         "subject/clip_i",
         "subject/dino",
         "class/pres_dino",
-        "class/div_dino",
+        "class/diversity_dino",
     ):
-        assert [step for step, _ in scored.metrics[name]] == [0, 3], name
+        assert [step for step, _ in scored.series[name]] == [0, 3], name
     values = [s.value for s in read_scores(scored.folder) if s.step == 3 and s.metric == "clip_t"]
-    logged = dict(scored.metrics["clip/mean"])[3]
+    logged = dict(scored.series["clip/mean"])[3]
     assert logged == pytest.approx(sum(values) / len(values)) and len(values) == 6
 
 
 def test_scoring_does_not_touch_training(scored, small, tmp_path):
     prompts = 'validation.prompts=["a photo of sks dog","a photo of a dog","a red car"]'
     run(lab.compose(*small, "trainer.max_steps=3", prompts), tmp_path / "plain")
-    plain = lab.load(tmp_path / "plain").metrics
-    assert all(scored.metrics[name] == values for name, values in plain.items())
+    plain = lab.load(tmp_path / "plain").series
+    assert all(scored.series[name] == values for name, values in plain.items())
 
 
 def test_changes_are_paired():
@@ -127,11 +158,9 @@ def test_changes_are_paired():
 
 
 def test_the_interval_is_students():
-    """Against tables of the 97.5 % quantile."""
-    for degrees, known in ((3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)):
-        assert scores._student(degrees) == pytest.approx(known, rel=0.01)
+    """Against the table's 97.5 % quantile of 3 degrees of freedom."""
     low, high = scores.interval([1.0, 2.0, 3.0, 4.0])
-    assert (low, high) == pytest.approx((2.5 - 3.182 * 1.29099 / 2, 2.5 + 3.182 * 1.29099 / 2), abs=0.02)
+    assert (low, high) == pytest.approx((2.5 - 3.182 * 1.29099 / 2, 2.5 + 3.182 * 1.29099 / 2), abs=1e-3)
     assert scores.interval([1.0, 2.0])[0] != scores.interval([1.0, 2.0])[0], "two values tell no spread"
 
 
@@ -158,3 +187,15 @@ def test_what_cannot_work_is_refused(small, tmp_path):
         check(lab.compose(*small, f"eval.dino_model={tmp_path}", "validation.every_n_steps=0"))
     with pytest.raises(ConfigError, match=r"eval\.clip_model is 'nobody/none', which could not be loaded"):
         Clip("nobody/none", "eval.clip_model", CPU, 1)
+
+
+def test_judges_are_on_their_device_only_while_they_look(models):
+    dino = Dino(str(models[1]), "eval.dino_model", CPU, 2)
+    moves = []
+    dino.model.to = moves.append
+    dino.device = torch.device("cpu", 0)  # told apart from where it rests
+    with dino.on_device():
+        dino.embed(pictures(3))
+        MaskedDino(dino).embed(pictures(1))
+        assert moves == [dino.device]
+    assert moves == [dino.device, "cpu"] and not dino.users

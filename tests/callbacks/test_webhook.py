@@ -17,7 +17,7 @@ from dreambooth_lab import lab
 from dreambooth_lab.callbacks import preview, webhook
 from dreambooth_lab.callbacks.messages import Message
 from dreambooth_lab.callbacks.webhook import Receiver, Sender
-from dreambooth_lab.config import ConfigError, ReceiverKind, check
+from dreambooth_lab.config import ConfigError, check, enums
 from dreambooth_lab.run import run
 
 
@@ -70,7 +70,7 @@ def message(final=False, **facts):
     return Message(Image.new("RGB", (8, 6), "red"), known | facts, final)
 
 
-def sender(url, kind=ReceiverKind.raw, token=None):
+def sender(url, kind=enums.ReceiverKind.raw, token=None):
     return Sender([Receiver("mine", kind, url, token)])
 
 
@@ -89,7 +89,7 @@ def test_raw_says_what_the_picture_is():
 
 def test_discord_gets_a_form_that_pings_nobody():
     with server(status(200)) as (url, bodies):
-        sending = sender(url, ReceiverKind.discord)
+        sending = sender(url, enums.ReceiverKind.discord)
         sending.send(message(final=True, prompt="@everyone look"))
         assert sending.close(5)["mine"]["sent"] == 1
     headers, body = bodies[0]
@@ -182,11 +182,11 @@ def test_a_run_that_ends_does_not_besiege_its_receiver(monkeypatch):
 
 
 def test_numbers_travel_together_and_the_oldest_give_way(monkeypatch):
-    monkeypatch.setattr(webhook, "NUMBERS_WAITING", 50)
+    monkeypatch.setattr(webhook, "METRICS_WAITING", 50)
     with server(status(200)) as (url, bodies):
         sending = sender(url)
         for step in range(200):
-            sending.tell("r", step, {"train/loss": 0.5, "train/odd": float("nan")})
+            sending.send_metrics("r", step, {"train/loss": 0.5, "train/odd": float("nan")})
         sending.send(message(final=True))
         counts = sending.close(5)["mine"]
     letters = [said for said in (json.loads(body) for _, body in bodies) if said["type"] == "metrics"]
@@ -198,10 +198,12 @@ def test_numbers_travel_together_and_the_oldest_give_way(monkeypatch):
 
 def test_numbers_wait_for_nobody_and_discord_gets_none():
     with server(status(500)) as (url, bodies):
-        sending = Sender([Receiver("raw", ReceiverKind.raw, url, None), Receiver("discord", ReceiverKind.discord, url, None)])
+        sending = Sender(
+            [Receiver("raw", enums.ReceiverKind.raw, url, None), Receiver("discord", enums.ReceiverKind.discord, url, None)]
+        )
         start = time.monotonic()
         for step in range(1000):
-            sending.tell("r", step, {"train/loss": 0.5})
+            sending.send_metrics("r", step, {"train/loss": 0.5})
         assert time.monotonic() - start < 0.2
         counts = sending.close(1)
     assert counts["raw"]["numbers dropped"] == 1000 and counts["raw"]["retried"] == 0, "they are tried once"
@@ -254,12 +256,13 @@ def test_a_validation_of_20_steps_sends_previews_at_5_10_15_20_and_then_the_pict
         assert shown.tobytes() == picture.tobytes(), "without a small decoder the VAE itself draws previews"
 
 
+@pytest.mark.slow
 def test_previews_do_not_touch_training(small, tmp_path):
     quick = [*small, "trainer.max_steps=3"]
     run(lab.compose(*quick), tmp_path / "without")
     words = ["webhook=raw", "webhook.receivers.raw.url=http://127.0.0.1:1/", "preview.enabled=true"]
     run(lab.compose(*quick, *words), tmp_path / "with")
-    assert lab.load(tmp_path / "with").metrics == lab.load(tmp_path / "without").metrics
+    assert lab.load(tmp_path / "with").series == lab.load(tmp_path / "without").series
 
 
 @pytest.mark.parametrize(

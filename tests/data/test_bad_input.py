@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ from PIL import Image
 import samples
 import tiny
 from dreambooth_lab import lab
-from dreambooth_lab.config import CaptionKind, ConfigError, DatasetType, MaskFrom, ResolutionType
-from dreambooth_lab.data import geometry
-from dreambooth_lab.data.entry import Collector
-from dreambooth_lab.data.fill import Stores, _decode, fill_masks
-from dreambooth_lab.data.folder import Folder
-from dreambooth_lab.data.spec import Captions, DataPlan, DatasetSpec, Masks, Shaping, Where, plan
+from dreambooth_lab.config import ConfigError, enums
+from dreambooth_lab.data.caching.fill import Stores, _decode, fill_masks
+from dreambooth_lab.data.planning import plan
+from dreambooth_lab.data.preparation import geometry
+from dreambooth_lab.data.preparation.entry import Collector
+from dreambooth_lab.data.sources.folder import Folder
+from dreambooth_lab.data.spec import Captions, DataPlan, DatasetSpec, Masks, Shaping, Where
 
 
 def png(size=(40, 30), mode="RGB") -> bytes:
@@ -69,7 +71,7 @@ PICTURES = [
     ("flipped-bytes.png", noisy()[:200] + bytes(100) + noisy()[300:], "can't be decoded"),
     ("bomb.png", bomb(), "decompression bomb"),
     ("long-and-thin.png", png((20_000, 3)), None),
-    ("phone.heic", b"\0\0\0\x18ftypheic", "convert it to PNG or JPEG"),
+    ("phone.heic", b"\0\0\0\x18ftypheic", "can't be read" if find_spec("pillow_heif") else "convert it to PNG or JPEG"),
     ("moving.gif", saved("GIF"), "convert it to PNG or JPEG"),
     ("camera.dng", b"II*\0", "convert it to PNG or JPEG"),
     ("null.tiff", b"II*\0" + bytes(30), "can't be read"),
@@ -91,8 +93,8 @@ PICTURES = [
 
 
 def spec(folder: Path, **changes) -> DatasetSpec:
-    where = changes.pop("where", Where(DatasetType.folder, str(folder)))
-    made = DatasetSpec("photos", where, Captions(CaptionKind.instanceprompt, ("a dog",)), Shaping(64, minimum=0))
+    where = changes.pop("where", Where(enums.DatasetType.folder, str(folder)))
+    made = DatasetSpec("photos", where, Captions(enums.CaptionKind.instanceprompt, ("a dog",)), Shaping(64, minimum=0))
     return made._replace(**changes)
 
 
@@ -202,7 +204,7 @@ def test_a_missing_caption_is_a_problem_with_its_name(tmp_path, text, said):
     (folder / "a.png").write_bytes(png())
     if text is not None:
         (folder / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-    done = collect(tmp_path, spec(folder, captions=Captions(CaptionKind.textfile)))
+    done = collect(tmp_path, spec(folder, captions=Captions(enums.CaptionKind.textfile)))
     assert len(done.problems) == 1 and said in done.problems[0] and "photos: a.png" in done.problems[0]
 
 
@@ -213,7 +215,7 @@ def mask_problems(tmp_path, masks: dict[str, bytes], pictures=("a.png", "sub/b.j
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
         root.mkdir(exist_ok=True)
-    done = collect(tmp_path, spec(folder, masks=Masks(MaskFrom.files, "m", Where(DatasetType.folder, str(place)))))
+    done = collect(tmp_path, spec(folder, masks=Masks(enums.MaskFrom.files, "m", Where(enums.DatasetType.folder, str(place)))))
     entries, problems = fill_masks(Stores(tmp_path / "cache"), done.entries, 8)
     return done.problems + problems, done.notices, entries
 
@@ -257,7 +259,7 @@ def test_no_transparency_no_mask(tmp_path):
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
     Image.new("RGBA", (40, 30), (9, 9, 9, 0)).save(folder / "b.png")
-    done = collect(tmp_path, spec(folder, masks=Masks(MaskFrom.alpha, "m", None)))
+    done = collect(tmp_path, spec(folder, masks=Masks(enums.MaskFrom.alpha, "m", None)))
     _, problems = fill_masks(Stores(tmp_path / "cache"), done.entries, 8)
     assert len(done.problems) == 1 and "a.png: has no transparency" in done.problems[0]
     assert len(problems) == 1 and "b.png is all black" in problems[0]
@@ -369,8 +371,8 @@ TABLES = [
 @pytest.mark.parametrize(("text", "said"), TABLES, ids=range(len(TABLES)))
 def test_a_wrong_table_is_refused(tmp_path, text, said):
     (tmp_path / "t.csv").write_text(text)
-    where = Where(DatasetType.table, str(tmp_path / "t.csv"), "image", ("caption",))
-    done = collect(tmp_path, spec(tmp_path, where=where, captions=Captions(CaptionKind.column)))
+    where = Where(enums.DatasetType.table, str(tmp_path / "t.csv"), "image", ("caption",))
+    done = collect(tmp_path, spec(tmp_path, where=where, captions=Captions(enums.CaptionKind.column)))
     assert not done.entries and said in done.problems[0]
 
 
@@ -379,8 +381,8 @@ def test_wrong_rows_of_a_table_are_named(tmp_path):
     (tmp_path / "t/a.png").write_bytes(png())
     (tmp_path / "out.png").write_bytes(png())
     (tmp_path / "t/t.csv").write_text("image,caption\na.png,x\na.png,y\ngone.png,z\n../out.png,w\n,v\n")
-    where = Where(DatasetType.table, str(tmp_path / "t/t.csv"), "image", ("caption",))
-    done = collect(tmp_path, spec(tmp_path, where=where, captions=Captions(CaptionKind.column)))
+    where = Where(enums.DatasetType.table, str(tmp_path / "t/t.csv"), "image", ("caption",))
+    done = collect(tmp_path, spec(tmp_path, where=where, captions=Captions(enums.CaptionKind.column)))
     assert [e.picture.name for e in done.entries] == ["a.png"]
     reasons = {r.name: r.reason for r in done.rejected["photos"]}
     assert len(reasons) == 4 and "leads out of" in reasons["../out.png"] and "listed twice" in reasons["a.png (row 2)"]
@@ -392,7 +394,7 @@ def test_the_corpus_is_large_enough():
 
 def test_sizes_that_a_rule_rejects_are_listed_with_the_rule(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(20, 100), (100, 20), (30, 30), (90, 90)])
-    rules = Shaping(64, ResolutionType.pixel, minimum=25, least_aspect=0.5, most_aspect=2, max_upscale=2)
+    rules = Shaping(64, enums.ResolutionType.pixel, minimum=25, least_aspect=0.5, most_aspect=2, max_upscale=2)
     done = collect(tmp_path, spec(folder, shaping=rules))
     assert [e.picture.name for e in done.entries] == ["03.png"]
     assert [r.reason.split(" < ")[0].split(" > ")[0] for r in done.rejected["photos"]] == [

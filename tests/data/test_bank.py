@@ -8,8 +8,8 @@ import torch
 from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.factory import build_family
 from dreambooth_lab.models.sdxl import SDXL
-from dreambooth_lab.run import build_family
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def rows(data, count=60):
     stream = iter(Samples(data, data.schedule, 0, 0, 1))
     for batch in (next(stream) for _ in range(count)):
         for place, row in enumerate(batch.class_rows):
-            yield batch, row, batch.taught[place]
+            yield batch, row, batch.teacher_output[place]
 
 
 def test_every_answer_is_the_base_models_at_the_rows_own_point(banked):
@@ -38,7 +38,7 @@ def test_every_answer_is_the_base_models_at_the_rows_own_point(banked):
         one = row[None]
         t = batch.u[one]
         with torch.no_grad():
-            own = bare.denoise(bare.path.noise(batch.latents()[one], batch.eps[one], t), t, batch.cond.take(one))[0]
+            own = bare.denoise(bare.path.noise(batch.latents()[one], batch.eps[one], t), t, batch.cond.select(one))[0]
         torch.testing.assert_close(taught, own, atol=1e-5, rtol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_a_second_start_asks_the_network_nothing(banked, monkeypatch):
 def test_damaged_and_lost_answers_are_made_again_to_the_bit(banked):
     first = banked()
     before = [taught for *_, taught in rows(first, 8)]
-    whole, damaged, *others = sorted(first.bank.answers.folder.rglob("*.safetensors"))
+    whole, damaged, *others = sorted(first.bank.targets.folder.rglob("*.safetensors"))
     data = bytearray(damaged.read_bytes())
     data[-3] ^= 1
     damaged.write_bytes(data)
@@ -71,14 +71,14 @@ def test_damaged_and_lost_answers_are_made_again_to_the_bit(banked):
         path.unlink()
     time = whole.stat().st_mtime_ns
     again = banked()
-    assert again.bank.built == 1 + len(others[::2]) and again.bank.answers.damaged == 1
+    assert again.bank.built == 1 + len(others[::2]) and again.bank.targets.damaged == 1
     assert whole.stat().st_mtime_ns == time, "what is whole is left alone"
     assert all(torch.equal(a, b) for a, (*_, b) in zip(before, rows(again, 8), strict=True))
 
 
 def test_an_answer_damaged_in_training_is_refused_with_the_way_out(banked):
     data = banked()
-    for path in data.bank.answers.folder.rglob("*.safetensors"):
+    for path in data.bank.targets.folder.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"damaged during training .*; resume the run"):
         list(rows(data, 8))

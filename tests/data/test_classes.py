@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from dreambooth_lab import lab
-from dreambooth_lab.data.classes import class_folder, generate
+from dreambooth_lab.data.class_images import class_folder, generate
 from dreambooth_lab.data.module import DreamBoothData
+from dreambooth_lab.factory import build_family
 from dreambooth_lab.models.sdxl import SDXL
-from dreambooth_lab.run import build_family
 
 
 @pytest.fixture
@@ -90,6 +90,7 @@ def test_one_that_was_broken_off_goes_on(setting, monkeypatch):
     assert times == {path: path.stat().st_mtime_ns for path in kept}, "what was drawn is kept"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["prior.generated.guidance_scale=2", "prior.generated.negative_prompt=x",
                                     "prior.prompt=a cat", "prior.generated.seed=1"])  # fmt: skip
 def test_other_wishes_are_other_pictures(setting, change):
@@ -112,6 +113,6 @@ def test_captions_are_the_photos_under_the_class_prompt(setting, photos):
     mine = {e.picture.name for e in data.entries if e.spec.is_class}
     assert mine == {e.picture.name for e in data.entries if not e.spec.is_class}
     assert sum(s.built for s in data.summaries()) <= len(
-        {data.cached.key(e, i) for e in data.entries for i in range(len(e.variants))}
+        {data.cache_reader.key(e, i) for e in data.entries for i in range(len(e.variants))}
     ), "their latents are shared"
     assert {e.captions for e in data.entries if e.spec.is_class} == {("a photo of a dog",)}

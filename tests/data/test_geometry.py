@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth_lab.config import CropAspect, ResolutionType
-from dreambooth_lab.data import geometry, mask
+from dreambooth_lab.config import enums
+from dreambooth_lab.data.preparation import geometry, mask
 from dreambooth_lab.data.spec import Shaping
 
 side = st.integers(20, 3000)
@@ -58,12 +58,12 @@ def test_nearest_shape_is_nearest_in_ratio():
     assert geometry.nearest_shape((64, 64), [(96, 48), (80, 64), (32, 128)]) == (80, 64)
 
 
-units = st.sampled_from(list(ResolutionType))
+units = st.sampled_from(list(enums.ResolutionType))
 
 
-@given(size, units, st.sampled_from([16, 32, 64]), st.floats(1, 4), st.sampled_from(list(CropAspect)))
+@given(size, units, st.sampled_from([16, 32, 64]), st.floats(1, 4), st.sampled_from(list(enums.CropAspect)))
 def test_a_target_is_of_the_asked_resolution_and_aspect(size, unit, stride, max_aspect, aspect):
-    resolution = {ResolutionType.area: 0.25}.get(unit, 512)
+    resolution = {enums.ResolutionType.area: 0.25}.get(unit, 512)
     rule = Shaping(resolution, unit, aspect=aspect, aspects=(0.5, 1.0, 1.5), max_aspect=max_aspect)
     shapes = geometry.target(size, rule, stride, (0.1, 0.9, 0.5))
     assert shapes and len(set(shapes)) == len(shapes)
@@ -71,17 +71,17 @@ def test_a_target_is_of_the_asked_resolution_and_aspect(size, unit, stride, max_
         assert height % stride == width % stride == 0 and min(height, width) >= stride
         slack = (1 + stride / min(height, width)) ** 2
         assert max(height / width, width / height) <= max_aspect * slack
-        if unit is ResolutionType.pixel:
+        if unit is enums.ResolutionType.pixel:
             assert min(height, width) == 512
         else:
             assert 512**2 / slack <= height * width <= 512**2 * slack
-        if aspect is CropAspect.square:
+        if aspect is enums.CropAspect.square:
             assert height == width
 
 
 @given(size, units, st.floats(0.01, 4), st.floats(0.01, 4))
 def test_above_the_maximum_a_picture_shrinks_to_the_downsample_size_and_below_it_is_left(size, unit, most, share):
-    scale = 1.0 if unit is ResolutionType.area else 1000.0
+    scale = 1.0 if unit is enums.ResolutionType.area else 1000.0
     rule = Shaping(64, unit, maximum=most * scale, downsample=min(share, most) * scale)
     factor = geometry.shrunk(size, rule)
     if geometry.measure(size, unit) <= rule.maximum:
@@ -89,7 +89,7 @@ def test_above_the_maximum_a_picture_shrinks_to_the_downsample_size_and_below_it
     else:
         shrunk = [side * factor for side in size]
         goal = geometry.edge(rule.downsample, unit)
-        measured = min(shrunk) if unit is ResolutionType.pixel else math.sqrt(shrunk[0] * shrunk[1])
+        measured = min(shrunk) if unit is enums.ResolutionType.pixel else math.sqrt(shrunk[0] * shrunk[1])
         assert measured == pytest.approx(goal) and factor < 1.05
 
 
@@ -103,12 +103,16 @@ def test_a_picture_resized_before_the_crop_still_covers_its_target(size, at, lea
 
 
 def test_the_smallest_size_is_in_the_unit_of_the_resolution():
-    for unit, minimum in ((ResolutionType.pixel, 500), (ResolutionType.pixel_area, 500), (ResolutionType.area, 0.25)):
-        rule = Shaping(0.25 if unit is ResolutionType.area else 512, unit, minimum=minimum)
+    for unit, minimum in (
+        (enums.ResolutionType.pixel, 500),
+        (enums.ResolutionType.pixel_area, 500),
+        (enums.ResolutionType.area, 0.25),
+    ):
+        rule = Shaping(0.25 if unit is enums.ResolutionType.area else 512, unit, minimum=minimum)
         assert geometry.reason_against((500, 500), rule, 16) is None
         assert "minimum_image_size" in geometry.reason_against((499, 499), rule, 16)
     assert geometry.reason_against((250, 1000), Shaping(512, minimum=500), 16) is None, "its area is enough"
-    square = Shaping(512, minimum=500, aspect=CropAspect.square)
+    square = Shaping(512, minimum=500, aspect=enums.CropAspect.square)
     assert "square crops" in geometry.reason_against((250, 1000), square, 16)
 
 

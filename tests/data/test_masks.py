@@ -5,7 +5,7 @@ from PIL import Image, ImageOps
 from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError, check
 from dreambooth_lab.data.module import DreamBoothData, Samples
-from dreambooth_lab.run import build_family
+from dreambooth_lab.factory import build_family
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from torch.utils.data import DataLoader
 from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.factory import build_family
 from dreambooth_lab.models.sdxl import SDXL
-from dreambooth_lab.run import build_family
+from dreambooth_lab.run import run
 
 
 @pytest.fixture
@@ -65,9 +66,9 @@ def test_draws_do_not_depend_on_the_batch_size_the_ranks_or_the_workers(prepared
             for batch in (next(loader) for _ in range(16 // (batch_size * ranks))):
                 classes = batch.class_rows.tolist()
                 for i, n in enumerate(batch.sample.tolist()):
-                    told = (batch.cond["prompt_embeds"][i], batch.cond["size"][i], batch.u[i], batch.walk[i])
+                    told = (batch.cond["prompt_embeds"][i], batch.cond["size"][i], batch.u[i], batch.rollout_draws[i])
                     more = [] if batch.xi is None else [batch.xi[i]]
-                    more += [batch.taught[classes.index(i)]] if batch.taught is not None and i in classes else []
+                    more += [batch.teacher_output[classes.index(i)]] if batch.teacher_output is not None and i in classes else []
                     flat[n] = (batch.latents()[i], batch.eps[i], *told, *more)
         return flat
 
@@ -109,6 +110,32 @@ def test_dropped_captions_are_the_subjects_only(prepared):
         dropped += sum(torch.equal(batch.cond["prompt_embeds"][row], empty) for row in batch.instance_rows)
         kept += len(batch.instance_rows)
     assert 0.25 < dropped / kept < 0.75
+
+
+def test_rows_without_caption_are_told_what_empty_caption_says_though_all_share_a_cache(prepared):
+    told = []
+    for kind in ("zeros", "encoded", "auto", "encoded"):
+        data = prepared("dataset.caption_dropout=1", f"model.empty_caption={kind}")
+        batch = batches(data, 1)[0]
+        told.append(batch.cond["prompt_embeds"][batch.instance_rows])
+        assert batch.captions[int(batch.instance_rows[0])] == "" and data.text(None)["prompt_embeds"].abs().max() == 0
+    zeros, encoded, auto, again = told
+    assert zeros.abs().max() == 0 < encoded.abs().max() and torch.equal(auto, zeros) and torch.equal(again, encoded)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "encoded"])
+def test_validation_draws_against_the_pipelines_own_input_whatever_dropout_teaches(small, tmp_path, monkeypatch, kind):
+    seen, real = [], SDXL.generate
+    monkeypatch.setattr(
+        SDXL, "generate", lambda family, text, negative, **k: seen.append(negative) or real(family, text, negative, **k)
+    )
+    run(lab.compose(*small, "trainer.max_steps=1", f"model.empty_caption={kind}"), tmp_path / "run")
+    assert seen and all(float(negative["prompt_embeds"].abs().max()) == 0 for negative in seen)
+    run(
+        lab.compose(*small, "trainer.max_steps=1", f"model.empty_caption={kind}", "validation.negative_prompt=red"),
+        tmp_path / "red",
+    )
+    assert float(seen[-1]["prompt_embeds"].abs().max()) > 0
 
 
 def test_a_second_start_loads_no_encoder(prepared, monkeypatch):

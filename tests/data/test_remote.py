@@ -8,19 +8,20 @@ import pytest
 import samples
 import tiny
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, DatasetType, check
-from dreambooth_lab.data import scan
-from dreambooth_lab.data.folder import Folder
+from dreambooth_lab.config import ConfigError, check, enums
 from dreambooth_lab.data.module import DreamBoothData
-from dreambooth_lab.data.scan import Memory
-from dreambooth_lab.data.source import open_source
-from dreambooth_lab.data.spec import Where, plan
-from dreambooth_lab.run import build_family
+from dreambooth_lab.data.planning import plan
+from dreambooth_lab.data.sources import scan
+from dreambooth_lab.data.sources.folder import Folder
+from dreambooth_lab.data.sources.open import open_source
+from dreambooth_lab.data.sources.scan import ScanCache
+from dreambooth_lab.data.spec import Where
+from dreambooth_lab.factory import build_family
 
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
-    monkeypatch.setattr(scan, "SETTLED", -1.0)
+    monkeypatch.setattr(scan, "STABLE_AFTER", -1.0)
 
 
 @pytest.fixture
@@ -54,17 +55,17 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_behind_a_url_reads_like_one_of_this_machine(folder, tmp_path, kind):
-    near = scan.scan(Folder(str(folder)), Memory(tmp_path / "a"))
-    far = scan.scan(open_source(Where(DatasetType.folder, KINDS[kind](folder)), ""), Memory(tmp_path / "b"))
+    near = scan.scan(Folder(str(folder)), ScanCache(tmp_path / "a"))
+    far = scan.scan(open_source(Where(enums.DatasetType.folder, KINDS[kind](folder)), ""), ScanCache(tmp_path / "b"))
     assert [(p.name, p.size, p.digest) for p in near.pictures] == [(p.name, p.size, p.digest) for p in far.pictures]
     assert [p.source.text(p.name) for p in far.pictures] == ["a caption", None] and far.rejected == near.rejected
 
 
 def test_only_a_changed_remote_file_is_read_again(folder, tmp_path):
-    source = open_source(Where(DatasetType.folder, in_memory(folder, "changing")), "")
-    assert [scan.scan(source, Memory(tmp_path / "m")).read for _ in range(2)] == [3, 0]
+    source = open_source(Where(enums.DatasetType.folder, in_memory(folder, "changing")), "")
+    assert [scan.scan(source, ScanCache(tmp_path / "m")).read for _ in range(2)] == [3, 0]
     fsspec.filesystem("memory").pipe_file("/changing/below/00.png", (folder / "below/01.png").read_bytes())
-    again = scan.scan(source, Memory(tmp_path / "m"))
+    again = scan.scan(source, ScanCache(tmp_path / "m"))
     assert again.read == 1 and len({p.digest for p in again.pictures}) == 1
 
 
@@ -79,7 +80,7 @@ def test_only_a_changed_remote_file_is_read_again(folder, tmp_path):
 )
 def test_a_url_without_pictures_is_refused_with_its_name(tmp_path, url, said):
     with pytest.raises(ConfigError, match=said) as caught:
-        scan.scan(open_source(Where(DatasetType.folder, url), ""), Memory(tmp_path / "m"))
+        scan.scan(open_source(Where(enums.DatasetType.folder, url), ""), ScanCache(tmp_path / "m"))
     assert url in str(caught.value)
 
 
@@ -95,6 +96,7 @@ def test_photos_masks_and_class_pictures_may_all_be_remote(small, photos, class_
     urls = [in_memory(place, name) for place, name in ((photos, "p"), (class_photos, "c"), (masks, "m"))]
     words = [w for w in small if not w.startswith(("dataset", "prior", "cache"))] + [f"cache={tmp_path / 'cache'}"]
     own = ["dataset=masked", f"dataset.path={urls[0]}", f"dataset.mask_path={urls[2]}", 'dataset.class_prompt="a dog"']
+    own += ["dataset.instance_prompt=a sks dog"]
     file = samples.save(
         tmp_path / "a.json", samples.entry(urls[0], conditioning_data="m"),
         samples.entry(urls[1], id="c", is_regularisation_data=True),
@@ -126,13 +128,13 @@ def test_a_bucket_of_a_local_s3_server(folder, tmp_path, monkeypatch):
         files = s3fs.S3FileSystem()
         files.mkdir("dogs")
         files.put(f"{folder}/", "dogs/photos/", recursive=True)
-        far = open_source(Where(DatasetType.folder, "s3://dogs/photos"), "")
-        scans = [scan.scan(far, Memory(tmp_path / "m")) for _ in range(2)]
-        near = scan.scan(Folder(str(folder)), Memory(tmp_path / "n"))
+        far = open_source(Where(enums.DatasetType.folder, "s3://dogs/photos"), "")
+        scans = [scan.scan(far, ScanCache(tmp_path / "m")) for _ in range(2)]
+        near = scan.scan(Folder(str(folder)), ScanCache(tmp_path / "n"))
         assert [s.read for s in scans] == [3, 0] and scans[1].rejected == near.rejected
         assert [(p.name, p.digest) for p in scans[1].pictures] == [(p.name, p.digest) for p in near.pictures]
         assert far.text("below/00.png") == "a caption"
         with pytest.raises(ConfigError, match="s3://nobody/x' can't be listed"):
-            scan.scan(open_source(Where(DatasetType.folder, "s3://nobody/x"), ""), Memory(tmp_path / "m"))
+            scan.scan(open_source(Where(enums.DatasetType.folder, "s3://nobody/x"), ""), ScanCache(tmp_path / "m"))
     finally:
         running.stop()

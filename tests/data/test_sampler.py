@@ -4,7 +4,7 @@ from itertools import chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreambooth_lab.data.sampler import Bucket, Group, Schedule
+from dreambooth_lab.data.sampling.schedule import Bucket, Group, Schedule
 
 buckets = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 5)), min_size=1, max_size=4)
 

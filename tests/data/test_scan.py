@@ -1,20 +1,20 @@
 import pytest
 
 import tiny
-from dreambooth_lab.data import scan
-from dreambooth_lab.data.folder import Folder, Remote
-from dreambooth_lab.data.scan import Memory
+from dreambooth_lab.data.sources import scan
+from dreambooth_lab.data.sources.folder import Folder, Remote
+from dreambooth_lab.data.sources.scan import ScanCache
 
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
-    monkeypatch.setattr(scan, "SETTLED", -1.0)  # files made a moment ago count as old
+    monkeypatch.setattr(scan, "STABLE_AFTER", -1.0)  # files made a moment ago count as old
 
 
 def test_a_warm_start_reads_no_picture_and_sees_the_same(tmp_path, monkeypatch):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)] * 5)
     (folder / "broken.png").write_bytes(b"x")
-    source, memory = Folder(str(folder)), Memory(tmp_path / "memory")
+    source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
     cold = scan.scan(source, memory)
     assert cold.read == 6 and len(cold.pictures) == 5
     monkeypatch.setattr(Folder, "read", lambda *a: pytest.fail("a picture was read"))
@@ -24,7 +24,7 @@ def test_a_warm_start_reads_no_picture_and_sees_the_same(tmp_path, monkeypatch):
 
 def test_only_what_changed_is_read(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)] * 5)
-    source, memory = Folder(str(folder)), Memory(tmp_path / "memory")
+    source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
     before = {p.name: p.digest for p in scan.scan(source, memory).pictures}
     data = bytearray((folder / "02.png").read_bytes())
     data[-20] ^= 1
@@ -38,16 +38,16 @@ def test_only_what_changed_is_read(tmp_path):
 
 
 def test_a_file_just_written_is_not_trusted(tmp_path, monkeypatch):
-    monkeypatch.setattr(scan, "SETTLED", 60.0)
+    monkeypatch.setattr(scan, "STABLE_AFTER", 60.0)
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)])
-    source, memory = Folder(str(folder)), Memory(tmp_path / "memory")
+    source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
     assert [scan.scan(source, memory).read for _ in range(2)] == [1, 1]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 1, "pictures": {"00.png": ["x"]}, "sum": "y"}'])
 def test_a_damaged_memory_costs_a_new_scan(tmp_path, damage):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)])
-    source, memory = Folder(str(folder)), Memory(tmp_path / "memory")
+    source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
     scan.scan(source, memory)
     next((tmp_path / "memory").iterdir()).write_bytes(damage)
     assert scan.scan(source, memory).read == 1 and scan.scan(source, memory).read == 0
@@ -56,8 +56,8 @@ def test_a_damaged_memory_costs_a_new_scan(tmp_path, damage):
 def test_a_folder_behind_a_url_reads_like_one_of_this_machine(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos/below", [(40, 30), (50, 20)])
     (folder / "00.txt").write_text("a caption")
-    near = scan.scan(Folder(str(tmp_path / "photos")), Memory(tmp_path / "a"))
-    far = scan.scan(Remote(f"file://{tmp_path}/photos"), Memory(tmp_path / "b"))
+    near = scan.scan(Folder(str(tmp_path / "photos")), ScanCache(tmp_path / "a"))
+    far = scan.scan(Remote(f"file://{tmp_path}/photos"), ScanCache(tmp_path / "b"))
     assert [(p.name, p.size, p.digest) for p in near.pictures] == [(p.name, p.size, p.digest) for p in far.pictures]
     assert [p.source.text(p.name) for p in far.pictures] == ["a caption", None]
-    assert scan.scan(Remote(f"file://{tmp_path}/photos"), Memory(tmp_path / "b")).read == 0
+    assert scan.scan(Remote(f"file://{tmp_path}/photos"), ScanCache(tmp_path / "b")).read == 0

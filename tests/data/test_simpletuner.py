@@ -9,12 +9,12 @@ from PIL import Image
 import samples
 import tiny
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, Crop, CropAspect, check
+from dreambooth_lab.config import ConfigError, check, enums
 from dreambooth_lab.data.module import DreamBoothData, Samples
+from dreambooth_lab.data.planning import plan
 from dreambooth_lab.data.simpletuner import read
-from dreambooth_lab.data.simpletuner_keys import KEYS
-from dreambooth_lab.data.spec import plan
-from dreambooth_lab.run import build_family
+from dreambooth_lab.data.simpletuner.keys import KEYS
+from dreambooth_lab.factory import build_family
 
 
 def config(path, *overrides):
@@ -120,7 +120,12 @@ def test_every_key_says_what_it_says(photos, tmp_path):
     (made,) = specs(samples.save(tmp_path / "a.json", one))
     shaping = made.shaping
     assert (made.repeats, made.probability, made.most, made.latents) == (3, 0.5, 2, "/tmp/x")
-    assert (shaping.aspect, shaping.place, shaping.aspects, shaping.variants) == (CropAspect.closest, Crop.random, (0.5, 1, 2), 4)
+    assert (shaping.aspect, shaping.place, shaping.aspects, shaping.variants) == (
+        enums.CropAspect.closest,
+        enums.Crop.random,
+        (0.5, 1, 2),
+        4,
+    )
     assert (shaping.minimum, shaping.maximum, shaping.downsample, shaping.max_upscale) == (32, 96, 80, 3)
     assert (shaping.least_aspect, shaping.most_aspect) == (0.4, 2.5)
     assert made.captions.prompts == ("a", "b") and made.captions.prepend
@@ -129,7 +134,7 @@ def test_every_key_says_what_it_says(photos, tmp_path):
 def test_without_a_crop_the_bucket_keeps_the_pictures_aspect(photos, tmp_path):
     for said in ({"crop": False}, {}, {"crop": False, "crop_style": "random", "crop_aspect": "square"}):
         shaping = specs(samples.save(tmp_path / "a.json", samples.entry(photos, **said)))[0].shaping
-        assert (shaping.aspect, shaping.place) == (CropAspect.preserve, Crop.center)
+        assert (shaping.aspect, shaping.place) == (enums.CropAspect.preserve, enums.Crop.center)
 
 
 def told(tmp_path, *entries):
@@ -199,7 +204,7 @@ def test_one_text_cache_serves_all_and_the_others_are_named(photos, tmp_path):
         ("dataset.resolutions=[512]", "dataset.resolutions is [512.0]"),
         ("dataset.mask_from=alpha", "dataset.mask_from is alpha"),
         ("dataset.repeats=3", "dataset.repeats is 3"),
-        ("prior.share=0.3", "prior.share is 0.3"),
+        ("prior.class_fraction=0.3", "prior.class_fraction is 0.3"),
         ("prior.prompt=x", "prior.prompt is 'x'"),
     ],
 )

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_lab.data.folder import Folder
-from dreambooth_lab.data.scan import Memory, scan
-from dreambooth_lab.data.source import decode
+from dreambooth_lab.data.sources.decode import decode
+from dreambooth_lab.data.sources.folder import Folder
+from dreambooth_lab.data.sources.scan import ScanCache, scan
 
 
 def look(folder):
-    return scan(Folder(str(folder)), Memory(folder.parent / "memory"))[:2]
+    return scan(Folder(str(folder)), ScanCache(folder.parent / "memory"))[:2]
 
 
 def read(picture):

@@ -17,13 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dreambooth_lab import lab
-from dreambooth_lab.data import cache, scan, source
-from dreambooth_lab.data.entry import Collector
-from dreambooth_lab.data.fill import Encoder, Stores, fill_latents
-from dreambooth_lab.data.folder import Folder
-from dreambooth_lab.data.scan import Memory
-from dreambooth_lab.data.spec import plan
-from dreambooth_lab.run import build_family
+from dreambooth_lab.data.caching import cache
+from dreambooth_lab.data.caching.fill import Encoder, Stores, fill_latents
+from dreambooth_lab.data.planning import plan
+from dreambooth_lab.data.preparation.entry import Collector
+from dreambooth_lab.data.sources import decode, scan
+from dreambooth_lab.data.sources.folder import Folder
+from dreambooth_lab.data.sources.scan import ScanCache
+from dreambooth_lab.factory import build_family
 
 pytestmark = pytest.mark.slow
 
@@ -42,8 +43,8 @@ def test_scanning_100_000_pictures(tmp_path, monkeypatch):
         if i % 1000 == 0:
             folder.mkdir(parents=True)
         (folder / f"{i:06d}.png").write_bytes(small_png(i))
-    time.sleep(scan.SETTLED + 1)
-    source_, memory = Folder(str(tmp_path / "photos")), Memory(tmp_path / "memory")
+    time.sleep(scan.STABLE_AFTER + 1)
+    source_, memory = Folder(str(tmp_path / "photos")), ScanCache(tmp_path / "memory")
     started = time.perf_counter(), time.process_time()
     cold = scan.scan(source_, memory)
     between = time.perf_counter(), time.process_time()
@@ -148,10 +149,10 @@ def test_files_against_shards(tmp_path, side, n):
         for name, write, read in (("files", store.write, store._read), ("shards", shards.write, shards.read)):
             rows.setdefault(f"{name}: write", []).append(timed(lambda w=write: [w(key, values[key]) for key in keys], n))
             if name == "files":
-                assert all(store.intact(key) for key in keys)
-                store.save_seals()
+                assert all(store.is_intact(key) for key in keys)
+                store.save_index()
                 later = cache.Store(tmp_path / f"f{turn}", "latents")
-                found = timed(lambda s=later: all(s.intact(key) for key in keys), n)
+                found = timed(lambda s=later: all(s.is_intact(key) for key in keys), n)
                 rows.setdefault("files: found at a start", []).append(found)
             rows.setdefault(f"{name}: read in order", []).append(timed(lambda r=read: [r(key) for key in keys], n))
             rows.setdefault(f"{name}: read at random", []).append(timed(lambda r=read: [r(key) for key in random], n))
@@ -164,5 +165,5 @@ def test_a_png_is_not_decoded_to_be_measured():
     data = io.BytesIO()
     Image.new("RGB", (3000, 2000)).save(data, "PNG")
     started = time.process_time()
-    source.head(data.getvalue())
+    decode.head(data.getvalue())
     assert time.process_time() - started < 0.05

@@ -2,17 +2,17 @@ import pytest
 
 import tiny
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, DatasetType, check
-from dreambooth_lab.data.caption import captions
+from dreambooth_lab.config import ConfigError, check, enums
 from dreambooth_lab.data.module import DreamBoothData
-from dreambooth_lab.data.scan import Memory, scan
-from dreambooth_lab.data.source import open_source
-from dreambooth_lab.data.spec import CaptionKind, Captions, Where
-from dreambooth_lab.run import build_family
+from dreambooth_lab.data.preparation.caption import captions
+from dreambooth_lab.data.sources.open import open_source
+from dreambooth_lab.data.sources.scan import ScanCache, scan
+from dreambooth_lab.data.spec import Captions, Where
+from dreambooth_lab.factory import build_family
 
 
 def look(where, tmp_path):
-    return scan(open_source(where, str(tmp_path / "spool")), Memory(tmp_path / "memory"))
+    return scan(open_source(where, str(tmp_path / "spool")), ScanCache(tmp_path / "memory"))
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def folder(tmp_path):
 
 def test_a_csv_table(folder, tmp_path):
     (folder / "t.csv").write_text(f'file,text\n00.png,"one, two"\n{folder}/01.png,ü\nfile://{folder}/00.png,again\n')
-    done = look(Where(DatasetType.table, str(folder / "t.csv"), "file", ("text",)), tmp_path)
+    done = look(Where(enums.DatasetType.table, str(folder / "t.csv"), "file", ("text",)), tmp_path)
     assert [p.captions for p in done.pictures] == [("one, two",), ("ü",), ("again",)] and not done.rejected
     assert done.pictures[0].digest == done.pictures[2].digest
-    rule = Captions(CaptionKind.column, ("sks",), prepend=True)
+    rule = Captions(enums.CaptionKind.column, ("sks",), prepend=True)
     assert captions(done.pictures[0], rule) == ("sks one, two",)
 
 
@@ -35,16 +35,16 @@ def test_a_parquet_table_with_lists_of_captions_beside_the_pictures(folder, tmp_
 
     rows = {"name": ["00.png", "01.png"], "a": [["one", "two"], []], "b": ["three", None]}
     parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
-    done = look(Where(DatasetType.table, str(tmp_path / "t.parquet"), "name", ("a", "b"), str(folder)), tmp_path)
+    done = look(Where(enums.DatasetType.table, str(tmp_path / "t.parquet"), "name", ("a", "b"), str(folder)), tmp_path)
     assert [p.captions for p in done.pictures] == [("one", "two", "three"), ()]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ConfigError, match="can't be read as parquet"):
-        look(Where(DatasetType.table, str(tmp_path / "bad.parquet"), "name"), tmp_path)
+        look(Where(enums.DatasetType.table, str(tmp_path / "bad.parquet"), "name"), tmp_path)
 
 
 def test_names_without_extension_and_captions_to_fall_back_on(folder, tmp_path):
     (folder / "t.csv").write_text("file,text,more\n00,one,x\n01.png,,two\n")
-    done = look(Where(DatasetType.table, str(folder / "t.csv"), "file", ("text",), fallback_column="more"), tmp_path)
+    done = look(Where(enums.DatasetType.table, str(folder / "t.csv"), "file", ("text",), fallback_column="more"), tmp_path)
     assert [(p.name, p.captions) for p in done.pictures] == [("00.png", ("one",)), ("01.png", ("two",))]
 
 
@@ -54,7 +54,7 @@ def test_a_hugging_face_dataset(folder, tmp_path, streaming):
     rows = {"image": [str(folder / "00.png"), str(folder / "01.png")], "text": ["one", "two"]}
     made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     made.save_to_disk(str(tmp_path / "saved"))
-    where = Where(DatasetType.huggingface, str(tmp_path / "saved"), "image", ("text",), streaming=streaming)
+    where = Where(enums.DatasetType.huggingface, str(tmp_path / "saved"), "image", ("text",), streaming=streaming)
     done = look(where, tmp_path)
     assert [(p.size, p.captions) for p in done.pictures] == [((30, 40), ("one",)), ((20, 50), ("two",))]
     assert done.pictures[0].source.read(done.pictures[0].name) == (folder / "00.png").read_bytes()
@@ -76,6 +76,7 @@ def test_a_local_folder_that_the_library_reads(small, folder, tmp_path, streamin
         "dataset.caption_column=text",
         f"dataset.streaming={streaming}",
         "dataset.batch_size=1",
+        "validation.prompts=[a dog]",
     ]
     for turn in range(2):
         cfg = lab.compose(*words, f"dataset.path={folder}", *own)

@@ -1,14 +1,22 @@
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePreserving
+from dreambooth_lab import batch
+from dreambooth_lab.config import enums
+from dreambooth_lab.diffusion.path import RectifiedFlow, VariancePreserving
+from dreambooth_lab.diffusion.solve import SOLVERS
+from dreambooth_lab.losses import time_weight
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALPHAS = DDPMScheduler(**BETAS).alphas_cumprod
-ZERO = VariancePreserving(DDPMScheduler(**BETAS, rescale_betas_zero_snr=True).alphas_cumprod, Prediction.v_prediction)
-PATHS = {p.value: VariancePreserving(ALPHAS, p) for p in Prediction} | {"flow": RectifiedFlow(1000)}
+ZERO = VariancePreserving(DDPMScheduler(**BETAS, rescale_betas_zero_snr=True).alphas_cumprod, enums.Prediction.v_prediction)
+PATHS = {p.value: VariancePreserving(ALPHAS, p) for p in enums.Prediction} | {"flow": RectifiedFlow(1000)}
 path_of_each_kind = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
@@ -59,7 +67,7 @@ def test_every_native_step_is_drawn_equally_often():
     assert (torch.bincount(PATHS["epsilon"].native(u), minlength=1000) == 10).all()
 
 
-@pytest.mark.parametrize("prediction", list(Prediction), ids=lambda p: p.value)
+@pytest.mark.parametrize("prediction", list(enums.Prediction), ids=lambda p: p.value)
 def test_a_whole_trajectory_is_ddim(prediction):
     path = PATHS[prediction.value]
     scheduler = DDIMScheduler(
@@ -98,3 +106,50 @@ def test_with_zero_terminal_snr_the_last_step_is_pure_noise_and_lies_above_the_t
     assert all(path.top == 1 for path in PATHS.values())
     got = ZERO.split(ZERO.target(x0, eps, last), eps, last)
     assert_close(got, (x0, eps), atol=1e-6, rtol=0)
+
+
+@path_of_each_kind
+def test_float64_stays_off_devices_that_lack_it(path, monkeypatch):
+    """Apple's GPUs. Another device stands in for one: tensors without values, of which every operator's results are looked at."""
+    monkeypatch.setattr(batch, "WITHOUT_FLOAT64", ("meta",))
+    path = copy.copy(path)
+    path.copies = {}
+    when, meta = torch.rand(3, dtype=torch.float64), torch.device("meta")
+    with NoFloat64("meta"):
+        x0, t = torch.randn(3, 4, 8, 8, device=meta), batch.to_device(when, meta)
+        x_t = path.noise(x0, x0, t)
+        path.step(path.target(x0, x0, t), x_t, t, t / 2)
+        path.implied_noise(x_t, x0, t)
+        for kind in enums.Weight:
+            time_weight(kind, 5.0, path, t)
+        for solver in SOLVERS.values():
+            walk = solver(path)
+            for s in (t / 2, t / 4, t / 8):
+                walk.step(x_t, x_t, t, s)
+
+
+@path_of_each_kind
+def test_scales_in_float32_are_those_in_float64(path, monkeypatch):
+    t = (torch.arange(0, 999, dtype=torch.float64) + 0.5) / 1000
+    exact, native = path.exact_scales(t), path.native(t)
+    monkeypatch.setattr(batch, "WITHOUT_FLOAT64", ("cpu",))
+    path = copy.copy(path)
+    path.copies = {}
+    assert path.exact_scales(t)[0].dtype is torch.float32
+    assert_close(path.exact_scales(t), exact, check_dtype=False, atol=1e-6, rtol=1e-5)
+    assert_close(path.native(t), native, check_dtype=False, atol=1e-4, rtol=1e-6)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails when an operator makes float64 on a device."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
+                assert leaf.dtype is not torch.float64, func
+        return out

@@ -12,17 +12,17 @@ from diffusers import (
 )
 from torch.testing import assert_close
 
-from dreambooth_lab.config import Sampler
-from dreambooth_lab.diffusion.path import Prediction, RectifiedFlow, VariancePreserving
+from dreambooth_lab.config import enums
+from dreambooth_lab.diffusion.path import RectifiedFlow, VariancePreserving
 from dreambooth_lab.diffusion.solve import SOLVERS
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALPHAS = DPMSolverMultistepScheduler(**BETAS).alphas_cumprod
-VP = {kind.value: VariancePreserving(ALPHAS, kind) for kind in Prediction}
+VP = {kind.value: VariancePreserving(ALPHAS, kind) for kind in enums.Prediction}
 PATHS = VP | {"flow": RectifiedFlow(1000)}
-THEIRS = {Sampler.dpm: DPMSolverMultistepScheduler, Sampler.unipc: UniPCMultistepScheduler}
+THEIRS = {enums.Sampler.dpm: DPMSolverMultistepScheduler, enums.Sampler.unipc: UniPCMultistepScheduler}
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-every_sampler = pytest.mark.parametrize("sampler", Sampler, ids=lambda s: s.value)
+every_sampler = pytest.mark.parametrize("sampler", enums.Sampler, ids=lambda s: s.value)
 
 
 def sample(rows=4):
@@ -71,14 +71,14 @@ def test_a_whole_trajectory_is_eulers(prediction):
     times = [path.time(n.expand(len(x))) for n in (*native, torch.tensor(-1))]
     alpha = path.exact_scales(times[0])[0][0].float()
     theirs = follow(scheduler, x / alpha, path, native=True)  # its samples are x / α
-    assert_close(walk(path, Sampler.euler, x, times), theirs, atol=5e-4, rtol=5e-4)
+    assert_close(walk(path, enums.Sampler.euler, x, times), theirs, atol=5e-4, rtol=5e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("sampler", Sampler, ids=lambda s: s.value)
+@pytest.mark.parametrize("sampler", enums.Sampler, ids=lambda s: s.value)
 def test_a_whole_trajectory_of_a_flow_is_the_schedulers(sampler, shift):
     path, (x, _) = PATHS["flow"], sample()
-    if sampler is Sampler.euler:
+    if sampler is enums.Sampler.euler:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     else:
         scheduler = THEIRS[sampler](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
@@ -116,7 +116,7 @@ def test_an_oracle_never_leaves_the_path(path, sampler):
     assert_close(arrived, x0, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("sampler", [Sampler.dpm, Sampler.unipc], ids=lambda s: s.value)
+@pytest.mark.parametrize("sampler", [enums.Sampler.dpm, enums.Sampler.unipc], ids=lambda s: s.value)
 def test_a_flow_may_start_at_pure_noise(sampler):
     x0, eps = sample()
     path, times = PATHS["flow"], [torch.full((4,), t, dtype=torch.float64) for t in (1.0, 0.8, 0.6, 0.4)]
@@ -132,9 +132,12 @@ def test_higher_order_is_nearer_to_the_true_trajectory(path):
         times = [torch.full((4,), 0.8 - 0.4 * i / strides, dtype=torch.float64) for i in range(strides + 1)]
         return walk(path, sampler, x, times)
 
-    truth = error(Sampler.dpm, 200)
-    errors = {s: (error(s, 10) - truth).norm() for s in Sampler}
-    assert errors[Sampler.dpm] < 0.6 * errors[Sampler.euler] and errors[Sampler.unipc] < 0.6 * errors[Sampler.euler]
+    truth = error(enums.Sampler.dpm, 200)
+    errors = {s: (error(s, 10) - truth).norm() for s in enums.Sampler}
+    assert (
+        errors[enums.Sampler.dpm] < 0.6 * errors[enums.Sampler.euler]
+        and errors[enums.Sampler.unipc] < 0.6 * errors[enums.Sampler.euler]
+    )
 
 
 @pytest.mark.parametrize("path", VP.values(), ids=VP)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, Timesteps
+from dreambooth_lab.config import ConfigError, enums
 from dreambooth_lab.diffusion.time import Times, build_times, logit_normal, logit_normal_cdf, shift
 
 U = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
@@ -17,7 +17,7 @@ def none(height, width):
 
 
 def test_uniform_over_everything_is_u_itself():
-    assert torch.equal(Times(Timesteps.uniform, 0.0, 1.0, none, 0.0, 1.0)(U, SIZE), U)
+    assert torch.equal(Times(enums.Timesteps.uniform, 0.0, 1.0, none, 0.0, 1.0)(U, SIZE), U)
 
 
 @given(st.floats(0.1, 8), st.floats(0, 1))
@@ -42,7 +42,7 @@ def test_logit_normal_has_its_moments_and_its_cdf():
     assert_close(logit_normal_cdf(t, -0.5, 0.8), U)
 
 
-@pytest.mark.parametrize("kind", Timesteps, ids=lambda k: k.value)
+@pytest.mark.parametrize("kind", enums.Timesteps, ids=lambda k: k.value)
 @pytest.mark.parametrize("s", [1.0, 3.0])
 def test_a_range_leaves_the_distribution_inside_it_as_it_was(kind, s):
     whole, limited = (Times(kind, 0.3, 1.2, lambda height, width: s, *ends)(U, SIZE) for ends in ((0.0, 1.0), (0.2, 0.7)))
@@ -53,14 +53,14 @@ def test_a_range_leaves_the_distribution_inside_it_as_it_was(kind, s):
 
 
 def test_more_u_is_more_noise_so_that_pairs_stay_comparable():
-    for kind in Timesteps:
+    for kind in enums.Timesteps:
         assert (Times(kind, 0.0, 1.0, lambda height, width: 2.0, 0.1, 0.9)(U, SIZE).diff() >= 0).all()
 
 
 def test_a_range_outside_what_the_model_knows_is_refused():
-    cfg = lab.compose("objective.low=0.5").objective
+    cfg = lab.compose("objective.min_time=0.5").objective
     assert build_times(cfg, (0.0, 0.8), none)(torch.tensor([0.0, 1.0]), SIZE).tolist() == pytest.approx([0.5, 0.8])
-    with pytest.raises(ConfigError, match=r"objective\.low=0\.5 .* leave nothing of the times this model knows, 0 to 0\.2"):
+    with pytest.raises(ConfigError, match=r"objective\.min_time=0\.5 .* leave nothing of the times this model knows, 0 to 0\.2"):
         build_times(cfg, (0.0, 0.2), none)
 
 

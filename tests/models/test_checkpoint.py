@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_lab.config import ConfigError, QuantKind
+from dreambooth_lab.config import ConfigError, enums
 from dreambooth_lab.models import files, weights
 from dreambooth_lab.models.checkpoint import Checkpoint
 from dreambooth_lab.quant import Quantiser
@@ -195,7 +195,7 @@ def test_quantising_shares_the_digests(tiny_sdxl, tmp_path, monkeypatch):
     checkpoint = Checkpoint(str(tiny_sdxl), None, None, tmp_path)
     checkpoint.identity(("unet",), PLAIN)
     monkeypatch.setattr(hashlib, "file_digest", None)
-    checkpoint.load("unet", torch.float32, CPU, Quantiser({"unet": QuantKind.int8}, tmp_path / "quant"), [])
+    checkpoint.load("unet", torch.float32, CPU, Quantiser({"unet": enums.QuantKind.int8}, tmp_path / "quant"), [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")

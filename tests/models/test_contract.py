@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -10,8 +11,8 @@ from diffusers import StableDiffusionXLPipeline
 from torch.testing import assert_close
 
 import tiny
-from dreambooth_lab.batch import Shown, Size
-from dreambooth_lab.config import Attention, ConfigError, Dtype
+from dreambooth_lab.batch import ImageInfo, Size
+from dreambooth_lab.config import ConfigError, enums
 from dreambooth_lab.models.sdxl import SDXL
 
 SIZE = Size((100, 80), (3, 5), (64, 64))
@@ -20,14 +21,15 @@ CAPTIONS = ["a photo of sks dog", ""]
 
 def load(
     folder,
-    dtype=Dtype.float32,
+    dtype=enums.Dtype.float32,
     checkpointing=False,
-    attention=Attention.auto,
+    attention=enums.Attention.auto,
     compile=False,
-    encoder_dtype=Dtype.float32,
+    encoder_dtype=enums.Dtype.float32,
     tae=None,
+    empty=enums.EmptyCaption.auto,
 ):
-    return SDXL(str(folder), None, None, dtype, encoder_dtype, tae, 64, checkpointing, attention, compile, {})
+    return SDXL(str(folder), None, None, dtype, encoder_dtype, tae, 64, checkpointing, attention, compile, {}, empty)
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def noisy(rows=2, channels=4):
 
 def cond(family):
     return family.cond(
-        family.encode_text(CAPTIONS), [Shown(SIZE, torch.zeros(family.channels, 8, 8), 0, i, 7.0) for i in range(2)]
+        family.encode_text(CAPTIONS), [ImageInfo(SIZE, torch.zeros(family.channels, 8, 8), 0, i, 7.0) for i in range(2)]
     )
 
 
@@ -61,6 +63,31 @@ def test_text_is_what_the_pipeline_encodes(family, pipeline):
     states, empty, pooled, empty_pooled = pipeline.encode_prompt(CAPTIONS[0], negative_prompt=None, device="cpu")
     assert_close(text["prompt_embeds"], torch.cat([states, empty]))
     assert_close(text["pooled_prompt_embeds"], torch.cat([pooled, empty_pooled]))
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_an_empty_caption_is_what_is_said_and_the_samplers_input_the_pipelines(tiny_sdxl, tmp_path, forced):
+    """SDXL's files force zeros; the pipeline of files that don't encodes "" instead."""
+    folder = shutil.copytree(tiny_sdxl, tmp_path / "sdxl")
+    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": forced}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    theirs = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    states, beside, pooled, pooled_beside = theirs.encode_prompt("", negative_prompt=None, device="cpu")
+    assert bool((beside == 0).all()) is forced and states.abs().max() > 0.1
+    told = {
+        enums.EmptyCaption.auto: (beside, pooled_beside), enums.EmptyCaption.encoded: (states, pooled),
+        enums.EmptyCaption.zeros: (torch.zeros_like(states), torch.zeros_like(pooled)),
+    }  # fmt: skip
+    identities = set()
+    for kind, expected in told.items():
+        family = load(folder, empty=kind)
+        text = family.encode_text(["", None, "a dog", ""])
+        for row in (0, 3):
+            assert_close((text["prompt_embeds"][row : row + 1], text["pooled_prompt_embeds"][row : row + 1]), expected)
+        assert_close((text["prompt_embeds"][1:2], text["pooled_prompt_embeds"][1:2]), (beside, pooled_beside))
+        assert_close(text["prompt_embeds"][2:3], theirs.encode_prompt("a dog", device="cpu")[0])
+        identities.add(family.text_identity())
+    assert len(identities) == 3, "so that none reads another's cache"
 
 
 def test_latents_are_what_the_pipeline_decodes(family, pipeline):
@@ -114,7 +141,7 @@ def test_checkpointing_changes_memory_not_gradients(tiny_sdxl):
         assert_close(plain, checkpointed)
 
 
-@pytest.mark.parametrize("kernel", [Attention.math, Attention.flash])
+@pytest.mark.parametrize("kernel", [enums.Attention.math, enums.Attention.flash])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_runs_on_the_kernel_that_was_asked_for(kernel, checkpointing, tiny_sdxl, family):
     chosen = load(tiny_sdxl, attention=kernel, checkpointing=checkpointing)
@@ -126,14 +153,14 @@ def test_attention_runs_on_the_kernel_that_was_asked_for(kernel, checkpointing, 
     assert_close(answer, family.denoise(x, t, c))
     ran = {event.key for event in profile.key_averages()}
     flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
-    assert (flash in ran) == (kernel is Attention.flash) != ("aten::_scaled_dot_product_attention_math" in ran)
+    assert (flash in ran) == (kernel is enums.Attention.flash) != ("aten::_scaled_dot_product_attention_math" in ran)
 
 
 @pytest.mark.parametrize(
     ("asked", "device", "said"),
     [
-        ({"attention": Attention.cudnn}, "cpu", "which only CUDA devices have"),
-        ({"attention": Attention.flash}, "cuda", "in 16 bits only"),
+        ({"attention": enums.Attention.cudnn}, "cpu", "which only CUDA devices have"),
+        ({"attention": enums.Attention.flash}, "cuda", "in 16 bits only"),
         ({"compile": True}, "cpu", "there is no C\\+\\+ compiler 'no-such-compiler'"),
     ],
 )
@@ -146,7 +173,7 @@ def test_what_a_device_lacks_is_refused(asked, device, said, tiny_sdxl, monkeypa
 
 
 def test_bfloat16_answers_in_float32_close_by(tiny_sdxl, family):
-    low = load(tiny_sdxl, Dtype.bfloat16)
+    low = load(tiny_sdxl, enums.Dtype.bfloat16)
     c, x, t = cond(family), noisy(), torch.tensor([0.1, 0.9])
     answer = low.denoise(x, t, c)
     assert next(low.denoiser.parameters()).dtype is torch.bfloat16 and answer.dtype is torch.float32
@@ -162,7 +189,7 @@ def test_identity_follows_the_weights_and_the_precision(tiny_sdxl, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     assert copy.image_identity() != base.image_identity() and copy.text_identity() == base.text_identity()
-    lower = load(tiny_sdxl, encoder_dtype=Dtype.bfloat16)
+    lower = load(tiny_sdxl, encoder_dtype=enums.Dtype.bfloat16)
     assert lower.text_identity() != base.text_identity()
 
 
@@ -172,9 +199,11 @@ def test_v_prediction_and_other_channel_counts_are_read_from_the_files(tmp_path)
     assert family.denoise(noisy(channels=16), torch.tensor([0.1, 0.9]), cond(family)).shape == (2, 16, 8, 8)
 
 
-def test_a_long_caption_is_said_not_cut_in_silence(family, caplog):
-    family.encode_text(["word " * 60])
-    assert "of which the text encoder reads the first 77" in caplog.text
+def test_a_long_caption_is_said_not_cut_in_silence(family):
+    assert family.truncated_part(["a dog", ""]) == []
+    for line, part in zip(family.truncated_part(["a dog", "word " * 60]), family.text_encoder_parts, strict=True):
+        assert line.startswith(f"1 of 2 captions are longer than the 77 tokens that {part} takes: ")
+        assert "tokens are not read" in line
 
 
 def test_previews_come_from_the_small_decoder(tiny_sdxl, tmp_path):

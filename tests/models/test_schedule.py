@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dreambooth_lab.config import ConfigError
-from dreambooth_lab.diffusion.path import Prediction
+from dreambooth_lab.config import ConfigError, enums
 from dreambooth_lab.models import latents, schedule
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -32,7 +31,7 @@ def test_zero_terminal_snr_is_read_and_the_top_lies_below_it():
     settings = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     path = schedule.read(config(diffusers.DDIMScheduler, **settings), "x").path
     alpha, sigma = path.exact_scales(torch.tensor([0.9999, path.top]))
-    assert alpha[0] == 0 and sigma[0] == 1 and alpha[1] > 0 and path.prediction is Prediction.v_prediction
+    assert alpha[0] == 0 and sigma[0] == 1 and alpha[1] > 0 and path.prediction is enums.Prediction.v_prediction
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 from transformers import CLIPTextModel
 
 import tiny
-from dreambooth_lab.config import ConfigError
+from dreambooth_lab import lab
+from dreambooth_lab.batch import ImageInfo, Size
+from dreambooth_lab.config import ConfigError, enums
+from dreambooth_lab.factory import build_family
 from dreambooth_lab.models import single_file
 from dreambooth_lab.models.checkpoint import Checkpoint
 from dreambooth_lab.quant import Quantiser
@@ -20,8 +25,11 @@ CPU, PLAIN = torch.device("cpu"), Quantiser({}, None)
 LAYERS = 1  # resnets of a block of the UNet
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
           "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
+OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+             "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
 TOP = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-       "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
+       "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0",
+       "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
 VAE = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
        "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "group_norm": "norm", "to_out.0": "proj_out",
        "to_q": "q", "to_k": "k", "to_v": "v", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
@@ -89,7 +97,75 @@ def write(folder: Path, to: Path, *flags: str, metadata: dict[str, str] | None =
     return to
 
 
-def converted(file: Path, folder: Path, cache: Path, prediction: str | None = None) -> Checkpoint:
+def of_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """OpenCLIP's names of a text encoder's tensors: query, key and value in one, the projection transposed."""
+    made: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("text_model.")
+        if name == "text_projection.weight":
+            made["text_projection"] = tensor.T.contiguous()
+        elif name.startswith("embeddings."):
+            made[{"token": "token_embedding.weight"}.get(name[11:16], "positional_embedding")] = tensor
+        elif name.startswith("final_layer_norm."):
+            made[name.replace("final_layer_norm", "ln_final")] = tensor
+        else:
+            _, _, i, rest = name.split(".", 3)
+            inner, _, end = rest.rpartition(".")
+            if inner in OPEN_CLIP:
+                made[f"transformer.resblocks.{i}.{OPEN_CLIP[inner]}.{end}"] = tensor
+            elif inner == "self_attn.q_proj":
+                parts = [weights[f"text_model.encoder.layers.{i}.self_attn.{side}_proj.{end}"] for side in "qkv"]
+                made[f"transformer.resblocks.{i}.attn.in_proj_{end}"] = torch.cat(parts)
+    return made
+
+
+def write_xl(folder: Path, to: Path, *flags: str) -> Path:
+    """An SDXL pipeline in the layout that SDXL's checkpoints and fine-tunes of it have."""
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    clip = load_file(folder / "text_encoder" / "model.safetensors")
+    big = of_open_clip(load_file(folder / "text_encoder_2" / "model.safetensors"))
+    tensors = {f"model.diffusion_model.{of_unet(name)}": tensor for name, tensor in unet.items()}
+    tensors |= {f"first_stage_model.{of_vae(name)}": tensor for name, tensor in vae.items()}
+    tensors |= {f"conditioner.embedders.0.transformer.text_model.{n.removeprefix('text_model.')}": t for n, t in clip.items()}
+    tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in big.items()}
+    save_file(tensors | {flag: torch.tensor([]) for flag in flags}, to)
+    return to
+
+
+@torch.no_grad()
+def test_a_single_sdxl_file_is_the_folder_it_was_made_from(tiny_sdxl, tmp_path):
+    words = ["dataset=folder", "dataset.path=.", "model.dtype=float32", "trainer.accelerator=cpu", f"cache={tmp_path}/cache"]
+    file = write_xl(tiny_sdxl, tmp_path / "x.safetensors")
+    families = [
+        build_family(lab.compose("model=sdxl", f"model.pretrained={folder}", *words, *more))
+        for folder, more in ((tiny_sdxl, []), (file, [f"model.config={tiny_sdxl}"]))
+    ]
+    pixels, answers = torch.rand(1, 3, 64, 64) * 2 - 1, []
+    for family in families:
+        mean, _ = family.encode_image(pixels)
+        text = family.encode_text(["a photo of a dog"])
+        cond = family.cond(text, [ImageInfo(Size((64, 64), (0, 0), (64, 64)), mean[0], 0, 0, 7.0)])
+        answers.append((mean, *text.values(), family.denoise(mean, torch.tensor([0.5]), cond), family.decode(mean)))
+    for one, other in zip(*answers, strict=True):
+        assert_close(one, other, atol=1e-6, rtol=1e-6)  # mapped weights start at other bytes, so last bits may differ
+    (tmp_path / "plain").touch()
+    converted = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".safetensors"]
+    assert converted and {path.stat().st_mode for path in converted} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_an_sdxl_fine_tune_that_predicts_v_with_zero_snr_is_trained_so(tiny_sdxl, tmp_path):
+    file = write_xl(tiny_sdxl, tmp_path / "x.safetensors", "v_pred", "ztsnr")
+    family = build_family(
+        lab.compose("model=sdxl", f"model.pretrained={file}", f"model.config={tiny_sdxl}", "dataset=folder", "dataset.path=.",
+                    "trainer.accelerator=cpu", f"cache={tmp_path}/cache")
+    )  # fmt: skip
+    alpha, sigma = family.path.scales(torch.tensor([family.path.top]))
+    assert family.path.prediction is enums.Prediction.v_prediction
+    assert float(alpha.flatten()) < 1e-3 and float(sigma.flatten()) == pytest.approx(1, abs=1e-4)
+
+
+def converted(file: Path, folder: Path, cache: Path, prediction: enums.Prediction | None = None) -> Checkpoint:
     return Checkpoint(str(file), None, "auto", cache, str(folder), prediction)
 
 
@@ -120,7 +196,7 @@ def test_it_is_converted_once(folder, tmp_path, monkeypatch):
     ("flags", "metadata", "key", "wanted"),
     [
         ((), None, None, ("epsilon", None)),
-        ((), None, "v_prediction", ("v_prediction", None)),
+        ((), None, enums.Prediction.v_prediction, ("v_prediction", None)),
         ((), {"modelspec.prediction_type": "v"}, None, ("v_prediction", None)),
         (("v_pred",), None, None, ("v_prediction", None)),
         (("v_pred", "ztsnr"), None, None, ("v_prediction", True)),
@@ -134,6 +210,21 @@ def test_what_the_network_predicts(flags, metadata, key, wanted, folder, tmp_pat
     assert said["timestep_spacing"] == ("trailing" if wanted[1] else "leading")
 
 
+def test_settings_come_from_a_hub_id_without_its_weights(folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    repo = tmp_path / "hub" / "models--owner--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repo / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    file = write(folder, tmp_path / "x.safetensors")
+    by_id, by_folder = (Checkpoint(str(file), None, None, tmp_path / "c", said) for said in ("owner/name", str(folder)))
+    assert by_id.folder == by_folder.folder, "the same settings make the same model"
+    with pytest.raises(ConfigError, match=r"model\.config is 'owner/other', which is no folder and could not be fetched"):
+        Checkpoint(str(file), None, None, tmp_path / "c", "owner/other")
+
+
 def test_what_is_refused(folder, tmp_path):
     file, cache = write(folder, tmp_path / "x.safetensors"), tmp_path / "c"
     for name in ("x.ckpt", "x.pt", "x.bin"):
@@ -143,8 +234,8 @@ def test_what_is_refused(folder, tmp_path):
         Checkpoint(str(file), None, None, cache)
     with pytest.raises(ConfigError, match="which is not there"):
         converted(tmp_path / "y.safetensors", folder, cache)
-    with pytest.raises(ConfigError, match=r"model\.prediction_type is 'vv'"):
-        converted(file, folder, cache, "vv")
+    with pytest.raises(ConfigError, match=r"whose header has prediction_type 'vv'; set model\.prediction_type"):
+        converted(write(folder, tmp_path / "vv.safetensors", metadata={"modelspec.prediction_type": "vv"}), folder, cache)
     with pytest.raises(ConfigError, match=r"model\.config is .*set model\.config=null"):
         Checkpoint(str(folder), None, None, cache, str(folder))
     (tmp_path / "z.safetensors").write_bytes(file.read_bytes()[:-9])

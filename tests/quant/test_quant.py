@@ -10,21 +10,28 @@ import torch
 from torch import nn
 
 from dreambooth_lab import lab
-from dreambooth_lab.config import ConfigError, QuantKind, adapter_rules, check
-from dreambooth_lab.quant import Quantiser, Source, require
-from dreambooth_lab.quant.base import chosen
-from dreambooth_lab.run import build_family, run
+from dreambooth_lab.config import ConfigError, adapter_rules, check, enums
+from dreambooth_lab.factory import build_family
+from dreambooth_lab.fake_tensors import LiveBytes
+from dreambooth_lab.quant import Quantiser, Source, backend, check_supported
+from dreambooth_lab.quant.base import layers_to_quantize
+from dreambooth_lab.run import run
 
 LIBRARY = {"torchao": "torchao", "nf4": "bitsandbytes"}
 # Largest relative error of a prediction, and bytes a weight at 1024 inputs, as the formats promise.
 PROMISE = {
-    QuantKind.int8: (0.01, 1.01), QuantKind.int4: (0.12, 0.57), QuantKind.int2: (0.6, 0.32), QuantKind.fp8: (0.05, 1.01),
-    QuantKind.int8_torchao: (0.01, 1.01), QuantKind.int4_torchao: (0.12, 1.17), QuantKind.fp8_torchao: (0.05, 1.01),
-    QuantKind.nf4: (0.15, 0.57),
-}  # fmt: skip
+    enums.QuantKind.int8: (0.01, 1.01),
+    enums.QuantKind.int4: (0.12, 0.57),
+    enums.QuantKind.int2: (0.6, 0.32),
+    enums.QuantKind.fp8: (0.05, 1.01),
+    enums.QuantKind.int8_torchao: (0.01, 1.01),
+    enums.QuantKind.int4_torchao: (0.12, 1.17),
+    enums.QuantKind.fp8_torchao: (0.05, 1.01),
+    enums.QuantKind.nf4: (0.15, 0.57),
+}
 
 
-def need(kind: QuantKind) -> None:
+def need(kind: enums.QuantKind) -> None:
     library = LIBRARY.get(kind.value.rpartition("_")[2], "optimum.quanto")
     if not find_spec(library.partition(".")[0]) or not find_spec(library):
         pytest.skip(f"{library} is not installed")
@@ -42,11 +49,11 @@ def source(file: Path, dtype: torch.dtype, reads: list[int]) -> Source:
         reads.append(1)
         return network(dtype)
 
-    def hollow() -> nn.Module:
+    def on_meta() -> nn.Module:
         with torch.device("meta"):
             return network(dtype)
 
-    return Source(read, hollow, (file,), dtype, torch.device("cpu"))
+    return Source(read, on_meta, (file,), dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,33 +93,37 @@ def test_gradients_pass_through_after_an_evaluation(kind, tmp_path):
 
 
 def test_other_weights_and_damage_are_noticed(tmp_path, caplog):
-    need(QuantKind.int8)
+    need(enums.QuantKind.int8)
     reads: list[int] = []
     where = source(tmp_path / "weights", torch.float32, reads)
-    Quantiser({"m": QuantKind.int8}, tmp_path / "c").load("m", where, [])
+    Quantiser({"m": enums.QuantKind.int8}, tmp_path / "c").load("m", where, [])
     (tmp_path / "weights").write_text("other weights")
-    Quantiser({"m": QuantKind.int8}, tmp_path / "c").load("m", where, [])
+    Quantiser({"m": enums.QuantKind.int8}, tmp_path / "c").load("m", where, [])
     assert len(reads) == 2
     for file in (tmp_path / "c").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-8])
-    Quantiser({"m": QuantKind.int8}, tmp_path / "c").load("m", where, [])
+    Quantiser({"m": enums.QuantKind.int8}, tmp_path / "c").load("m", where, [])
     assert len(reads) == 3 and "made again" in caplog.text
 
 
 def test_the_family_says_what_is_left_alone(tiny_sdxl):
     family = build_family(lab.compose("model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32"))
-    names, left = chosen(family.denoiser, family.keeps)
+    names, left = layers_to_quantize(family.denoiser, family.skip_quantization)
     assert {name.split(".")[0] for name in left if "time_emb_proj" not in name} == {"time_embedding", "add_embedding"}
     assert all("attentions" in name for name in names) and len(names) > 20
 
 
 def test_simpletuners_spellings_are_the_same_kinds():
     cfg = lab.compose("quant=nf4-bnb", "quant.text_encoder_1=no_change", "quant.text_encoder_2=int8-quanto")
-    assert (cfg.quant.kind, cfg.quant.text_encoder_1, cfg.quant.text_encoder_2) == (QuantKind.nf4, QuantKind.none, QuantKind.int8)
+    assert (cfg.quant.kind, cfg.quant.text_encoder_1, cfg.quant.text_encoder_2) == (
+        enums.QuantKind.nf4,
+        enums.QuantKind.none,
+        enums.QuantKind.int8,
+    )
 
 
 def test_a_library_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(adapter_rules, "find_spec", lambda name: None)
+    monkeypatch.setattr(adapter_rules, "installed", lambda name: False)
     with pytest.raises(ConfigError, match=r"quant\.text_encoder_2 is nf4, but bitsandbytes is not installed; pip install"):
         check(lab.compose("dataset.path=.", "quant=int8", "quant.text_encoder_2=nf4"))
 
@@ -120,15 +131,27 @@ def test_a_library_that_is_not_installed_is_refused(monkeypatch):
 def test_float8_on_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(ConfigError, match=r"needs CUDA capability 8\.9; this device has 8\.6"):
-        require(QuantKind.fp8_torchao, torch.device("cuda"))
-    require(QuantKind.fp8_torchao, torch.device("cpu"))
+        check_supported(enums.QuantKind.fp8_torchao, torch.device("cuda"))
+    check_supported(enums.QuantKind.fp8_torchao, torch.device("cpu"))
 
 
 def test_a_run_on_int8_trains_and_its_second_start_reads_the_cache(small, tmp_path):
-    need(QuantKind.int8)
+    need(enums.QuantKind.int8)
     words = [*small, "quant=int8", "quant.text_encoder_2=int8", "validation.every_n_steps=0", f"cache={tmp_path / 'cache'}"]
     for name, said in (("first", "made in"), ("second", "from the cache")):
         run(lab.compose(*words), tmp_path / name)
         text = " ".join(lab.load(tmp_path / name).folder.preflight.read_text().replace("│", " ").split())
         assert "unet in int8" in text and said in text
-    assert lab.load(tmp_path / "first").metrics == lab.load(tmp_path / "second").metrics
+    assert lab.load(tmp_path / "first").series == lab.load(tmp_path / "second").series
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_frozen_layer_keeps_no_input_for_backward(kind):
+    layer = backend(enums.QuantKind(kind)).quantise(nn.Linear(128, 128, bias=False).requires_grad_(False))
+    x = torch.randn(64, 128, requires_grad=True)
+    with LiveBytes([*layer.parameters(), *layer.buffers()]) as held:
+        y = layer(x * 2)  # a tensor that nothing else holds
+        assert held.live < 1.5 * y.nbytes
+    expected = 2 * torch.ones(64, 128) @ layer.weight.dequantize()
+    y.sum().backward()
+    assert torch.allclose(x.grad, expected, atol=1e-4)

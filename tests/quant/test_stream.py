@@ -15,14 +15,20 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 import tiny
-from dreambooth_lab.config import QuantKind
-from dreambooth_lab.models import files, skeleton
+from dreambooth_lab.config import enums
+from dreambooth_lab.models import files, meta_init
 from dreambooth_lab.models.checkpoint import Checkpoint
 from dreambooth_lab.quant import Quantiser, Source
-from dreambooth_lab.quant.base import chosen
+from dreambooth_lab.quant.base import layers_to_quantize
 
 CPU = torch.device("cpu")
-KINDS = [QuantKind.int8, QuantKind.int4, QuantKind.fp8_torchao, QuantKind.int8_torchao, QuantKind.nf4]
+KINDS = [
+    enums.QuantKind.int8,
+    enums.QuantKind.int4,
+    enums.QuantKind.fp8_torchao,
+    enums.QuantKind.int8_torchao,
+    enums.QuantKind.nf4,
+]
 
 
 def flux() -> FluxTransformer2DModel:
@@ -51,11 +57,11 @@ def source(name: str, folder: Path, dtype: torch.dtype, streams: bool) -> Source
 
     def read(device: torch.device) -> nn.Module:
         assert not streams, "the whole model is read"
-        return files.settle(kind.from_pretrained(folder, use_safetensors=True, **said), device)
+        return files.freeze_to(kind.from_pretrained(folder, use_safetensors=True, **said), device)
 
     shards = tuple(sorted(folder.glob("*.safetensors")))
-    bones = (lambda: skeleton.build(kind, folder, dtype)) if streams else None
-    return Source(read, lambda: files.hollow(kind, folder), shards, dtype, CPU, None, bones)
+    bones = (lambda: meta_init.build(kind, folder, dtype)) if streams else None
+    return Source(read, lambda: files.on_meta(kind, folder), shards, dtype, CPU, None, bones)
 
 
 def save(name: str, folder: Path) -> Path:
@@ -64,10 +70,10 @@ def save(name: str, folder: Path) -> Path:
     return folder
 
 
-def same(one: nn.Module, other: nn.Module, library: QuantKind) -> None:
+def same(one: nn.Module, other: nn.Module, library: enums.QuantKind) -> None:
     from dreambooth_lab.quant import backend
 
-    quantised = set(chosen(one, ["time_embedding"])[0])
+    quantised = set(layers_to_quantize(one, ["time_embedding"])[0])
     assert [name for name, _ in one.named_modules()] == [name for name, _ in other.named_modules()]
     for name, module in one.named_modules():
         twin = other.get_submodule(name)
@@ -109,10 +115,10 @@ def test_a_layer_split_over_shards_is_quantised_when_whole(tmp_path):
     index = tmp_path / "b" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
     split, whole = (
-        Quantiser({"m": QuantKind.int8}, None).load("m", source("flux", at, torch.bfloat16, streams), ["time_embedding"])
+        Quantiser({"m": enums.QuantKind.int8}, None).load("m", source("flux", at, torch.bfloat16, streams), ["time_embedding"])
         for at, streams in ((tmp_path / "b", True), (folder, False))
     )
-    same(split, whole, QuantKind.int8)
+    same(split, whole, enums.QuantKind.int8)
 
 
 @pytest.mark.parametrize("spoil", ["renamed", "lacking", "more"])
@@ -128,10 +134,12 @@ def test_files_of_other_names_are_read_whole(spoil, tmp_path):
         tensors.pop(name)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(AssertionError, match="the whole model is read"):
-        Quantiser({"m": QuantKind.int8}, None).load("m", source("unet", folder, torch.float32, True), [])
+        Quantiser({"m": enums.QuantKind.int8}, None).load("m", source("unet", folder, torch.float32, True), [])
 
 
 def test_a_checkpoint_streams(tiny_sdxl, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
-    unet = Checkpoint(str(tiny_sdxl), None, None).load("unet", torch.float32, CPU, Quantiser({"unet": QuantKind.int8}, None), [])
+    unet = Checkpoint(str(tiny_sdxl), None, None).load(
+        "unet", torch.float32, CPU, Quantiser({"unet": enums.QuantKind.int8}, None), []
+    )
     assert not any(parameter.is_meta or parameter.requires_grad for parameter in unet.parameters()) and not unet.training

@@ -22,7 +22,7 @@ from dreambooth_lab.run import run
 
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
-from dreambooth_lab.tools.watch import app, board, letter  # noqa: E402
+from dreambooth_lab.tools.watch import app, board, payload  # noqa: E402
 
 TOKEN = "a-token-of-the-tests"
 
@@ -135,20 +135,20 @@ def test_memory_is_bounded_and_a_slow_browser_must_come_anew(monkeypatch):
     held = board.Board()
     slow = held.join()
     for i in range(20):
-        held.take(letter.read(json.dumps(picture(run=f"run {i % 5}", training_step=i)).encode()))
-        held.take(letter.Numbers(f"run {i % 5}", [(i, "a", 1.0)]))
+        held.receive(payload.read(json.dumps(picture(run=f"run {i % 5}", training_step=i)).encode()))
+        held.receive(payload.Metrics(f"run {i % 5}", [(i, "a", 1.0)]))
     assert held.bytes <= 400 and len(held.runs) == 3 and len(held.pictures) == len(held.by_number) > 0
     assert held.bytes == sum(len(kept.picture.png) for kept in held.pictures.values())
     assert [slow.get_nowait() for _ in range(5)][-1] is None and not held.listeners
     for i in range(100):
-        held.take(letter.read(json.dumps(picture("preview", sampler_step=i)).encode()))
+        held.receive(payload.read(json.dumps(picture("preview", sampler_step=i)).encode()))
     assert len(held.replaced) == board.MOST_REPLACED and len(held.pictures) == len(held.by_number)
 
 
 def test_a_resumed_runs_numbers_take_the_place_of_the_older_ones():
     held = board.Board()
-    held.take(letter.Numbers("r", [(step, "a", float(step)) for step in range(6)]))
-    held.take(letter.Numbers("r", [(4, "a", 9.0), (5, "a", 8.0)]))
+    held.receive(payload.Metrics("r", [(step, "a", float(step)) for step in range(6)]))
+    held.receive(payload.Metrics("r", [(4, "a", 9.0), (5, "a", 8.0)]))
     assert list(held.runs["r"]["a"]) == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 9.0), (5, 8.0)]
 
 
@@ -157,7 +157,7 @@ def test_it_starts_only_with_a_token_and_never_says_it():
     bare = {key: value for key, value in os.environ.items() if key != "DREAMBOOTH_WATCH_TOKEN"}
     for env in (bare, bare | {"DREAMBOOTH_WATCH_TOKEN": "short"}):
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
-        assert done.returncode == 1 and "holds no token" in done.stderr and "short" not in done.stderr
+        assert done.returncode == 2 and "holds no token" in done.stderr and "short" not in done.stderr
     running = subprocess.Popen(command, env=bare | {"DREAMBOOTH_WATCH_TOKEN": TOKEN}, stdout=subprocess.PIPE, text=True)
     first = running.stdout.readline()
     running.terminate()

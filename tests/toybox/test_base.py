@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPModel, CLIPProcessor
 
-from dreambooth_lab.models.judges import Dino, MaskedDino
+from dreambooth_lab.models.feature_extractors import Dino, MaskedDino
 from dreambooth_lab.tools.pretrain_toybox.judge import chosen, draw_all, score
 from dreambooth_lab.tools.pretrain_toybox.scorer import choices
 from dreambooth_lab.tools.pretrain_toybox.unet import sample
@@ -90,6 +90,6 @@ def test_the_shipped_dino_tells_individuals_of_one_class_apart(kind):
         own = subject_photos(name, 4)
         rng = np.random.default_rng(0)
         others = [render(replace(photo.scene, who=replace(draw_individual(rng), kind=name))) for photo in own]
-        of_own, of_others = (judge.see([p.image for p in pictures]) for pictures in (own, others))
+        of_own, of_others = (judge.embed([p.image for p in pictures]) for pictures in (own, others))
         alike = (of_own @ of_own.T)[~torch.eye(4, dtype=torch.bool)].mean()
         assert alike > (of_own @ of_others.T).mean() + 0.2, name

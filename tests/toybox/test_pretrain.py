@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from torch.testing import assert_close
 
 from dreambooth_lab.config import ConfigError, conf_dir
-from dreambooth_lab.models.judges import Dino
+from dreambooth_lab.models.feature_extractors import Dino
 from dreambooth_lab.tools.pretrain_toybox import dino, export, latents, scorer, unet, vae
 from dreambooth_lab.tools.pretrain_toybox.__main__ import timed
 from dreambooth_lab.tools.pretrain_toybox.card import minutes

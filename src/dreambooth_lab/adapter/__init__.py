@@ -1,8 +1,8 @@
 """What learns: small trainable parts inside a frozen denoiser, or its own weights. One file a library."""
 
-from .base import Adapter, Learned, match, swapped
+from .base import Adapter, ExportWeights, Form, matching_layers, temporarily_replaced
 from .full import Full
 from .lora import LoRA
 from .lycoris import Lycoris
 
-__all__ = ["Adapter", "Full", "Learned", "LoRA", "Lycoris", "match", "swapped"]
+__all__ = ["Adapter", "ExportWeights", "Form", "Full", "LoRA", "Lycoris", "matching_layers", "temporarily_replaced"]

@@ -3,49 +3,84 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..config import REGEX, ConfigError
+from ..config import REGEX, ConfigError, enums
+
+log = logging.getLogger(__name__)
 
 
-class Learned(NamedTuple):
+class Form(NamedTuple):
+    """How an export's files are written."""
+
+    name: str  # of the file for ComfyUI and other programs, without its ending
+    dtype: torch.dtype
+    formats: tuple[enums.Format, ...]  # those that an adapter has are written; the card's code loads the first
+
+
+class ExportWeights(NamedTuple):
     """What an export writes."""
 
     part: str  # the denoiser's name in a diffusers pipeline
-    weights: Mapping[str, Tensor]  # by parameter name, of the denoiser or of `outside`
+    weights: Mapping[str, Tensor]  # by parameter name, of the denoiser or of `extra_module`
     text: Mapping[str, Mapping[str, Tensor]]  # text encoder's name in the pipeline → its own
     header: Mapping[str, str]  # goes into the safetensors headers
-    kohya: Mapping[str, str]  # part → what kohya's key layout calls it
+    kohya: Mapping[str, str]  # part → what kohya's key layout calls it; empty: programs read diffusers' keys
+    form: Form
+
+
+PURPOSES = ("diffusers", "comfyui", "peft", "lycoris", "weights", "settings")  # what an adapter's files can be
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype, file: str) -> dict[str, Tensor]:
+    """Tensors on the CPU in an export's dtype, alphas as they are; all in float32 if it can't hold a number, which is logged."""
+    kept = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    made = {
+        key: (tensor.to(dtype) if tensor.ndim and tensor.is_floating_point() else tensor).contiguous()
+        for key, tensor in kept.items()
+    }
+    lost = next((key for key, tensor in made.items() if not tensor.isfinite().all()), None)
+    if lost is None or not kept[lost].isfinite().all():
+        return made
+    largest = kept[lost].abs().max().item()
+    log.warning(
+        "%s is written in float32: %s has %.4g, beyond %s's %.4g; export.dtype=bfloat16 holds it", file, lost, largest,
+        str(dtype).removeprefix("torch."), torch.finfo(dtype).max,
+    )  # fmt: skip
+    return {key: tensor.float().contiguous() for key, tensor in kept.items()}
 
 
 class Adapter(ABC):
-    """Attached once to a frozen denoiser, and to text encoders if they learn too; its parameters are the only ones that learn.
+    """An adapter of a frozen denoiser, and of text encoders if they are trained too. Only its parameters are trained.
 
     Args:
-        algorithm: one of the class's own.
+        algorithm: one of the subclass's algorithms.
         rank: r ≥ 1.
         alpha: the update is scaled by alpha / rank.
-        dropout: share of the update's inputs dropped in training.
-        parts: groups of layers that the model family names.
-        targets: instead of `parts`: endings of layer names, or "re:" and a regular expression of whole names.
-        text_parts: groups of the text encoders' layers that the model family names.
-        blocks: rules for some layers, the first that fits counts: `match` (regular expression found in the layer's name, which
-            begins with the encoder's if it is a text encoder's), `rank` or None, `lr_ratio` (learning rate over the run's).
-        options: of the library, as it spells them.
-        preset: LyCORIS only: name of one of its presets, or a lycoris_config.json.
+        dropout: dropout probability of the update's inputs in training.
+        parts: groups of layers, by the names of the model family's `target_modules`.
+        targets: instead of `parts`: suffixes of layer names, or "re:" and a regular expression that matches whole names.
+        text_parts: the same as `parts` for the text encoders.
+        blocks: rules for single layers; the first that matches applies: `match` (a regular expression searched in the layer's
+            name, prefixed with its text encoder's name if it has one), `rank` or None, `lr_ratio` (factor of the learning rate).
+        options: further arguments of the library, under its names.
+        preset: LyCORIS only: the name of one of its presets, or a lycoris_config.json.
     """
 
     model: nn.Module
-    usage: ClassVar[str]  # code that loads the folder `export` with diffusers or the adapter's library, {base} and {part} put in
+    unread: Collection[str] = ()  # programs that read no file of this adapter, though they read a LoRA's
+    kind: ClassVar[str] = "lora"  # ModelSpec's: what the file is to its architecture; "" for the model itself
 
     def __init__(
         self, rank: int, alpha: float, dropout: float, parts: Sequence[str], targets: Sequence[str], algorithm: str = "lora",
@@ -57,69 +92,78 @@ class Adapter(ABC):
         self.blocks, self.options, self.preset, self.text_parts = list(blocks), dict(options or {}), preset, list(text_parts)
 
     @abstractmethod
-    def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
-        """Put fresh float32 adapters (update 0) on a frozen model; returns the names of the layers that got one.
+    def attach(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
+        """Add new float32 adapters (update 0) to a frozen model; returns the names of the adapted layers.
 
         Raises:
             ConfigError: a target matches no layer, or an option is unknown.
         """
 
-    def attach_text(self, part: str, encoder: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
-        """The same for a text encoder, `part` in a pipeline; the names begin with it."""
-        raise ConfigError(f"adapter.text_encoders is set, but {self.algorithm} can't sit on text encoders; use lora or dora")
+    def attach_text(self, part: str, encoder: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
+        """The same for the text encoder `part` of a pipeline; the returned names begin with `part`."""
+        raise ConfigError(f"adapter.text_encoders is set, but {self.algorithm} does not support text encoders; use lora or dora")
 
     @abstractmethod
-    def take(self, path: Path) -> None:
-        """Go on from an export of this adapter, a folder or a file.
+    def load_weights(self, path: Path) -> None:
+        """Load the weights of an export, a folder or a file.
 
         Raises:
-            ConfigError: it holds other weights than these.
+            ConfigError: its weights are not those of this adapter.
         """
 
     @abstractmethod
     def base(self) -> AbstractContextManager[None]:
-        """Inside, the model is exactly the base model; after, adapters are as they were."""
+        """A context in which the model is exactly the base model."""
 
     @abstractmethod
-    def export(self, folder: Path, learned: Learned) -> list[Path]:
-        """Write what other tools load; returns the files."""
-
-    def load_into(self, pipeline: Any, part: str, path: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
-        """Put an export of this adapter into a diffusers pipeline."""
-        self.attach(getattr(pipeline, part), learns, 0)
-        self.take(path)
+    def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
+        """Write the files that other programs load; returns each file or folder, relative to `folder`, and its purpose: one of
+        `PURPOSES`."""
 
     @abstractmethod
-    def strengthen(self, pipeline: Any, strength: float) -> None:
-        """Scale the update of an adapter that `load_into` placed; 0 is the base model, 1 what was trained."""
+    def copies(self, formats: Collection[enums.Format]) -> int:
+        """Number of files of an export that hold all trained weights."""
 
-    def outside(self) -> nn.Module | None:
-        """Holds the parameters that are not the model's own; None when all are."""
+    @abstractmethod
+    def usage(self, part: str, form: Form, kohya: Mapping[str, str]) -> str:
+        """Code that loads the export in the folder `export` into a diffusers `pipeline` of the base model."""
+
+    def load_into(self, pipeline: Any, part: str, path: Path, target_modules: Mapping[str, tuple[str, ...]]) -> None:
+        """Load an export of this adapter into a diffusers pipeline."""
+        self.attach(getattr(pipeline, part), target_modules, 0)
+        self.load_weights(path)
+
+    @abstractmethod
+    def set_scale(self, pipeline: Any, strength: float) -> None:
+        """Scale the update of an adapter loaded by `load_into`: 0 is the base model, 1 the trained one."""
+
+    def extra_module(self) -> nn.Module | None:
+        """The module that holds the adapter's parameters, or None if they are in the model itself."""
         return None
 
-    def layers_of(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]]) -> list[str]:
-        """Names of the layers that `parts` or `targets` choose."""
-        return match(model, self.targets or endings(self.parts, learns, "adapter.parts"))
+    def layers_of(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]]) -> list[str]:
+        """Names of the layers that `parts` or `targets` select."""
+        return matching_layers(model, self.targets or target_suffixes(self.parts, target_modules, "adapter.parts"))
 
     @abstractmethod
     def layer_of(self, parameter: str) -> str:
-        """Name of the layer that a parameter, of the model or of `outside`, belongs to."""
+        """Name of the layer that a parameter of the model or of `extra_module` belongs to."""
 
     def rule(self, layer: str) -> Any:
-        """The first of `blocks` that fits a layer's name, or None."""
+        """The first of `blocks` that matches a layer's name, or None."""
         return next((block for block in self.blocks if re.search(block["match"], layer)), None)
 
     def lr_ratio(self, parameter: str, part: str = "") -> float:
-        """Learning rate of a parameter over the run's, by its layer's rule.
+        """Factor of a parameter's learning rate, by its layer's rule.
 
         Args:
-            part: of the pipeline, if it is a text encoder's.
+            part: name of the text encoder, or "" for the denoiser.
         """
-        rule = self.rule(named(part, self.layer_of(parameter)))
+        rule = self.rule(full_name(part, self.layer_of(parameter)))
         return rule["lr_ratio"] if rule else 1.0
 
-    def refuse_idle_rules(self, layers: Sequence[str]) -> None:
-        """Raise a ConfigError for a rule of `blocks` that fits no adapted layer, or only layers that an earlier one took."""
+    def check_unused_rules(self, layers: Sequence[str]) -> None:
+        """Raise a ConfigError for a rule of `blocks` that applies to no layer: none matches, or earlier rules do."""
         took = [self.rule(layer) for layer in layers]
         for block in self.blocks:
             if not any(rule is block for rule in took):
@@ -129,32 +173,32 @@ class Adapter(ABC):
                 )
 
     def ranks(self, layers: Sequence[str], part: str = "") -> dict[str, int]:
-        """Layer → rank, for those whose rule gives one."""
-        rules = {layer: self.rule(named(part, layer)) for layer in layers}
+        """Layer → rank, for the layers whose rule sets one."""
+        rules = {layer: self.rule(full_name(part, layer)) for layer in layers}
         return {layer: rule["rank"] for layer, rule in rules.items() if rule and rule["rank"]}
 
 
-def named(part: str, layer: str) -> str:
-    """A layer's name as rules see it: after its text encoder's, if it is one's."""
+def full_name(part: str, layer: str) -> str:
+    """A layer's name as the rules match it: prefixed with its text encoder's name, if it has one."""
     return f"{part}.{layer}" if part else layer
 
 
-def endings(parts: Sequence[str], learns: Mapping[str, tuple[str, ...]], key: str) -> list[str]:
-    """Endings of the layer names of some groups.
+def target_suffixes(parts: Sequence[str], target_modules: Mapping[str, tuple[str, ...]], key: str) -> list[str]:
+    """The layer name suffixes of these groups.
 
     Raises:
-        ConfigError: a group the family doesn't name.
+        ConfigError: the family has no such group.
     """
-    if strangers := [part for part in parts if part not in learns]:
-        raise ConfigError(f"{key} has {strangers}; this model family names {sorted(learns)}")
-    return [ending for part in parts for ending in learns[part]]
+    if unknown := [part for part in parts if part not in target_modules]:
+        raise ConfigError(f"{key} has {unknown}; set {key} to some of {sorted(target_modules)}, the groups that this model has")
+    return [ending for part in parts for ending in target_modules[part]]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """What `adapter.init_from`, or an export, holds.
+    """The tensors of a safetensors file.
 
     Raises:
-        ConfigError: there is no such file, or it is no safetensors file.
+        ConfigError: the file does not exist or is not a safetensors file.
     """
     try:
         return load_file(path)
@@ -163,8 +207,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def swapped(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold other values; no bytes are copied on one device."""
+def temporarily_replaced(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A context in which the parameters have other values; nothing is copied if both are on one device."""
     before = {name: parameters[name].data for name in weights}
     for name, weight in weights.items():
         parameters[name].data = weight.detach().to(before[name].device, before[name].dtype)
@@ -175,15 +219,15 @@ def swapped(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
             parameters[name].data = data
 
 
-def match(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear and convolution layers that fit any of `targets`: an ending of whole components, or "re:" and a
+def matching_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear and convolution layers that match any of `targets`: a suffix of whole components, or "re:" and a
     regular expression of the whole name.
 
     Raises:
-        ConfigError: a target matches nothing; names the nearest layers.
+        ConfigError: a target matches no layer; names similar ones.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    hits = {target: _fitting(names, target) for target in targets}
+    hits = {target: _matches(names, target) for target in targets}
     for target, found in hits.items():
         if not found:
             tails = sorted({".".join(name.split(".")[-target.count(".") - 1 :]) for name in names})
@@ -192,7 +236,7 @@ def match(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return sorted({name for found in hits.values() for name in found})
 
 
-def _fitting(names: Sequence[str], target: str) -> list[str]:
+def _matches(names: Sequence[str], target: str) -> list[str]:
     if not target.startswith(REGEX):
         return [name for name in names if name == target or name.endswith("." + target)]
     pattern = re.compile(target.removeprefix(REGEX))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,34 +12,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..config import ConfigError
-from .base import Adapter, Learned, read_weights, swapped
+from ..config import ConfigError, enums
+from .base import Adapter, ExportWeights, Form, read_weights, rounded, temporarily_replaced
 
 
 class Full(Adapter):
     """Every weight of the model learns, or those of the chosen layers. A frozen copy of them stays beside the model, so that the
     base model can still be asked exactly."""
 
-    usage: ClassVar[str] = """\
-from diffusers import AutoModel, DiffusionPipeline
-trained = AutoModel.from_pretrained(export, subfolder="{part}")
-pipeline = DiffusionPipeline.from_pretrained("{base}", {part}=trained)"""
+    kind: ClassVar[str] = ""
 
-    def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
+    def attach(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         self.model = model
-        layers = self.layers_of(model, learns) if self.parts or self.targets else [""]
+        layers = self.layers_of(model, target_modules) if self.parts or self.targets else [""]
         for layer in layers:
             model.get_submodule(layer).requires_grad_(True)
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        low = {str(p.dtype) for p in self.learning.values() if p.dtype is not torch.float32}
-        if low:
-            raise ConfigError(
-                f"adapter=full trains weights in {', '.join(low)}, which loses small updates; set model.dtype=float32"
-            )
         self.reference = {name: p.detach().clone() for name, p in self.learning.items()}
         return layers if layers != [""] else [n for n, m in model.named_modules() if list(m.parameters(recurse=False))]
 
-    def take(self, path: Path) -> None:
+    def load_weights(self, path: Path) -> None:
         folders = [path, *(child for child in path.glob("*/") if (child / "training.json").is_file())] if path.is_dir() else []
         path = folders[-1] if folders else path
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -50,32 +42,43 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", {part}=trained)"""
         for name, parameter in self.learning.items():
             parameter.data.copy_(saved[name])
 
-    def load_into(self, pipeline: Any, part: str, path: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
-        super().load_into(pipeline, part, path, learns)
+    def load_into(self, pipeline: Any, part: str, path: Path, target_modules: Mapping[str, tuple[str, ...]]) -> None:
+        super().load_into(pipeline, part, path, target_modules)
         self.trained = {name: p.detach().clone() for name, p in self.learning.items()}
 
     def layer_of(self, parameter: str) -> str:
         return parameter.rpartition(".")[0]
 
-    def strengthen(self, pipeline: Any, strength: float) -> None:
+    def set_scale(self, pipeline: Any, strength: float) -> None:
         for name, parameter in self.learning.items():
             parameter.data = torch.lerp(self.reference[name], self.trained[name], strength)
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        with swapped(self.learning, self.reference):
+        with temporarily_replaced(self.learning, self.reference):
             yield
 
-    def export(self, folder: Path, learned: Learned) -> list[Path]:
+    def copies(self, formats: Collection[enums.Format]) -> int:
+        return 1
+
+    def usage(self, part: str, form: Form, kohya: Mapping[str, str]) -> str:
+        return f"""\
+trained = type(pipeline.{part}).from_pretrained(export, subfolder="{part}", torch_dtype=pipeline.{part}.dtype)
+pipeline.register_modules({part}=trained.to(pipeline.{part}.device))"""
+
+    def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
         """The whole denoiser as diffusers' `from_pretrained` reads it, in `PART/`."""
         model: nn.Module = self.model
         save = model.save_pretrained
         assert callable(save)
-        with swapped(self.learning, learned.weights):
-            save(folder / learned.part, safe_serialization=True)
-        files = sorted((folder / learned.part).glob("*.safetensors"))
-        for file in files:
-            save_file(load_file(file), file, {"format": "pt", **learned.header})
-        note = folder / learned.part / "training.json"
-        note.write_text(json.dumps(dict(learned.header), indent=2) + "\n", encoding="utf-8")
-        return [*files, note]
+        with temporarily_replaced(self.learning, weights_to_export.weights):
+            save(folder / weights_to_export.part, safe_serialization=True)
+        for file in sorted((folder / weights_to_export.part).glob("*.safetensors")):
+            save_file(
+                rounded(load_file(file), weights_to_export.form.dtype, file.name),
+                file,
+                {"format": "pt", **weights_to_export.header},
+            )
+        note = folder / weights_to_export.part / "training.json"
+        note.write_text(json.dumps(dict(weights_to_export.header), indent=2) + "\n", encoding="utf-8")
+        return {Path(weights_to_export.part): "weights"}

@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import ConfigError
-from . import kohya
-from .base import Adapter, Learned, endings, match, named, read_weights, refuse_unknown
+from ..config import ConfigError, enums
+from . import kohya, low_precision
+from .base import Adapter, ExportWeights, Form, full_name, matching_layers, read_weights, refuse_unknown, rounded, target_suffixes
+from .files import CLIP, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, SAID, read
+from .layouts import refuse_fused
 
 OPTIONS = ("use_rslora", "init_lora_weights")  # of peft's LoraConfig: what leaves the base alone and exports whole
 NAME = "default"  # the one adapter of a run, as diffusers' loader calls it
-DIFFUSERS_FILE, KOHYA_FILE, PEFT_FOLDER = "pytorch_lora_weights.safetensors", "kohya.safetensors", "peft"
+PEFT_FOLDER = "peft"
+log = logging.getLogger(__name__)
 
 
 class LoRA(Adapter):
     """Low-rank update W + (alpha / rank) B A (Hu et al. 2022), `algorithm` lora; or its direction with a learned length for each
     output (Liu et al. 2024), `algorithm` dora; through peft."""
 
-    usage: ClassVar[str] = """\
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("{base}")
-pipeline.load_lora_weights(export)"""
-
-    def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
+    def attach(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         self.model, self.text = model, dict[str, nn.Module]()
-        return self._inject(model, self.layers_of(model, learns), "", seed)
+        return self._inject(model, self.layers_of(model, target_modules), "", seed)
 
-    def attach_text(self, part: str, encoder: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
+    def attach_text(self, part: str, encoder: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         self.text[part] = encoder
-        return self._inject(encoder, match(encoder, endings(self.text_parts, learns, "adapter.text_parts")), part, seed)
+        return self._inject(
+            encoder, matching_layers(encoder, target_suffixes(self.text_parts, target_modules, "adapter.text_parts")), part, seed
+        )
 
     def _inject(self, model: nn.Module, layers: list[str], part: str, seed: int) -> list[str]:
         from peft import LoraConfig, inject_adapter_in_model
@@ -56,14 +57,18 @@ pipeline.load_lora_weights(export)"""
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        return [named(part, layer) for layer in layers]
+        low_precision.use(model, NAME)
+        return [full_name(part, layer) for layer in layers]
 
-    def take(self, path: Path) -> None:
+    def load_weights(self, path: Path) -> None:
         from peft import set_peft_model_state_dict
 
-        path = path / DIFFUSERS_FILE if path.is_dir() else path
-        saved = read_weights(path)
-        self._check_alpha(path)
+        if self.algorithm == "lora":
+            saved = self._rescaled(path)
+        else:
+            path = path / DIFFUSERS_FILE if path.is_dir() else path
+            saved = read_weights(path)
+            self._check_alpha(path)
         parts = {name.partition(".")[0] for name in saved}
         wrong = [f"all of {part}" for part in self.text.keys() - parts]
         for part in parts:
@@ -83,17 +88,36 @@ pipeline.load_lora_weights(export)"""
     def _check_alpha(self, path: Path) -> None:
         """The same weights under another alpha are another update."""
         with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            said = json.loads((file.metadata() or {}).get(SAID, "{}"))
         others = {value for key, value in said.items() if key.endswith(".lora_alpha")} - {self.alpha}
         if others:
             raise ConfigError(f"adapter.init_from is {str(path)!r} with alpha {others.pop():g}; set adapter.alpha to it")
 
+    def _rescaled(self, path: Path) -> dict[str, Tensor]:
+        """Weights of a file in any layout, with B scaled so that the update is the file's under this run's alpha."""
+        try:
+            found = read(path)
+            refuse_fused(found.parts)
+        except ConfigError as error:
+            raise ConfigError(f"adapter.init_from can't be used: {error}") from error
+        if found.assumed:
+            log.warning("adapter.init_from: %d layers of %s say no alpha; taken as their rank, a scale of 1", found.assumed, path)
+        saved = dict[str, Tensor]()
+        for part, layers in found.parts.items():
+            model = self.text.get(part, self.model)
+            scales = _scales(model)
+            for name, layer in layers.items():
+                scale = layer.scale / scales.get(_live(name, model), layer.scale)
+                saved[f"{part}.{name}.lora_A.weight"] = layer.down.float()
+                saved[f"{part}.{name}.lora_B.weight"] = layer.up.float() * scale
+        return saved
+
     def layer_of(self, parameter: str) -> str:
         return parameter.partition(".lora_")[0]
 
-    def load_into(self, pipeline: Any, part: str, path: Path, learns: Mapping[str, tuple[str, ...]]) -> None:
+    def load_into(self, pipeline: Any, part: str, path: Path, target_modules: Mapping[str, tuple[str, ...]]) -> None:
         if not hasattr(pipeline, "load_lora_weights"):
-            super().load_into(pipeline, part, path, learns)
+            super().load_into(pipeline, part, path, target_modules)
             return
         try:
             pipeline.load_lora_weights(path)
@@ -101,7 +125,7 @@ pipeline.load_lora_weights(export)"""
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"{str(path)!r} is no LoRA that diffusers can put on this model: {reason}") from error
 
-    def strengthen(self, pipeline: Any, strength: float) -> None:
+    def set_scale(self, pipeline: Any, strength: float) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if hasattr(pipeline, "set_adapters"):
@@ -126,36 +150,65 @@ pipeline.load_lora_weights(export)"""
             for layer, disabled in zip(layers, before, strict=True):
                 layer._disable_adapters = disabled
 
-    def export(self, folder: Path, learned: Learned) -> list[Path]:
-        """`pytorch_lora_weights.safetensors` (diffusers), `peft/` (a folder in it for each text encoder), and for LoRA
-        `kohya.safetensors` (ComfyUI, A1111).
+    def copies(self, formats: Collection[enums.Format]) -> int:
+        return len({enums.Format.diffusers, enums.Format.peft, enums.Format.comfyui} & set(formats))
 
-        DoRA gets no kohya file, because who reads one computes something else: diffusers 0.42 drops the lengths, ComfyUI divides
-        by |W| rather than |W + B A|, A1111 takes lengths of inputs.
+    def usage(self, part: str, form: Form, kohya: Mapping[str, str]) -> str:
+        if next(one for one in form.formats if one is not enums.Format.comfyui) is enums.Format.diffusers:
+            return "pipeline.load_lora_weights(export)"
+        return f"""\
+from peft import PeftModel
+pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FOLDER}")"""
+
+    def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
+        """`pytorch_lora_weights.safetensors` (diffusers), `peft/` (a folder in it for each text encoder), and for LoRA
+        `NAME.safetensors` (ComfyUI, A1111 …). A LoRA's scale is folded into B, so that alpha is the rank to every reader.
+
+        DoRA gets no file for other programs, because who reads one computes something else: diffusers 0.42 drops the lengths of
+        kohya's layout, ComfyUI divides by |W| rather than |W + B A|, A1111 takes lengths of inputs.
         """
-        models = {learned.part: (self.model, learned.weights)}
-        models |= {part: (encoder, learned.text[part]) for part, encoder in self.text.items()}
-        plain = {"format": "pt", **learned.header}
-        diffusers, said, as_kohya, files = dict[str, Tensor](), dict[str, Any](), dict[str, Tensor](), list[Path]()
-        for part, (model, weights) in models.items():
-            layers = _layers(model, weights)
-            is_text = part in self.text
-            outside = {_saved(name) if is_text else name: tensor for name, tensor in layers.items()}
-            diffusers |= {f"{part}.{name}": tensor for name, tensor in outside.items()}
-            said |= {f"{part}.{key}": value for key, value in _metadata(model).items()}
-            files += _write_peft(folder / PEFT_FOLDER / (part if is_text else ""), layers, _metadata(model), plain)
-            if self.algorithm == "lora" and part in learned.kohya:
-                alphas = {_saved(name) if is_text else name: alpha for name, alpha in _alphas(model).items()}
-                as_kohya |= kohya.convert(learned.kohya[part], outside, alphas)
-        save_file(diffusers, folder / DIFFUSERS_FILE, plain | {"lora_adapter_metadata": json.dumps(said, sort_keys=True)})
-        if as_kohya:
-            save_file(as_kohya, folder / KOHYA_FILE, plain | kohya.header(self.rank, self.alpha))
-            files.append(folder / KOHYA_FILE)
-        return [folder / DIFFUSERS_FILE, *files]
+        models = {weights_to_export.part: (self.model, weights_to_export.weights)}
+        models |= {part: (encoder, weights_to_export.text[part]) for part, encoder in self.text.items()}
+        header, form, files = {"format": "pt", **weights_to_export.header}, weights_to_export.form, dict[Path, str]()
+        written = {part: self._written(model, weights) for part, (model, weights) in models.items()}
+        inside = {part: _named(layers) if part in self.text else layers for part, (layers, _) in written.items()}
+        if enums.Format.diffusers in form.formats:
+            said = {f"{part}.{key}": value for part, (_, own) in written.items() for key, value in own.items()}
+            _save(folder / DIFFUSERS_FILE, _keyed(inside), form, header | {SAID: json.dumps(said, sort_keys=True)})
+            files[Path(DIFFUSERS_FILE)] = "diffusers"
+        if enums.Format.comfyui in form.formats and self.algorithm == "lora":
+            more = kohya.header(self.rank, self.rank)
+            _save(folder / f"{form.name}.safetensors", self._for_programs(inside, weights_to_export), form, header | more)
+            files[Path(f"{form.name}.safetensors")] = "comfyui"
+        if enums.Format.peft in form.formats:
+            for part, (layers, said) in written.items():
+                _write_peft(folder / PEFT_FOLDER / (part if part in self.text else ""), layers, said, form, header)
+            files[Path(PEFT_FOLDER)] = "peft"
+        return files
+
+    def _written(self, model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights in peft's key layout, and peft's settings; of a LoRA with its scale in B."""
+        layers, said = _layers(model, weights), _metadata(model)
+        if self.algorithm != "lora":
+            return layers, said
+        scales = _scales(model)
+        folded = {key: tensor * scales[self.layer_of(key)] if ".lora_B." in key else tensor for key, tensor in layers.items()}
+        alphas = {"lora_alpha": said["r"], "alpha_pattern": said["rank_pattern"], "use_rslora": False}
+        return folded, said | alphas
+
+    def _for_programs(self, parts: Mapping[str, Mapping[str, Tensor]], weights_to_export: ExportWeights) -> dict[str, Tensor]:
+        """kohya's keys where the family has them, with one alpha, this adapter's rank; else diffusers'."""
+        if not weights_to_export.kohya:
+            return _keyed(parts)
+        made = dict[str, Tensor]()
+        for part, layers in parts.items():
+            if part in weights_to_export.kohya:
+                ranks = {self.layer_of(key): float(len(tensor)) for key, tensor in layers.items() if ".lora_A." in key}
+                made |= kohya.convert(weights_to_export.kohya[part], layers, ranks, self.rank)
+        return made
 
 
 LENGTHS = ".lora_magnitude_vector"  # DoRA's, which transformers looks for by the name of the parameter in them
-CLIP = "text_model."  # begins names of CLIP's text encoders in files; transformers 5 dropped it from one class
 
 
 def _saved(name: str) -> str:
@@ -184,17 +237,29 @@ def _metadata(model: Any) -> dict[str, Any]:
     return {key: sorted(v) if isinstance(v, set) else v for key, v in model.peft_config[NAME].to_dict().items()}
 
 
-def _write_peft(folder: Path, layers: Mapping[str, Tensor], said: Mapping[str, Any], header: dict[str, str]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    save_file({f"base_model.model.{name}": tensor for name, tensor in layers.items()}, file, header)
-    config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return [file, config]
+def _save(path: Path, tensors: Mapping[str, Tensor], form: Form, header: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(rounded(tensors, form.dtype, path.name), path, dict(header))
 
 
-def _alphas(model: nn.Module) -> dict[str, float]:
-    """Layer → alpha that gives its scale at its rank, whatever option (rslora …) made the scale."""
+def _keyed(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Keys that begin with their part, as diffusers has them."""
+    return {f"{part}.{name}": tensor for part, layers in parts.items() for name, tensor in layers.items()}
+
+
+def _named(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_saved(name): tensor for name, tensor in layers.items()}
+
+
+def _write_peft(
+    folder: Path, layers: Mapping[str, Tensor], said: Mapping[str, Any], form: Form, header: Mapping[str, str]
+) -> None:  # fmt: skip
+    _save(folder / PEFT_FILE, {f"base_model.model.{name}": tensor for name, tensor in layers.items()}, form, header)
+    (folder / PEFT_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _scales(model: nn.Module) -> dict[str, float]:
+    """Layer → what its update B A is multiplied by, whatever option (rslora …) made it."""
     from peft.tuners.lora import LoraLayer
 
-    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    return {name: layer.scaling[NAME] * layer.r[NAME] for name, layer in tuned.items()}
+    return {name: layer.scaling[NAME] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}

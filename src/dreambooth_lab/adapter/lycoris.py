@@ -5,32 +5,36 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import ConfigError, read_lycoris_file
-from .base import Adapter, Learned, read_weights, refuse_unknown, swapped
+from ..config import ConfigError, enums, read_lycoris_file
+from .base import Adapter, ExportWeights, Form, read_weights, refuse_unknown, rounded, temporarily_replaced
+from .files import PREFIXES
 
-FILE, CONFIG_FILE = "lycoris.safetensors", "lycoris_config.json"
+FILE, CONFIG_FILE, PREFIX = "lycoris.safetensors", "lycoris_config.json", "lycoris"
 BETWEEN = ":"  # parameter names may hold no dot
 SPELLING = {"linear_dim": "lora_dim", "linear_alpha": "alpha", "conv_dim": "conv_lora_dim", "dora_wd": "weight_decompose",
             "wd_on_output": "wd_on_out", "algo": "network_module"}  # fmt: skip
 BARE: dict[str, Any] = {
     "enable_conv": True, "target_module": [], "target_name": [], "module_algo_map": {}, "name_algo_map": {},
-    "lora_prefix": "lycoris", "use_fnmatch": False, "exclude_name": [],
+    "lora_prefix": PREFIX, "use_fnmatch": False, "exclude_name": [],
 }  # fmt: skip
 ATTENTION_AND_FEED_FORWARD = {"target_module": ["Attention", "FeedForward"]}  # of a file that names nothing
+BY_FACTORS = ("locon", "loha", "kron")  # names of its modules that compute their update of an output, equal but for rounding
 _lock = threading.Lock()
 
 
-class Outside(nn.Module):
+class ExtraModule(nn.Module):
     """A network's parameters under names of their own. The network itself writes a folded form into state dicts, which can't be
     resumed from; these are the raw ones. Training and evaluation mode pass through."""
 
@@ -40,7 +44,7 @@ class Outside(nn.Module):
         for name, parameter in network.named_parameters():
             self.register_parameter(name.replace(".", BETWEEN), parameter)
 
-    def train(self, mode: bool = True) -> Outside:
+    def train(self, mode: bool = True) -> ExtraModule:
         self.__dict__["network"].train(mode)
         return super().train(mode)
 
@@ -48,34 +52,33 @@ class Outside(nn.Module):
 class Lycoris(Adapter):
     """`algorithm` locon, loha, lokr, diag-oft, boft, glora …; its parameters lie outside the model."""
 
-    usage: ClassVar[str] = """\
-from diffusers import DiffusionPipeline
-from lycoris import create_lycoris_from_weights
-pipeline = DiffusionPipeline.from_pretrained("{base}")
-network, _ = create_lycoris_from_weights(1.0, export + "/lycoris.safetensors", pipeline.{part})
-network.apply_to()"""
+    @property
+    def unread(self) -> Collection[str]:  # type: ignore[override]
+        return ("sd-scripts",) if self.algorithm in ("locon", "loha", "lokr") else ("sd-scripts", "InvokeAI")
 
-    def attach(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
+    def attach(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         from lycoris import LycorisNetwork
 
         logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # importing it sets another
+        names = {module: name for name, module in model.named_modules()}
         self.model = model
-        arguments, preset = self._arguments(), self._choice(model, learns)
-        self.said = {_theirs(key): value for key, value in arguments.items()} | {"apply_preset": preset}
-        _refuse_strangers(arguments, preset)
+        arguments, preset = self._arguments(), self._choice(model, target_modules)
+        self.said = {_library_options(key): value for key, value in arguments.items()} | {"apply_preset": preset}
+        _refuse_unknown_layers(arguments, preset)
         if any(_is_quantised(layer) for layer in model.modules()):
             arguments["bypass_mode"] = True  # W itself is not at hand: add the update's output instead
         with _lock, torch.random.fork_rng(devices=[]):  # presets are globals of the library's class
             torch.manual_seed(seed)
             LycorisNetwork.apply_preset(preset)
-            self.network = LycorisNetwork(model, warn_on_unmatched=False, **arguments)
+            self.network = _network(set(names.values()))(model, warn_on_unmatched=False, **arguments)
         if not self.network.loras:
             raise ConfigError(
                 f"adapter.preset {self.preset!r} matches no layer of the model; LyCORIS names classes of layers there"
             )
+        for lora in self.network.loras:
+            lora.bypass_mode = _adds_outputs(lora)
         self.network.apply_to()
         self.network.to(next(model.parameters()).device)
-        names = {module: name for name, module in model.named_modules()}
         self.named = {lora.lora_name: names[lora.org_module[0]] for lora in self.network.loras}
         return sorted(self.named.values())
 
@@ -87,13 +90,13 @@ network.apply_to()"""
         arguments = {SPELLING.get(key, key): value for key, value in said.items()}
         return {"conv_lora_dim": arguments["lora_dim"], "conv_alpha": arguments["alpha"]} | arguments
 
-    def _choice(self, model: nn.Module, learns: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    def _choice(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
         """Which layers, as the library's presets say it; every key, since it keeps what the last one said."""
         if self._has_file:
             return BARE | read_lycoris_file(str(self.preset)).get("apply_preset", ATTENTION_AND_FEED_FORWARD)
         if self.preset:
             return BARE | _named(self.preset)
-        layers = self.layers_of(model, learns)
+        layers = self.layers_of(model, target_modules)
         ranks = self.ranks(layers)
         rules = {layer: {"dim": rank, "alpha": self.alpha * rank / self.rank} for layer, rank in ranks.items()}
         return BARE | {"target_name": layers, "name_algo_map": rules}
@@ -102,9 +105,9 @@ network.apply_to()"""
     def _has_file(self) -> bool:
         return bool(self.preset) and str(self.preset).endswith(".json")
 
-    def take(self, path: Path) -> None:
-        path = path / FILE if path.is_dir() else path
-        saved, mine = read_weights(path), dict(self.network.named_parameters())
+    def load_weights(self, path: Path) -> None:
+        path = _file_of(path)
+        saved, mine = _library_keys(read_weights(path)), dict(self.network.named_parameters())
         scales = {name: alpha for name, alpha in self.network.state_dict().items() if name.endswith(".alpha")}
         if moved := [
             name for name, alpha in scales.items() if name in saved and not torch.equal(saved[name].float(), alpha.float())
@@ -122,13 +125,13 @@ network.apply_to()"""
         for name, parameter in mine.items():
             parameter.data.copy_(saved[name])
 
-    def outside(self) -> nn.Module:
-        return Outside(self.network)
+    def extra_module(self) -> nn.Module:
+        return ExtraModule(self.network)
 
     def layer_of(self, parameter: str) -> str:
         return self.named[parameter.split(BETWEEN)[0]]
 
-    def strengthen(self, pipeline: Any, strength: float) -> None:
+    def set_scale(self, pipeline: Any, strength: float) -> None:
         trained = self.said.get("multiplier", 1.0)
         for layer in self.network.loras:
             layer.org_module[0].forward = layer.forward if strength else layer.org_forward
@@ -144,23 +147,102 @@ network.apply_to()"""
             for layer in self.network.loras:
                 layer.org_module[0].forward = layer.forward
 
-    def export(self, folder: Path, learned: Learned) -> list[Path]:
-        """`lycoris.safetensors` (LyCORIS, ComfyUI, SimpleTuner) and the `lycoris_config.json` it was made with."""
+    def copies(self, formats: Collection[enums.Format]) -> int:
+        return len({enums.Format.comfyui, enums.Format.lycoris} & set(formats))
+
+    def usage(self, part: str, form: Form, kohya: Mapping[str, str]) -> str:
+        named = enums.Format.comfyui in form.formats
+        file, prefix = (f"{form.name}.safetensors", kohya.get(part, PREFIX)) if named else (FILE, PREFIX)
+        return f"""\
+from lycoris import LycorisNetwork, create_lycoris_from_weights
+LycorisNetwork.apply_preset({{"lora_prefix": "{prefix}"}})
+network, _ = create_lycoris_from_weights(1.0, export + "/{file}", pipeline.{part})
+network.to(pipeline.{part}.device, pipeline.{part}.dtype)
+network.apply_to()"""
+
+    def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
+        """`NAME.safetensors` (ComfyUI, A1111 …), its keys beginning as kohya's layout calls the denoiser, where it has a name for
+        it; `lycoris.safetensors` with the library's own keys (SimpleTuner); and the `lycoris_config.json` they were made with."""
         folder.mkdir(parents=True, exist_ok=True)
         own = {name.replace(".", BETWEEN): p for name, p in self.network.named_parameters()}
-        with swapped(own, learned.weights):
-            state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.network.state_dict().items()}
-        save_file(state, folder / FILE, {"format": "pt", "lycoris_config": json.dumps(self.said), **learned.header})
-        (folder / CONFIG_FILE).write_text(json.dumps(self.said, indent=2) + "\n", encoding="utf-8")
-        return [folder / FILE, folder / CONFIG_FILE]
+        with temporarily_replaced(own, weights_to_export.weights):
+            state = {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
+        form, files = weights_to_export.form, {Path(CONFIG_FILE): "settings"}
+        said = {str(key): value for key, value in self.said.items()}
+        header = {"format": "pt", "lycoris_config": json.dumps(said), **weights_to_export.header, **self._for_sd_scripts()}
+        for wanted, name, prefix in (
+            (enums.Format.comfyui, f"{form.name}.safetensors", weights_to_export.kohya.get(weights_to_export.part, PREFIX)),
+            (enums.Format.lycoris, FILE, PREFIX),
+        ):
+            if wanted in form.formats:
+                named = {prefix + key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+                save_file(rounded(named, form.dtype, name), folder / name, header)
+                files[Path(name)] = wanted.value
+        (folder / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        return files
+
+    def _for_sd_scripts(self) -> dict[str, str]:
+        """Header fields by which sd-scripts' tools and A1111 say what a file is."""
+        named = {key: self.said[key] for key in ("linear_dim", "linear_alpha") if key in self.said}
+        rest = {key: str(value) for key, value in self.said.items() if key not in (*named, "apply_preset")}
+        return {
+            "ss_network_module": "lycoris.kohya",
+            "ss_network_dim": str(named.get("linear_dim")),
+            "ss_network_alpha": f"{named.get('linear_alpha', 1):g}",
+            "ss_network_args": json.dumps(rest),
+        }
 
 
-def _theirs(key: str) -> str:
+def _file_of(path: Path) -> Path:
+    """The weights in an export's folder: the library's own file, or the only one."""
+    if not path.is_dir() or (path / FILE).is_file():
+        return path / FILE if path.is_dir() else path
+    files = sorted(path.glob("*.safetensors"))
+    return files[0] if len(files) == 1 else path / FILE
+
+
+def _library_keys(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of any file of an export as the library's network has them."""
+    prefixes = re.compile("|".join(f"^{re.escape(prefix)}_" for prefix in PREFIXES))
+    return {prefixes.sub(f"{PREFIX}_", key): tensor for key, tensor in saved.items()}
+
+
+def _network(names: set[str]) -> type[Any]:
+    """The library's network, which matches every target to every layer by a regular expression. Python keeps 512 of them
+    compiled: with more targets each match compiles its own again, a million times for SDXL. Here a target that is a layer's
+    name is compared, and any other is compiled once.
+
+    Args:
+        names: of all layers of the model.
+    """
+    from lycoris import LycorisNetwork
+
+    compiled = cache(re.compile)
+
+    class Network(LycorisNetwork):
+        def match_fn(self, pattern: str, name: str) -> bool:
+            if pattern in names:
+                return pattern == name
+            return super().match_fn(pattern, name) if self.USE_FNMATCH else bool(compiled(pattern).match(name))
+
+    return Network
+
+
+def _adds_outputs(lora: Any) -> bool:
+    """Can W x + (ΔW x) by ΔW's factors take the place of (W + ΔW) x, which keeps each ΔW for backward and rounds W + ΔW to the
+    dtype of W? What the configuration or the library itself says goes first."""
+    if lora.bypass_mode is not None or lora.name not in BY_FACTORS:
+        return bool(lora.bypass_mode)
+    layer = lora.org_module[0]
+    return not lora.wd and (isinstance(layer, nn.Linear) or (layer.groups == 1 and set(layer.dilation) == {1}))
+
+
+def _library_options(key: str) -> str:
     """An argument of the library as its files spell it."""
     return next((spelled for spelled, own in SPELLING.items() if own == key), key)
 
 
-def _refuse_strangers(arguments: Mapping[str, Any], preset: Mapping[str, Any]) -> None:
+def _refuse_unknown_layers(arguments: Mapping[str, Any], preset: Mapping[str, Any]) -> None:
     """Raise a ConfigError for what the library or the algorithm would not know, or would drop."""
     from lycoris import LycorisNetwork
     from lycoris.wrapper import network_module_dict

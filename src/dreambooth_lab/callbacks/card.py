@@ -4,57 +4,90 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Form
+from ..config import LOCAL, enums
 from ..models.family import Family
 from ..runfolder import RunFolder
+from .card_files import programs, table, word_usage
+from .header import public
 from .scores import changes, read_scores
 
+HEADERS = {  # what the safetensors files say of the run
+    enums.Metadata.full: " The headers of the safetensors files hold the whole\nconfiguration.",
+    enums.Metadata.public: " The headers of the safetensors files hold the\n"
+    "configuration, less paths and accounts of who made it.",
+    enums.Metadata.none: "",
+}
+CHANGES = {"nf4": "65 %", "int4": "22 %", "int8": "1.4 %"}  # a LoRA's effect on the full base, by what it was trained on
+HERE = "."  # the folder of the card
 BASE, TRAINED = "pictures_base.png", "pictures.png"
 
 
 def card(
-    cfg: DictConfig, run: RunFolder, folder: Path, place: Path, step: int, adapter: Adapter, family: Family, word: str | None,
-    why: str,
+    cfg: DictConfig, run: RunFolder, folder: Path, place: Path, step: int, adapter: Adapter, family: Family, form: Form,
+    files: Mapping[Path, str], word: str | None, why: str,
 ) -> str:  # fmt: skip
-    """README.md in the hub's form: base model, prompt, how to load it, pictures and numbers. Pictures are copied beside it.
+    """README.md in the hub's form: base model, prompt, how to load it, what each file is for, pictures and numbers. Pictures are
+    copied beside it.
 
     Args:
         folder: where the files are now.
         place: where they will be.
+        files: relative to the folder → what they are.
         word: the token whose embedding was learned, or None.
         why: this step's weights are kept, if they are not the last.
     """
     averaged = folder.name == "ema"
+    model = cfg.model if cfg.export.metadata is enums.Metadata.full else public(cfg).model
+    base = model.pretrained
     code = _place(cfg, place, averaged, cfg.export.push_to_hub and not why)
-    code += adapter.usage.format(base=cfg.model.pretrained, part=family.denoiser_part)
+    if base.startswith(LOCAL):
+        code += f"# the base is a folder of its maker's: put the path of {base.removeprefix(LOCAL)!r} on your disk in its place\n"
+    code += family.loading(base, model.config) + "\n" + adapter.usage(family.denoiser_part, form, family.kohya)
     code += "\n" + family.token_usage(word) if word else ""
-    files = "\n".join(f"- `{path.relative_to(folder).as_posix()}`" for path in sorted(folder.rglob("*.safetensors")))
+    readers = [program for program in family.programs if program not in adapter.unread]
+    shown = _pictures(cfg, run, folder)
+    embedding = next((path for path, kind in files.items() if kind == "embedding"), None)
     return f"""---
 {_front_matter(cfg)}
 ---
 # {cfg.dataset.instance_prompt}
 
-{_what(cfg, step, averaged)}{f" {why}" if why else ""} The headers of the safetensors files hold the whole
-configuration.
+{_what(cfg, base, step, averaged)}{f" {why}" if why else ""}{HEADERS[cfg.export.metadata]}
 
 ```python
 {code}
 pipeline({json.dumps(cfg.dataset.instance_prompt, ensure_ascii=False)}).images[0].save("picture.png")
 ```
 
-## Pictures
-
-{_pictures(cfg, run, folder)}
-## Numbers
-
-{_numbers(run)}
 ## Files
 
-{files}
+{table(folder, files, family, readers)}
+{programs(files, readers, form.name)}{word_usage(word, embedding, family.programs) if word and embedding else ""}{_base_note(cfg)}
+## Pictures
+
+{shown}
+## Numbers
+
+{_numbers(run)}"""
+
+
+def _base_note(cfg: DictConfig) -> str:
+    """What a base in fewer bits means for who puts the update on another."""
+    kind = cfg.quant.kind.value
+    if kind == "none":
+        return ""
+    measured = f" In one measurement it changed by {CHANGES[kind]} of itself." if kind in CHANGES else ""
+    return f"""
+## The base
+
+The base was kept in {kind} while this was trained, and the pictures are drawn on that. On the base in full precision the update's
+effect differs.{measured} Load the base in {kind} to get what is shown here.
 """
 
 
@@ -69,15 +102,16 @@ def _place(cfg: DictConfig, place: Path, averaged: bool, pushed: bool) -> str:
     if pushed:
         below = ' + "/ema"' if averaged else ""
         return f'from huggingface_hub import snapshot_download\nexport = snapshot_download("{cfg.export.repo}"){below}\n'
-    return f'export = "{place.as_posix()}"\n'
+    where = place.as_posix() if cfg.export.metadata is enums.Metadata.full else HERE
+    return f'export = "{where}"\n'
 
 
-def _what(cfg: DictConfig, step: int, averaged: bool) -> str:
+def _what(cfg: DictConfig, base_model: str, step: int, averaged: bool) -> str:
     base = cfg.quant.kind.value if cfg.quant.kind.value != "none" else cfg.model.dtype.value
     rows = cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches
     return (
-        f"{'Averaged weights (EMA) of ' if averaged else ''}{_algorithm(cfg)} on {cfg.model.pretrained} in {base}: {step:,} "
-        f"optimiser steps of {rows} rows at rate {cfg.optimizer.lr:g}, prior {cfg.prior.kind.value}, seed {cfg.seed}."
+        f"{'Averaged weights (EMA) of ' if averaged else ''}{_algorithm(cfg)} on {base_model.removeprefix(LOCAL)} in {base}: "
+        f"{step:,} optimiser steps of {rows} rows at rate {cfg.optimizer.lr:g}, prior {cfg.prior.kind.value}, seed {cfg.seed}."
     )
 
 

@@ -4,28 +4,50 @@ from __future__ import annotations
 
 import logging
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 
-from ..config import ConfigError, Mode
-from ..runfolder import RunFolder
+from ..config import ConfigError, RunError, enums
+from ..dreambooth import DreamBooth
+from ..runfolder import PART, RunFolder
+from ..storage import durable
 from .export import Export
+from .finite import require_finite
 from .metrics import NAMES, MetricsFile
 
 log = logging.getLogger(__name__)
 
 
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, and puts it there when its bytes are on the disk and can be read back."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        target = Path(path)
+        part = target.with_name(target.name + PART)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(checkpoint, part)
+            if not durable.is_complete_archive(part):
+                raise RunError(f"{target} can't be read back as it was written; the disk is full or failing")
+            durable.replace_file(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 class Checkpoints(Callback):
-    """Saves every n optimiser steps and at the last one. Comes last of the callbacks, so that they are all up to date.
+    """Saves every n optimiser steps and at the last one. Comes after all that has a state, so that it is up to date.
 
     Args:
-        keep_all: False removes the older one once the newer one is whole.
+        keep: how many of the newest stay; None: all.
     """
 
-    def __init__(self, folder: RunFolder, every_n_steps: int, keep_all: bool):
-        self.folder, self.every_n_steps, self.keep_all = folder, every_n_steps, keep_all
+    def __init__(self, folder: RunFolder, every_n_steps: int, keep: int | None):
+        self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
         self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -36,13 +58,17 @@ class Checkpoints(Callback):
         last = step == trainer.max_steps or trainer.should_stop
         if step == self.step or (step % self.every_n_steps and not last):
             return
-        self.step = step
-        older = list(self.folder.checkpoints.glob("step_*.ckpt"))
-        newest = self.folder.checkpoint(step)
-        trainer.save_checkpoint(newest)
-        for path in older if trainer.is_global_zero and not self.keep_all else []:
-            if path != newest:
-                path.unlink()
+        self.save(trainer, pl_module)
+
+    def save(self, trainer: Trainer, module: LightningModule) -> None:
+        """The present state; older ones go when it is whole."""
+        assert isinstance(module, DreamBooth)
+        require_finite(module.trainable_parameters(), trainer.global_step)
+        self.step = trainer.global_step
+        trainer.save_checkpoint(self.folder.checkpoint(self.step))
+        kept = self.folder.all_checkpoints()
+        for path in kept[: -self.keep] if self.keep and trainer.is_global_zero else []:
+            path.unlink()
 
 
 class Best(Callback):
@@ -57,15 +83,15 @@ class Best(Callback):
         export: None on all ranks but the first.
     """
 
-    def __init__(self, cfg: DictConfig, folder: RunFolder, numbers: MetricsFile | None, export: Export | None):
+    def __init__(self, cfg: DictConfig, folder: RunFolder, metrics: MetricsFile | None, export: Export | None):
         self.monitor, self.mode, self.patience = cfg.monitor, cfg.mode, cfg.patience
-        self.folder, self.numbers, self.export = folder, numbers, export
+        self.folder, self.metrics, self.export = folder, metrics, export
         self.value: float | None = None  # the best yet
         self.seen = 0  # step of the newest value
         self.worse = 0  # values since the best one
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        logged = trainer.strategy.broadcast(list(self.numbers.newest) if self.numbers else [])
+        logged = trainer.strategy.broadcast(list(self.metrics.newest) if self.metrics else [])
         known = sorted({*NAMES.values(), "train/lr", *logged})
         if self.monitor not in known:
             near = get_close_matches(self.monitor, known, n=3)
@@ -73,7 +99,7 @@ class Best(Callback):
             raise ConfigError(f"checkpoint.monitor is {self.monitor!r}, which this run does not log; {way_out}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        newest = self.numbers.newest.get(self.monitor) if self.numbers else None
+        newest = self.metrics.newest.get(self.monitor) if self.metrics else None
         step, value = trainer.strategy.broadcast(newest) or (0, 0.0)
         if step <= self.seen:
             return
@@ -90,13 +116,13 @@ class Best(Callback):
     def _better(self, value: float) -> bool:
         if self.value is None:
             return value == value
-        return value < self.value if self.mode is Mode.min else value > self.value
+        return value < self.value if self.mode is enums.Mode.min else value > self.value
 
     def _keep(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         older = list(self.folder.checkpoints.glob("best_*.ckpt"))
         newest = self.folder.best_checkpoint(step)
         trainer.save_checkpoint(newest)
-        word = "lowest" if self.mode is Mode.min else "highest"
+        word = "lowest" if self.mode is enums.Mode.min else "highest"
         why = f"Kept because {self.monitor} was {word} here: {self.value:.6g}."
         if self.export:
             self.export.write(module, step, self.folder.best_export, why)

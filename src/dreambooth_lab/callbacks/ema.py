@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ..adapter import swapped
-from ..config import EmaValidation
+from ..adapter import temporarily_replaced
+from ..config import enums
 from ..dreambooth import DreamBooth
 
 
@@ -39,7 +39,9 @@ class Ema(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DreamBooth)
         if not self.shadow:
-            self.shadow = {name: p.detach().to(self.device, torch.float32, copy=True) for name, p in pl_module.learning().items()}
+            self.shadow = {
+                name: p.detach().to(self.device, torch.float32, copy=True) for name, p in pl_module.trainable_parameters().items()
+            }
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, DreamBooth)
@@ -49,7 +51,7 @@ class Ema(Callback):
         self.step = step
         self.average()
         self.share = 1 - min(self.decay, (1 + step) / (10 + step)) ** self.interval
-        self.arrival = self._send(pl_module.learning())
+        self.arrival = self._send(pl_module.trainable_parameters())
         if self.arrival is None:
             self.average()
 
@@ -86,26 +88,28 @@ class Ema(Callback):
 
 LIVE, EMA = "live", "ema"  # whose weights a picture or a number is of
 PREFIX = {LIVE: "", EMA: "ema/"}  # of the names of numbers
-KINDS = {EmaValidation.none: (LIVE,), EmaValidation.ema_only: (EMA,), EmaValidation.comparison: (LIVE, EMA)}
+KINDS = {enums.EmaValidation.none: (LIVE,), enums.EmaValidation.ema_only: (EMA,), enums.EmaValidation.comparison: (LIVE, EMA)}
 
 
-class Looks:
+class EvalWeights:
     """Whose weights are looked at: those that train, their average, or both.
 
     Args:
         ema: the run's average; None leaves only those that train.
     """
 
-    def __init__(self, ema: Ema | None, validation: EmaValidation):
+    def __init__(self, ema: Ema | None, validation: enums.EmaValidation):
         self.ema = ema
         self.kinds = KINDS[validation] if ema else (LIVE,)
 
-    def at(self, step: int) -> list[tuple[str, tuple[str, ...]]]:
+    def at_step(self, step: int) -> list[tuple[str, tuple[str, ...]]]:
         """Weights to look at, each with those that what is seen holds for: at step 0 all are the base model."""
         return [(LIVE, self.kinds)] if step == 0 else [(kind, (kind,)) for kind in self.kinds]
 
     @contextmanager
     def __call__(self, module: DreamBooth, kind: str) -> Iterator[None]:
         """Inside, the module has these weights."""
-        with swapped(module.learning(), self.ema.average()) if self.ema and kind == EMA else nullcontext():
+        with (
+            temporarily_replaced(module.trainable_parameters(), self.ema.average()) if self.ema and kind == EMA else nullcontext()
+        ):
             yield

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
-from .. import __version__
-from ..adapter import Learned
+from ..adapter import ExportWeights, Form
+from ..config import enums
 from ..dreambooth import TOKEN, DreamBooth
+from ..models.family import Family
 from ..runfolder import RunFolder
+from ..storage import durable
+from ..storage.durable import apply_umask
 from .card import card
 from .ema import Ema
+from .finite import require_finite
+from .header import Described, header, strip
 from .hub import push
 
 
 class Export(Callback):
-    """At every checkpoint and when training ends: `export/` with the adapter's files, `learned_embeds.safetensors` if the token
-    was learned, a model card, and the averaged ones in `export/ema/`. The folder is replaced as a whole.
+    """At every checkpoint and when training ends: `export/` with the adapter's files, `embeddings/WORD.safetensors` if the token
+    was learned, a model card that says what each file is for, and the averaged ones in `export/ema/`. The folder is replaced as a
+    whole.
 
     Args:
         ema: the run's average, or None.
+        tags: dataset → part of a caption → how many pictures it is said of.
     """
 
-    def __init__(self, cfg: DictConfig, folder: RunFolder, ema: Ema | None):
-        self.cfg, self.folder, self.ema = cfg, folder, ema
+    def __init__(self, cfg: DictConfig, folder: RunFolder, ema: Ema | None, tags: Mapping[str, Mapping[str, int]]):
+        self.cfg, self.folder, self.ema, self.tags = cfg, folder, ema, tags
         self.step = 0
+        self.trains = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.step = trainer.global_step
+        self.step, self.trains = trainer.global_step, True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -47,6 +55,10 @@ class Export(Callback):
         if self.cfg.export.push_to_hub:
             push(self.cfg.export, self.folder.export, f"{self.cfg.dataset.instance_prompt}: {trainer.global_step} steps")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.trains:  # it was killed after its last checkpoint: no step was left, so Lightning neither began nor ended
+            self.on_train_end(trainer, pl_module)
+
     def write(self, module: LightningModule, step: int, target: Path, why: str = "") -> None:
         """Put the module's present weights into a folder, in place of what is there.
 
@@ -56,44 +68,57 @@ class Export(Callback):
         assert isinstance(module, DreamBooth)
         was_training = module.training
         module.eval()
-        aside, old = (target.with_name(f"{target.name}.{name}") for name in ("new", "old"))
-        shutil.rmtree(aside, ignore_errors=True)
-        learned: dict[str, Mapping[str, Tensor]] = {".": module.learning()}
-        if self.ema:
-            learned["ema"] = self.ema.average()
-        for name, weights in learned.items():
-            self._write_one(aside / name, target / name, module, weights, step, why)
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        learned: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.average()} if self.ema else {}
+        learned["."] = module.trainable_parameters()  # last: its page lists the average's folder
+        with durable.atomic_folder(target) as made:
+            for name, weights in learned.items():
+                require_finite(weights, step)
+                self._write_one(made / name, target / name, module, weights, step, why)
         module.train(was_training)
 
     def _write_one(
         self, folder: Path, place: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int, why: str
     ) -> None:  # fmt: skip
         """Into `folder`, which becomes `place` when all is there."""
-        family, owned = module.family, module.by_owner(weights)
-        folder.mkdir(parents=True)
-        if token := owned.pop(TOKEN, None):
-            family.save_token(folder, list(token.values()))
-        own = owned.pop(family.denoiser_part)
-        module.adapter.export(folder, Learned(family.denoiser_part, own, owned, self._header(weights, step), family.kohya))
+        family, adapter, owned = module.family, module.adapter, module.by_owner(weights)
+        averaged = folder.name == "ema"
+        form = export_form(self.cfg, family, averaged)
+        folder.mkdir(parents=True, exist_ok=True)
         word = module.text.token.word if module.text and module.text.token else None
-        text = card(self.cfg, self.folder, folder, place, step, module.adapter, family, word, why)
+        token, own = owned.pop(TOKEN, None), owned.pop(family.denoiser_part)
+        said = Described(
+            form.name, family.spec, adapter.kind, family.path.prediction, self.tags, self.folder.newest_picture(averaged), step,
+            _digest(weights),
+        )  # fmt: skip
+        files = adapter.export(
+            folder, ExportWeights(family.denoiser_part, own, owned, header(self.cfg, said), family.kohya, form)
+        )
+        if token and word:
+            told = header(self.cfg, said._replace(kind="textual-inversion", name=word))
+            files[family.save_token(folder, word, list(token.values()), told)] = "embedding"
+        text = card(self.cfg, self.folder, folder, place, step, adapter, family, form, files, word, why)
         (folder / "README.md").write_text(text, encoding="utf-8")
+        if self.cfg.export.metadata is not enums.Metadata.full:
+            strip(folder)
+        apply_umask(folder)
 
-    def _header(self, weights: Mapping[str, Tensor], step: int) -> dict[str, str]:
-        """Of every safetensors file: what made it, less whom pictures were sent to, since addresses can be secret."""
-        public = OmegaConf.masked_copy(self.cfg, [str(key) for key in self.cfg if key != "webhook"])
-        digest = hashlib.sha256()
-        for name in sorted(weights):
-            digest.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
-        return {
-            "base_model": self.cfg.model.pretrained,
-            "instance_prompt": self.cfg.dataset.instance_prompt,
-            "steps": str(step),
-            "made_by": f"dreambooth-lab {__version__}",
-            "weights_sha256": digest.hexdigest(),
-            "config": OmegaConf.to_yaml(public, resolve=True),
-        }
+
+def export_form(cfg: DictConfig, family: Family, averaged: bool = False) -> Form:
+    """How the files of a run's export are written. A file that no other program reads is left out, and a pipeline without a LoRA
+    loader gets peft's folder."""
+    formats = list(cfg.export.formats)
+    lora = cfg.adapter.algorithm in ("lora", "dora")
+    if lora and not family.programs:
+        formats = [one for one in formats if one is not enums.Format.comfyui]
+    if lora and not family.loads_lora:
+        formats = [enums.Format.peft, enums.Format.diffusers]
+    name = f"{cfg.export.name}_ema" if averaged else cfg.export.name
+    return Form(name, getattr(torch, cfg.export.dtype.value), tuple(formats))
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        numbers = weights[name].detach().cpu().reshape(-1).view(torch.uint8)  # numpy has no bfloat16
+        digest.update(name.encode() + numbers.numpy().tobytes())
+    return digest.hexdigest()

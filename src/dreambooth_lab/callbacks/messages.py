@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from ..config import ReceiverKind
+from ..config import enums
 
 PREVIEW_TRIES = 2
 
@@ -47,7 +47,7 @@ Line = tuple[int, str, float | None]  # optimiser step, name, value; None where 
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Metrics:
     """Some logged numbers of a run."""
 
     run: str
@@ -66,7 +66,7 @@ def raw_request(message: Message) -> dict[str, Any]:
     return {"json": {"type": kind, **message.facts, "image": base64.b64encode(message.png()).decode()}}
 
 
-def numbers_request(numbers: Numbers) -> dict[str, Any]:
+def metrics_request(numbers: Metrics) -> dict[str, Any]:
     """Arguments of an HTTP POST: JSON, each line [step, name, value]."""
     return {"json": {"type": "metrics", "run": numbers.run, "lines": numbers.lines}}
 
@@ -79,4 +79,4 @@ def discord_request(message: Message) -> dict[str, Any]:
     return {"data": {"payload_json": json.dumps(payload)}, "files": {"files[0]": ("picture.png", message.png(), "image/png")}}
 
 
-REQUESTS = {ReceiverKind.raw: raw_request, ReceiverKind.discord: discord_request}
+REQUESTS = {enums.ReceiverKind.raw: raw_request, enums.ReceiverKind.discord: discord_request}

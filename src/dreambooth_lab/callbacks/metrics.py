@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..runfolder import METRICS_HEADER, RunFolder
+from .async_read import Event, read, record_event
 
 NAMES = {"total": "train/loss", "instance": "train/loss_instance", "prior": "train/loss_prior"}
 
@@ -23,7 +25,8 @@ def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
 
 
 class StepMetrics(Callback):
-    """Means over the micro-batches and ranks of an optimiser step, logged under the number of steps done.
+    """Means over the micro-batches and ranks of an optimiser step, logged under the number of steps done: of the loss as it is
+    minimised, and of the errors of the instance rows and of the class rows that the step has, where it has some.
 
     Args:
         every_n_steps: write every n-th step; the values of the others are not read from the device.
@@ -31,25 +34,46 @@ class StepMetrics(Callback):
 
     def __init__(self, every_n_steps: int):
         self.every_n_steps = every_n_steps
-        self.parts: dict[str, list[Tensor]] = {}
+        self.parts: dict[str, list[tuple[Tensor, int]]] = {}  # values, and of how many rows
         self.last: dict[str, float] = {}
         self.step = 0
+        self.rate = 0.0  # of the newest step
+        self.known: Event = None  # where the newest micro-batch's values are there
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.known = record_event(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.rate = float(optimizer.param_groups[0]["lr"])  # at the end of the batch it is the next step's already
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        rows = {"total": 1, "instance": len(batch.instance_rows), "prior": len(batch.class_rows)}
         for name in NAMES.keys() & outputs.keys():
-            self.parts.setdefault(name, []).append(outputs[name])
+            self.parts.setdefault(name, []).append((outputs[name], rows[name]))
         if trainer.global_step == self.step:
             return  # gradients are still being accumulated
         self.step = trainer.global_step
         if self.step % self.every_n_steps == 0 or self.step == trainer.max_steps:
-            means = {name: torch.stack(self.parts[name]).mean() for name in NAMES if name in self.parts}
-            self.last = {NAMES[name]: float(trainer.strategy.reduce(mean, reduce_op="mean")) for name, mean in means.items()}
-            self.last["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            self.last = self._means(trainer)
+            self.last["train/lr"] = self.rate
             record(trainer, self.last, self.step)
         self.parts = {}
+
+    def _means(self, trainer: Trainer) -> dict[str, float]:
+        """Over all rows of the step, on all ranks; what has no row there has no value."""
+        sums = torch.zeros(len(NAMES), 2, dtype=torch.float64)  # sum, rows
+        for own, name in zip(sums, NAMES, strict=True):
+            if parts := self.parts.get(name):
+                values = read([value for value, _ in parts], self.known).double()
+                rows = torch.tensor([n for _, n in parts], dtype=torch.float64)
+                own += torch.stack([(values * rows).sum(), rows.sum()])
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+        found = zip(NAMES.values(), sums.tolist(), strict=True)
+        return {name: total / rows for name, (total, rows) in found if rows}
 
 
 class MetricsFile(Logger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from math import floor
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..dreambooth import DreamBooth
 
+log = logging.getLogger(__name__)
 
-class Timetable(NamedTuple):
+
+class Interval(NamedTuple):
     """Every n optimiser steps, every x epochs (0.5: twice an epoch), and at the last step; 0 leaves either out."""
 
     every_n_steps: int
@@ -22,47 +25,56 @@ class Timetable(NamedTuple):
 
     def due(self, step: int) -> bool:
         by_steps = self.every_n_steps > 0 and step % self.every_n_steps == 0
-        return by_steps or step == self.last or self._laps(step) > self._laps(step - 1)
+        return by_steps or step == self.last or self._periods_passed(step) > self._periods_passed(step - 1)
 
-    def _laps(self, step: int) -> int:
+    def _periods_passed(self, step: int) -> int:
         """How often the share of an epoch has gone by."""
         return floor(step / (self.every_n_epochs * self.steps_per_epoch) + 1e-9) if self.every_n_epochs else 0
 
 
 class Periodic(Callback):
-    """Looks at the base model (step 0), when the timetable says, and at the end, which an early stop may bring sooner.
+    """Looks at the base model (step 0), when the interval says, and at the end, which an early stop may bring sooner.
 
-    Inside `look` there is no dropout and no gradient; afterwards mode, optimiser and torch's generators are as before.
+    Inside `evaluate` there is no dropout and no gradient; afterwards mode, optimiser and torch's generators are as before.
     """
 
-    def __init__(self, timetable: Timetable):
-        self.timetable = timetable
-        self.step = self.looked = -1
+    def __init__(self, interval: Interval):
+        self.interval = interval
+        self.step = self.evaluated = -1
 
     @abstractmethod
-    def look(self, step: int, trainer: Trainer, module: DreamBooth) -> None:
+    def evaluate(self, step: int, trainer: Trainer, module: DreamBooth) -> None:
         """Look at the weights after `step` optimiser steps."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
-            self._look(0, trainer, pl_module)
-        self.step = self.looked = trainer.global_step
+            self._evaluate(0, trainer, pl_module)
+        self.step = self.evaluated = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step != self.step and self.timetable.due(step):
-            self._look(step, trainer, pl_module)
+        if step != self.step and self.interval.due(step):
+            self._evaluate(step, trainer, pl_module)
         self.step = step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.looked != trainer.global_step:
-            self._look(trainer.global_step, trainer, pl_module)
+        if self.evaluated != trainer.global_step:
+            self._evaluate(trainer.global_step, trainer, pl_module)
 
-    def _look(self, step: int, trainer: Trainer, module: LightningModule) -> None:
+    def _evaluate(self, step: int, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, DreamBooth)
         was_training = module.training
         module.eval()
         with torch.random.fork_rng(), torch.no_grad():
-            self.look(step, trainer, module)
+            self._try(step, trainer, module)
         module.train(was_training)
-        self.looked = step
+        self.evaluated = step
+
+    def _try(self, step: int, trainer: Trainer, module: DreamBooth) -> None:
+        """A look that fails costs what it would have shown, not what was trained; at the base model nothing is lost yet."""
+        try:
+            self.evaluate(step, trainer, module)
+        except (OSError, RuntimeError) as error:
+            if step == 0:
+                raise
+            log.exception("%s failed at step %d (%s); training goes on", type(self).__name__, step, error)

@@ -35,32 +35,36 @@ class Previews:
     def __init__(self, cfg: PreviewConfig, sender: Sender, family: Family, run: str):
         self.cfg, self.sender, self.family, self.name = cfg, sender, family, run
 
-    def on_step(self, facts: dict[str, Any], seeds: Sequence[int]) -> OnStep | None:
+    def on_step(self, facts: dict[str, Any], seeds: Sequence[int], first: int = 0) -> OnStep | None:
         """What sampling should call; None when previews are off.
 
         Args:
             facts: prompt, training_step, total_steps.
             seeds: of the pictures, in order.
+            first: number of the first of them.
         """
         if not self.cfg.enabled:
             return None
 
         def show(step: int, latents: Tensor) -> None:
             if step % self.cfg.every_n_steps == 0:
-                self._send(_pictures(self.family.preview(latents)), facts | {"sampler_step": step}, seeds, final=False)
+                shown = _pictures(self.family.preview(latents))
+                self._send(shown, facts | {"sampler_step": step}, seeds, first=first, final=False)
 
         return show
 
     def done(self, pictures: Sequence[Path], facts: dict[str, Any], seeds: Sequence[int]) -> None:
         """Send the files of finished pictures."""
-        self._send(pictures, facts | {"sampler_step": facts["total_steps"]}, seeds, final=True)
+        self._send(pictures, facts | {"sampler_step": facts["total_steps"]}, seeds, first=0, final=True)
 
-    def _send(self, pictures: Sequence[Image.Image | Path], facts: dict[str, Any], seeds: Sequence[int], final: bool) -> None:
-        for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+    def _send(
+        self, pictures: Sequence[Image.Image | Path], facts: dict[str, Any], seeds: Sequence[int], first: int, final: bool
+    ) -> None:
+        for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True), first):
             self.sender.send(Message(picture, {"run": self.name, **facts, "seed": seed, "image_index": i}, final))
 
 
-class SentNumbers(Logger):
+class WebhookLogger(Logger):
     """A run's numbers, as they are logged.
 
     Args:
@@ -74,13 +78,13 @@ class SentNumbers(Logger):
         self.sender, self.run = sender, run
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.sender.tell(self.run, step or 0, metrics)
+        self.sender.send_metrics(self.run, step or 0, metrics)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nobody is told."""
 
 
-class Farewell(Callback):
+class CloseWebhooks(Callback):
     """Waits a little, when all is over, for what is on its way, and says what became of it. Comes after all that sends."""
 
     def __init__(self, sender: Sender):

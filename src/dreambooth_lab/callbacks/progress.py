@@ -1,37 +1,92 @@
-"""The bar in the terminal."""
+"""The progress of training: a bar in the terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
+import logging
 import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..data.module import DreamBoothData
 from ..dreambooth import DreamBooth
-from ..speed import peak, row_flops
+from ..profiling.phases import Phases
+from ..profiling.speed import peak, row_flops
+from ..terminal import console, span
 from .metrics import StepMetrics
+from .periodic import Interval
+
+log = logging.getLogger(__name__)
+
+WIDE, NARROW = 110, 75  # characters of a terminal under which the bar says less
+FIRST = 3  # steps that no time is measured on: kernels are chosen and compiled
+LOG_EVERY = 60.0  # seconds between two lines in a log file
+
+
+class TimeLeft:
+    """How long a run will take, from the steps and looks that it has behind it.
+
+    Args:
+        looks: phase → when its looks come; a look takes what those behind it took on average.
+    """
+
+    def __init__(self, looks: Mapping[str, Interval], last: int):
+        every = range(1, last + 1)
+        self.last, self.looks = last, {phase: [step for step in every if when.due(step)] for phase, when in looks.items()}
+        self.start = self.since = 0
+        self.began, self.took_before, self.measuring = 0.0, 0.0, False
+
+    def begin(self, step: int, now: float) -> None:
+        """Training begins behind so many steps."""
+        self.start, self.since, self.began, self.measuring = step, step, now, False
+
+    def seconds(self, step: int, now: float, took: Mapping[str, float]) -> float | None:
+        """From now to the end; None while too little is known.
+
+        Args:
+            took: phase → seconds so far, which are not the steps'.
+        """
+        aside = sum(took.values())
+        if not self.measuring:
+            if step - self.start >= FIRST:
+                self.since, self.began, self.took_before, self.measuring = step, now, aside, True
+            return None
+        if step <= self.since:
+            return None
+        a_step = (now - self.began - (aside - self.took_before)) / (step - self.since)
+        return (self.last - step) * a_step + sum(self._looks(phase, step, took.get(phase, 0.0)) for phase in self.looks)
+
+    def _looks(self, phase: str, step: int, took: float) -> float:
+        """Seconds of the looks that are to come, this step's among them, if one is behind it: the base model's, or one since."""
+        due = self.looks[phase]
+        done = max(bisect_left(due, step) - bisect_right(due, self.start), 0) + (self.start == 0)
+        return (len(due) - bisect_left(due, step)) * took / done if done else 0.0
 
 
 class Bar(Callback):
     """Optimiser steps with loss, steps and samples a second over the last seconds, the share of the device's peak where that is
-    known, memory and time left.
+    known, memory and time left; as narrow as the terminal. Where the output is no terminal, a line a minute.
 
     Args:
         metrics: placed before this callback; its newest values are shown.
         rows: of an optimiser step.
+        left: tells the time.
     """
 
-    def __init__(self, metrics: StepMetrics, data: DreamBoothData, rows: int):
-        self.metrics, self.data, self.rows = metrics, data, rows
+    def __init__(self, metrics: StepMetrics, data: DreamBoothData, rows: int, left: TimeLeft):
+        self.metrics, self.data, self.rows, self.left = metrics, data, rows, left
         self.step_share = 0.0  # of the device's peak, at one step a second; 0: not known
-        self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )  # fmt: skip
+        self.console = console()
+        columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")]
+        if self.console.width < NARROW:
+            columns = columns[2:]
+        self.bar = Progress(*columns, console=self.console)
+        self.estimated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DreamBooth)
@@ -40,28 +95,52 @@ class Bar(Callback):
             self.step_share = self.rows * row_flops(pl_module, self.data.text(""), self.data.schedule.buckets) / most
         self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, told="")
         self.shown, self.since = trainer.global_step, time.monotonic()
-        self.bar.start()
+        self.left.begin(self.shown, self.since)
+        if self.console.is_terminal:
+            self.bar.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         now, step = time.monotonic(), trainer.global_step
-        if now - self.since < 1 and step < trainer.max_steps:
+        left = self.left.seconds(step, now, _took(trainer, self.left.looks))
+        every = 1 if self.console.is_terminal else LOG_EVERY
+        if left is not None and not self.estimated and now - self.left.began >= 1:
+            self._estimate(step, left)
+        elif now - self.since < every and step < trainer.max_steps:
             return
         rate = (step - self.shown) / max(now - self.since, 1e-9)
-        self.bar.update(self.task, completed=step, told=self.told(rate, pl_module.device))
+        told = self.status(rate, pl_module.device, left)
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=step, told=told)
+        else:
+            log.info("step %d of %d  %s", step, trainer.max_steps, told)
         self.shown, self.since = step, now
 
-    def told(self, rate: float, device: torch.device) -> str:
-        """The newest loss and the pace, at `rate` steps a second."""
-        loss = self.metrics.last.get("train/loss", float("nan"))
-        share = f"  {self.step_share * rate:.0%} of peak" if self.step_share else ""
-        pace = f"{rate:.2f} steps/s  {rate * self.rows:.1f} samples/s{share}"
-        return f"loss {loss:.4f}  {pace}  {_memory(device) / 2**30:.1f} GiB"
+    def _estimate(self, step: int, left: float) -> None:
+        """Once, when the first steps have told how long the others take."""
+        self.estimated = True
+        self.bar.console.print(f"about {span(left)} to go, as steps {self.left.since + 1} to {step} and the pictures so far went")
+
+    def status(self, rate: float, device: torch.device, left: float | None = None) -> str:
+        """The newest loss and the pace, at `rate` steps a second; less of it in a narrow terminal."""
+        loss = f"loss {self.metrics.last.get('train/loss', float('nan')):.4f}"
+        share = f"{self.step_share * rate:.0%} of peak" if self.step_share else ""
+        parts = [loss, f"{rate:.2f} steps/s", f"{_memory(device) / 2**30:.1f} GiB"]
+        if self.console.width >= WIDE:
+            parts[2:2] = [f"{rate * self.rows:.1f} samples/s", share]
+        return "  ".join(part for part in [*parts, f"{span(left)} left" if left is not None else ""] if part)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.bar.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.bar.stop()
+
+
+def _took(trainer: Trainer, phases: Collection[str]) -> dict[str, float]:
+    """Phase → seconds so far."""
+    profiler = getattr(trainer, "profiler", None)
+    of = profiler.of if isinstance(profiler, Phases) else {}
+    return {name: phase.seconds for name, phase in of.items() if name in phases}
 
 
 def _memory(device: torch.device) -> int:

@@ -1,27 +1,35 @@
-"""What the validation pictures are worth: CLIP score and the DreamBooth paper's metrics (Ruiz et al. 2023, §4.2, §5.3).
+"""What the validation pictures are worth: CLIP score, the DreamBooth paper's metrics (Ruiz et al. 2023, §4.2, §5.3), diversity.
 
 Cosine similarities on a 0–1 scale, every one also kept per picture in scores.csv, so that changes against step 0 can be
 compared picture by picture (same prompt, same noise).
 
-    clip/mean …    CLIP-T: each picture with its own prompt; mean, min, max, std over all pictures
-    subject/…      pictures of prompts with the rare word, each with the mean of the subject's photos: clip_i, dino, dino_masked
-    class/pres_…   the same for prompts of the class without the rare word: how far the class has become the subject
-    class/div_…    1 - mean similarity among the pictures of one such prompt: falls when the class collapses
+    clip/mean …        CLIP-T: each picture with its own prompt; mean, min, max, std over all pictures
+    subject/…          pictures of prompts with the rare word, with the mean of the subject's photos: clip_i, dino, dino_masked
+    class/pres_…       the same for prompts of the class without the rare word: how far the class has become the subject
+    class/diversity_…  1 - mean cosine among the embeddings of the pictures of one such prompt: falls when the class collapses
+
+Diversity is not the paper's DIV, which is the mean LPIPS distance among pictures of one subject and prompt, on another scale:
+LPIPS needs a network's weights, and no library that is used here loads them from a folder.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import NormalDist, fmean, pstdev, stdev
+from contextlib import ExitStack
+from statistics import fmean, pstdev, stdev
 from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from ..config import words
-from ..models.judges import Clip, Judge, MaskedDino, Photo
+from .. import names
+from ..config import Subject
+from ..models.feature_extractors import Clip, FeatureExtractor, MaskedDino, Photo
 from ..runfolder import RunFolder
-from .ledger import Ledger
+from .csv_log import CsvLog
+
+log = logging.getLogger(__name__)
 
 
 class Score(NamedTuple):
@@ -40,35 +48,39 @@ class Scores:
         clip: also scores against prompts; None leaves those out.
         judges: name → network, that compare pictures with the photos.
         photos: the subject's.
-        instance_prompt, class_prompt: tell which validation prompts are about the subject, and which about its class.
+        subject: tells which validation prompts are about the subject, and which about its class.
     """
 
     def __init__(
-        self, folder: RunFolder, clip: Clip | None, judges: Mapping[str, Judge | MaskedDino], photos: Sequence[Photo],
-        instance_prompt: str, class_prompt: str | None,
+        self, folder: RunFolder, clip: Clip | None, judges: Mapping[str, FeatureExtractor | MaskedDino], photos: Sequence[Photo],
+        subject: Subject,
     ):  # fmt: skip
-        self.ledger, self.clip, self.judges = Ledger(folder.scores, Score), clip, judges
-        self.photos = {name: judge.see_photos(photos) for name, judge in judges.items()}
-        self.rare = set(words(instance_prompt)) - set(words(class_prompt or "")) - {"a", "an", "the"}
-        self.noun = words(class_prompt)[-1] if class_prompt else None
+        self.table, self.clip, self.judges = CsvLog(folder.scores, Score), clip, judges
+        self.photos = {name: judge.embed_photos(photos) for name, judge in judges.items()}
+        self.subject = subject
+        if not subject.rare:
+            told = "only validation prompts that hold the whole instance prompt are scored as the subject"
+            log.warning("the rare word is not clear, so %s; set adapter.token to it, or dataset.class_prompt", told)
 
     def __call__(self, prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> list[Score]:
         """Score pictures, a row a prompt; whose they are is for the caller to fill in."""
-        return [score for prompt, row in zip(prompts, rows, strict=True) for score in self._score(prompt, row)]
+        with ExitStack() as there:
+            for judge in self.judges.values():
+                there.enter_context(judge.on_device())
+            return [score for prompt, row in zip(prompts, rows, strict=True) for score in self._score(prompt, row)]
 
     def _score(self, prompt: str, row: Sequence[Image.Image]) -> Iterator[Score]:
-        seen = {name: judge.see(row) for name, judge in self.judges.items()}
+        seen = {name: judge.embed(row) for name, judge in self.judges.items()}
         if self.clip:
-            fits = (seen["clip_i"] @ self.clip.read([prompt]).T)[:, 0]
+            fits = (seen["clip_i"] @ self.clip.embed_texts([prompt]).T)[:, 0]
             yield from _scores("clip_t", prompt, fits.tolist())
-        said = set(words(prompt))
         for name, vectors in seen.items():
             alike = (vectors @ self.photos[name].T).mean(1).tolist()
-            if self.rare & said:
+            if self.subject.is_subject(prompt):
                 yield from _scores(name, prompt, alike)
-            elif self.noun in said:
+            elif self.subject.is_class(prompt):
                 yield from _scores(f"pres_{name}", prompt, alike)
-                yield from _scores(f"div_{name}", prompt, _apart(vectors))
+                yield from _scores(f"diversity_{name}", prompt, _apart(vectors))
 
 
 def _scores(metric: str, prompt: str, values: Sequence[float]) -> Iterator[Score]:
@@ -82,7 +94,7 @@ def _apart(vectors: Tensor) -> list[float]:
 
 
 def read_scores(folder: RunFolder) -> list[Score]:
-    return Ledger(folder.scores, Score).read()
+    return CsvLog(folder.scores, Score).read()
 
 
 def summary(scores: Sequence[Score]) -> dict[str, float]:
@@ -90,13 +102,13 @@ def summary(scores: Sequence[Score]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for score in scores:
         values.setdefault(score.metric, []).append(score.value)
-    logged: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for metric, found in values.items():
         if metric == "clip_t":
-            logged |= {"clip/mean": fmean(found), "clip/min": min(found), "clip/max": max(found), "clip/std": pstdev(found)}
+            numbers |= {"clip/mean": fmean(found), "clip/min": min(found), "clip/max": max(found), "clip/std": pstdev(found)}
         else:
-            logged[f"{'class' if metric.startswith(('pres', 'div')) else 'subject'}/{metric}"] = fmean(found)
-    return logged
+            numbers[names.of_score(metric)] = fmean(found)
+    return numbers
 
 
 class Change(NamedTuple):
@@ -136,14 +148,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     if n < 3:
         return float("nan"), float("nan")
-    half = _student(n - 1) * stdev(values) / n**0.5
+    from scipy import stats  # half a second, for those who score
+
+    half = float(stats.t.ppf(0.975, n - 1)) * stdev(values) / n**0.5
     return fmean(values) - half, fmean(values) + half
-
-
-def _student(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t, within 1 % from 3 degrees on (Abramowitz & Stegun 26.7.5)."""
-    z, v = NormalDist().inv_cdf(0.975), degrees
-    return (
-        z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )  # fmt: skip

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from PIL import Image
 
-from ..batch import Text
+from ..batch import Caption, Text
 from ..data.module import DreamBoothData
 from ..dreambooth import DreamBooth
 from ..runfolder import RunFolder
-from . import pictures
-from .ema import EMA, LIVE, PREFIX, Looks
+from . import image_grids
+from .ema import EMA, LIVE, PREFIX, EvalWeights
+from .image_grids import Rows
 from .metrics import record
-from .periodic import Periodic, Timetable
+from .periodic import Interval, Periodic
 from .preview import Previews
 from .scores import Score, Scores, summary
+
+Drawn = dict[int, list[Image.Image]]  # number of the prompt → its images
 
 
 class Validation(Periodic):
@@ -28,60 +33,109 @@ class Validation(Periodic):
     """
 
     def __init__(
-        self, timetable: Timetable, cfg: DictConfig, data: DreamBoothData, folder: RunFolder, looks: Looks,
+        self, interval: Interval, cfg: DictConfig, data: DreamBoothData, folder: RunFolder, weights: EvalWeights,
         previews: Previews | None, scores: Scores | None,
     ):  # fmt: skip
-        super().__init__(timetable)
-        self.cfg, self.data, self.folder, self.looks, self.previews, self.scores = cfg, data, folder, looks, previews, scores
+        super().__init__(interval)
+        self.cfg, self.data, self.folder, self.weights, self.previews, self.scores = cfg, data, folder, weights, previews, scores
 
-    def look(self, step: int, trainer: Trainer, module: DreamBooth) -> None:
+    def evaluate(self, step: int, trainer: Trainer, module: DreamBooth) -> None:
         scores: list[Score] = []
-        for kind, holds_for in self.looks.at(step):
-            second = step > 0 and kind != self.looks.kinds[0]
+        for kind, holds_for in self.weights.at_step(step):
+            second = step > 0 and kind != self.weights.kinds[0]
             folder = self.folder.averaged if second else self.folder.pictures
-            with self.looks(module, kind):
-                rows = [self._draw(module, i, step, kind, folder) for i in range(len(self.cfg.prompts))]
-            sheet = pictures.save_grid(folder, step, rows)
-            pictures.show(trainer.loggers, f"pictures/{kind}", sheet, step)
+            with self.weights(module, kind):
+                rows = self._draw_all(step, kind, folder, trainer, module)
+            if not trainer.is_global_zero:
+                continue
+            sheet = image_grids.save_grid(folder, step, rows)
+            image_grids.show(trainer.loggers, f"pictures/{kind}", sheet, step)
             seen = self.scores(self.cfg.prompts, rows) if self.scores else []
             for name in holds_for if seen else ():
                 scores += [score._replace(step=step, weights=name) for score in seen]
                 record(trainer, {PREFIX[name] + metric: value for metric, value in summary(seen).items()}, step)
+        if not trainer.is_global_zero:
+            return
         if self.scores:
-            self.scores.ledger.add(step, scores)
-        if self.looks.kinds == (LIVE, EMA) and step > 0:
+            self.scores.table.add(step, scores)
+        if self.weights.kinds == (LIVE, EMA) and step > 0:
             self._compare(step, trainer)
+
+    def _draw_all(self, step: int, kind: str, folder: Path, trainer: Trainer, module: DreamBooth) -> Rows:
+        """Every prompt's images, the ranks in turn; the first rank gets and saves all, the others know their own."""
+        own: dict[int, list[Image.Image]] = {}
+        failed: Exception | None = None
+        try:
+            for number in range(trainer.global_rank, len(self.cfg.prompts), trainer.world_size):
+                own[number] = self._draw(module, number, step, kind)
+                if trainer.is_global_zero:
+                    self._keep(number, own[number], step, kind, folder)
+        except (OSError, RuntimeError) as error:  # told after the others have sent theirs, or they would wait for this rank
+            failed = error
+        whole, broken = gathered(own, str(failed) if failed else "", trainer)
+        if failed or broken:
+            raise failed or RuntimeError(broken)
+        for number in whole.keys() - own.keys():
+            self._keep(number, whole[number], step, kind, folder)
+        return list(whole.values())
 
     def _compare(self, step: int, trainer: Trainer) -> None:
         """The base model's pictures, the live weights', the average's."""
         name = f"step_{step:07d}.png"
         paths = (self.folder.base, self.folder.pictures / name, self.folder.averaged / name)
-        sheet = pictures.beside([Image.open(path) for path in paths], len(self.cfg.prompts))
+        sheet = image_grids.beside([Image.open(path) for path in paths], len(self.cfg.prompts))
         self.folder.compared.mkdir(exist_ok=True)
         sheet.save(self.folder.compared / name)
-        pictures.show(trainer.loggers, "pictures/base_live_ema", sheet, step)
+        image_grids.show(trainer.loggers, "pictures/base_live_ema", sheet, step)
 
     def _photos(self, module: DreamBooth, n: int) -> list[Image.Image]:
         """What pictures begin from, in families that refine: the subject's photos in turn."""
-        own = [photo.image for photo in self.data.photos()] if module.family.refines else []
+        own = [photo.image for photo in self.data.photos()] if module.family.needs_image else []
         return [own[i % len(own)] for i in range(n)] if own else []
 
-    def _text(self, module: DreamBooth, prompt: str) -> Text:
+    def _text(self, module: DreamBooth, prompt: Caption) -> Text:
         return module.text.encode([prompt]) if module.text and module.text.changes(prompt) else self.data.text(prompt)
 
-    def _draw(self, module: DreamBooth, number: int, step: int, kind: str, folder: Path) -> list[Image.Image]:
-        """One prompt's pictures, saved and sent."""
-        n, prompt = self.cfg.num_images, self.cfg.prompts[number]
-        seeds = range(self.cfg.seed, self.cfg.seed + n)
-        facts = {"prompt": prompt, "training_step": step, "total_steps": self.cfg.num_inference_steps, "weights": kind}
-        drawn = module.family.generate(
-            self._text(module, prompt).repeat(n), self._text(module, self.cfg.negative_prompt).repeat(n),
-            height=self.cfg.resolution, width=self.cfg.resolution,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.cfg.num_inference_steps,
-            guidance_scale=self.cfg.guidance_scale, photos=self._photos(module, n),
-            on_step=self.previews.on_step(facts, seeds) if self.previews else None,
-        )  # fmt: skip
-        paths = pictures.save_row(folder, step, number, drawn)
+    def _facts(self, number: int, step: int, kind: str) -> dict[str, Any]:
+        prompt, whole = self.cfg.prompts[number], self.cfg.num_inference_steps
+        return {"prompt": prompt, "training_step": step, "total_steps": whole, "weights": kind}
+
+    @property
+    def _seeds(self) -> range:
+        return range(self.cfg.seed, self.cfg.seed + self.cfg.num_images)
+
+    def _keep(self, number: int, images: list[Image.Image], step: int, kind: str, folder: Path) -> None:
+        """Save and send a prompt's images."""
+        paths = image_grids.save_row(folder, step, number, images)
         if self.previews:
-            self.previews.done(paths, facts, seeds)
+            self.previews.done(paths, self._facts(number, step, kind), self._seeds)
+
+    def _draw(self, module: DreamBooth, number: int, step: int, kind: str) -> list[Image.Image]:
+        """One prompt's images."""
+        n, prompt, seeds = self.cfg.num_images, self.cfg.prompts[number], self._seeds
+        facts = self._facts(number, step, kind)
+        text, against = self._text(module, prompt), self._text(module, self.cfg.negative_prompt or None)
+        photos, size = self._photos(module, n), self.cfg.batch_size
+        drawn: list[Image.Image] = []
+        for first in range(0, n, size):
+            some = seeds[first : first + size]
+            drawn += module.family.generate(
+                text.repeat(len(some)), against.repeat(len(some)), height=self.cfg.resolution, width=self.cfg.resolution,
+                generator=[torch.Generator().manual_seed(seed) for seed in some],
+                num_inference_steps=self.cfg.num_inference_steps, guidance_scale=self.cfg.guidance_scale,
+                photos=photos[first : first + size],
+                on_step=self.previews.on_step(facts, some, first) if self.previews else None,
+            )  # fmt: skip
         return drawn
+
+
+def gathered(own: Drawn, failed: str, trainer: Trainer) -> tuple[Drawn, str]:
+    """On the first rank what all ranks have drawn, elsewhere what this one has; and what went wrong on any."""
+    if trainer.world_size == 1:
+        return own, failed
+    parts: list[tuple[Drawn, str]] = [(own, failed)] * trainer.world_size
+    dist.gather_object((own, failed), parts if trainer.is_global_zero else None)
+    if not trainer.is_global_zero:
+        return {}, failed
+    whole = {number: images for drawn, _ in parts for number, images in drawn.items()}
+    return dict(sorted(whole.items())), "; ".join(told for _, told in parts if told)

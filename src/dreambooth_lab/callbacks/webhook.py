@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx
 
-from ..config import ReceiverConfig, ReceiverKind
-from .messages import REQUESTS, Line, Message, Numbers, numbers_request
+from ..config import ReceiverConfig, enums
+from .messages import REQUESTS, Line, Message, Metrics, metrics_request
 
 log = logging.getLogger(__name__)
 for _talker in ("httpx", "httpcore"):
@@ -27,8 +27,8 @@ for _talker in ("httpx", "httpcore"):
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)  # seconds
 PREVIEWS_WAITING = 8  # per receiver
-NUMBERS_WAITING = 2000  # per receiver
-NUMBERS_EVERY = 1.0  # seconds between two letters of numbers
+METRICS_WAITING = 2000  # per receiver
+METRICS_EVERY = 1.0  # seconds between two letters of numbers
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next try; the last repeats
 LAST_PAUSE = 0.5  # seconds at most, once the run has ended
 OUTCOMES = ("sent", "retried", "dropped", "numbers sent", "numbers dropped")
@@ -44,15 +44,15 @@ class Receiver(threading.Thread):
         token: sent as a bearer token, or None.
     """
 
-    def __init__(self, name: str, kind: ReceiverKind, url: str, token: str | None):
+    def __init__(self, name: str, kind: enums.ReceiverKind, url: str, token: str | None):
         super().__init__(name=f"webhook-{name}", daemon=True)
-        self.label, self.url, self.wants_numbers = name, url, kind is ReceiverKind.raw
+        self.label, self.url, self.wants_metrics = name, url, kind is enums.ReceiverKind.raw
         self.request = REQUESTS[kind]
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.previews: deque[Message] = deque()
         self.finals: deque[Message] = deque()
-        self.numbers: deque[tuple[str, Line]] = deque()  # with their run
-        self.numbers_due = 0.0  # monotonic time before which no letter of numbers leaves
+        self.metrics: deque[tuple[str, Line]] = deque()  # with their run
+        self.metrics_due = 0.0  # monotonic time before which no letter of numbers leaves
         self.counts: Counter[str] = Counter()
         self.wake = threading.Condition()
         self.deadline: float | None = None  # monotonic time after which nothing is tried any more
@@ -69,13 +69,13 @@ class Receiver(threading.Thread):
                     self.counts["dropped"] += 1
             self.wake.notify()
 
-    def tell(self, run: str, lines: list[Line]) -> None:
+    def put_metrics(self, run: str, lines: list[Line]) -> None:
         """Take numbers over; returns at once."""
         with self.wake:
-            idle = not self.numbers
-            self.numbers.extend((run, line) for line in lines)
-            while len(self.numbers) > NUMBERS_WAITING:
-                self.numbers.popleft()
+            idle = not self.metrics
+            self.metrics.extend((run, line) for line in lines)
+            while len(self.metrics) > METRICS_WAITING:
+                self.metrics.popleft()
                 self.counts["numbers dropped"] += 1
             if idle:
                 self.wake.notify()
@@ -91,36 +91,36 @@ class Receiver(threading.Thread):
             while message := self._next():
                 self._deliver(client, message)
 
-    def _next(self) -> Message | Numbers | None:
+    def _next(self) -> Message | Metrics | None:
         """What is to be delivered next, final pictures first; None when closed and empty, or out of time."""
         with self.wake:
             while not self._late():
                 if self.finals or self.previews:
                     return (self.finals or self.previews).popleft()
-                ending, pause = self.deadline is not None, self.numbers_due - time.monotonic()
-                if self.numbers and (ending or pause <= 0):
-                    return self._letter()
+                ending, pause = self.deadline is not None, self.metrics_due - time.monotonic()
+                if self.metrics and (ending or pause <= 0):
+                    return self._metrics_message()
                 if ending:
                     return None
-                self.wake.wait(pause if self.numbers else None)
+                self.wake.wait(pause if self.metrics else None)
             self.counts["dropped"] += len(self.finals) + len(self.previews)
-            self.counts["numbers dropped"] += len(self.numbers)
+            self.counts["numbers dropped"] += len(self.metrics)
             return None
 
-    def _letter(self) -> Numbers:
+    def _metrics_message(self) -> Metrics:
         """All waiting numbers of the oldest one's run."""
-        run = self.numbers[0][0]
-        lines = tuple(line for name, line in self.numbers if name == run)
-        self.numbers = deque(item for item in self.numbers if item[0] != run)
-        self.numbers_due = time.monotonic() + NUMBERS_EVERY
-        return Numbers(run, lines)
+        run = self.metrics[0][0]
+        lines = tuple(line for name, line in self.metrics if name == run)
+        self.metrics = deque(item for item in self.metrics if item[0] != run)
+        self.metrics_due = time.monotonic() + METRICS_EVERY
+        return Metrics(run, lines)
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def _deliver(self, client: httpx.Client, message: Message | Numbers) -> None:
+    def _deliver(self, client: httpx.Client, message: Message | Metrics) -> None:
         try:
-            arguments = numbers_request(message) if isinstance(message, Numbers) else self.request(message)
+            arguments = metrics_request(message) if isinstance(message, Metrics) else self.request(message)
         except OSError:
             self.counts[f"{message.kind}dropped"] += message.size
             log.warning("webhook %s: a picture is gone from the run's folder before it was sent", self.label)
@@ -176,12 +176,12 @@ class Sender:
         for receiver in self.receivers:
             receiver.put(message)
 
-    def tell(self, run: str, step: int, values: dict[str, float]) -> None:
+    def send_metrics(self, run: str, step: int, values: dict[str, float]) -> None:
         """Hand logged numbers to every receiver that wants them; returns at once, raises nothing."""
         lines: list[Line] = [(step, name, value if math.isfinite(value) else None) for name, value in values.items()]
         for receiver in self.receivers:
-            if receiver.wants_numbers:
-                receiver.tell(run, lines)
+            if receiver.wants_metrics:
+                receiver.put_metrics(run, lines)
 
     def close(self, patience: float) -> dict[str, dict[str, int]]:
         """Let what waits be delivered for at most `patience` seconds; receiver → its counts by `OUTCOMES`."""

@@ -4,49 +4,28 @@ Python says what is legal, YAML says what is chosen. Nothing here imports torch:
 well under a second.
 """
 
+from .adapter_rules import (
+    NOT_LYCORIS,
+    ON_LYCORIS,
+)
 from .check import (
     ConfigError,
+    Interrupted,
+    RunError,
     check,
 )
-from .choices import (
-    REGEX,
-    SIMPLETUNER_QUANT,
-    Attention,
-    CaptionKind,
-    Crop,
-    CropAspect,
-    DatasetType,
-    Dtype,
-    EmaValidation,
-    HuberSchedule,
-    LossKind,
-    MaskFrom,
-    Mode,
-    Outside,
-    PriorKind,
-    PriorSource,
-    QuantKind,
-    Ramp,
-    ReceiverKind,
-    ResolutionType,
-    RolloutKind,
-    RolloutTarget,
-    Sampler,
-    Schedule,
-    Timesteps,
-    Weight,
-)
-from .composing import (
-    anchor,
-    conf_dir,
-)
+from .compose import LOCAL, PLACES, conf_dir, resolve_paths
+from .division import processes, rows_per_batch, rows_per_step
+from .enums import REGEX, SIMPLETUNER_QUANT
 from .lycoris_file import (
     read_lycoris_file,
 )
 from .prompts import (
+    Subject,
     rare_word,
     words,
 )
+from .resume_schedule import set_schedule_length
 from .schema import (
     Config,
     PreviewConfig,
@@ -54,40 +33,27 @@ from .schema import (
 )
 
 __all__ = [
+    "LOCAL",
+    "NOT_LYCORIS",
+    "ON_LYCORIS",
+    "PLACES",
     "REGEX",
     "SIMPLETUNER_QUANT",
-    "Attention",
-    "CaptionKind",
     "Config",
     "ConfigError",
-    "Crop",
-    "CropAspect",
-    "DatasetType",
-    "Dtype",
-    "EmaValidation",
-    "HuberSchedule",
-    "LossKind",
-    "MaskFrom",
-    "Mode",
-    "Outside",
+    "Interrupted",
     "PreviewConfig",
-    "PriorKind",
-    "PriorSource",
-    "QuantKind",
-    "Ramp",
     "ReceiverConfig",
-    "ReceiverKind",
-    "ResolutionType",
-    "RolloutKind",
-    "RolloutTarget",
-    "Sampler",
-    "Schedule",
-    "Timesteps",
-    "Weight",
-    "anchor",
+    "RunError",
+    "Subject",
     "check",
     "conf_dir",
+    "processes",
     "rare_word",
     "read_lycoris_file",
+    "resolve_paths",
+    "rows_per_batch",
+    "rows_per_step",
+    "set_schedule_length",
     "words",
 ]

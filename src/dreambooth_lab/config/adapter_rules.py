@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
-from .choices import REGEX, Dtype, QuantKind
+from . import enums
+from .enums import REGEX
 from .lycoris_file import SUFFIX, read_lycoris_file
-from .reader import Bounds, Reader
+from .reader import Reader, installed
 
-BOUNDS: Bounds = (
-    ("adapter.rank", 1), ("adapter.alpha", 1e-6), ("adapter.dropout", 0, 0.99), ("adapter.token_lr_ratio", 0),
-    ("adapter.text_lr_ratio", 0),
-)  # fmt: skip
-QUANTO = (QuantKind.int8, QuantKind.int4, QuantKind.int2, QuantKind.fp8)
+QUANTO = (enums.QuantKind.int8, enums.QuantKind.int4, enums.QuantKind.int2, enums.QuantKind.fp8)
 PEFT, ON_QUANTISED = ("lora", "dora"), ("lora", "dora", "locon", "loha", "lokr")
+ON_LYCORIS = ("lora", "locon", "loha", "lokr", "glora", "diag-oft", "boft")
+ON_ALL_AT_ONCE = ("prodigyopt", "schedulefree")  # libraries whose optimisers keep more than a state for each weight
 NOT_LYCORIS = {
     "full": "takes the base's weights away for: use adapter=full",
     "dylora": "can't load again",
@@ -26,12 +24,11 @@ NOT_LYCORIS = {
 
 
 def problems(read: Reader) -> Iterator[str | None]:
-    yield from read.all_bounded(BOUNDS)
     yield from _adapter_problems(read)
     yield from _layer_problems(read)
     yield from _text_encoder_problems(read)
     for key in ("quant.kind", "quant.text_encoder_1", "quant.text_encoder_2", "quant.text_encoder_3"):
-        if read(key) is QuantKind.nf4 and not find_spec("bitsandbytes"):
+        if read(key) is enums.QuantKind.nf4 and not installed("bitsandbytes"):
             yield f"{key} is nf4, but bitsandbytes is not installed; pip install 'dreambooth-lab[bnb]', or use int4"
 
 
@@ -47,26 +44,29 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
             return
         options, algorithm = said, said.get("algo", algorithm)
     decomposed = algorithm == "dora" or options.get("use_dora") or options.get("dora_wd") or options.get("weight_decompose")
-    low, kind = read("model.dtype") not in (None, Dtype.float32), read("quant.kind") or QuantKind.none
+    low, kind = read("model.dtype") not in (None, enums.Dtype.float32), read("quant.kind") or enums.QuantKind.none
     dtype = f"model.dtype is {read('model.dtype').name}" if low else ""
     if target.endswith(".LoRA") and algorithm not in PEFT:
         yield f"adapter.algorithm is {algorithm!r}; peft's are lora and dora; see adapter=lokr for LyCORIS"
     if target.endswith(".Lycoris") and algorithm in NOT_LYCORIS:
         yield f"adapter.algorithm is {algorithm!r}, which LyCORIS {NOT_LYCORIS[algorithm]}"
+    if target.endswith(".Lycoris") and algorithm not in (None, *ON_LYCORIS, *NOT_LYCORIS):
+        yield f"adapter.algorithm is {algorithm!r}; LyCORIS has {', '.join(ON_LYCORIS)}"
     if target.endswith(".Lycoris") and options.get("use_scalar"):
         yield "adapter.options.use_scalar is true: LyCORIS folds the scalar into its files, so a run can't go on; leave it out"
     if target.endswith(".Lycoris") and decomposed and low:
         yield f"adapter.options has weight decomposition and {dtype}, which LyCORIS can't mix; use float32 or adapter=dora"
     if read("adapter.preset") is not None and not target.endswith(".Lycoris"):
         yield f"adapter.preset is {read('adapter.preset')!r}, which only LyCORIS has; use adapter=lokr, or adapter.preset=null"
-    if algorithm == "full" and low:
-        yield f"{dtype} with adapter=full, where small updates are lost; set model.dtype=float32"
+    if algorithm == "full" and low and (library := str(read("optimizer._target_")).partition(".")[0]) in ON_ALL_AT_ONCE:
+        what = f"{dtype} with adapter=full and {library}'s optimiser, whose steps can't be rounded stochastically"
+        yield f"{what}; use optimizer=adamw, adamw8bit, adafactor or lion, or model.dtype=float32"
     if not any(read(f"adapter.{key}") for key in ("parts", "targets", "preset")) and algorithm != "full":
         yield "adapter.parts and adapter.targets are both empty; nothing would be trained"
     place = read("adapter.init_from")
     if place is not None and not Path(place).expanduser().exists():
         yield f"adapter.init_from is {place!r}, which does not exist; give an export folder of a run, or a file of one"
-    if kind is QuantKind.none:
+    if kind is enums.QuantKind.none:
         return
     if algorithm not in (None, *ON_QUANTISED):
         yield f"quant.kind is {kind.name}, but adapter={algorithm} needs the weights themselves; use quant=none"
@@ -84,9 +84,6 @@ def _layer_problems(read: Reader) -> Iterator[str | None]:
     for key, pattern in patterns:
         if (wrong := _regex_problem(pattern)) is not None:
             yield f"{key} has {pattern!r}, which is no regular expression: {wrong}"
-    for block in blocks:
-        if (block["rank"] is not None and block["rank"] < 1) or block["lr_ratio"] < 0:
-            yield f"adapter.blocks has {dict(block)}; rank is at least 1 or null, lr_ratio at least 0"
     ranked = any(block["rank"] is not None for block in blocks)
     if read("adapter.preset") is not None and (targets or ranked):
         what = "adapter.targets" if targets else "ranks in adapter.blocks"
@@ -114,13 +111,13 @@ def _text_encoder_problems(read: Reader) -> Iterator[str | None]:
     if min(numbers) < 1 or len(set(numbers)) < len(numbers):
         yield f"adapter.text_encoders is {numbers}; number each once, from 1: [1,2]"
     if algorithm not in (None, *PEFT):
-        yield f"adapter.text_encoders is {numbers}, but {algorithm} can't sit on text encoders; use adapter=lora or dora, or []"
+        yield f"adapter.text_encoders is {numbers}, but {algorithm} does not support text encoders; use adapter=lora or dora"
     if not read("adapter.text_parts"):
         yield f"adapter.text_encoders is {numbers}, but adapter.text_parts is empty; name some groups, or use text_encoders=[]"
-    if read("model.encoder_dtype") is Dtype.float16:
+    if read("model.encoder_dtype") is enums.Dtype.float16:
         yield "model.encoder_dtype is float16 with adapter.text_encoders, whose gradients it loses; use float32 or bfloat16"
     for number in numbers:
-        kind = read(f"quant.text_encoder_{number}") or QuantKind.none
-        if kind in QUANTO and algorithm == "dora" and read("model.encoder_dtype") is not Dtype.float32:
+        kind = read(f"quant.text_encoder_{number}") or enums.QuantKind.none
+        if kind in QUANTO and algorithm == "dora" and read("model.encoder_dtype") is not enums.Dtype.float32:
             low = f"model.encoder_dtype is {read('model.encoder_dtype').name}"
             yield f"quant.text_encoder_{number} is {kind.name} with DoRA and {low}, which peft can't mix; use float32"

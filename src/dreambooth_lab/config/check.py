@@ -7,26 +7,45 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from typing import get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from . import adapter_rules, data_rules, learning_rules, watching_rules
+from . import adapter_rules, data_rules, division, learning_rules, monitoring_rules, ranges
 from .reader import Reader
 from .schema import Config
+from .types import unreadable
 
 
 class ConfigError(Exception):
     """A problem the user can mend; its text names the key, the value and the way out."""
 
 
+class RunError(Exception):
+    """A run can't go on. What it saved before is whole; the text says where, and the way out."""
+
+
+class Interrupted(RunError):
+    """A run was asked to stop, and saved where it was.
+
+    Args:
+        signal: the number of the one that asked.
+    """
+
+    def __init__(self, text: str, signal: int):
+        super().__init__(text)
+        self.signal = signal
+
+
 def check(cfg: DictConfig) -> None:
     """Raise one `ConfigError` that lists every problem of a composed config; silent when there is none."""
-    absent = [f"{key} has no value; set {key}=…" for key in sorted(OmegaConf.missing_keys(cfg))]
-    found = absent + list(_strangers(cfg)) + [text for text in _problems(Reader(cfg)) if text]
+    broken = list(unreadable(cfg))
+    keys = {key for key, _ in broken}
+    found = [problem for _, problem in broken if problem] + list(_unknown_keys(cfg))
+    found += [text for text in _problems(Reader(cfg, keys)) if text and text.split()[0] not in keys]
     if found:
         raise ConfigError(f"{len(found)} problem(s) in the configuration:\n" + "\n".join(f"  - {p}" for p in found))
 
 
-def _strangers(node: DictConfig, schema: type = Config, prefix: str = "") -> Iterator[str]:
+def _unknown_keys(node: DictConfig, schema: type = Config, prefix: str = "") -> Iterator[str]:
     """Keys outside the schema, which `+key=…` adds without a word."""
     legal = get_type_hints(schema)
     for key in map(str, node):
@@ -34,14 +53,13 @@ def _strangers(node: DictConfig, schema: type = Config, prefix: str = "") -> Ite
             near = get_close_matches(key, legal, n=1)
             yield f"{prefix}{key} is not a key of this project" + (f"; did you mean {prefix}{near[0]}?" if near else "")
         elif is_dataclass(legal[key]) and isinstance(child := node._get_node(key), DictConfig):
-            yield from _strangers(child, legal[key], f"{prefix}{key}.")
+            yield from _unknown_keys(child, legal[key], f"{prefix}{key}.")
 
 
 def _problems(read: Reader) -> Iterator[str | None]:
     """Everything that types can't say."""
-    for rules in (data_rules, adapter_rules, learning_rules, watching_rules):
+    for rules in (ranges, data_rules, adapter_rules, learning_rules, monitoring_rules, division):
         yield from rules.problems(read)
-    yield read.bounded("seed", 0, 2**31 - 1)
     if read("preflight") not in (None, "run", "only"):
         yield f"preflight is {read('preflight')!r}; it must be run, or only (stop before training)"
     if read("resume") is not None:

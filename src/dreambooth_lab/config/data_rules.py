@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import file_rules
-from .choices import CaptionKind, Crop, CropAspect, DatasetType, MaskFrom, PriorKind, PriorSource, ResolutionType
-from .reader import Bounds, Reader
-
-BOUNDS: Bounds = (
-    ("dataset.max_aspect", 1, 8), ("dataset.minimum_image_size", 0), ("dataset.repeats", 0), ("dataset.crop_variants", 1),
-    ("dataset.max_upscale", 0), ("dataset.maximum_image_size", 0), ("dataset.target_downsample_size", 0),
-    ("dataset.caption_dropout", 0, 1), ("dataset.batch_size", 1), ("prior.weight", 0), ("prior.share", 0, 1),
-    ("mask.floor", 0, 1), ("mask.drop_probability", 0, 1), ("prior.generated.count", 1),
-    ("prior.generated.num_inference_steps", 1), ("prior.generated.guidance_scale", 0), ("prior.generated.batch_size", 1),
-    ("prior.generated.seed", 0, 2**31 - 1), ("prior.bank.draws", 1), ("prior.bank.batch_size", 1),
-)  # fmt: skip
+from . import enums, file_rules
+from .prompts import proposal
+from .reader import Reader
 
 
 def problems(read: Reader) -> Iterator[str | None]:
-    yield from read.all_bounded(BOUNDS)
     yield from _data_problems(read)
     yield from _prior_problems(read)
 
 
 def _data_problems(read: Reader) -> Iterator[str | None]:
-    from_file = read("dataset.type") is DatasetType.simpletuner
+    from_file = read("dataset.type") is enums.DatasetType.simpletuner
     yield _place_problem(read)
     if from_file:
         yield from file_rules.problems(read)
@@ -37,34 +28,34 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
 
 def _prior_problems(read: Reader) -> Iterator[str | None]:
     kind, source, path = read("prior.kind"), read("prior.source"), read("prior.path")
-    if kind in (None, PriorKind.none) or read("dataset.type") is DatasetType.simpletuner:
+    if kind in (None, enums.PriorKind.none) or read("dataset.type") is enums.DatasetType.simpletuner:
         return
-    if source is PriorSource.folder and path is None:
+    if source is enums.PriorSource.folder and path is None:
         ways = "prior.path=FOLDER, prior.source=generated (the base model draws them), or prior=none"
         yield f"prior.path is null, but prior.kind={kind.name} needs class pictures; set {ways}"
-    elif source is PriorSource.folder:
+    elif source is enums.PriorSource.folder:
         yield read.pictures("prior.path", "class pictures")
     elif path is not None and source is not None:
         yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or leave it out"
-    if source is PriorSource.captions and kind is PriorKind.noise:
+    if source is enums.PriorSource.captions and kind is enums.PriorKind.noise:
         wrong = "prior.kind is noise with prior.source=captions, which would teach the class to look like the subject"
         yield f"{wrong}; use prior=teacher or prior=bank"
     if not read("prior.prompt"):
         yield 'prior.prompt is empty; set dataset.class_prompt="a photo of a dog" (the subject\'s class)'
-    if read("prior.share") in (0, 1):
-        yield f"prior.share is {read('prior.share')}; the share of class rows must lie inside (0, 1), or use prior=none"
-    if kind is PriorKind.bank and read("rollout.enabled"):
+    if read("prior.class_fraction") in (0, 1):
+        yield f"prior.class_fraction is {read('prior.class_fraction')}; it must lie between 0 and 1, or use prior=none"
+    if kind is enums.PriorKind.bank and read("rollout.enabled"):
         off = "the bank's answers are for points on the path, which rollout leaves"
         yield f"prior.kind is bank with rollout.enabled=true: {off}; use prior=teacher, or set rollout.enabled=false"
 
 
 def _place_problem(read: Reader) -> str | None:
     place, kind = read("dataset.path"), read("dataset.type")
-    if place is None or kind in (None, DatasetType.huggingface):
+    if place is None or kind in (None, enums.DatasetType.huggingface):
         return None
-    if kind is DatasetType.folder:
+    if kind is enums.DatasetType.folder:
         return read.pictures("dataset.path", "the subject's photos")
-    what = "a SimpleTuner dataset file (.json)" if kind is DatasetType.simpletuner else "a .csv or .parquet file"
+    what = "a SimpleTuner dataset file (.json)" if kind is enums.DatasetType.simpletuner else "a .csv or .parquet file"
     if Path(place).expanduser().is_file():
         return None
     state = "is a folder" if Path(place).expanduser().exists() else "does not exist"
@@ -73,37 +64,39 @@ def _place_problem(read: Reader) -> str | None:
 
 def _shape_problems(read: Reader) -> Iterator[str | None]:
     sizes, unit = read("dataset.resolutions"), read("dataset.resolution_type")
-    least, what = (0.01, "area of 0.01") if unit is ResolutionType.area else (16, "edge of 16 px")
+    least, what = (0.01, "area of 0.01") if unit is enums.ResolutionType.area else (16, "edge of 16 px")
     if sizes is not None and (not sizes or min(sizes) < least):
         yield f"dataset.resolutions is {sizes}; list at least one {what} or more"
-    elif sizes is not None and unit is ResolutionType.area and max(sizes) > 64:
+    elif sizes is not None and unit is enums.ResolutionType.area and max(sizes) > 64:
         yield f"dataset.resolutions is {sizes} times 1024² px; for edges in px use dataset.resolution_type=pixel_area"
-    random = read("dataset.crop") is Crop.random or read("dataset.crop_aspect") is CropAspect.random
+    random = read("dataset.crop") is enums.Crop.random or read("dataset.crop_aspect") is enums.CropAspect.random
     if read("dataset.crop_variants") not in (None, 1) and not random:
         several = f"dataset.crop_variants is {read('dataset.crop_variants')} with dataset.crop={read('dataset.crop').name}"
         yield f"{several}, which has only one; use dataset.crop=random"
     aspects, kind = read("dataset.crop_aspects"), read("dataset.crop_aspect")
-    if kind in (CropAspect.closest, CropAspect.random) and not aspects:
+    if kind in (enums.CropAspect.closest, enums.CropAspect.random) and not aspects:
         yield f"dataset.crop_aspects is empty with dataset.crop_aspect={kind.name}; list some, such as [0.75,1.0,1.33]"
-    if aspects and kind in (CropAspect.preserve, CropAspect.square):
+    if aspects and kind in (enums.CropAspect.preserve, enums.CropAspect.square):
         yield f"dataset.crop_aspects is {aspects}, which dataset.crop_aspect={kind.name} does not read; use closest or random"
-    if aspects and min(aspects) <= 0:
-        yield f"dataset.crop_aspects is {aspects}; each is width / height, above 0"
     if (read("dataset.maximum_image_size") is None) != (read("dataset.target_downsample_size") is None):
         yield "dataset.maximum_image_size and dataset.target_downsample_size come together; set both or neither"
 
 
 def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
-    columns = read("dataset.type") in (DatasetType.table, DatasetType.huggingface)
-    if read("dataset.caption") is CaptionKind.column and not (columns and read("dataset.caption_column")):
+    columns = read("dataset.type") in (enums.DatasetType.table, enums.DatasetType.huggingface)
+    if read("dataset.caption") is enums.CaptionKind.column and not (columns and read("dataset.caption_column")):
         yield "dataset.caption is column; it needs dataset.caption_column=… and dataset.type=table or huggingface"
-    yield from _idle_caption_keys(read)
-    if read("dataset.streaming") and read("dataset.type") is not DatasetType.huggingface:
+    yield from _unused_caption_keys(read)
+    if read("dataset.streaming") and read("dataset.type") is not enums.DatasetType.huggingface:
         yield "dataset.streaming is true; only dataset.type=huggingface can be streamed"
-    needs = read("dataset.caption") is CaptionKind.instanceprompt or read("dataset.prepend_instance_prompt")
-    if needs and not read("dataset.instance_prompt") and not read("dataset.prompts"):
-        yield 'dataset.instance_prompt is empty; set dataset.instance_prompt="a photo of sks dog"'
-    files = read("dataset.mask_from") is MaskFrom.files
+    if lacks_prompt(read):
+        line = shlex.quote(f"dataset.instance_prompt={proposal(read('dataset.class_prompt'))}")
+        kind = "" if read("dataset.class_prompt") else " (your own kind of thing in place of dog)"
+        yield (
+            f"dataset.instance_prompt is empty, so nothing says what the photos show; add {line}{kind}, or choose where captions "
+            "come from: dataset.caption=textfile (a.txt beside a.jpg), filename or column"
+        )
+    files = read("dataset.mask_from") is enums.MaskFrom.files
     if files and read("dataset.mask_path") is None:
         yield "dataset.mask_from is files; it needs dataset.mask_path=FOLDER"
     if read("dataset.mask_path") is not None and not files:
@@ -113,13 +106,21 @@ def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
         yield read.pictures("dataset.mask_path", "masks")
 
 
-def _idle_caption_keys(read: Reader) -> Iterator[str]:
+def lacks_prompt(read: Reader) -> bool:
+    """Whether captions are made of an instance prompt that is not there."""
+    needs = read("dataset.caption") is enums.CaptionKind.instanceprompt or read("dataset.prepend_instance_prompt")
+    return bool(
+        (needs or read("dataset.only_instance_prompt")) and not read("dataset.instance_prompt") and not read("dataset.prompts")
+    )
+
+
+def _unused_caption_keys(read: Reader) -> Iterator[str]:
     """What would be ignored, since captions come from elsewhere."""
     kind, only, put_before = (read(f"dataset.{key}") for key in ("caption", "only_instance_prompt", "prepend_instance_prompt"))
     if kind is None:
         return
-    prompt_alone = kind is CaptionKind.instanceprompt or only
-    if read("dataset.caption_column") is not None and (kind is not CaptionKind.column or only):
+    prompt_alone = kind is enums.CaptionKind.instanceprompt or only
+    if read("dataset.caption_column") is not None and (kind is not enums.CaptionKind.column or only):
         said = f"dataset.caption_column is {read('dataset.caption_column')!r}"
         yield f"{said}, but captions are no column; use dataset.caption=column"
     if put_before and prompt_alone:

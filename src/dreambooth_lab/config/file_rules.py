@@ -6,24 +6,24 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
-from .choices import PriorKind, PriorSource
-from .composing import conf_dir
+from . import enums
+from .compose import conf_dir
 from .reader import Reader
 from .schema import DatasetConfig, PriorConfig
 
 READ = {"type", "path", "subject", "instance_prompt", "class_prompt", "max_aspect", "crop_variants", "flip", "caption_dropout",
-        "aesthetic_score",
+        "aesthetic_score", "long_captions",
         "batch_size"}  # fmt: skip
 
 
 def problems(read: Reader) -> Iterator[str | None]:
-    yield from _told_twice(read)
+    yield from _duplicate_values(read)
     if read("prior.path") is not None:
         said = f"prior.path is {read('prior.path')!r}"
         yield f"{said}, but class pictures come from the dataset file (is_regularisation_data); unset it"
-    if read("prior.kind") is PriorKind.bank:
+    if read("prior.kind") is enums.PriorKind.bank:
         yield "prior.kind is bank, which takes one class prompt and no dataset file; use prior=teacher"
-    if read("prior.source") not in (None, PriorSource.folder):
+    if read("prior.source") not in (None, enums.PriorSource.folder):
         said = f"prior.source is {read('prior.source').name}"
         yield f"{said}, but class pictures come from the dataset file (is_regularisation_data); leave it out"
     if read("prior.prompt") != read("dataset.class_prompt"):
@@ -32,16 +32,16 @@ def problems(read: Reader) -> Iterator[str | None]:
         yield "validation.prompts is empty, and the dataset file has no instance_prompt; set dataset.instance_prompt=…"
 
 
-def _told_twice(read: Reader) -> Iterator[str]:
+def _duplicate_values(read: Reader) -> Iterator[str]:
     """Keys that have another value than their group's files give them, though nothing reads them."""
     own = _files(DatasetConfig, "dataset/folder", "dataset/simpletuner")
     for key in map(str, own):
         value = read(f"dataset.{key}")
         if key not in READ and value != own[key]:
             yield f"dataset.{key} is {getattr(value, 'name', value)}, but the entries of the dataset file say it; set it there"
-    share = read("prior.share")
-    if share != _files(PriorConfig, "prior/none").share:
-        yield f"prior.share is {share}, but the dataset file says how often class pictures come; leave it out"
+    share = read("prior.class_fraction")
+    if share != _files(PriorConfig, "prior/none").class_fraction:
+        yield f"prior.class_fraction is {share}, but the dataset file says how often class pictures come; leave it out"
 
 
 def _files(schema: type, *names: str) -> DictConfig:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+ARTICLES = ("a", "an", "the")
+RARE = "ohwx"  # proposed as the subject's word
 BUILT_IN = Path(__file__).resolve().parents[1] / "prompts"
 
 
@@ -20,9 +22,45 @@ def rare_word(instance_prompt: str, class_prompt: str | None) -> str | None:
 
     Articles differ for grammar's sake ("sks dog", "a dog") and don't count.
     """
-    known = {*words(class_prompt or ""), "a", "an", "the"}
+    known = {*words(class_prompt or ""), *ARTICLES}
     rare = {word for word in words(instance_prompt) if word not in known}
     return rare.pop() if class_prompt and len(rare) == 1 else None
+
+
+def proposal(class_prompt: str | None) -> str:
+    """An instance prompt to begin with: the class prompt with the rare word before its noun."""
+    *before, noun = (class_prompt or "a photo of a dog").split()
+    return " ".join([*(before[:-1] if before and before[-1] in ARTICLES else before), RARE, noun])
+
+
+class Subject:
+    """Tells which prompts are about the subject, and which about its class.
+
+    A prompt that says the rare word is about the subject, whatever else it shares with the instance prompt. Where the rare word
+    is not known (`rare` is empty), only a prompt that holds the whole instance prompt is. One that says the class prompt's last
+    word, its noun, and no word that could be the rare one is about the class. Others are about neither.
+
+    Args:
+        token: the rare word, if it is said (`adapter.token`); None: the one of the instance prompt that the class prompt lacks.
+    """
+
+    def __init__(self, instance_prompt: str, class_prompt: str | None, token: str | None):
+        self.instance, known = words(instance_prompt), words(class_prompt or "")
+        self.rare = words(token or rare_word(instance_prompt, class_prompt) or "")
+        self.noun = known[-1:]
+        self.doubtful = set() if self.rare else {*self.instance} - {*known, *ARTICLES}
+
+    def is_subject(self, prompt: str) -> bool:
+        return contains_phrase(prompt, self.rare or self.instance)
+
+    def is_class(self, prompt: str) -> bool:
+        return contains_phrase(prompt, self.noun) and not self.is_subject(prompt) and not self.doubtful & {*words(prompt)}
+
+
+def contains_phrase(prompt: str, phrase: list[str]) -> bool:
+    """Whether a prompt has these words, one after the other; none are said nowhere."""
+    said, n = words(prompt), len(phrase)
+    return n > 0 and any(said[i : i + n] == phrase for i in range(len(said) - n + 1))
 
 
 def library(place: str, instance_prompt: str, class_prompt: str | None) -> list[str]:
@@ -62,6 +100,6 @@ def _read(place: str) -> list[str]:
 def prompts_of(place: str | None, instance_prompt: str, class_prompt: str | None) -> list[str]:
     """OmegaConf resolver `prompt_library`: a library's prompts, or the instance prompt alone; `check` says what is wrong."""
     try:
-        return library(place, instance_prompt, class_prompt) if place else [instance_prompt]
+        return library(place, instance_prompt, class_prompt) if place else [instance_prompt] if instance_prompt else []
     except ValueError:
         return []

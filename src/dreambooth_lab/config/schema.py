@@ -5,41 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .choices import (
-    Attention,
-    CaptionKind,
-    Crop,
-    CropAspect,
-    DatasetType,
-    Dtype,
-    EmaValidation,
-    HuberSchedule,
-    LossKind,
-    MaskFrom,
-    Mode,
-    Outside,
-    PriorKind,
-    PriorSource,
-    QuantKind,
-    Ramp,
-    ReceiverKind,
-    ResolutionType,
-    RolloutKind,
-    RolloutTarget,
-    Sampler,
-    Schedule,
-    Timesteps,
-    Weight,
-)
+from . import enums
 
 
 @dataclass
-class UsualConfig:
+class RecommendedConfig:
     lr: float
+    lr_full: float
     rank: int
-    timesteps: Timesteps
+    timesteps: enums.Timesteps
     guidance_scale: float
     num_inference_steps: int
+    parts: list[str]
+    every_part: list[str]
 
 
 @dataclass
@@ -48,17 +26,20 @@ class ModelConfig:
     pretrained: str
     revision: str | None
     variant: str | None
-    dtype: Dtype
-    encoder_dtype: Dtype
+    dtype: enums.Dtype
+    encoder_dtype: enums.Dtype
     tae: str | None
     resolution: int
     gradient_checkpointing: bool
-    attention: Attention
+    attention: enums.Attention
     compile: bool
+    vae_tiling: bool
+    offload: enums.Offload
     options: dict[str, Any]
+    empty_caption: enums.EmptyCaption
     config: str | None
-    prediction_type: str | None
-    usual: UsualConfig
+    prediction_type: enums.Prediction | None
+    recommended: RecommendedConfig
 
 
 @dataclass
@@ -91,17 +72,23 @@ class AdapterConfig:
 
 @dataclass
 class QuantConfig:
-    kind: QuantKind
-    text_encoder_1: QuantKind
-    text_encoder_2: QuantKind
-    text_encoder_3: QuantKind
+    kind: enums.QuantKind
+    text_encoder_1: enums.QuantKind
+    text_encoder_2: enums.QuantKind
+    text_encoder_3: enums.QuantKind
     cache: bool
+
+
+@dataclass
+class MemoryConfig:
+    card_gib: float | None
+    plans: list[list[str]]
 
 
 @dataclass
 class DatasetConfig:
     subject: str | None
-    type: DatasetType
+    type: enums.DatasetType
     path: str
     image_column: str
     caption_column: str | None
@@ -110,23 +97,24 @@ class DatasetConfig:
     instance_prompt: str
     class_prompt: str | None
     prompts: list[str]
-    caption: CaptionKind
+    caption: enums.CaptionKind
     prepend_instance_prompt: bool
     only_instance_prompt: bool
+    long_captions: enums.LongCaptions
     resolutions: list[float]
-    resolution_type: ResolutionType
+    resolution_type: enums.ResolutionType
     max_aspect: float
     minimum_image_size: float
     maximum_image_size: float | None
     target_downsample_size: float | None
     max_upscale: float | None
     repeats: int
-    crop: Crop
-    crop_aspect: CropAspect
+    crop: enums.Crop
+    crop_aspect: enums.CropAspect
     crop_aspects: list[float]
     crop_variants: int
     flip: bool
-    mask_from: MaskFrom
+    mask_from: enums.MaskFrom
     mask_path: str | None
     caption_dropout: float
     aesthetic_score: float
@@ -152,12 +140,12 @@ class BankConfig:
 
 @dataclass
 class PriorConfig:
-    kind: PriorKind
-    source: PriorSource
+    kind: enums.PriorKind
+    source: enums.PriorSource
     path: str | None
     prompt: str | None
     weight: float
-    share: float
+    class_fraction: float
     generated: GeneratedConfig
     bank: BankConfig
 
@@ -165,24 +153,24 @@ class PriorConfig:
 @dataclass
 class MaskConfig:
     normalize: bool
-    floor: float
+    min_weight: float
     drop_probability: float
-    outside: Outside
+    outside: enums.Outside
 
 
 @dataclass
 class ObjectiveConfig:
-    timesteps: Timesteps
+    timesteps: enums.Timesteps
     logit_mean: float
     logit_std: float
     shift: Any  # a number, or model
-    low: float
-    high: float
-    weight: Weight
+    min_time: float
+    max_time: float
+    weight: enums.Weight
     gamma: float
-    loss: LossKind
+    loss: enums.LossKind
     huber_c: float
-    huber_schedule: HuberSchedule
+    huber_schedule: enums.HuberSchedule
     noise_offset: float
     noise_offset_probability: float
 
@@ -196,15 +184,15 @@ class ReflexFlowConfig:
 @dataclass
 class RolloutConfig:
     enabled: bool
-    kind: RolloutKind
+    kind: enums.RolloutKind
     max_step_offset: int
-    grid: Any  # a number of strides, or native
+    num_steps: Any  # a number of strides, or native
     shift: Any  # a number, or model
     probability: float
     ramp_steps: int
-    ramp_shape: Ramp
-    sampler: Sampler
-    target: RolloutTarget
+    ramp_shape: enums.Ramp
+    sampler: enums.Sampler
+    target: enums.RolloutTarget
     min_time: float
     perturbation: float
     reflexflow: ReflexFlowConfig
@@ -216,7 +204,7 @@ class EmaConfig:
     decay: float
     update_interval: int
     device: str
-    validation: EmaValidation
+    validation: enums.EmaValidation
 
 
 @dataclass
@@ -227,6 +215,7 @@ class ValidationConfig:
     prompts: list[str]
     negative_prompt: str
     num_images: int
+    batch_size: int
     num_inference_steps: int
     guidance_scale: float
     seed: int
@@ -247,7 +236,7 @@ class EvalConfig:
 
 @dataclass
 class ReceiverConfig:
-    kind: ReceiverKind
+    kind: enums.ReceiverKind
     url: str | None
     url_env: str | None
     token_env: str | None
@@ -270,19 +259,25 @@ class OptimizerConfig:
     lr: float
     weight_decay: float
     options: dict[str, Any]
-    schedule: Schedule
+    schedule: enums.Schedule
     warmup_steps: int
     cycles: int
+    schedule_steps: int | None
+    on_extend: enums.OnExtend
     lora_plus_ratio: float
 
 
 @dataclass
 class TrainerConfig:
     max_steps: int
+    max_epochs: float | None
     accumulate_grad_batches: int
     gradient_clip_norm: float
+    skip_nonfinite_steps: int
     accelerator: str
     devices: int
+    num_nodes: int
+    strategy: str
     log_every_n_steps: int
     deterministic: bool
     progress: bool
@@ -291,9 +286,9 @@ class TrainerConfig:
 @dataclass
 class CheckpointConfig:
     every_n_steps: int
-    keep_all: bool
+    keep: int | None
     monitor: str | None
-    mode: Mode
+    mode: enums.Mode
     patience: int
 
 
@@ -306,10 +301,14 @@ class OneLoggerConfig:
 
 @dataclass
 class ExportConfig:
+    name: str
+    dtype: enums.Dtype
+    formats: list[enums.Format]
     push_to_hub: bool
     repo: str | None
     private: bool
     token_env: str
+    metadata: enums.Metadata
 
 
 @dataclass
@@ -322,6 +321,7 @@ class Config:
     model: ModelConfig
     adapter: AdapterConfig
     quant: QuantConfig
+    memory: MemoryConfig
     dataset: DatasetConfig
     prior: PriorConfig
     mask: MaskConfig
@@ -343,3 +343,4 @@ class Config:
     cache: str
     resume: str | None
     preflight: str
+    search_metric: str | None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +14,24 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..batch import Batch, Text
-from ..config import DatasetType, PriorKind
+from ..batch import Batch, Caption, Text
+from ..config import enums, processes
 from ..diffusion.time import build_times
 from ..models.family import Family
-from ..models.judges import Photo
-from . import mask, mixture, source, spec
-from .assemble import Assembler
-from .bank import Bank, item
-from .cached import Cached
-from .classes import class_folder
-from .entry import Collector, Entry
-from .fill import Encoder, Failed, Stores, fill_latents, fill_masks, missing
-from .refusal import refuse
-from .sampler import Row, Schedule
-from .source import Rejected
+from ..models.feature_extractors import Photo
+from . import planning
+from .caching.bank import Bank, item
+from .caching.fill import Encoder, Failed, Stores, fill_latents, fill_masks, missing, require_free_space
+from .caching.reader import CacheReader
+from .class_images import class_folder
+from .preparation import mask, notices
+from .preparation.entry import Collector, Entry
+from .preparation.problems import raise_problems
+from .sampling import mixture
+from .sampling.assemble import Assembler
+from .sampling.schedule import Schedule
+from .sources import decode
+from .sources.base import Rejected
 from .spec import DatasetSpec
 
 
@@ -62,35 +66,46 @@ class DreamBoothData(LightningDataModule):
         Raises:
             ConfigError: lists everything that must be mended: datasets without a usable picture, missing captions, masks.
         """
-        from_file = self.cfg.dataset.type is DatasetType.simpletuner
-        plan = spec.plan(self.cfg, None if from_file else class_folder(self.cfg, self.family))
+        if self.cfg.dataset.long_captions is enums.LongCaptions.chunk:
+            self.family.fit_chunks([])  # refused before anything is read
+        from_file = self.cfg.dataset.type is enums.DatasetType.simpletuner
+        plan = planning.plan(self.cfg, None if from_file else class_folder(self.cfg, self.family))
         self.specs, self.notices = plan.specs, list(plan.notices)
         self.stores.place(plan)
         self.encoder = Encoder(self.family, self.family.image_identity())
-        self.cached = Cached(self.stores, self.encoder, self.family.text_identity())
         collected = Collector(self.family.stride, self.stores.root).collect(self.specs)
         self.found, self.rejected, self.scanned = collected.found, collected.rejected, collected.read
         self.notices += collected.notices
         entries, problems = fill_masks(self.stores, collected.entries, self.family.factor)
-        refuse(self.specs, entries, self.rejected, collected.problems + problems)
-        self.cached.fill_texts(self._captions(entries), self.cfg.trainer.progress)
+        raise_problems(self.specs, entries, self.rejected, collected.problems + problems)
+        self._read_texts(self._captions(entries))
+        self.notices += notices.notices(entries)
         whole = self._fill_latents(entries)
-        refuse(self.specs, whole, self.rejected, [])
+        raise_problems(self.specs, whole, self.rejected, [])
         self.entries = [entry for entry in whole if not entry.spec.is_eval]
         self.held_out = [entry for entry in whole if entry.spec.is_eval]
-        self.bank = self._fill_bank() if self.cfg.prior.kind is PriorKind.bank else None
-        self.build = Assembler(self.cfg, self.family, self.cached, self.entries, self.bank)
-        self.schedule = self._schedule(self.cfg.trainer.devices)
-        self.stores.save_seals()
+        self.bank = self._fill_bank() if self.cfg.prior.kind is enums.PriorKind.bank else None
+        self.schedule = self._schedule(processes(self.cfg))
+        self.build = Assembler(self.cfg, self.family, self.cache_reader, self.entries, self.bank, self.schedule.class_share)
+        self.stores.save_index()
 
-    def _captions(self, entries: list[Entry]) -> set[str]:
+    def _read_texts(self, captions: set[Caption]) -> None:
+        """Fill the text cache; what the encoders leave out of long captions is noticed, whether it was cached or not."""
+        said = {caption for caption in captions if caption}
+        if self.cfg.dataset.long_captions is enums.LongCaptions.chunk:
+            self.family.fit_chunks(said)
+        self.notices += self.family.truncated_part(said)
+        self.cache_reader = CacheReader(self.stores, self.encoder, self.family.text_identity())
+        self.cache_reader.fill_texts(captions, self.cfg.trainer.progress)
+
+    def _captions(self, entries: list[Entry]) -> set[Caption]:
         """Everything that is said in the run."""
-        said = {caption for entry in entries for caption in entry.captions}
-        return said | {"", self.cfg.validation.negative_prompt, *self.cfg.validation.prompts}
+        said: set[Caption] = {caption for entry in entries for caption in entry.captions}
+        return said | {"", self.cfg.validation.negative_prompt or None, *self.cfg.validation.prompts}
 
-    def text(self, caption: str) -> Text:
+    def text(self, caption: Caption) -> Text:
         """What the base model's encoders say about a caption, one row; it was among the run's prompts."""
-        return self.cached.text(caption)
+        return self.cache_reader.text(caption)
 
     def _fill_latents(self, entries: list[Entry]) -> list[Entry]:
         """Fill the latent cache; pictures that turn out to be unreadable join the rejected."""
@@ -100,6 +115,7 @@ class DreamBoothData(LightningDataModule):
             lacking = missing(self.stores, entry, self.encoder)
             self.there[entry.spec.id] += len(entry.variants) - len(lacking)
             fresh += [entry] if lacking else []
+        require_free_space(self.stores, fresh, self.encoder)
         for done in fill_latents(self.stores, fresh, self.encoder, self.cfg.trainer.progress):
             if isinstance(done, Failed):
                 where = (done.entry.spec.id, done.entry.picture.name)
@@ -115,11 +131,11 @@ class DreamBoothData(LightningDataModule):
         caption, times = self.cfg.prior.prompt, build_times(self.cfg.objective, self.family.times, self.family.shift)
         bank = Bank(self.cfg, self.family, self.stores.placed[None], caption, self.text(caption), times)
         mine = [entry for entry in self.entries if entry.spec.is_class]
-        bank.fill([item(self.cached, entry, which) for entry in mine for which in range(len(entry.variants))])
+        bank.fill([item(self.cache_reader, entry, which) for entry in mine for which in range(len(entry.variants))])
         return bank
 
     def _schedule(self, world_size: int) -> Schedule:
-        buckets = mixture.buckets(self.entries, self.cfg.prior.share)
+        buckets = mixture.buckets(self.entries, self.cfg.prior.class_fraction)
         return Schedule(buckets, self.cfg.dataset.batch_size * world_size, self.cfg.seed)
 
     def summaries(self) -> list[Summary]:
@@ -132,10 +148,15 @@ class DreamBoothData(LightningDataModule):
             made.append(Summary(one, self.found[of], self.rejected[of], self.there[of], self.made[of], shapes, masks))
         return made
 
+    def croppings(self) -> dict[str, notices.Cropping]:
+        """Dataset id → what crops cut away of its pictures."""
+        every = [*self.entries, *self.held_out]
+        return {one.id: notices.cropping(own) for one in self.specs if (own := [e for e in every if e.spec.id == one.id])}
+
     @property
     def damaged(self) -> int:
         """Cache entries that were found damaged and made again."""
-        return self.stores.damaged + (self.bank.answers.damaged if self.bank else 0)
+        return self.stores.damaged + (self.bank.targets.damaged if self.bank else 0)
 
     def rows_per_epoch(self) -> dict[str, float]:
         """Dataset id → rows it gives to an epoch, as the schedule has it."""
@@ -145,17 +166,25 @@ class DreamBoothData(LightningDataModule):
                 rows[self.entries[group.entries[0]].spec.id] += group.rows
         return rows
 
+    def tags(self) -> dict[str, dict[str, int]]:
+        """Dataset id → part of a caption between commas → on how many of the subject's pictures it is said."""
+        said = {(e.spec.id, e.picture.name): e.captions for e in self.entries if not e.spec.is_class}
+        found: dict[str, Counter[str]] = {}
+        for (dataset, _), captions in said.items():
+            tags = {tag for caption in captions for part in caption.split(",") if (tag := part.strip())}
+            found.setdefault(dataset, Counter()).update(tags)
+        return {dataset: dict(tags.most_common()) for dataset, tags in found.items()}
+
     def photos(self) -> list[Photo]:
         """The subject's photos, upright and whole, each once, with their masks."""
-        own = (entry for entry in self.entries if not entry.spec.is_class)
-        unique = {(entry.picture.source.root, entry.picture.name): entry for entry in own}.values()
-        return [Photo(_image(source.decode(e.picture.source.read(e.picture.name))), _mask_of(e)) for e in unique]
+        return photos_of(self.entries)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer: Any = self.trainer
         schedule = self._schedule(trainer.world_size)
         samples = Samples(self, schedule, self.start, trainer.global_rank, trainer.world_size)
-        return DataLoader(samples, batch_size=None, collate_fn=_as_it_is)
+        pinned = self.family.device.type == "cuda"  # copied to the device while it computes
+        return DataLoader(samples, batch_size=None, collate_fn=_as_it_is, pin_memory=pinned)
 
     def state_dict(self) -> dict[str, Any]:
         trainer: Any = self.trainer
@@ -165,26 +194,25 @@ class DreamBoothData(LightningDataModule):
         self.start = state["batches"]
 
 
+def photos_of(entries: Iterable[Entry]) -> list[Photo]:
+    """The subject's photos among entries, upright and whole, each once, with their masks."""
+    own = (entry for entry in entries if not entry.spec.is_class)
+    unique = {(entry.picture.source.root, entry.picture.name): entry for entry in own}.values()
+    return [Photo(_image(decode.decode(e.picture.source.read(e.picture.name))), _mask_of(e)) for e in unique]
+
+
 class Samples(IterableDataset[Batch]):
     """Batches from number `start` on, this rank's rows of each."""
 
     def __init__(self, data: DreamBoothData, schedule: Schedule, start: int, rank: int, world_size: int):
         self.data, self.schedule, self.start = data, schedule, start
         self.rank, self.world_size = rank, world_size
-        self.together: int = data.cfg.trainer.accumulate_grad_batches
-        self.parts = self.together * world_size  # of an optimiser step
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()  # batch n is worker n's, modulo their number: the loader takes turns, so order stays
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in count(self.start + first, stride):
-            rows = self.schedule.batch(number)[self.rank :: self.world_size]
-            yield self.data.build(rows, self.data.build.kinds(self._step(number), self.parts))
-
-    def _step(self, number: int) -> list[Row]:
-        """All rows of the optimiser step to which a batch belongs."""
-        first = number - number % self.together
-        return [row for n in range(first, first + self.together) for row in self.schedule.batch(n)]
+            yield self.data.build(self.schedule.batch(number)[self.rank :: self.world_size])
 
 
 def _image(pixels: Tensor) -> Image.Image:

@@ -1,21 +1,19 @@
 """How data becomes noise, and what the network predicts.
 
 One convention everywhere: t in [0, 1], 0 is data and 1 is noise, x_t = α_t x_0 + σ_t ε. A time below 0 means "all the way
-to data" (α = 1, σ = 0), where sampling ends. The network's own clock appears in `native` only.
+to data" (α = 1, σ = 0), where sampling ends. The network's own clock appears in `native` only. Where float64 is said, it is
+float32 on devices that have no float64 (`batch.widest`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from enum import Enum
 
 import torch
 from torch import Tensor
 
-
-class Prediction(Enum):
-    epsilon = "epsilon"
-    v_prediction = "v_prediction"
+from ..batch import to_device, widest
+from ..config import enums
 
 
 class Path(ABC):
@@ -23,6 +21,7 @@ class Path(ABC):
 
     straight: bool  # x_t moves at the constant velocity ε - x_0
     num_steps: int  # N of the network's own clock
+    prediction: enums.Prediction | None = None  # what the network answers, where that is a choice
     top: float = 1.0  # the noisiest time at which a sample still holds something of its picture
 
     @abstractmethod
@@ -31,19 +30,19 @@ class Path(ABC):
 
     @abstractmethod
     def gain(self, t: Tensor) -> Tensor:
-        """By what a squared error of the network's answer becomes a squared error of the ε it implies [B], float64."""
+        """Factor from a squared error of the prediction to the squared error of the ε it implies [B], float64."""
 
     @abstractmethod
     def native(self, t: Tensor) -> Tensor:
-        """t on the network's own clock [B]."""
+        """t as the network's own timestep [B]."""
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should answer at x_t."""
+        """The training target at x_t."""
 
     @abstractmethod
     def split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The (x_0, ε) that an answer at x_t implies."""
+        """The (x_0, ε) implied by a prediction at x_t."""
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and σ_t as samples take them: float32 [B 1 1 1]."""
@@ -81,45 +80,49 @@ class VariancePreserving(Path):
 
     straight = False
 
-    def __init__(self, alphas_cumprod: Tensor, prediction: Prediction):
-        self.alphas_cumprod = torch.cat([alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])  # [-1]: data
+    def __init__(self, alphas_cumprod: Tensor, prediction: enums.Prediction):
+        self.alphas_cumprod = torch.cat([alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])  # [-1]: data; on the host
+        self.copies: dict[torch.device, Tensor] = {}  # on other devices
         self.prediction = prediction
         self.num_steps = len(alphas_cumprod)
         if float(alphas_cumprod[-1]) == 0:  # zero terminal SNR (Lin et al. 2024)
             self.top = (self.num_steps - 1.5) / self.num_steps
 
     def native(self, t: Tensor) -> Tensor:
-        return (t.double() * self.num_steps).floor().long().clamp(-1, self.num_steps - 1)
+        return (_exact(t) * self.num_steps).floor().long().clamp(-1, self.num_steps - 1)
 
     def time(self, native: Tensor) -> Tensor:
         """The t in the middle of a native step; the inverse of `native`."""
-        return (native.double() + 0.5) / self.num_steps
+        return (_exact(native) + 0.5) / self.num_steps
 
     def exact_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        self.alphas_cumprod = self.alphas_cumprod.to(t.device)
-        alpha_bar = self.alphas_cumprod[self.native(t)]
+        if t.device not in self.copies:
+            self.copies[t.device] = to_device(self.alphas_cumprod, t.device)
+        alpha_bar = self.copies[t.device][self.native(t)]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def gain(self, t: Tensor) -> Tensor:
         return (
-            torch.ones_like(t, dtype=torch.float64) if self.prediction is Prediction.epsilon else self.exact_scales(t)[0].square()
+            torch.ones_like(t, dtype=widest(t.device))
+            if self.prediction is enums.Prediction.epsilon
+            else self.exact_scales(t)[0].square()
         )
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        if self.prediction is Prediction.epsilon:
+        if self.prediction is enums.Prediction.epsilon:
             return eps
         alpha, sigma = self.scales(t)
         return alpha * eps - sigma * x0
 
     def split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.scales(t)
-        if self.prediction is Prediction.epsilon:
+        if self.prediction is enums.Prediction.epsilon:
             return (x_t - sigma * output) / alpha, output
         return alpha * x_t - sigma * output, sigma * x_t + alpha * output
 
 
 class RectifiedFlow(Path):
-    """x_t = (1-t) x_0 + t ε; the network answers the velocity ε - x_0 (Liu et al. 2023; Esser et al. 2024).
+    """x_t = (1-t) x_0 + t ε; the network predicts the velocity ε - x_0 (Liu et al. 2023; Esser et al. 2024).
 
     Args:
         num_steps: N of the network's clock, which reads t N.
@@ -134,11 +137,11 @@ class RectifiedFlow(Path):
         return t * self.num_steps
 
     def exact_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        sigma = t.double().clamp(min=0)
+        sigma = _exact(t).clamp(min=0)
         return 1 - sigma, sigma
 
     def gain(self, t: Tensor) -> Tensor:
-        return (1 - t.double()).square()
+        return (1 - _exact(t)).square()
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - x0
@@ -146,3 +149,8 @@ class RectifiedFlow(Path):
     def split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.scales(t)
         return x_t - sigma * output, x_t + alpha * output
+
+
+def _exact(t: Tensor) -> Tensor:
+    """As precise as its device can."""
+    return t.to(widest(t.device))

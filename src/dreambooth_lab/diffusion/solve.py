@@ -1,4 +1,4 @@
-"""Solvers of the sampling ODE, every row at its own times.
+"""Solvers of the sampling ODE, with separate times for each row.
 
 A solver walks a batch from times t to times s ≤ t, stride by stride, and remembers what it needs of the strides before. A row
 whose s equals its t is left exactly as it is, so rows whose walks differ in length share one batch; all start together.
@@ -13,18 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import Sampler
+from ..config import enums
 from .path import Path
 
 
 class Solver(ABC):
-    """One walk; make a new one for the next. Two times on one step of a discrete clock are the same place, with no slope."""
+    """State of one trajectory; build a new solver for the next. Two times on one discrete step are the same point."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """x_s from the network's answer at x_t."""
+        """x_s from the network's prediction at x_t."""
         return torch.where((s < t).view(-1, 1, 1, 1), self._step(output, x_t, t, s), x_t)
 
     @abstractmethod
@@ -39,7 +39,7 @@ class Euler(Solver):
 
 
 class Point(NamedTuple):
-    """A place the walk has passed."""
+    """A point of the trajectory."""
 
     t: Tensor  # [B]
     x: Tensor  # [B C h w], where the stride from here began
@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
 
 class Dpm(Solver):
-    """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2): second order from the second stride on, first order on to the data."""
+    """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2): second order from the second step on, first order at the last."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -77,8 +77,8 @@ class Dpm(Solver):
 
 
 class UniPc(Dpm):
-    """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, alg. 1): its predictor is the step of DPM-Solver++(2M); the next answer
-    then corrects the point it was asked at."""
+    """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, alg. 1): its predictor is the step of DPM-Solver++(2M); the next
+    prediction then corrects the point it was made at."""
 
     def _step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         data = self.path.split(output, x_t, t)[0]
@@ -87,7 +87,7 @@ class UniPc(Dpm):
         return self._onward(s)
 
     def _corrected(self, data: Tensor, t: Tensor) -> Tensor:
-        """UniC: the stride that led here, taken again with the answer here as one more support point."""
+        """UniC: repeat the step that led here with the prediction here as an additional support point."""
         last = self.past[-1]
         ratio, growth, h = self._stride(last.t, t)
         now, before = torch.full_like(h, 0.5), torch.zeros_like(h)  # weights of the slopes to here, and from before
@@ -106,7 +106,7 @@ class UniPc(Dpm):
         return _wide(ratio) * last.x - _wide(growth) * (last.data + slope)
 
 
-SOLVERS: dict[Sampler, type[Solver]] = {Sampler.euler: Euler, Sampler.dpm: Dpm, Sampler.unipc: UniPc}
+SOLVERS: dict[enums.Sampler, type[Solver]] = {enums.Sampler.euler: Euler, enums.Sampler.dpm: Dpm, enums.Sampler.unipc: UniPc}
 
 
 def _wide(row: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ..config import ConfigError, Timesteps
+from ..config import ConfigError, enums
 
 Shift = Callable[[int, int], float]  # height and width of a latent, cells → the time shift of its size
 
@@ -38,7 +38,7 @@ class Times:
         low, high: the range, inside [0, 1].
     """
 
-    def __init__(self, kind: Timesteps, mean: float, std: float, shift: Shift, low: float, high: float):
+    def __init__(self, kind: enums.Timesteps, mean: float, std: float, shift: Shift, low: float, high: float):
         self.kind, self.mean, self.std, self.shift, self.range = kind, mean, std, shift, (low, high)
 
     def __call__(self, u: Tensor, size: Sequence[int]) -> Tensor:
@@ -50,7 +50,7 @@ class Times:
         s = self.shift(*size)
         first, last = self._shares_below(torch.tensor(self.range, dtype=torch.float64), s).tolist()
         u = first + (last - first) * u.double()
-        base = logit_normal(u, self.mean, self.std) if self.kind is Timesteps.logit_normal else u
+        base = logit_normal(u, self.mean, self.std) if self.kind is enums.Timesteps.logit_normal else u
         return shift(base, s)
 
     def describe(self, size: Sequence[int]) -> str:
@@ -59,7 +59,7 @@ class Times:
 
     def _shares_below(self, t: Tensor, s: float) -> Tensor:
         base = shift(t, 1 / s).clamp(0, 1)  # rounding may leave the interval
-        return logit_normal_cdf(base, self.mean, self.std) if self.kind is Timesteps.logit_normal else base
+        return logit_normal_cdf(base, self.mean, self.std) if self.kind is enums.Timesteps.logit_normal else base
 
 
 def build_shift(said: float | str, model: Shift) -> Shift:
@@ -76,10 +76,11 @@ def build_times(cfg: DictConfig, trained: tuple[float, float], model: Shift) -> 
     Raises:
         ConfigError: the two ranges have nothing in common.
     """
-    low, high = max(cfg.low, trained[0]), min(cfg.high, trained[1])
+    low, high = max(cfg.min_time, trained[0]), min(cfg.max_time, trained[1])
     if low >= high:
         raise ConfigError(
-            f"objective.low={cfg.low:g} and objective.high={cfg.high:g} leave nothing of the times this model knows, "
+            f"objective.min_time={cfg.min_time:g} and objective.max_time={cfg.max_time:g} leave nothing of "
+            "the times this model knows, "
             f"{trained[0]:g} to {trained[1]:g}; choose a range inside"
         )
     return Times(cfg.timesteps, cfg.logit_mean, cfg.logit_std, build_shift(cfg.shift, model), low, high)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import ConfigError, QuantKind
-from ..digests import digest
+from ..config import ConfigError, enums
 from ..quant import Quantiser, Source
-from . import files, single_file, skeleton, weights
+from ..storage.digests import digest
+from . import files, meta_init, single_file, weights
 
+OUTLINE = ContextVar("outline", default=False)  # see `skip_weights`
 LIBRARIES = ("diffusers", "transformers")  # whose classes a checkpoint may name; code of its own never runs
 CONFIGS = ("config.json", "scheduler_config.json")
+
+
+def without_weights() -> bool:
+    """Whether checkpoints are read without weights now."""
+    return OUTLINE.get()
+
+
+@contextmanager
+def skip_weights() -> Iterator[None]:
+    """Inside, checkpoints are read without weights: networks are made as their settings say and hold no values. Under a
+    `FakeTensorMode` they take no memory."""
+    token = OUTLINE.set(True)
+    try:
+        yield
+    finally:
+        OUTLINE.reset(token)
 
 
 class Checkpoint:
@@ -38,7 +57,7 @@ class Checkpoint:
 
     def __init__(
         self, pretrained: str, revision: str | None, variant: str | None, cache: Path | None = None,
-        config: str | None = None, prediction: str | None = None,
+        config: str | None = None, prediction: enums.Prediction | None = None,
     ):  # fmt: skip
         self.pretrained, self.variant, self.cache = pretrained, variant, cache
         self.said = f"model.pretrained is {pretrained!r}, which"
@@ -48,14 +67,15 @@ class Checkpoint:
         networks = [part for part, kind in self.parts.items() if issubclass(kind, nn.Module)]
         for part in networks:
             self.config(part)
-        self.weights = {part: weights.read(self.folder / part, self.variant, self._said(part)) for part in networks}
-        self._require_variant()
+        if not OUTLINE.get():
+            self.weights = {part: weights.read(self.folder / part, self.variant, self._described(part)) for part in networks}
+            self._require_variant()
 
-    def _folder(self, revision: str | None, config: str | None, prediction: str | None) -> Path:
-        if single_file.is_one(self.pretrained):
+    def _folder(self, revision: str | None, config: str | None, prediction: enums.Prediction | None) -> Path:
+        if single_file.is_single_file(self.pretrained):
             self.variant = None  # what was converted is plain
             return single_file.convert(self.pretrained, config, prediction, self.cache)
-        for key, value in (("config", config), ("prediction_type", prediction)):
+        for key, value in (("config", config), ("prediction_type", prediction and prediction.value)):
             if value is not None:
                 raise ConfigError(
                     f"model.{key} is {value!r}, but model.pretrained is {self.pretrained!r}, no single file, and has its own; "
@@ -63,7 +83,7 @@ class Checkpoint:
                 )
         return files.resolve(self.pretrained, revision, self.variant)
 
-    def _said(self, part: str) -> str:
+    def _described(self, part: str) -> str:
         return f"model.pretrained is {self.pretrained!r}, whose {part}"
 
     def _require_settings(self) -> None:
@@ -77,7 +97,7 @@ class Checkpoint:
             if not folder.is_dir():
                 raise ConfigError(f"{self.said} has no folder {part}, which model_index.json names; fetch it again")
             for path in sorted(folder.glob("*config.json")):
-                weights.read_json(path, self._said(part))
+                weights.read_json(path, self._described(part))
 
     def _require_variant(self) -> None:
         """Refuse a variant that was asked for and is nowhere."""
@@ -122,9 +142,9 @@ class Checkpoint:
         """A component's settings."""
         folder = self.folder / part
         path = next((folder / name for name in CONFIGS if (folder / name).is_file()), folder / CONFIGS[0])
-        return weights.read_json(path, self._said(part))
+        return weights.read_json(path, self._described(part))
 
-    def load(self, part: str, dtype: torch.dtype, device: torch.device, quantiser: Quantiser, keeps: Sequence[str]) -> Any:
+    def load(self, part: str, dtype: torch.dtype, device: torch.device, quantiser: Quantiser, skip: Sequence[str]) -> Any:
         """A component, frozen, on its device, in fewer bits if the quantiser is to keep it so.
 
         Args:
@@ -132,26 +152,28 @@ class Checkpoint:
         """
         kind: Any = self.parts[part]
         folder = self.folder / part
+        if OUTLINE.get():
+            return meta_init.allocated(kind, folder, dtype, device)
         variant, shards, table = self.weights[part]
         named = {"torch_dtype" if kind.__module__.startswith("diffusers") else "dtype": dtype}
 
         def read(where: torch.device) -> nn.Module:
             model = kind.from_pretrained(self.folder, subfolder=part, variant=variant, use_safetensors=True, **named)
-            return files.settle(model, where)
+            return files.freeze_to(model, where)
 
         decide = (folder / "config.json", *([table] if table else []), *shards)
-        bones = partial(skeleton.build, kind, folder, dtype)
-        source = Source(read, partial(files.hollow, kind, folder), decide, dtype, device, self.cache, bones)
-        return quantiser.load(part, source, keeps)
+        bones = partial(meta_init.build, kind, folder, dtype)
+        source = Source(read, partial(files.on_meta, kind, folder), decide, dtype, device, self.cache, bones)
+        return quantiser.load(part, source, skip)
 
-    def hollow(self, part: str) -> nn.Module:
+    def on_meta(self, part: str) -> nn.Module:
         """A component's architecture without weights, on the meta device."""
-        return files.hollow(self.parts[part], self.folder / part)
+        return files.on_meta(self.parts[part], self.folder / part)
 
     def identity(self, parts: Sequence[str], quantiser: Quantiser, *also: str) -> str:
         """Hash of some components' files, of how they are quantised, and of whatever else is said; loads nothing."""
         kinds = {part: quantiser.kind(part) for part in parts}
-        fewer = [f"{part} {kind.value}" for part, kind in kinds.items() if kind is not QuantKind.none]
+        fewer = [f"{part} {kind.value}" for part, kind in kinds.items() if kind is not enums.QuantKind.none]
         whole = hashlib.sha256("\0".join((*also, *fewer)).encode())
         for file in (file for part in parts for file in self._read(part)):
             whole.update(f"{file.parent.name}/{file.name}\0".encode())

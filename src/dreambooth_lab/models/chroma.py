@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from .family import Spec
 from .flux import Flux
 from .pipeline_family import PipelineFamily
 
@@ -14,5 +15,7 @@ class Chroma(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("ChromaPipeline",)
-    learns = Flux.learns
+    target_modules = Flux.target_modules
     kohya: ClassVar[Mapping[str, str]] = {"transformer": "lora_transformer"}
+    programs: ClassVar[tuple[str, ...]] = ("ComfyUI",)
+    spec = Spec("chroma", "chroma", "https://huggingface.co/lodestones/Chroma")

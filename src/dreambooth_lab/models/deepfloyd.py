@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import draw
-from ..batch import Cond, Shown, Text
+from ..batch import Cond, ImageInfo, Text
 from ..config import ConfigError
 from ..diffusion.path import VariancePreserving
 from ..draw import Purpose
@@ -30,11 +30,17 @@ class DeepFloyd1(PipelineFamily):
     """Stage I. The variance that the network learned beside ε is not trained."""
 
     pipelines = ("IFPipeline",)
-    learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"),
         "convolution": (r"re:.*resnets\..*\.(conv1|conv2|conv_shortcut)",),
     }
-    keeps: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj", "time_emb_proj")
+    skip_quantization: ClassVar[tuple[str, ...]] = (
+        "time_embedding",
+        "add_embedding",
+        "class_embedding",
+        "encoder_hid_proj",
+        "time_emb_proj",
+    )
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         states = cond["prompt_embeds"].to(self.dtype)
@@ -54,7 +60,7 @@ class DeepFloyd2(DeepFloyd1):
         super()._read_facts()
         self.stride = max(self.stride, SCALE * FIRST_STRIDE)
         self.first_stage = self.options.get("first_stage")
-        self.refines = self.first_stage is None
+        self.needs_image = self.first_stage is None
         noising = schedule.read(self.checkpoint.config("image_noising_scheduler"), self.said).path
         if not isinstance(noising, VariancePreserving):
             raise ConfigError(f"{self.said} noises small pictures on no path that is known here")
@@ -63,7 +69,7 @@ class DeepFloyd2(DeepFloyd1):
     def known_options(self) -> tuple[str, ...]:
         return ("first_stage",)
 
-    def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
+    def cond(self, text: Text, shown: Sequence[ImageInfo]) -> Cond:
         """The text, the small picture enlarged and noised [B 3 H W], and its noise's level [B], drawn evenly from all."""
         levels = [int(draw.uniform(s.seed, s.sample, Purpose.LEVEL) * self.noising.num_steps) for s in shown]
         noise = torch.stack([draw.normal(s.seed, s.sample, Purpose.AUGMENTATION, tuple(s.latents.shape)) for s in shown])
@@ -94,7 +100,7 @@ class DeepFloyd2(DeepFloyd1):
             self.__dict__.pop("_first")
         else:
             first = list(photos)
-        image = torch.cat([files.pixels(picture, low, narrow) for picture in first]).to(self.device, self.dtype)
+        image = torch.cat([files.to_pixels(picture, low, narrow) for picture in first]).to(self.device, self.dtype)
         return super().generate(
             text,
             negative,
@@ -102,11 +108,11 @@ class DeepFloyd2(DeepFloyd1):
             width=width,
             guidance_scale=guidance_scale,
             on_step=on_step,
-            **self.begin(image),
+            **self.image_arguments(image),
             **options,
         )
 
-    def begin(self, image: Any) -> dict[str, Any]:
+    def image_arguments(self, image: Any) -> dict[str, Any]:
         return {"image": image, "noise_level": LEVEL}
 
     @cached_property

@@ -1,22 +1,22 @@
-"""The contract of a model family: facts that the method needs, and verbs that adapt a foreign model to it.
+"""The interface of a model family: what the method needs to know of a pretrained model, and what it calls.
 
-Everything outside speaks of t in [0, 1], of latents in the denoiser's own scale, and of `Text` and `Cond`, whose tensors only
-the family knows; what is particular to a network stays in its family's one file. A family is built without weights; each part
-loads when first used, and leaves memory by `release_encoders`, so text encoders, VAE and denoiser need not be in memory together.
+Callers use t in [0, 1], latents in the denoiser's scale, and the records `Text` and `Cond`, whose tensors only the family reads.
+A family is one file. It is built without weights. Each part is loaded at first use; `release_encoders` frees the text encoders
+and the VAE, so they need not be in memory together with the denoiser.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path as Folder
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..batch import Cond, Shown, Text
+from ..batch import Caption, Cond, ImageInfo, Text
 from ..diffusion.path import Path
 from ..embedding import Slot
 from ..quant import Quantiser
@@ -25,64 +25,96 @@ OnStep = Callable[[int, Tensor], None]
 TextEncoders = list[tuple[Any, nn.Module]]  # each with its tokenizer before it
 
 
+class Spec(NamedTuple):
+    """What other programs call a base model, in the headers by which they sort LoRAs."""
+
+    version: str = ""  # sd-scripts' ss_base_model_version (A1111)
+    architecture: str = ""  # ModelSpec's, without what is added to it (Forge)
+    implementation: str = "diffusers"  # ModelSpec's
+
+
 class Family(ABC):
-    """Facts are attributes, verbs are methods."""
+    """A pretrained model: its facts are attributes, what it can do are methods."""
 
     path: Path  # how data becomes noise, what the network predicts
-    stride: int  # pixels: every side of a training picture is a multiple of it
+    stride: int  # pixels: every side of a training image is a multiple of it
     factor: int  # pixels per latent cell
     channels: int  # C of the latents
-    times: tuple[float, float] = (0.0, 1.0)  # the part of the path it was trained on
-    learns: ClassVar[
-        Mapping[str, tuple[str, ...]]
-    ]  # group → endings of layer names, or "re:" and an expression: what gets adapters
-    text_learns: ClassVar[Mapping[str, tuple[str, ...]]]  # the same of the text encoders that can learn
-    denoiser_part: str  # the denoiser's folder in a pipeline's
-    text_encoder_parts: tuple[str, ...]  # and the text encoders'
-    teachable_parts: tuple[str, ...]  # those of the text encoders that can learn
-    kohya: ClassVar[Mapping[str, str]]  # part → what kohya's key layout calls it; empty: no program reads it for this family
-    refines: bool = False  # its pictures begin from given ones, so validation shows it the subject's photos
+    times: tuple[float, float] = (0.0, 1.0)  # the range of t that the model was trained on
+    target_modules: ClassVar[Mapping[str, tuple[str, ...]]]  # group → suffixes of layer names, or "re:" and a regular expression
+    text_target_modules: ClassVar[Mapping[str, tuple[str, ...]]]  # the same for the text encoders that can be trained
+    denoiser_part: str  # name of the denoiser's sub-folder in a diffusers checkpoint
+    text_encoder_parts: tuple[str, ...]  # names of the text encoders' sub-folders
+    trainable_text_encoder_parts: tuple[str, ...]  # those text encoders that can be trained
+    kohya: ClassVar[Mapping[str, str]]  # part → its prefix in kohya's key layout; empty: programs read diffusers' keys
+    programs: ClassVar[tuple[str, ...]]  # programs that read LoRAs of this family in such a file
+    spec: Spec  # what they call the base model
+    loads_lora: bool  # whether the diffusers pipeline has `load_lora_weights`
+    chunks: int = 1  # number of chunks that every caption is encoded in; see `fit_chunks`
+    needs_image: bool = False  # an image-to-image model: validation gives it the subject's photos to start from
     device: torch.device = torch.device("cpu")
-    quantiser: Quantiser = Quantiser({}, None)  # which parts are kept in fewer bits
+    quantiser: Quantiser = Quantiser({}, None)  # which parts are quantised
 
     @abstractmethod
     def check_device(self) -> None:
-        """Refuse what was asked for and `device` can't do.
+        """Check that `device` supports what the configuration asks for.
 
         Raises:
-            ConfigError: says what is lacking.
+            ConfigError: names what is not supported.
         """
 
     @abstractmethod
     def shift(self, height: int, width: int) -> float:
-        """The time shift that its sampler uses for latents of a size (cells): t' = s t / (1 + (s - 1) t); 1 for none."""
+        """The sampler's time shift s for latents of this size (cells): t' = s t / (1 + (s - 1) t); 1 means no shift."""
 
     @property
     @abstractmethod
     def denoiser(self) -> nn.Module:
-        """The network that learns; loaded, frozen and in evaluation mode at first use."""
+        """The network that is fine-tuned. It is loaded at first use, frozen and in evaluation mode."""
+
+    def offloaded(self) -> list[int]:
+        """Bytes of each of the denoiser's blocks that are offloaded to host memory."""
+        return []
 
     @property
     @abstractmethod
     def text_encoders(self) -> TextEncoders:
-        """The base model's, in the order of `text_encoder_parts`; loaded at first use, dropped by `release_encoders`."""
+        """The base model's text encoders, in the order of `text_encoder_parts`; loaded at first use, freed by
+        `release_encoders`."""
 
     @abstractmethod
     def load_text_encoders(self) -> TextEncoders:
-        """The base model's once more, for who teaches them: what `text_encoders` says does not change with these."""
+        """A second copy of the base model's text encoders, to be trained; `text_encoders` keeps the originals."""
 
     @abstractmethod
-    def read_text(self, captions: Sequence[str], encoders: TextEncoders) -> Text:
-        """A row for each caption, float32, differentiable. An empty caption is the unconditional input."""
+    def read_text(self, captions: Sequence[Caption], encoders: TextEncoders) -> Text:
+        """Encode captions, one row each, float32, differentiable. An empty caption is the conditioning of caption dropout
+        (`model.empty_caption`); None is the sampler's unconditional input when there is no negative prompt."""
+
+    @abstractmethod
+    def fit_chunks(self, captions: Iterable[str]) -> None:
+        """Raise `chunks` until the longest of these captions fits; every caption is then encoded in that many chunks.
+
+        Raises:
+            ConfigError: the model can't encode more than one chunk.
+        """
+
+    @abstractmethod
+    def truncated_part(self, captions: Iterable[str]) -> list[str]:
+        """What the text encoders cut off from captions that are too long: one line per encoder that truncates."""
+
+    @abstractmethod
+    def count_tokens(self, caption: str) -> dict[str, int]:
+        """Number of tokens of a caption for each text encoder, without the start and end tokens."""
 
     @torch.no_grad()
-    def encode_text(self, captions: Sequence[str], encoders: TextEncoders | None = None) -> Text:
-        """`read_text` to keep: without gradient, on the CPU; by the base model's encoders unless others are given."""
+    def encode_text(self, captions: Sequence[Caption], encoders: TextEncoders | None = None) -> Text:
+        """`read_text` without gradient, on the CPU; with the base model's encoders unless others are given."""
         return self.read_text(captions, encoders or self.text_encoders).to(torch.device("cpu"))
 
     @abstractmethod
     def token_slots(self, word: str, encoders: TextEncoders) -> list[Slot]:
-        """Where each text encoder that can learn keeps the embedding of a word.
+        """Where each trainable text encoder holds the embedding of a word.
 
         Raises:
             ConfigError: an encoder splits the word into several tokens.
@@ -96,63 +128,81 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents in the denoiser's scale [B C h w] → pixels in [-1, 1] [B 3 H W]."""
 
-    def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
-        """What the denoiser is told of rows with these captions and pictures."""
+    def cond(self, text: Text, shown: Sequence[ImageInfo]) -> Cond:
+        """The denoiser's conditioning for rows with these captions and images."""
         return Cond(text)
 
     @abstractmethod
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's answer at x_t [B C h w], float32."""
+        """The network's prediction for x_t [B C h w], float32."""
 
     @abstractmethod
     def generate(
         self, text: Text, negative: Text, *, height: int, width: int, guidance_scale: float, on_step: OnStep | None = None,
         photos: Sequence[Image.Image] = (), **options: Any,
     ) -> list[Image.Image]:  # fmt: skip
-        """Pictures, one per row of `text`, through the family's own diffusers pipeline and the current weights.
+        """Generate images, one per row of `text`, with the family's diffusers pipeline and the current weights.
 
         Args:
-            on_step: told the number of sampler steps done, from 1, and the latents [B C h w].
-            photos: what to begin from, if the family `refines`; as many as rows.
+            on_step: called with the number of sampler steps done, from 1, and the latents [B C h w].
+            photos: initial images, one per row, if the family `needs_image`.
         """
 
     @abstractmethod
     def preview(self, latents: Tensor) -> Tensor:
-        """A quick look at latents [B C h w]: pixels in [-1, 1] [B 3 H W]."""
+        """Decode latents [B C h w] approximately and fast: pixels in [-1, 1] [B 3 H W]."""
 
     @abstractmethod
     def pipeline(self) -> Any:
-        """The diffusers pipeline from this family's files, as a user would load it: no adapter in it."""
+        """The diffusers pipeline of the base model, as a user would load it, without an adapter."""
 
     @abstractmethod
-    def begin(self, image: Any) -> dict[str, Any]:
-        """Arguments of `pipeline()`'s call that make it begin from a picture, if the family `refines`."""
+    def loading(self, base: str, config: str | None) -> str:
+        """Code that makes `pipeline` of the base model, as it is read here: its variant and dtype.
+
+        Args:
+            base: what the code calls it.
+            config: and what a single file's settings.
+        """
+
+    @abstractmethod
+    def image_arguments(self, image: Any) -> dict[str, Any]:
+        """Arguments of the pipeline's call that give it an initial image, if the family `needs_image`."""
+
+    @abstractmethod
+    def text_arguments(self, text: Text, negative: Text) -> dict[str, Any]:
+        """Arguments of the pipeline's call that pass the output of `read_text` instead of prompts."""
+
+    @abstractmethod
+    def size_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call for an image of this size, px, with the options of the configuration."""
 
     @abstractmethod
     def guidance(self, scale: float) -> dict[str, float]:
-        """The arguments of `pipeline()`'s call that set the guidance scale."""
+        """Arguments of the pipeline's call that set the guidance scale."""
 
     @abstractmethod
-    def save_token(self, folder: Folder, rows: Sequence[Tensor]) -> None:
-        """Write `learned_embeds.safetensors` with one embedding per text encoder, as textual inversion files have them."""
+    def save_token(self, folder: Folder, word: str, rows: Sequence[Tensor], header: Mapping[str, str]) -> Folder:
+        """Write `embeddings/WORD.safetensors` with one embedding per text encoder, as textual inversion files have them; returns
+        the file, relative to the folder."""
 
     @abstractmethod
     def load_token(self, pipeline: Any, folder: Folder, word: str) -> Callable[[float], None]:
-        """Put a saved embedding in a word's place in a pipeline's text encoders; returns what puts a point in its place that lies
-        so far on the line from the base model's (0) to the saved one (1)."""
+        """Load a saved embedding for a word into a pipeline's text encoders. Returns a function that interpolates between the
+        base model's embedding (0) and the saved one (1)."""
 
     @abstractmethod
     def token_usage(self, word: str) -> str:
-        """Code that puts the embedding in the folder `export` into `pipeline`."""
+        """Example code that loads the embedding of the folder `export` into `pipeline`."""
 
     @abstractmethod
     def release_encoders(self) -> None:
-        """Drop VAE and text encoders from memory; they load again when used."""
+        """Free the VAE and the text encoders; they are loaded again when used."""
 
     @property
     @abstractmethod
-    def keeps(self) -> tuple[str, ...]:
-        """Components of layer names that quantisation leaves alone."""
+    def skip_quantization(self) -> tuple[str, ...]:
+        """Components of layer names that are not quantised."""
 
     @abstractmethod
     def text_identity(self) -> str:

@@ -1,4 +1,4 @@
-"""Where a pretrained model's files are, and how one becomes a model. Only safetensors are ever read."""
+"""Find and load the files of a pretrained model. Only safetensors files are read."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def resolve(pretrained: str, revision: str | None, variant: str | None) -> Path:
 
 
 def cache_first(load: Callable[..., Any], name: str | None, **options: Any) -> Any:
-    """What a library loads by a name: from the hub's cache, and from the network only if that lacks it."""
+    """Load by name from the hub's cache; from the network only if it is not cached."""
     try:
         return load(name, local_files_only=True, **options)
     except (OSError, ValueError):
         return load(name, **options)
 
 
-NOT_NEWS = ("torchvision", "No LoRA keys associated to")  # nothing here needs it; most LoRAs leave text encoders alone
+IGNORED_WARNINGS = ("torchvision", "No LoRA keys associated to")  # nothing here needs it; most LoRAs leave text encoders alone
 
 
-def quiet() -> None:
-    """Silence the libraries' loading bars, and what they say of things that are as they should be."""
+def silence_loading() -> None:
+    """Silence the libraries' loading bars, and their warnings that do not apply here."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -53,10 +53,10 @@ def quiet() -> None:
     of_transformers.disable_progress_bar()
     for library in ("transformers", "diffusers"):
         for handler in logging.getLogger(library).handlers:
-            handler.addFilter(lambda record: not any(words in record.getMessage() for words in NOT_NEWS))
+            handler.addFilter(lambda record: not any(words in record.getMessage() for words in IGNORED_WARNINGS))
 
 
-def hollow(kind: Any, folder: Path) -> nn.Module:
+def on_meta(kind: Any, folder: Path) -> nn.Module:
     """A component's architecture without weights, on the meta device."""
     with torch.device("meta"):
         if kind.__module__.startswith("diffusers"):
@@ -64,20 +64,20 @@ def hollow(kind: Any, folder: Path) -> nn.Module:
         return kind(kind.config_class.from_pretrained(folder))
 
 
-def pictures(pixels: Tensor) -> list[Image.Image]:
-    """Pixels in [-1, 1] [B 3 H W] as diffusers' own image processor makes pictures of them."""
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pixels in [-1, 1] [B 3 H W] → images, by diffusers' image processor."""
     from diffusers.image_processor import VaeImageProcessor
 
     return VaeImageProcessor().postprocess(pixels, output_type="pil")
 
 
-def pixels(picture: Image.Image, height: int, width: int) -> Tensor:
-    """A picture, cut to fit, as pixels in [-1, 1] [1 3 H W]."""
+def to_pixels(picture: Image.Image, height: int, width: int) -> Tensor:
+    """An image, cropped to fit, as pixels in [-1, 1] [1 3 H W]."""
     fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def settle(model: nn.Module, device: torch.device) -> nn.Module:
+def freeze_to(model: nn.Module, device: torch.device) -> nn.Module:
     """Frozen, in evaluation mode, on its device, with every tensor in memory of its own.
 
     Weights mapped from a safetensors file may start at any byte; kernels then round differently in the last bit from

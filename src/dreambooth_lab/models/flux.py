@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Cond
+from .family import Spec
 from .pipeline_family import PipelineFamily
 
 
@@ -19,7 +20,7 @@ class Flux(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("FluxPipeline",)
-    learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (
             "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
             "attn.to_add_out",
@@ -28,6 +29,12 @@ class Flux(PipelineFamily):
                          "re:single_transformer_blocks\\..*\\.proj_out"),
     }  # fmt: skip
     kohya: ClassVar[Mapping[str, str]] = {"transformer": "lora_transformer", "text_encoder": "lora_te1"}
+    programs: ClassVar[tuple[str, ...]] = ("ComfyUI", "Forge", "InvokeAI")
+
+    @property
+    def spec(self) -> Spec:  # type: ignore[override]
+        kind = "dev" if self.network["guidance_embeds"] else "schnell"
+        return Spec("flux1", f"flux-1-{kind}", "https://github.com/black-forest-labs/flux")
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         pipeline, (rows, channels, height, width) = self.pipeline_class, x_t.shape

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..config import Attention, ConfigError
+from ..config import ConfigError, enums
 
 KERNELS = {
-    Attention.math: SDPBackend.MATH,
-    Attention.flash: SDPBackend.FLASH_ATTENTION,
-    Attention.efficient: SDPBackend.EFFICIENT_ATTENTION,
-    Attention.cudnn: SDPBackend.CUDNN_ATTENTION,
+    enums.Attention.math: SDPBackend.MATH,
+    enums.Attention.flash: SDPBackend.FLASH_ATTENTION,
+    enums.Attention.efficient: SDPBackend.EFFICIENT_ATTENTION,
+    enums.Attention.cudnn: SDPBackend.CUDNN_ATTENTION,
 }
 GRAPHS = 64  # versions of a block kept: with and without gradient, adapter, dropout; for each width and shape
 
@@ -36,15 +36,15 @@ def on_kernel(processor: Any, kernel: SDPBackend) -> Any:
     return processor
 
 
-def require(attention: Attention, compiles: bool, device: torch.device, dtype: torch.dtype) -> None:
+def require(attention: enums.Attention, compiles: bool, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what the device can't do, before any weights are read.
 
     Raises:
         ConfigError: says what is lacking.
     """
-    if attention in (Attention.efficient, Attention.cudnn) and device.type != "cuda":
+    if attention in (enums.Attention.efficient, enums.Attention.cudnn) and device.type != "cuda":
         raise ConfigError(f"model.attention is {attention.name}, which only CUDA devices have; use auto, flash or math")
-    if attention in (Attention.flash, Attention.cudnn) and device.type == "cuda" and dtype is torch.float32:
+    if attention in (enums.Attention.flash, enums.Attention.cudnn) and device.type == "cuda" and dtype is torch.float32:
         raise ConfigError(
             f"model.attention is {attention.name}, which CUDA has in 16 bits only; use model.dtype=bfloat16, or auto"
         )
@@ -55,9 +55,9 @@ def require(attention: Attention, compiles: bool, device: torch.device, dtype: t
         raise ConfigError(f"model.compile is true, but there is no C++ compiler {compiler!r}; install one, or set it to false")
 
 
-def choose(model: Any, attention: Attention, compiles: bool) -> nn.Module:
+def choose(model: Any, attention: enums.Attention, compiles: bool) -> nn.Module:
     """A diffusers denoiser on the chosen kernels; compiling happens when a block first runs."""
-    if attention is not Attention.auto:
+    if attention is not enums.Attention.auto:
         for layer in model.modules():
             if callable(getattr(layer, "processor", None)):
                 on_kernel(layer.processor, KERNELS[attention])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 
+TILE = 512  # px, of a VAE that works in tiles
+
 
 class Latents:
     """z = (x - offset) · factor, by channel, for x of the VAE's posterior; offset = shift_factor + latents_mean and
@@ -30,14 +32,16 @@ class Latents:
 
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [B 3 H W] → the posterior's mean and std [B C h w], float32."""
-        mean, std = self._posterior(vae, pixels)
+        rows = [self._posterior(vae, row) for row in pixels.split(1)]  # one at a time: a VAE's activations are large
+        mean, std = (torch.cat(parts) for parts in zip(*rows, strict=True))
         offset, scale = self.offset.to(mean.device), self.scale.to(mean.device)
         return (mean.float() - offset) * scale, std.float() * scale
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Latents [B C h w] → pixels [B 3 H W], float32."""
         dtype, offset, scale = next(vae.parameters()).dtype, self.offset.to(latents.device), self.scale.to(latents.device)
-        return self._pixels(vae, (latents.to(dtype).float() / scale + offset).to(dtype)).float()
+        scaled = (latents.to(dtype).float() / scale + offset).to(dtype)
+        return torch.cat([self._pixels(vae, row).float() for row in scaled.split(1)])
 
     def _posterior(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(pixels).latent_dist
@@ -62,7 +66,7 @@ class Video(Latents):
         return super()._pixels(vae, latents[:, :, None])[:, :, 0]
 
 
-class Certain(Latents):
+class Deterministic(Latents):
     """A deep-compression autoencoder, which has no posterior: its std is 0."""
 
     def __init__(self, config: Mapping[str, Any]):
@@ -103,6 +107,21 @@ class Patched(Latents):
         return nn.functional.pixel_shuffle(x, self.patch[0])
 
 
+def in_tiles(vae: Any) -> Any:
+    """The VAE, which from now on works in overlapping tiles.
+
+    Raises:
+        ConfigError: its class has none.
+    """
+    if not hasattr(vae, "enable_tiling"):
+        raise ConfigError(f"model.vae_tiling is true, but a {type(vae).__name__} has no tiles; set it to false")
+    vae.enable_tiling()
+    size = vars(vae).get("tile_sample_min_size", 0)  # AutoencoderKL's own is as large as the pictures it was trained on
+    if isinstance(size, int) and size > TILE:
+        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, vae.tile_latent_min_size * TILE // size
+    return vae
+
+
 class Pixels:
     """No VAE: the denoiser works on pixels in [-1, 1].
 
@@ -127,7 +146,7 @@ RULES: dict[str, type[Latents]] = {
     "AutoencoderKLFlux2": Patched,
     "AutoencoderKLQwenImage": Video,
     "AutoencoderKLWan": Video,
-    "AutoencoderDC": Certain,
+    "AutoencoderDC": Deterministic,
 }
 
 

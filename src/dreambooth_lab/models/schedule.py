@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import ConfigError
-from ..diffusion.path import Path, Prediction, RectifiedFlow, VariancePreserving
+from ..config import ConfigError, enums
+from ..diffusion.path import Path, RectifiedFlow, VariancePreserving
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def read(config: Mapping[str, Any], said: str) -> Schedule:
     alphas = alphas_cumprod(config, said)
     if prediction == "epsilon" and float(alphas[-1]) == 0:
         raise ConfigError(f"{said} has rescale_betas_zero_snr with prediction_type epsilon, which says nothing at pure noise")
-    return Schedule(VariancePreserving(alphas, Prediction(prediction)), 1.0, None)
+    return Schedule(VariancePreserving(alphas, enums.Prediction(prediction)), 1.0, None)
 
 
 def _flow(config: Mapping[str, Any]) -> Schedule:

@@ -9,14 +9,17 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..batch import Cond
+from .family import Spec
 from .pipeline_family import PipelineFamily
+
+MEDIUM = 24  # blocks
 
 
 class StableDiffusion3(PipelineFamily):
     """Any checkpoint of the architecture: medium, 3.5-medium, 3.5-large."""
 
     pipelines = ("StableDiffusion3Pipeline",)
-    learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (
             "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
             r"re:.*\.attn2?\.(to_q|to_k|to_v|to_out\.0)",  # 3.5-medium has a second attention in some blocks
@@ -28,6 +31,13 @@ class StableDiffusion3(PipelineFamily):
         "text_encoder": "lora_te1",
         "text_encoder_2": "lora_te2",
     }
+    programs: ClassVar[tuple[str, ...]] = ("ComfyUI",)
+
+    @property
+    def spec(self) -> Spec:  # type: ignore[override]
+        medium = "5-medium" if self.network["dual_attention_layers"] else "medium"
+        size = "5-large" if self.network["num_layers"] > MEDIUM else medium
+        return Spec(f"sd3_{size}", f"stable-diffusion-3-{size}")
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.denoiser(

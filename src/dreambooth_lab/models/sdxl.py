@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..batch import Cond, Shown, Text
+from ..batch import Cond, ImageInfo, Text
+from .family import Spec
 from .pipeline_family import PipelineFamily
 
 UNET_LEARNS = {
@@ -16,18 +17,22 @@ UNET_LEARNS = {
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
     "convolution": ("re:.*resnets\\..*\\.(conv1|conv2|conv_shortcut)", "re:.*samplers\\..*\\.conv"),
 }
+UNET_PROGRAMS = ("ComfyUI", "A1111", "Forge", "InvokeAI", "sd-scripts")
 
 
 class SDXL(PipelineFamily):
     """Any checkpoint of SDXL's architecture, of any size, with any number of latent channels."""
 
     pipelines = ("StableDiffusionXLPipeline",)
-    learns: ClassVar[Mapping[str, tuple[str, ...]]] = UNET_LEARNS
+    target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = UNET_LEARNS
     kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    programs: ClassVar[tuple[str, ...]] = UNET_PROGRAMS
+    spec = Spec("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models")
     # Small, and everything passes through them: time, size and pooled text; the text encoder's last projection.
-    keeps: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection")
+    skip_quantization: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection")
+    chunkable: ClassVar[bool] = True
 
-    def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
+    def cond(self, text: Text, shown: Sequence[ImageInfo]) -> Cond:
         """The text, and the six numbers of each picture: original height and width, crop top and left, target height, width."""
         sizes = (picture.size for picture in shown)
         return Cond(text, size=torch.tensor([(*s.original, *s.crop, *s.target) for s in sizes]).float())

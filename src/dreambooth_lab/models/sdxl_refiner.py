@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..batch import Cond, Shown, Text
+from ..batch import Cond, ImageInfo, Text
 from ..config import ConfigError
 from . import files
-from .family import OnStep
+from .family import OnStep, Spec
 from .sdxl import SDXL
 
 LEAST = 5  # sampler steps over the whole noise, of which the refiner takes a fifth
@@ -24,8 +24,10 @@ class SDXLRefiner(SDXL):
 
     pipelines = ("StableDiffusionXLImg2ImgPipeline",)
     kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder_2": "lora_te"}  # ComfyUI's
+    programs: ClassVar[tuple[str, ...]] = ("ComfyUI",)
+    spec = Spec("sdxl_refiner_v1-0", "stable-diffusion-xl-v1-refiner", SDXL.spec.implementation)
     times = (0.0, 0.2)
-    refines = True
+    needs_image = True
 
     def _read_facts(self) -> None:
         super()._read_facts()
@@ -34,7 +36,7 @@ class SDXLRefiner(SDXL):
                 f"{self.said} is no refiner, which has one text encoder and takes an aesthetic score; use model=sdxl"
             )
 
-    def cond(self, text: Text, shown: Sequence[Shown]) -> Cond:
+    def cond(self, text: Text, shown: Sequence[ImageInfo]) -> Cond:
         """The text, and five numbers of each picture: original height and width, crop top and left, aesthetic score."""
         numbers = [(*s.size.original, *s.size.crop, s.aesthetic_score) for s in shown]
         return Cond(text, size=torch.tensor(numbers).float())
@@ -44,14 +46,14 @@ class SDXLRefiner(SDXL):
         self, text: Text, negative: Text, *, height: int, width: int, guidance_scale: float, on_step: OnStep | None = None,
         photos: Sequence[Image.Image] = (), **options: Any,
     ) -> list[Image.Image]:  # fmt: skip
-        first = torch.cat([self.encode_image(files.pixels(photo, height, width))[0] for photo in photos])
-        options |= self.begin(first.to(self.device, self.dtype))
+        first = torch.cat([self.encode_image(files.to_pixels(photo, height, width))[0] for photo in photos])
+        options |= self.image_arguments(first.to(self.device, self.dtype))
         options["num_inference_steps"] = max(options["num_inference_steps"], LEAST)
         return super().generate(
             text, negative, height=height, width=width, guidance_scale=guidance_scale, on_step=on_step, **options
         )
 
-    def begin(self, image: Any) -> dict[str, Any]:
+    def image_arguments(self, image: Any) -> dict[str, Any]:
         return {"image": image, "strength": self.times[1]}
 
     def _unpacking(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..config import ConfigError
-from ..digests import digest
+from ..config import ConfigError, enums
+from ..storage.digests import digest
+from ..storage.durable import apply_umask
 from . import hub, weights
 
+log = logging.getLogger(__name__)
+
 REFUSED = (".ckpt", ".pt", ".pth", ".bin")
-PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+V, EPSILON = enums.Prediction.v_prediction, enums.Prediction.epsilon
+HEADERS = {"v": V, "v_prediction": V, "epsilon": EPSILON, "eps": EPSILON}  # modelspec.prediction_type
 VERSION = "1"  # of the conversion; part of every folder's name
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def is_one(pretrained: str) -> bool:
+def is_single_file(pretrained: str) -> bool:
     """Is it a file, or the name of one?
 
     Raises:
@@ -36,7 +42,7 @@ def is_one(pretrained: str) -> bool:
     return path.suffix == ".safetensors" and not path.is_dir()
 
 
-def convert(pretrained: str, config: str | None, prediction: str | None, cache: Path | None) -> Path:
+def convert(pretrained: str, config: str | None, prediction: enums.Prediction | None, cache: Path | None) -> Path:
     """The folder of a file's pipeline, made where the cache has none.
 
     Args:
@@ -75,19 +81,21 @@ def _settings(config: str) -> Path:
     return folder
 
 
-def _scheduler(file: Path, prediction: str | None, said: str) -> dict[str, Any]:
+def _scheduler(file: Path, prediction: enums.Prediction | None, said: str) -> dict[str, Any]:
     """What the file, or the configuration, says of how the model was trained: settings of its scheduler."""
     try:
         with safe_open(file, "pt") as opened:
             names, header = set(opened.keys()), opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{said}, which can't be read ({error}); fetch the file again") from error
-    if prediction is None and "v_pred" in names:
-        prediction = "v_prediction"
-    prediction = prediction or header.get("modelspec.prediction_type")
-    if prediction is not None and prediction not in PREDICTIONS:
-        raise ConfigError(f"model.prediction_type is {prediction!r}; use epsilon, v_prediction, or null for what the model says")
-    told: dict[str, Any] = {"prediction_type": PREDICTIONS[prediction]} if prediction else {}
+    written = header.get("modelspec.prediction_type")
+    own = V if "v_pred" in names else HEADERS.get(str(written))
+    if prediction and own and prediction is not own:
+        log.warning("%s, which says that it predicts %s; model.prediction_type=%s is used", said, own.value, prediction.value)
+    if written and not own and not prediction:
+        raise ConfigError(f"{said}, whose header has prediction_type {written!r}; set model.prediction_type to what it means")
+    used = prediction or own
+    told: dict[str, Any] = {"prediction_type": used.value} if used else {}
     if "ztsnr" in names:
         told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return told
@@ -109,14 +117,15 @@ def _dtype(file: Path) -> torch.dtype:
 
 def _make(file: Path, settings: Path, told: dict[str, Any], folder: Path, said: str) -> Path:
     """Convert beside the place, and move there what is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".part"))
+    aside = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.part")  # not by tempfile, whose folders are their maker's alone
+    aside.mkdir(parents=True)
     try:
         with tempfile.TemporaryDirectory() as bare:
             _read(file, _without_weights(settings, Path(bare) / "settings"), said).save_pretrained(aside)
         path = aside / "scheduler" / "scheduler_config.json"
         if told:
             path.write_text(json.dumps(weights.read_json(path, said) | told, indent=2))
+        apply_umask(aside)
         if not (folder / hub.INDEX).is_file():  # another process may have been first
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)

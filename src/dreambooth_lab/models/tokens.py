@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from ..config import ConfigError
 from ..embedding import Slot
 from .family import TextEncoders
 
-FILE = "learned_embeds.safetensors"
+FOLDER = "embeddings"  # of an export, as ComfyUI and A1111 call theirs
+OLD_FILE = "learned_embeds.safetensors"  # beside the weights, in exports of earlier versions
 
 
 def slot(tokenizer: Any, encoder: Any, word: str) -> Slot:
@@ -33,18 +36,30 @@ def slot(tokenizer: Any, encoder: Any, word: str) -> Slot:
     return encoder.get_input_embeddings(), ids[0]
 
 
-def save(folder: Path, keys: Sequence[str], rows: Sequence[Tensor]) -> None:
-    """Write one embedding per text encoder, each under its key."""
-    folder.mkdir(parents=True, exist_ok=True)
+def file_name(word: str) -> str:
+    """The file of a word's embedding, by whose name ComfyUI and A1111 know it."""
+    return re.sub(r"[^\w.-]+", "_", word).strip(".") + ".safetensors"
+
+
+def save(folder: Path, word: str, keys: Sequence[str], rows: Sequence[Tensor], header: Mapping[str, str]) -> Path:
+    """Write one embedding per text encoder, each under its key; returns the file, relative to the folder."""
+    file = Path(FOLDER) / file_name(word)
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     named = {key: row.detach().cpu().float()[None] for key, row in zip(keys, rows, strict=True)}
-    save_file(named, folder / FILE)
+    save_file(named, folder / file, {"format": "pt", **header})
+    return file
 
 
 def load(folder: Path, keys: Sequence[str], pairs: TextEncoders, word: str) -> Callable[[float], None]:
     """Put a saved embedding in a word's place; see `Family.load_token`."""
-    if not (folder / FILE).is_file():
-        raise ConfigError(f"{str(folder)!r} has no {FILE}, which this export needs beside it: {word!r} was learned too")
-    saved = load_file(folder / FILE)
+    file = folder / FOLDER / file_name(word)
+    file = file if file.is_file() else folder / OLD_FILE
+    if not file.is_file():
+        said = f"{str(folder)!r} has no {FOLDER}/{file_name(word)}"
+        raise ConfigError(f"{said}, which this export needs beside it: {word!r} was learned too")
+    saved = load_file(file)
+    if lacking := [key for key in keys if key not in saved]:
+        raise ConfigError(f"{str(file)!r} has no embedding {lacking[0]!r}; give the export of this model")
     slots = [slot(tokenizer, encoder, word) for tokenizer, encoder in pairs]
     before = [layer.weight[row].detach().clone() for layer, row in slots]
 
@@ -66,8 +81,9 @@ def usage(keys: Mapping[str, str], word: str) -> str:
     pairs = ", ".join(f'("{key}", "{part.removeprefix("text_encoder")}")' for part, key in keys.items())
     return f"""\
 from safetensors.torch import load_file
-learned = load_file(export + "/{FILE}")
+learned = load_file(export + {json.dumps(f"/{FOLDER}/{file_name(word)}", ensure_ascii=False)})
 for name, end in ({pairs},):
     tokenizer, encoder = getattr(pipeline, "tokenizer" + end), getattr(pipeline, "text_encoder" + end)
-    (row,) = tokenizer("{word}", add_special_tokens=False).input_ids
-    encoder.get_input_embeddings().weight.data[row] = learned[name][0].to(encoder.dtype)"""
+    (row,) = tokenizer({json.dumps(word, ensure_ascii=False)}, add_special_tokens=False).input_ids
+    weight = encoder.get_input_embeddings().weight
+    weight.data[row] = learned[name][0].to(weight)"""

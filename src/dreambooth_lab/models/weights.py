@@ -41,14 +41,14 @@ def named(index: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {part: said for part, said in said.items() if isinstance(said, list) and len(said) == 2 and said[0] is not None}
 
 
-def wishes(variant: str | None) -> tuple[str | None, ...]:
+def variants_to_try(variant: str | None) -> tuple[str | None, ...]:
     """Variants in the order in which they are looked for."""
     return (None,) if variant is None else (HALF, None) if variant == AUTO else (variant, None)
 
 
 def pick(names: Collection[str], variant: str | None) -> Pick | None:
     """The weights to read among a folder's names, or None: it has none such."""
-    for wish in wishes(variant):
+    for wish in variants_to_try(variant):
         dotted = f".{wish}" if wish else ""
         for stem in STEMS:
             both = [

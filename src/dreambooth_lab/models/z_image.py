@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from .family import Spec
 from .pipeline_family import PipelineFamily
 
 
@@ -13,7 +14,9 @@ class ZImage(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("ZImagePipeline",)
-    learns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
         "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     }
+    programs: ClassVar[tuple[str, ...]] = ("ComfyUI", "InvokeAI")
+    spec = Spec("z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image")

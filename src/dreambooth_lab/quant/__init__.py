@@ -1,7 +1,29 @@
 """The frozen base in fewer bits. Only this package imports optimum.quanto, torchao and bitsandbytes, and only when used."""
 
-from .base import Backend, Quantised, Quantiser, Source, backend, hush, quantise, require
+from .base import (
+    Backend,
+    Quantised,
+    Quantiser,
+    Source,
+    backend,
+    bytes_per_weight,
+    check_supported,
+    layers_to_quantize,
+    quantise,
+    silence_warnings,
+)
 
-hush()  # before anything imports diffusers, which imports torchao
+silence_warnings()  # before anything imports diffusers, which imports torchao
 
-__all__ = ["Backend", "Quantised", "Quantiser", "Source", "backend", "hush", "quantise", "require"]
+__all__ = [
+    "Backend",
+    "Quantised",
+    "Quantiser",
+    "Source",
+    "backend",
+    "bytes_per_weight",
+    "check_supported",
+    "layers_to_quantize",
+    "quantise",
+    "silence_warnings",
+]

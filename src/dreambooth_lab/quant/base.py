@@ -1,4 +1,4 @@
-"""Which layers of a frozen model are kept in fewer bits, by which library, and what that costs."""
+"""Quantise the linear layers of a frozen model with one of several libraries, and report what it saves."""
 
 from __future__ import annotations
 
@@ -12,34 +12,44 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, QuantKind
-from ..digests import digest
+from ..config import ConfigError, enums
 from ..heap import trim
+from ..storage.digests import digest
 from . import store, stream
 
 NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
-FP8_MATMUL = (8, 9)  # CUDA capability from which the hardware multiplies float8
+FP8_MATMUL = (8, 9)  # lowest CUDA capability with float8 matrix multiplication
+BYTES = {  # per weight, scales included
+    enums.QuantKind.int8: 1.0,
+    enums.QuantKind.fp8: 1.0,
+    enums.QuantKind.int8_torchao: 1.0,
+    enums.QuantKind.fp8_torchao: 1.0,
+    enums.QuantKind.int4: 0.53,
+    enums.QuantKind.int2: 0.28,
+    enums.QuantKind.int4_torchao: 1.19,
+    enums.QuantKind.nf4: 0.57,
+}
 
 
 class Backend(Protocol):
-    """One library's way with one layer. Layers are linear, frozen, and already on their device and in their dtype."""
+    """One library's quantisation of one layer. Layers are linear, frozen, and already on their device and in their dtype."""
 
     def quantise(self, layer: nn.Linear) -> nn.Linear:
-        """The layer with its weight in fewer bits; may change or replace it."""
+        """The quantised layer; it may be changed in place or replaced."""
 
     def pack(self, layer: nn.Linear) -> tuple[dict[str, Tensor], str]:
-        """A quantised layer's weight as plain tensors, and whatever else restores it, as text."""
+        """A quantised layer's weight as plain tensors, and a string with what else is needed to restore it."""
 
     def unpack(self, layer: nn.Linear, parts: Mapping[str, Tensor], spec: str) -> nn.Linear:
-        """The same quantised weight in a layer that has no weights yet (on the meta device); its bias is left as it is."""
+        """Restore a quantised weight in a layer on the meta device; its bias is not changed."""
 
 
 class Quantised(NamedTuple):
-    """What became of one model."""
+    """Summary of one quantised model."""
 
-    kind: QuantKind
+    kind: enums.QuantKind
     layers: int  # quantised
-    left: tuple[str, ...]  # linear layers left alone because the family says so
+    left: tuple[str, ...]  # linear layers that were skipped
     parameters: int  # of the whole model
     size: int  # bytes of the whole model
     weights: int  # number of quantised weights
@@ -49,15 +59,15 @@ class Quantised(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a model comes from."""
+    """How a model is loaded."""
 
     read: Callable[[torch.device], nn.Module]  # whole, on a device, frozen
-    hollow: Callable[[], nn.Module]  # its architecture on the meta device
-    files: tuple[Path, ...]  # whose bytes decide the weights
+    on_meta: Callable[[], nn.Module]  # its architecture on the meta device
+    files: tuple[Path, ...]  # the weight files
     dtype: torch.dtype
     device: torch.device
     digests: Path | None = None  # folder that remembers the files' hashes; None: the quantiser's own
-    skeleton: Callable[[], nn.Module] | None = None  # for `stream.read`; None: the model is read whole
+    meta_init: Callable[[], nn.Module] | None = None  # for `stream.read`; None: the model is read whole
 
 
 class Quantiser:
@@ -68,48 +78,48 @@ class Quantiser:
         cache: folder of quantised weights, or None: quantise anew at each start.
     """
 
-    def __init__(self, kinds: Mapping[str, QuantKind], cache: Path | None):
+    def __init__(self, kinds: Mapping[str, enums.QuantKind], cache: Path | None):
         self.kinds, self.cache = dict(kinds), cache
         self.done: dict[str, Quantised] = {}
 
-    def kind(self, part: str) -> QuantKind:
-        return self.kinds.get(part, QuantKind.none)
+    def kind(self, part: str) -> enums.QuantKind:
+        return self.kinds.get(part, enums.QuantKind.none)
 
-    def load(self, part: str, source: Source, keeps: Sequence[str]) -> nn.Module:
-        """A part's model, quantised if it is to be: from the cache where it has it, without its full-precision weights.
+    def load(self, part: str, source: Source, skip: Sequence[str]) -> nn.Module:
+        """Load a part's model, quantised if configured. A cached one is loaded without the full-precision weights.
 
         Args:
             keeps: components of layer names that are left alone.
         """
         kind = self.kind(part)
-        if kind is QuantKind.none:
+        if kind is enums.QuantKind.none:
             return source.read(source.device)
-        require(kind, source.device)
+        check_supported(kind, source.device)
         start, library = time.perf_counter(), backend(kind)
-        path = self._path(kind, source, keeps)
-        model = store.read(path, source.hollow, library, source.device) if path else None
+        path = self._path(kind, source, skip)
+        model = store.read(path, source.on_meta, library, source.device) if path else None
         cached = model is not None
         if model is None:
-            model = _streamed(source, keeps, library) or quantise(source.read(torch.device("cpu")), kind, keeps, source.device)
+            model = _streamed(source, skip, library) or quantise(source.read(torch.device("cpu")), kind, skip, source.device)
             if path:
-                store.write(path, model, chosen(model, keeps)[0], library)
+                store.write(path, model, layers_to_quantize(model, skip)[0], library)
             trim()
         model = model.requires_grad_(False).eval()
-        self.done[part] = _account(model, kind, keeps, library, time.perf_counter() - start, cached)
+        self.done[part] = _summary(model, kind, skip, library, time.perf_counter() - start, cached)
         return model
 
-    def _path(self, kind: QuantKind, source: Source, keeps: Sequence[str]) -> Path | None:
-        """Where the cache has a model, or is to have it."""
+    def _path(self, kind: enums.QuantKind, source: Source, skip: Sequence[str]) -> Path | None:
+        """Path of a model in the cache."""
         if self.cache is None:
             return None
         hashes = {file.name: digest(file, source.digests or self.cache) for file in source.files}
-        return store.path(self.cache, kind.value, hashes, str(source.dtype), source.device.type, keeps)
+        return store.path(self.cache, kind.value, hashes, str(source.dtype), source.device.type, skip)
 
 
-def backend(kind: QuantKind) -> Backend:
-    """The library's way for a kind; imports the library."""
-    hush()
-    if kind is QuantKind.nf4:
+def backend(kind: enums.QuantKind) -> Backend:
+    """The backend of a kind; imports its library."""
+    silence_warnings()
+    if kind is enums.QuantKind.nf4:
         from .bnb import NF4
 
         return NF4()
@@ -123,51 +133,56 @@ def backend(kind: QuantKind) -> Backend:
     return Quanto(bits)
 
 
-def require(kind: QuantKind, device: torch.device) -> None:
-    """Refuse a kind that the device can't do, before any weights are read.
+def check_supported(kind: enums.QuantKind, device: torch.device) -> None:
+    """Check that the device supports a kind, before any weights are read.
 
     Raises:
-        ConfigError: says what the device lacks.
+        ConfigError: names what the device lacks.
     """
-    if kind is QuantKind.fp8_torchao and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_MATMUL:
+    if kind is enums.QuantKind.fp8_torchao and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_MATMUL:
         has = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ConfigError(
             f"quant.kind is {kind.name}, which needs CUDA capability 8.9; this device has {has}; use quant=fp8 or int8"
         )
 
 
-def chosen(model: nn.Module, keeps: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of the linear layers to quantise, and of those left alone."""
+def bytes_per_weight(kind: enums.QuantKind) -> float:
+    """Bytes per weight of a quantised layer, approximately."""
+    return BYTES[kind]
+
+
+def layers_to_quantize(model: nn.Module, skip: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of the linear layers to quantise, and of those to skip."""
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    left = [name for name in linear if any(_fits(name, keep) for keep in keeps)]
+    left = [name for name in linear if any(_is_skipped(name, keep) for keep in skip)]
     return [name for name in linear if name not in set(left)], left
 
 
-def _fits(name: str, keep: str) -> bool:
-    """Whether a layer is one that is left alone: by a component of its name, or by "re:" and an expression of the whole."""
+def _is_skipped(name: str, keep: str) -> bool:
+    """Whether a layer is skipped: by a component of its name, or by "re:" and a regular expression of the whole name."""
     return bool(re.fullmatch(keep[3:], name)) if keep.startswith("re:") else keep in name.split(".")
 
 
-def _streamed(source: Source, keeps: Sequence[str], library: Backend) -> nn.Module | None:
-    """The quantised model without ever a whole one in full precision, if its files allow it."""
-    if source.skeleton is None:
+def _streamed(source: Source, skip: Sequence[str], library: Backend) -> nn.Module | None:
+    """Quantise while reading, so that the full-precision model is never whole in memory; None if the files don't allow it."""
+    if source.meta_init is None:
         return None
-    model = source.skeleton()
+    model = source.meta_init()
     files = [file for file in source.files if file.suffix == ".safetensors"]
-    return stream.read(model, files, source.device, chosen(model, keeps)[0], library)
+    return stream.read(model, files, source.device, layers_to_quantize(model, skip)[0], library)
 
 
-def quantise(model: nn.Module, kind: QuantKind, keeps: Sequence[str], device: torch.device | None = None) -> nn.Module:
-    """Quantise a frozen model in place, one layer at a time, so that never two copies are whole; returns it.
+def quantise(model: nn.Module, kind: enums.QuantKind, skip: Sequence[str], device: torch.device | None = None) -> nn.Module:
+    """Quantise a frozen model in place, one layer at a time, so that two whole copies never exist; returns it.
 
-    Convolutions, norms and embeddings stay: they hold few of a denoiser's parameters, and adapters of every library can sit
-    on them.
+    Convolutions, norms and embeddings are not quantised: they hold few of a denoiser's parameters, and every library can adapt
+    them.
 
     Args:
         device: where each layer goes before it is quantised, and the others after; None: where the model is.
     """
     library = backend(kind)
-    names, _ = chosen(model.requires_grad_(False), keeps)
+    names, _ = layers_to_quantize(model.requires_grad_(False), skip)
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -178,7 +193,7 @@ def quantise(model: nn.Module, kind: QuantKind, keeps: Sequence[str], device: to
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
-    """Every plain tensor that is elsewhere."""
+    """Move every unquantised tensor to a device."""
     for module in model.modules():
         for own, parameter in module._parameters.items():
             if parameter is not None and parameter.device != device:
@@ -188,10 +203,10 @@ def _move(model: nn.Module, device: torch.device) -> None:
                 module._buffers[own] = buffer.to(device)
 
 
-def _account(
-    model: nn.Module, kind: QuantKind, keeps: Sequence[str], library: Backend, seconds: float, cached: bool
+def _summary(
+    model: nn.Module, kind: enums.QuantKind, skip: Sequence[str], library: Backend, seconds: float, cached: bool
 ) -> Quantised:
-    names, left = chosen(model, keeps)
+    names, left = layers_to_quantize(model, skip)
     whole = set(names)
     weights = weights_size = parameters = size = 0
     for name, layer in model.named_modules():
@@ -208,7 +223,7 @@ def _account(
     )
 
 
-def hush() -> None:
-    """Keep what these libraries say when imported from the terminal: missing kernels that nothing here calls."""
+def silence_warnings() -> None:
+    """Silence these libraries' import warnings about missing kernels that are not used here."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

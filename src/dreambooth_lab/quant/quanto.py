@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from optimum.quanto import QLinear, qfloat8, qint2, qint4, qint8
 from optimum.quanto.library import qbytes_mm
 from optimum.quanto.library.extensions import get_extension
@@ -14,6 +15,28 @@ from optimum.quanto.tensor.weights import WeightQBitsTensor
 from torch import Tensor, nn
 
 TYPES = {"int8": qint8, "int4": qint4, "int2": qint2, "fp8": qfloat8}
+
+
+class _FixedWeight(torch.autograd.Function):
+    """x Wᵀ + b of a quantised weight that doesn't learn: only W is kept for backward, where quanto keeps x too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return torch.matmul(grads[0], weight), None, None
+
+
+class FixedLinear(QLinear):
+    """quanto's layer for a base that is frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[… in] → [… out]."""
+        return _FixedWeight.apply(x, self.qweight, self.bias)
 
 
 class Quanto:
@@ -24,7 +47,7 @@ class Quanto:
         _patch()
 
     def quantise(self, layer: nn.Linear) -> nn.Linear:
-        quantised = QLinear.from_module(layer, weights=self.type)
+        quantised = FixedLinear.from_module(layer, weights=self.type)
         quantised.freeze()
         return quantised
 
@@ -33,7 +56,7 @@ class Quanto:
         return {name: part for name, part in state.items() if name.startswith("weight.")}, ""
 
     def unpack(self, layer: nn.Linear, parts: Mapping[str, Tensor], spec: str) -> nn.Linear:
-        quantised = QLinear.from_module(layer, weights=self.type)
+        quantised = FixedLinear.from_module(layer, weights=self.type)
         quantised.load_state_dict(dict(parts), strict=False, assign=True)
         quantised.bias = layer.bias
         for name in ("input_scale", "output_scale"):  # of activations, which stay as they are

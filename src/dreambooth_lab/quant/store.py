@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..storage.durable import atomic_file
 
 if TYPE_CHECKING:
     from .base import Backend
@@ -30,14 +30,14 @@ LIBRARIES = ("torch", "optimum-quanto", "torchao", "bitsandbytes")
 BETWEEN = "::"  # layer name :: part of its weight
 
 
-def path(cache: Path, kind: str, files: Mapping[str, str], dtype: str, device: str, keeps: Sequence[str]) -> Path:
+def path(cache: Path, kind: str, files: Mapping[str, str], dtype: str, device: str, skip: Sequence[str]) -> Path:
     """Where a model's quantised weights belong.
 
     Args:
         files: name → hash, of those that decide the full-precision weights.
     """
     digests = [f"{name} {value}" for name, value in files.items()]
-    words = [VERSION, kind, dtype, device, *sorted(keeps), *digests, *map(_version, LIBRARIES)]
+    words = [VERSION, kind, dtype, device, *sorted(skip), *digests, *map(_version, LIBRARIES)]
     name = hashlib.sha256("\0".join(words).encode()).hexdigest()
     return cache / f"{kind}-{name[:32]}.safetensors"
 
@@ -50,8 +50,10 @@ def _version(library: str) -> str:
 
 
 def write(path: Path, model: nn.Module, layers: Sequence[str], library: Backend) -> None:
-    """Every tensor of a model, quantised layers in parts; the file appears whole or not at all."""
+    """Every tensor of a model, quantised layers in parts, tied ones once; the file appears whole or not at all."""
     tensors: dict[str, Tensor] = {}
+    first: dict[int, str] = {}  # of tied parameters and buffers: the name that their tensor is written under
+    tied: dict[str, str] = {}  # and the others' names → that one
     specs: dict[str, str] = {}
     quantised = set(layers)
     for name, module in model.named_modules():
@@ -61,29 +63,28 @@ def write(path: Path, model: nn.Module, layers: Sequence[str], library: Backend)
             tensors |= {f"{name}{BETWEEN}{part}": tensor for part, tensor in parts.items()}
         for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if name not in quantised or own == "bias":
-                tensors[f"{name}.{own}".lstrip(".")] = tensor
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, aside, metadata={"specs": json.dumps(specs)})
-        Path(aside).replace(path)
-    finally:
-        Path(aside).unlink(missing_ok=True)
+                key = f"{name}.{own}".lstrip(".")
+                if (known := first.setdefault(id(tensor), key)) == key:
+                    tensors[key] = tensor
+                else:
+                    tied[key] = known
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as aside:
+        save_file(plain, aside, metadata={"specs": json.dumps(specs), "tied": json.dumps(tied)})
 
 
-def read(path: Path, hollow: Callable[[], nn.Module], library: Backend, device: torch.device) -> nn.Module | None:
+def read(path: Path, on_meta: Callable[[], nn.Module], library: Backend, device: torch.device) -> nn.Module | None:
     """The model that `write` was given, or None: there is no such file, or it is damaged and was removed."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            specs = json.loads(file.metadata()["specs"])
-            model = hollow()
+            specs, tied = (json.loads(file.metadata().get(name, "{}")) for name in ("specs", "tied"))
+            model = on_meta()
             for key in file.keys():  # noqa: SIM118
                 if BETWEEN not in key:
-                    _put(model, key, file.get_tensor(key).clone())  # a mapped tensor is not aligned
+                    same = [name for name, known in tied.items() if known == key]
+                    _put(model, [key, *same], file.get_tensor(key).clone())  # a mapped tensor is not aligned
             names = [key.split(BETWEEN) for key in file.keys() if BETWEEN in key]  # noqa: SIM118
             for layer, spec in specs.items():
                 parts = {part: file.get_tensor(layer + BETWEEN + part).clone() for name, part in names if name == layer}
@@ -97,10 +98,13 @@ def read(path: Path, hollow: Callable[[], nn.Module], library: Backend, device: 
         return None
 
 
-def _put(model: nn.Module, key: str, tensor: Tensor) -> None:
-    where, _, own = key.rpartition(".")
-    module = model.get_submodule(where)
-    if own in module._parameters:
-        module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[own] = tensor
+def _put(model: nn.Module, keys: Sequence[str], tensor: Tensor) -> None:
+    """Set the parameter or buffer that all these names share."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    for key in keys:
+        where, _, own = key.rpartition(".")
+        module = model.get_submodule(where)
+        if own in module._parameters:
+            module._parameters[own] = parameter
+        else:
+            module._buffers[own] = tensor

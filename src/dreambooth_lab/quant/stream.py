@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PIECE = 64 * 2**20
 
 
-class Places:
+class Parameters:
     """Where a model without weights wants which tensor.
 
     Args:
@@ -58,11 +58,11 @@ def read(
     """The model with its weights, some layers quantised; None: the files don't hold it under its own names.
 
     Args:
-        model: its skeleton, see `Places`.
+        model: its skeleton, see `Parameters`.
         files: safetensors that hold it together.
         layers: linear ones to quantise.
     """
-    places = Places(model)
+    places = Parameters(model)
     if not places.fit(_shapes(files)):
         return None
     lacking = {layer: set(dict(model.get_submodule(layer).named_parameters(recurse=False))) for layer in layers}

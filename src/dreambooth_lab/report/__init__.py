@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import json
 import shlex
 from html import escape
 from pathlib import Path
 from string import Template
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from ..callbacks.card import usage
-from ..callbacks.pictures import beside
+from .. import plots
+from ..callbacks.card import HERE, usage
+from ..callbacks.header import public
+from ..callbacks.image_grids import beside
+from ..config import LOCAL
+from ..page import picture
 from ..runfolder import RunFolder
-from . import story
-from .story import Numbers
+from . import sections
+from .ending import lines
+from .sections import Metrics
 
 PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 USAGE = Template("""# pictures from it, each prompt at several strengths (0: the base model):
@@ -31,27 +35,39 @@ $code""")
 
 def write(folder: RunFolder) -> None:
     """Write the page from what the folder holds now."""
-    cfg = folder.saved_config()
-    numbers: Numbers = {}
-    for step, name, value in folder.read_metrics():
-        numbers.setdefault(name, []).append((step, value))
+    cfg, numbers = folder.saved_config(), read_numbers(folder)
     steps = int(max((values[-1][0] for values in numbers.values()), default=0))
     page = PAGE.substitute(
         title=escape(folder.root.resolve().name),
         prompt=escape(cfg.dataset.instance_prompt),
         steps=f"{steps:,}",
-        verdict=story.verdict(folder, numbers),
+        verdict=sections.verdict(folder, numbers),
         pictures=_pictures(folder, list(cfg.validation.prompts)),
-        curves=story.losses(folder, numbers),
-        metrics=story.metrics(numbers),
-        changes=story.changed(folder),
+        curves=sections.losses(folder, numbers),
+        metrics=sections.metrics(numbers),
+        changes=sections.changed(folder),
         values="".join(f"<tr><td>{escape(name)}</td><td>{v[-1][1]:.6g}</td></tr>" for name, v in numbers.items()),
         cost=_cost(folder),
         preflight=escape(folder.preflight.read_text(encoding="utf-8")),
         usage=escape(_usage(folder, steps)),
         config=escape(OmegaConf.to_yaml(cfg)),
+        script=plots.script(),
+        theme=plots.THEME,
     )
     folder.report.write_text(page, encoding="utf-8")
+
+
+def read_numbers(folder: RunFolder) -> Metrics:
+    """Name → (step, value), in order."""
+    numbers: Metrics = {}
+    for step, name, value in folder.read_metrics():
+        numbers.setdefault(name, []).append((step, value))
+    return numbers
+
+
+def ending(folder: RunFolder) -> list[str]:
+    """What a run says when it ends: what was learned, which step to keep, how to use it."""
+    return lines(folder, read_numbers(folder))
 
 
 def _usage(folder: RunFolder, steps: int) -> str:
@@ -62,8 +78,19 @@ def _usage(folder: RunFolder, steps: int) -> str:
     kept = f"python -m dreambooth_lab.tools.generate file={shlex.quote(str(folder.best_export))} {prompt}   # the step kept\n"
     return USAGE.substitute(
         root=root, prompt=prompt, kept=kept if folder.best() else "", more=2 * steps,
-        code=usage(folder.export) if folder.export.is_dir() else "it has no export yet",
+        code=_code(folder, cfg) if folder.export.is_dir() else "it has no export yet",
     )  # fmt: skip
+
+
+def _code(folder: RunFolder, cfg: DictConfig) -> str:
+    """The code on the export's card, with the paths of this machine, which the card may leave out."""
+    code, shown = usage(folder.export), public(cfg).model
+    code = code.replace(f'export = "{HERE}"', f'export = "{folder.export.as_posix()}"')
+    for key in ("pretrained", "config"):
+        if str(shown[key]).startswith(LOCAL):
+            said, own = (json.dumps(value, ensure_ascii=False) for value in (shown[key], cfg.model[key]))
+            code = code.replace(said, own)
+    return code
 
 
 def _pictures(folder: RunFolder, prompts: list[str]) -> str:
@@ -110,10 +137,6 @@ def _step(path: Path) -> str:
 
 def _figure(path: Path, caption: str, widest: int = 1600) -> str:
     """A grid as an inlined JPEG; the full pictures stay beside the page."""
-    picture = Image.open(path).convert("RGB")
-    picture.thumbnail((widest, 10 * widest))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    image = f'<img alt="{escape(caption)}" width="{picture.width}" height="{picture.height}" src="data:image/jpeg;base64,{data}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    grid = Image.open(path).convert("RGB")
+    grid.thumbnail((widest, 10 * widest))
+    return f"<figure>{picture(grid, caption)}<figcaption>{escape(caption)}</figcaption></figure>"

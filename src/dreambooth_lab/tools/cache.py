@@ -5,42 +5,71 @@ A folder is a cache root (`cache=` of a run; `.cache` if none is given) or a fol
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from ..data.cache import KINDS, Damaged, Store, today
+from ..config import ConfigError
+from ..data.caching.cache import KINDS, Damaged, Store, current_day
+from .common import cli
 
 LEFT_OVER = 3600  # seconds after which a half-written file has no writer any more
 
 
-def main(words: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 1 if `verify` found damage, 2 for a folder that is none."""
-    parser = argparse.ArgumentParser(prog="python -m dreambooth_lab.tools.cache", description=__doc__)
-    parser.add_argument("what", choices=["stats", "verify", "prune"])
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path(".cache")])
-    parser.add_argument("--unused-days", type=int, help="prune: entries that no run has asked for in so many days")
-    parser.add_argument("--max-gb", type=float, help="prune: the longest unused, until so many GB are left in each folder")
-    parser.add_argument("--dry-run", action="store_true", help="prune, verify: say what would go, and leave it")
-    options = parser.parse_args(words)
-    absent = [folder for folder in options.folders if not folder.expanduser().is_dir()]
-    if absent:
-        print(f"error: {', '.join(map(str, absent))}: no such folder; give a cache folder", file=sys.stderr)
-        return 2
-    if options.what == "prune" and options.unused_days is None and options.max_gb is None:
-        parser.error("prune needs --unused-days N, --max-gb N, or both")
-    stores = [Store(folder.expanduser(), kind) for folder in options.folders for kind in KINDS if (folder / kind).is_dir()]
-    if options.what == "stats":
-        stats(stores)
-        return 0
-    if options.what == "verify":
-        return verify(stores, options.dry_run)
-    return prune(stores, options.unused_days, options.max_gb, options.dry_run)
+application = cli.app(help=__doc__)
+Folders = Annotated[list[Path] | None, typer.Argument(help="caches; .cache if none is given")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would go, and leave it")]
+
+
+@application.command("stats")
+def _stats(folders: Folders = None) -> None:
+    """Entries, sizes and ages."""
+    stats(stores(folders))
+
+
+@application.command("verify")
+def _verify(folders: Folders = None, dry_run: DryRun = False) -> None:
+    """Read every entry and remove what is damaged; ends with 1 if something was."""
+    if verify(stores(folders), dry_run):
+        raise typer.Exit(1)
+
+
+@application.command("prune")
+def _prune(
+    folders: Folders = None,
+    unused_days: Annotated[int | None, typer.Option(min=0, help="entries that no run has asked for in so many days")] = None,
+    max_gb: Annotated[
+        float | None, typer.Option(min=0, help="the longest unused, until so many GB are left in each folder")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Remove what was not asked for in a while."""
+    if unused_days is None and max_gb is None:
+        raise ConfigError("prune is told nothing to remove; give --unused-days N, --max-gb N, or both")
+    prune(stores(folders), unused_days, max_gb, dry_run)
+
+
+def stores(folders: list[Path] | None) -> list[Store]:
+    """What lies in cache folders.
+
+    Raises:
+        ConfigError: one is no folder.
+    """
+    named = [folder.expanduser() for folder in folders or [Path(".cache")]]
+    if absent := [str(folder) for folder in named if not folder.is_dir()]:
+        raise ConfigError(f"{', '.join(absent)}: no such folder; give a cache folder")
+    return [Store(folder, kind) for folder in named for kind in KINDS if (folder / kind).is_dir()]
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: application(words))
 
 
 def _size(store: Store, key: str) -> int:
@@ -59,16 +88,16 @@ def stats(stores: list[Store]) -> None:
     for store in stores:
         keys = list(store.keys())
         size = sum(_size(store, key) for key in keys) / 1e6
-        old = sum(today() - store.last_used(key) >= 30 for key in keys)
+        old = sum(current_day() - store.last_used(key) >= 30 for key in keys)
         table.add_row(str(store.folder), f"{len(keys):,}", f"{size:,.1f}", f"{old:,}", str(len(_left_over(store))))
     Console().print(table)
 
 
-def verify(stores: list[Store], dry_run: bool) -> int:
-    """Read every entry; damaged ones are removed, to be made again by the next run that needs them."""
+def verify(stores: list[Store], dry_run: bool) -> bool:
+    """Read every entry; damaged ones are removed, to be made again by the next run that needs them. Returns whether any was."""
     total = damaged = 0
     for store in stores:
-        for key in list(store.keys()):
+        for key in track(list(store.keys()), str(store.folder)):
             total += 1
             try:
                 store.check(key)
@@ -78,10 +107,10 @@ def verify(stores: list[Store], dry_run: bool) -> int:
                 if not dry_run:
                     store.drop(key)
     print(f"{total} entries read, {damaged} damaged" + (", removed" if damaged and not dry_run else ""))
-    return 1 if damaged else 0
+    return damaged > 0
 
 
-def prune(stores: list[Store], unused_days: int | None, max_gb: float | None, dry_run: bool) -> int:
+def prune(stores: list[Store], unused_days: int | None, max_gb: float | None, dry_run: bool) -> None:
     """Remove what was not asked for in a while, longest unused first, and left-over parts."""
     count = freed = 0
     for store in stores:
@@ -94,18 +123,17 @@ def prune(stores: list[Store], unused_days: int | None, max_gb: float | None, dr
             if not dry_run:
                 path.unlink(missing_ok=True)
     print(f"{'would remove' if dry_run else 'removed'} {count} files, {freed / 1e6:,.1f} MB")
-    return 0
 
 
 def _to_go(store: Store, unused_days: int | None, max_gb: float | None) -> Iterator[str]:
     keys = sorted(store.keys(), key=store.last_used)
     left = sum(_size(store, key) for key in keys)
     for key in keys:
-        old = unused_days is not None and today() - store.last_used(key) >= unused_days
+        old = unused_days is not None and current_day() - store.last_used(key) >= unused_days
         if old or (max_gb is not None and left > max_gb * 1e9):
             left -= _size(store, key)
             yield key
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

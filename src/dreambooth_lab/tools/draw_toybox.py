@@ -11,19 +11,25 @@ subject is taken in that one place, as when an owner never leaves home: what a m
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from enum import StrEnum
 from itertools import count
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from PIL import Image
+from rich.progress import track
 
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.tools.common import cli
 from dreambooth_lab.toybox.subjects import PLACES, subject_photos
 from dreambooth_lab.toybox.world import BACKGROUNDS, SUBJECTS, Picture, draw_individual, place, render
 
 SHIPPED = Path(__file__).resolve().parents[1] / "toybox" / "pictures"
 PHOTOS, UNSEEN, MEMBERS = 5, 4, 12
+Place = StrEnum("Place", {name: name for name in BACKGROUNDS})  # type: ignore[misc]
 
 
 def class_pictures(kind: str, n: int) -> list[Picture]:
@@ -36,7 +42,7 @@ def class_pictures(kind: str, n: int) -> list[Picture]:
 
 def write(folder: Path, places: Sequence[str] = PLACES) -> None:
     """All of it; `places` are those of the subjects' photos, in turn."""
-    for subject, who in SUBJECTS.items():
+    for subject, who in track(SUBJECTS.items(), "drawing"):
         drawn = subject_photos(subject, PHOTOS + UNSEEN, places=places)
         for i, photo in enumerate(drawn[:PHOTOS]):
             _save(photo.image, folder / "photos" / subject / f"{i:02d}.png")
@@ -52,17 +58,19 @@ def _save(image: Image.Image, path: Path) -> None:
     image.save(path, optimize=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=SHIPPED)
-    parser.add_argument("--place", choices=list(BACKGROUNDS), help="where every photo of a subject is taken")
-    asked = parser.parse_args()
-    folder = asked.folder
-    if asked.place and folder == SHIPPED:
-        parser.error("--place needs a FOLDER: the pictures that ship have their own places")
-    write(folder, (asked.place,) if asked.place else PLACES)
+application = cli.app()
+
+
+@application.command(help=cli.text(__doc__))
+def main(
+    folder: Annotated[Path, typer.Argument(help="where to; the package's own if none is given", show_default=False)] = SHIPPED,
+    place: Annotated[Place | None, typer.Option(help="where every photo of a subject is taken")] = None,
+) -> None:
+    if place and folder == SHIPPED:
+        raise ConfigError(f"--place is {place!r}, but the pictures that ship have their own places; give a FOLDER")
+    write(folder, (place,) if place else PLACES)
     print(f"{sum(1 for _ in folder.rglob('*.png'))} pictures in {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(application)

@@ -5,38 +5,46 @@
     python -m dreambooth_lab.tools.generate file=lora.safetensors model=owner/sdxl 'prompt=a dog'      # a LoRA made elsewhere
 
 Writes each picture, which says how it was made, and grid.png: a row for each prompt and strength, a column for each seed.
-A file made here says in its header what it was trained on; any other LoRA that diffusers reads needs model=.
+A file made here says in its header what it was trained on, unless that was a folder of its maker's; then, and for any other LoRA
+that diffusers reads, model= says it.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import typer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
-from ..config import Config, ConfigError
+from ..config import LOCAL, ConfigError, saved
+from ..config.saved import literal
 from ..lab import compose, load
-from ..run import Trained
+from .common import cli
 
-WORDS = ("prompt", "negative")  # taken as they are typed, colons and all
+if TYPE_CHECKING:
+    from ..trained import TrainedPipeline
+
+WORDS = ("prompt", "negative")  # taken as they are typed, colons and all; a list in brackets is one
+PLACES = ("run", "file", "model", "image", "out")  # taken as they are typed
 
 
 @dataclass
-class Ask:
+class GenerateArgs:
     """What may be said."""
 
     run: str | None = None  # a run's folder, or
     file: str | None = None  # an exported safetensors file, or the folder of one
-    model: str | None = None  # the base of a file that doesn't say it: a folder or hub id
+    model: str | None = None  # the base of a file that doesn't say it, or had it on its maker's disk: a folder or hub id
     prompt: Any = None  # one, or a list
     negative: str = ""  # empty: the unconditional input of the family, as in training
     seeds: Any = 4  # a list, or how many from 0 on
@@ -49,6 +57,10 @@ class Ask:
     out: str = "generated"  # a folder; if it is there, the next free number is put behind
 
 
+def _known() -> list[str]:
+    return [field.name for field in fields(GenerateArgs)]
+
+
 class Picture(NamedTuple):
     """One picture to draw."""
 
@@ -57,30 +69,30 @@ class Picture(NamedTuple):
     seed: int
 
 
-def read(words: list[str]) -> Ask:
+def read(words: list[str]) -> GenerateArgs:
     """The command line, typed.
 
     Raises:
         ConfigError: a word that is not known, a value that can't be, or neither a run nor a file.
     """
-    raw = {key: value for key, _, value in (word.partition("=") for word in words) if key in WORDS and value[:1] != "["}
+    said = [(key, value) for key, _, value in (word.partition("=") for word in words)]
+    raw = {key: literal(value) for key, value in said if key in PLACES or (key in WORDS and value[:1] != "[")}
     try:
         typed = OmegaConf.from_cli([word for word in words if word.partition("=")[0] not in raw])
-        ask: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Ask), typed, raw))
+        args: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GenerateArgs), typed, raw))
     except OmegaConfBaseException as error:
-        known = ", ".join(field.name for field in fields(Ask))
-        raise ConfigError(f"{str(error).splitlines()[0]}; known: {known}") from error
-    if (ask.run is None) == (ask.file is None):
+        raise ConfigError(f"{str(error).splitlines()[0]}; known: {', '.join(_known())}") from error
+    if (args.run is None) == (args.file is None):
         raise ConfigError("say run=FOLDER or file=EXPORT, one of them")
-    if ask.run is not None and ask.model is not None:
-        raise ConfigError(f"model is {ask.model!r}, but a run says itself what it was trained on; leave it out")
-    ask.prompt = _listed("prompt", ask.prompt, str)
-    ask.seeds = _listed("seeds", list(range(ask.seeds)) if type(ask.seeds) is int else ask.seeds, int)
-    ask.strengths = [float(strength) for strength in _listed("strengths", ask.strengths, int | float)]
+    if args.run is not None and args.model is not None:
+        raise ConfigError(f"model is {args.model!r}, but a run says itself what it was trained on; leave it out")
+    args.prompt = _listed("prompt", args.prompt, str)
+    args.seeds = _listed("seeds", list(range(args.seeds)) if type(args.seeds) is int else args.seeds, int)
+    args.strengths = [float(strength) for strength in _listed("strengths", args.strengths, int | float)]
     for key, least in (("steps", 1), ("guidance", 0), ("resolution", 16)):
-        if getattr(ask, key) is not None and getattr(ask, key) < least:
-            raise ConfigError(f"{key} is {getattr(ask, key)}; it must be at least {least}")
-    return ask
+        if getattr(args, key) is not None and getattr(args, key) < least:
+            raise ConfigError(f"{key} is {getattr(args, key)}; it must be at least {least}")
+    return args
 
 
 def _listed(key: str, value: Any, kind: Any) -> list[Any]:
@@ -90,7 +102,7 @@ def _listed(key: str, value: Any, kind: Any) -> list[Any]:
     return values
 
 
-def trained_with(path: Path, model: str | None) -> DictConfig:
+def config_from_header(path: Path, model: str | None) -> DictConfig:
     """The configuration in an export's header, or one for a LoRA made elsewhere on a base model."""
     if not path.exists():
         raise ConfigError(f"file is {str(path)!r}, which does not exist; give a safetensors file, or a folder with one")
@@ -103,43 +115,64 @@ def trained_with(path: Path, model: str | None) -> DictConfig:
         if said and "${" in said:  # ours are resolved; another's could read this machine's environment
             raise ConfigError(f"file is {str(path)!r}, whose configuration interpolates; it is not read: give model=BASE")
         if said:
-            merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(said))
-            assert isinstance(merged, DictConfig)
-            return merged
+            return _with_local_paths(saved.load(said, f"the header of {str(file)!r}"), path, model)
     if model is None:
         raise ConfigError(f"file is {str(path)!r}, which does not say how it was made; give model=BASE, or run=FOLDER")
     return compose("model=diffusers", f"model.pretrained={model}", "dataset.path=.")
 
 
-def paint(ask: Ask) -> Path:
+def _with_local_paths(cfg: DictConfig, path: Path, model: str | None) -> DictConfig:
+    """A header's configuration with what its maker had on disk found here: the base by `model`, a LyCORIS file beside the export.
+
+    Raises:
+        ConfigError: the base was a folder of its maker's, and none is given.
+    """
+    if model is not None:
+        cfg.model.pretrained = model
+    base = cfg.model.pretrained
+    if base.startswith(LOCAL):
+        told = f"file is {str(path)!r}, which was trained on {base.removeprefix(LOCAL)!r}, a folder or file of its maker's"
+        raise ConfigError(f"{told}; give model=BASE, where it is here or its hub id")
+    for key in ("config", "tae"):
+        cfg.model[key] = None if str(cfg.model[key]).startswith(LOCAL) else cfg.model[key]
+    if str(cfg.adapter.preset).startswith(LOCAL):
+        cfg.adapter.preset = str((path if path.is_dir() else path.parent) / "lycoris_config.json")
+    return cfg
+
+
+def generate(args: GenerateArgs) -> Path:
     """Draw everything that was asked for; returns the grid's path."""
-    export = load(ask.run).export(ask.ema) if ask.run else Path(str(ask.file)).expanduser()
-    export = export / "ema" if ask.ema and not ask.run else export
-    cfg = load(ask.run).config if ask.run else trained_with(export, ask.model)
-    trained = Trained(cfg, export)
-    edge = ask.resolution or cfg.validation.resolution
-    image = begin(trained, ask.image, edge)
-    asked = [Picture(p, strength, seed) for p in ask.prompt for strength in ask.strengths for seed in ask.seeds]
+    from ..trained import TrainedPipeline
+
+    export = load(args.run).export(args.ema) if args.run else Path(str(args.file)).expanduser()
+    export = export / "ema" if args.ema and not args.run else export
+    cfg = load(args.run).config if args.run else config_from_header(export, args.model)
+    trained = TrainedPipeline(cfg, export)
+    edge = args.resolution or cfg.validation.resolution
+    image = begin(trained, args.image, edge)
+    asked = [Picture(p, strength, seed) for p in args.prompt for strength in args.strengths for seed in args.seeds]
     made = []
-    for picture in asked:
-        trained.strengthen(picture.strength)
+    for picture in track(asked, "drawing", console=Console(stderr=True)):
+        trained.set_scale(picture.strength)
         made += trained.draw(
-            picture.prompt, ask.negative, edge, ask.steps or cfg.validation.num_inference_steps,
-            cfg.validation.guidance_scale if ask.guidance is None else ask.guidance, picture.seed, image,
+            picture.prompt, args.negative, edge, args.steps or cfg.validation.num_inference_steps,
+            cfg.validation.guidance_scale if args.guidance is None else args.guidance, picture.seed, image,
         )  # fmt: skip
-    return _save(_free(Path(ask.out).expanduser()), ask, asked, made)
+    return _save(_free(Path(args.out).expanduser()), args, asked, made)
 
 
-def begin(trained: Trained, place: str | None, edge: int) -> Image.Image | None:
+def begin(trained: TrainedPipeline, place: str | None, edge: int) -> Image.Image | None:
     """The square picture that pictures are made from, if the model changes given ones."""
-    changes = bool(trained.family.begin(None))
+    changes = bool(trained.family.image_arguments(None))
     if changes != (place is not None):
         way_out = "give image=FILE, which it changes" if changes else "leave it out: this model draws from prompts alone"
         raise ConfigError(f"image is {place!r}; {way_out}")
     if place is None:
         return None
+    from ..data.sources import colour
+
     try:
-        return ImageOps.fit(Image.open(Path(place).expanduser()).convert("RGB"), (edge, edge))
+        return ImageOps.fit(colour.to_srgb(Image.open(Path(place).expanduser())).convert("RGB"), (edge, edge))
     except OSError as error:
         raise ConfigError(f"image is {place!r}, which is no picture ({error})") from error
 
@@ -150,12 +183,12 @@ def _free(folder: Path) -> Path:
     return folder if not folder.exists() else next(path for path in taken if not path.exists())
 
 
-def _save(folder: Path, ask: Ask, asked: list[Picture], made: list[Image.Image]) -> Path:
+def _save(folder: Path, args: GenerateArgs, asked: list[Picture], made: list[Image.Image]) -> Path:
     folder.mkdir(parents=True)
-    columns = len(ask.seeds)
+    columns = len(args.seeds)
     for i, (picture, image) in enumerate(zip(asked, made, strict=True)):
         said = PngInfo()
-        said.add_text("dreambooth_lab", json.dumps(asdict(ask) | picture._asdict()))
+        said.add_text("dreambooth_lab", json.dumps(asdict(args) | picture._asdict()))
         image.save(folder / f"{i // columns:02d}_{i % columns:02d}.png", pnginfo=said)
     grid(asked, made, columns).save(folder / "grid.png")
     return folder / "grid.png"
@@ -179,12 +212,19 @@ def grid(asked: list[Picture], made: list[Image.Image], columns: int) -> Image.I
     return sheet
 
 
-def main() -> None:
-    try:
-        print(paint(read(sys.argv[1:])))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+application = cli.app()
+
+
+@application.command(help=cli.text(__doc__))
+def _command(
+    words: Annotated[list[str] | None, typer.Argument(help=f"known: {', '.join(_known())}", metavar="KEY=VALUE …")] = None,
+) -> None:
+    print(generate(read(words or [])))
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line."""
+    cli.run(lambda: application(words))
 
 
 if __name__ == "__main__":

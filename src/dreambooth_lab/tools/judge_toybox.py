@@ -17,24 +17,27 @@ seeds and guidance, and kept in RUN/sampled_N. Numbers go to RUN/toybox.json or 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+import typer
 from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from dreambooth_lab.callbacks.pictures import save
+from dreambooth_lab.callbacks.image_grids import save
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.factory import build_family
 from dreambooth_lab.lab import Run, load
-from dreambooth_lab.models.judges import Clip
-from dreambooth_lab.run import build_family
+from dreambooth_lab.models.feature_extractors import Clip
+from dreambooth_lab.tools.common import cli
 from dreambooth_lab.toybox import base_folder
 from dreambooth_lab.toybox.evaluator import Evaluator
 from dreambooth_lab.toybox.shapes import CLASSES
@@ -68,7 +71,7 @@ class Judge:
         seen, homes = self.evaluator.judge(_tensor(pictures)), set(self.evaluator.judge(_tensor(photos)).background)
         kind = next((k for k in CLASSES if k in prompt.split()), None)
         place = next((b for b in BACKGROUNDS if b in prompt), None)
-        features, of_photos = self.clip.see(pictures), self.clip.see(photos)
+        features, of_photos = self.clip.embed(pictures), self.clip.embed(photos)
         alike = features @ features.T
         n = len(pictures)
         return Scores(
@@ -104,14 +107,14 @@ def _edges(pictures: Pictures) -> Tensor:
     return torch.cat([whole[..., :EDGE], whole[..., -EDGE:]], -1).flatten(1)
 
 
-def kept(run: Run) -> dict[int, list[Pictures]]:
+def saved_images(run: Run) -> dict[int, list[Pictures]]:
     """Step (0 and the last) → a row of validation pictures for each prompt."""
-    steps, prompts = sorted(run.pictures), range(len(run.config.validation.prompts))
-    folders = {step: run.pictures[step].with_suffix("") for step in (steps[0], steps[-1])}
+    steps, prompts = sorted(run.images), range(len(run.config.validation.prompts))
+    folders = {step: run.images[step].with_suffix("") for step in (steps[0], steps[-1])}
     return {s: [[Image.open(path) for path in sorted(f.glob(f"{i:02d}_*.png"))] for i in prompts] for s, f in folders.items()}
 
 
-def drawn(run: Run, num_steps: int, bases: dict[str, list[Pictures]]) -> dict[int, list[Pictures]]:
+def generated_images(run: Run, num_steps: int, bases: dict[str, list[Pictures]]) -> dict[int, list[Pictures]]:
     """The same, drawn anew with another number of sampler steps; the base model's are shared by the runs that ask the same."""
     asked = OmegaConf.to_yaml(run.config.validation, resolve=True) + run.config.model.pretrained
     if asked not in bases:
@@ -132,7 +135,7 @@ def _draw(run: Run, pipeline: Any, num_steps: int) -> list[Pictures]:
             prompt, negative_prompt=cfg.negative_prompt or None, height=cfg.resolution, width=cfg.resolution, generator=seeds,
             num_images_per_prompt=cfg.num_images, num_inference_steps=num_steps, guidance_scale=cfg.guidance_scale,
         ).images
-        for prompt, seeds in zip(cfg.prompts, noise, strict=True)
+        for prompt, seeds in track([*zip(cfg.prompts, noise, strict=True)], "drawing")
     ]  # fmt: skip
 
 
@@ -161,21 +164,24 @@ def _pair(before: float | None, after: float | None) -> str:
     return "" if before is None or after is None else f"{before:.2f} → {after:.2f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--steps", type=int, help="draw the pictures anew with this many sampler steps")
-    asked = parser.parse_args()
+application = cli.app()
+
+
+@application.command(help=cli.text(__doc__))
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="runs' folders", metavar="RUN …")],
+    steps: Annotated[int | None, typer.Option(min=1, help="draw the pictures anew with this many sampler steps")] = None,
+) -> None:
+    asked = [load(root) for root in runs]
+    if without := [str(run.folder.root) for run in asked if not steps and not run.images]:
+        raise ConfigError(f"{', '.join(without)}: no validation pictures; have them drawn with --steps N")
     judging, bases = Judge(), dict[str, list[Pictures]]()
-    for root in asked.runs:
-        run = load(root)
-        if not asked.steps and not run.pictures:
-            parser.error(f"{root} has no validation pictures; have them drawn with --steps N")
-        records = judge(run, judging, drawn(run, asked.steps, bases) if asked.steps else kept(run))
-        name = f"toybox_{asked.steps}.json" if asked.steps else "toybox.json"
+    for run in asked:
+        records = judge(run, judging, generated_images(run, steps, bases) if steps else saved_images(run))
+        name = f"toybox_{steps}.json" if steps else "toybox.json"
         (run.folder.root / name).write_text(json.dumps(records, indent=1) + "\n")
         show(run, records)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(application)

@@ -41,4 +41,4 @@ def write_subject(name: str, folder: Path, n: int = 5, size: Size = SQUARE) -> N
     for i, photo in enumerate(subject_photos(name, n, size)):
         photo.image.save(folder / f"{i:02d}.png")
         photo.mask.save(folder / "masks" / f"{i:02d}.png")
-        (folder / f"{i:02d}.txt").write_text(photo.caption + "\n")
+        (folder / f"{i:02d}.txt").write_text(photo.caption + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ UNet's steps 1.4 times as long then, and is right only beside other work.
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -15,16 +14,19 @@ from importlib import import_module
 from pathlib import Path
 
 import hydra
+import psutil
 from omegaconf import DictConfig
 
+from dreambooth_lab import heap
 from dreambooth_lab.config import ConfigError, conf_dir
 
 ORDER = ("vae", "polish", "latents", "evaluator", "unet", "scorer", "dino", "export", "judge", "pictures")
 
 
 def cpu_seconds() -> float:
-    own, workers = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime
+    """Of this process and its finished workers; on Windows without these."""
+    spent = psutil.Process().cpu_times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def timed(stage: str, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process so far
+        peak = heap.peak() // 2**20  # of the process so far
         line = {"stage": stage, "wall_s": round(time.perf_counter() - wall), "cpu_s": round(cpu_seconds() - cpu), "peak_mb": peak}
         out.mkdir(parents=True, exist_ok=True)
         with (out / "times.jsonl").open("a") as f:
@@ -45,9 +47,6 @@ def timed(stage: str, out: Path) -> Iterator[None]:
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from dreambooth_lab.run import quiet_libraries
-
-    quiet_libraries()
     torch.set_flush_denormal(True)
     torch.set_num_threads(cfg.threads)
     if cfg.stage not in (*ORDER, "all"):

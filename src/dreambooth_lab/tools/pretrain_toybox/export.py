@@ -62,7 +62,7 @@ def run(cfg: Any) -> None:
     for source, name in (("scorer/clip", "scorer"), ("dino/vit", "dino")):
         if (out / source).exists():
             export_judge(out / source, base / name)
-    (base / "README.md").write_text(card(cfg))
+    (base / "README.md").write_text(card(cfg), encoding="utf-8")
     files = [p for p in base.rglob("*") if p.is_file()]
     for path in files:
         path.chmod(0o644)

@@ -55,4 +55,4 @@ def run(cfg: Any) -> None:
     (out / "judge.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     if (Path(cfg.out) / "unet/last.ckpt").exists():  # the card tells these numbers too
-        (base / "README.md").write_text(card(cfg))
+        (base / "README.md").write_text(card(cfg), encoding="utf-8")

@@ -100,6 +100,13 @@ def trained_vae(cfg: Any) -> Any:
     return stage.ema["vae"].eval()
 
 
+def shipped_vae(cfg: Any) -> Any:
+    """The base model's autoencoder, folded already."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(Path(cfg.base) / "vae", torch_dtype=torch.float32).eval()
+
+
 def folded(vae: Any, n: int = 384) -> Any:
     """Folded with the statistics of scenes that neither training nor evaluation uses."""
     x, _ = held_out(n, start=1_000_000)
@@ -118,9 +125,8 @@ def gate(vae: Any, least: float) -> None:
 
 def run(cfg: Any) -> None:
     torch.manual_seed(cfg.seed)
-    folder, whole = Path(cfg.out) / "latents", trained_vae(cfg)
-    gate(whole, cfg.latents.least_psnr)
-    vae = folded(whole)
+    folder, vae = Path(cfg.out) / "latents", shipped_vae(cfg) if cfg.latents.shipped_vae else folded(trained_vae(cfg))
+    gate(vae, cfg.latents.least_psnr)
     vae.save_pretrained(folder / "vae")
     by_size: dict[Size, list[int]] = {size: [] for size in BUCKETS}
     for seed in range(cfg.latents.scenes):

@@ -1,4 +1,4 @@
-"""Pictures for the README: the world, its held-out subjects, reconstructions, samples, and one photograph."""
+"""Pictures for the documentation: the world, its held-out subjects, reconstructions, samples, and one photograph."""
 
 from pathlib import Path
 from typing import Any

@@ -9,7 +9,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from dreambooth_lab.diffusion.path import Prediction, VariancePreserving
+from dreambooth_lab.config import enums
+from dreambooth_lab.diffusion.path import VariancePreserving
 from dreambooth_lab.tools.pretrain_toybox.latents import Cache
 from dreambooth_lab.tools.pretrain_toybox.runner import Stage, fit, grid
 from dreambooth_lab.tools.pretrain_toybox.text import encode_text, new_text_encoders
@@ -52,7 +53,7 @@ def new_nets(cfg: Any) -> nn.ModuleDict:
 
 def new_path() -> VariancePreserving:
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, STEPS, dtype=torch.float64) ** 2
-    return VariancePreserving(torch.cumprod(1 - betas, 0), Prediction.epsilon)
+    return VariancePreserving(torch.cumprod(1 - betas, 0), enums.Prediction.epsilon)
 
 
 class Draw:
@@ -139,6 +140,15 @@ def look_prompts() -> list[str]:
     ]  # fmt: skip
 
 
+def shipped_nets(folder: Path, nets: nn.ModuleDict) -> None:
+    """Fill `nets` with the base model's weights: its UNet and both text encoders."""
+    from safetensors.torch import load_file
+
+    files = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+    for name, file in files.items():
+        nets[name].load_state_dict(load_file(folder / name / f"{file}.safetensors"))
+
+
 def run(cfg: Any) -> None:
     from diffusers import AutoencoderKL
 
@@ -146,6 +156,9 @@ def run(cfg: Any) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     torch.manual_seed(cfg.seed)
     stage = UnetStage(cfg.unet)
+    if cfg.unet.from_shipped:
+        shipped_nets(Path(cfg.base), stage.nets)
+        stage.ema.load_state_dict(stage.nets.state_dict())
 
     def show(stage: Stage, step: int) -> None:
         pictures = sample(pipeline(stage.ema.eval(), vae), look_prompts(), seed=0)

@@ -10,29 +10,37 @@ from another machine, go through ssh -L 8765:localhost:8765, or put a server wit
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import sys
 from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from ...config import ConfigError
+from ..common import cli
 
 SHORTEST = 16  # characters of a token that is taken
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--token_env", default="DREAMBOOTH_WATCH_TOKEN", help="environment variable that holds the token")
-    said = parser.parse_args()
+application = cli.app()
+
+
+@application.command(help=cli.text(__doc__))
+def main(
+    host: Annotated[str, typer.Option(help="address to listen on; the default is this machine alone")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8765,
+    token_env: Annotated[str, typer.Option(help="environment variable that holds the token")] = "DREAMBOOTH_WATCH_TOKEN",
+) -> None:
     absent = [name for name in ("starlette", "uvicorn") if not find_spec(name)]
-    token = os.environ.get(said.token_env, "")
+    token = os.environ.get(token_env, "")
     if absent:
-        sys.exit(f"error: {' and '.join(absent)} not installed; pip install 'dreambooth-lab[watch]'")
+        raise ConfigError(f"{' and '.join(absent)} not installed; pip install 'dreambooth-lab[watch]'")
     if len(token) < SHORTEST:
-        make = f"export {said.token_env}=$(python -c 'import secrets; print(secrets.token_urlsafe())')"
-        sys.exit(f"error: {said.token_env} holds no token of at least {SHORTEST} characters; {make}")
-    serve(said.host, said.port, token)
+        make = f"export {token_env}=$(python -c 'import secrets; print(secrets.token_urlsafe())')"
+        raise ConfigError(f"--token_env names {token_env}, which holds no token of at least {SHORTEST} characters; {make}")
+    serve(host, port, token)
 
 
 def serve(host: str, port: int, token: str) -> None:
@@ -55,4 +63,4 @@ def _is_loopback(host: str) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(application)

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .board import Board, Event
-from .letter import Refused, read
+from .payload import InvalidPayload, read
 
 HERE = Path(__file__).parent
 MOST_BODY = 32 * 2**20  # bytes of a message
@@ -84,8 +84,8 @@ def build(token: str) -> Starlette:
             if len(body) > MOST_BODY:
                 return PlainTextResponse(f"more than {MOST_BODY} bytes", 413)
         try:
-            board.take(read(bytes(body)))
-        except Refused as error:
+            board.receive(read(bytes(body)))
+        except InvalidPayload as error:
             return PlainTextResponse(str(error), 422)
         return Response(status_code=204)
 

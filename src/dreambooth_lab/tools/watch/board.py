@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from itertools import count
 from typing import Any, NamedTuple
 
-from .letter import Numbers, Picture
+from .payload import Metrics, Picture
 
 MOST_RUNS, MOST_SERIES, MOST_POINTS = 20, 300, 5000
 MOST_BYTES = 256 * 2**20  # of pictures, all runs together
@@ -18,7 +18,7 @@ Slot = tuple[Any, ...]
 Event = dict[str, Any]
 
 
-class Kept(NamedTuple):
+class StoredImage(NamedTuple):
     number: int  # names it in addresses
     slot: Slot
     picture: Picture
@@ -32,14 +32,14 @@ class Kept(NamedTuple):
 class Board:
     def __init__(self) -> None:
         self.runs: OrderedDict[str, dict[str, deque[tuple[int, float | None]]]] = OrderedDict()  # numbers by name
-        self.pictures: OrderedDict[Slot, Kept] = OrderedDict()
-        self.by_number: dict[int, Kept] = {}
+        self.pictures: OrderedDict[Slot, StoredImage] = OrderedDict()
+        self.by_number: dict[int, StoredImage] = {}
         self.replaced: OrderedDict[int, bytes] = OrderedDict()  # previews that a browser may be about to ask for
         self.bytes = 0
         self.numbers = count(1)
         self.listeners: set[asyncio.Queue[Event | None]] = set()
 
-    def take(self, letter: Picture | Numbers) -> None:
+    def receive(self, letter: Picture | Metrics) -> None:
         """Keep what a run says, and tell whoever looks."""
         self._know(letter.run)
         self._publish(self._picture(letter) if isinstance(letter, Picture) else self._numbers(letter))
@@ -58,7 +58,7 @@ class Board:
         self._replace((*place, "preview"))  # there is one preview of a picture, the newest, until it is done
         slot = (*place, said.facts["training_step"]) if said.final else (*place, "preview")
         self._drop(slot)
-        kept = Kept(next(self.numbers), slot, said)
+        kept = StoredImage(next(self.numbers), slot, said)
         self.pictures[slot] = self.by_number[kept.number] = kept
         self.bytes += len(said.png)
         while self.bytes > MOST_BYTES and len(self.pictures) > 1:
@@ -80,7 +80,7 @@ class Board:
             del self.by_number[kept.number]
             self.bytes -= len(kept.picture.png)
 
-    def _numbers(self, said: Numbers) -> Event:
+    def _numbers(self, said: Metrics) -> Event:
         series = self.runs[said.run]
         lines = [line for line in said.lines if line[1] in series or len(series) < MOST_SERIES]
         for step, name, value in lines:

@@ -1,0 +1,152 @@
+"""Everything that watches a run, built from its configuration: callbacks in their order, and loggers."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from hydra.utils import get_class
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import Logger
+from omegaconf import DictConfig
+
+from ..config import Subject, rows_per_step
+from ..data.eval_batches import eval_batches
+from ..data.module import DreamBoothData
+from ..models.family import Family
+from ..models.feature_extractors import Clip, Dino, MaskedDino
+from ..runfolder import RunFolder
+from .checkpoint import Best, Checkpoints
+from .ema import Ema, EvalWeights
+from .eval_loss import EvalLoss
+from .export import Export
+from .finite import Finite, UnchangedWeights
+from .interruption import Interruption
+from .metrics import MetricsFile, StepMetrics
+from .periodic import Interval
+from .preview import CloseWebhooks, Previews, WebhookLogger
+from .progress import Bar, TimeLeft
+from .scores import Scores
+from .validation import Validation
+from .webhook import Sender, build_receiver
+
+log = logging.getLogger(__name__)
+
+
+class Callbacks(NamedTuple):
+    callbacks: list[Callback]
+    loggers: list[Logger]
+    metrics: StepMetrics
+
+
+def build_callbacks(
+    cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, leads: bool
+) -> Callbacks:
+    """What logs comes before what reads the logged; checkpoints are last, when all are up to date. Of several ranks the first
+    alone writes; all share the work of the images and of the eval loss.
+
+    Args:
+        step: of the checkpoint that the run goes on from; 0 for a new one.
+        leads: whether this is the first rank.
+    """
+    metrics = StepMetrics(cfg.trainer.log_every_n_steps)
+    kept = step or -1  # a run that begins anew tells of its step 0 again
+    metrics_file, sender = (MetricsFile(folder, kept), build_sender(cfg)) if leads else (None, None)
+    ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
+    weights, export = EvalWeights(ema, cfg.ema.validation), Export(cfg, folder, ema, data.tags()) if leads else None
+    checkpoints = Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
+    callbacks: list[Callback | None] = [
+        metrics,
+        Bar(metrics, data, rows_per_step(cfg), time_left(cfg, data)) if leads and cfg.trainer.progress else None,
+        ema,
+        build_eval_loss(cfg, folder, data, weights),
+        build_validation(cfg, folder, data, family, weights, sender, leads),
+        Best(cfg.checkpoint, folder, metrics_file, export) if cfg.checkpoint.monitor else None,
+        export,
+        Finite(cfg.trainer.skip_nonfinite_steps),
+        UnchangedWeights(cfg.checkpoint.every_n_steps),
+        checkpoints,
+        CloseWebhooks(sender) if sender else None,
+        Interruption(folder, checkpoints, export),
+    ]
+    loggers: list[Logger] = [metrics_file, *build_loggers(cfg, folder, step)] if metrics_file else []
+    loggers += [WebhookLogger(sender, folder.root.name)] if sender else []
+    return Callbacks([callback for callback in callbacks if callback], loggers, metrics)
+
+
+def time_left(cfg: DictConfig, data: DreamBoothData) -> TimeLeft:
+    """Counts the looks that are to come, under the names of their phases."""
+    watched = {"pictures": cfg.validation} | ({"eval loss": cfg.eval} if data.held_out else {})
+    due = {phase: interval(cfg, node, data) for phase, node in watched.items() if node.every_n_steps or node.every_n_epochs}
+    return TimeLeft(due, cfg.trainer.max_steps)
+
+
+def interval(cfg: DictConfig, node: DictConfig, data: DreamBoothData) -> Interval:
+    """When `node.every_n_steps` and `node.every_n_epochs` say."""
+    epoch = data.schedule.batches_per_epoch / cfg.trainer.accumulate_grad_batches
+    return Interval(node.every_n_steps, node.every_n_epochs, epoch, cfg.trainer.max_steps)
+
+
+def evaluations(cfg: DictConfig, node: DictConfig, data: DreamBoothData) -> int:
+    """How often the interval comes up in the run, its begin and end included."""
+    if not (node.every_n_steps or node.every_n_epochs):
+        return 0
+    due = interval(cfg, node, data).due
+    return 1 + sum(due(step) for step in range(1, cfg.trainer.max_steps + 1))
+
+
+def build_eval_loss(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, weights: EvalWeights) -> EvalLoss | None:
+    """The evaluation batches of the eval datasets, if there are any, in batches of training's size, which are known to fit."""
+    batches = eval_batches(data, cfg.eval.timesteps, cfg.dataset.batch_size)
+    return EvalLoss(interval(cfg, cfg.eval, data), batches, folder, weights) if batches else None
+
+
+def build_validation(
+    cfg: DictConfig,
+    folder: RunFolder,
+    data: DreamBoothData,
+    family: Family,
+    weights: EvalWeights,
+    sender: Sender | None,
+    leads: bool,
+) -> Validation | None:
+    """Pictures while it trains, and their way to the webhooks if there are any."""
+    node = cfg.validation
+    if not (node.every_n_steps or node.every_n_epochs):
+        return None
+    if cfg.preview.enabled:
+        family.preview(torch.zeros(1, family.channels, 8, 8))  # what can't be decoded is refused now, not at the first picture
+    previews = Previews(cfg.preview, sender, family, folder.root.name) if sender else None
+    scores = build_scores(cfg, folder, data, family.device) if leads else None
+    return Validation(interval(cfg, node, data), node, data, folder, weights, previews, scores)
+
+
+def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, device: torch.device) -> Scores | None:
+    """The judges that the configuration names, if any; between looks they are off the device."""
+    make = {"device": device, "batch_size": cfg.eval.batch_size}
+    clip = Clip(cfg.eval.clip_model, "eval.clip_model", **make) if cfg.eval.clip_model else None
+    dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
+    masked, photos = MaskedDino(dino) if dino else None, data.photos()
+    made = {"clip_i": clip, "dino": dino, "dino_masked": masked}
+    judges = {name: judge for name, judge in made.items() if judge}
+    if not judges:
+        return None
+    if masked and (share := masked.under_masks(photos)) is not None:
+        log.info("dino_masked: of the patches it looks at in the photos, %.0f %% lie under their masks", 100 * share)
+    return Scores(folder, clip, judges, photos, Subject(cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token))
+
+
+def build_sender(cfg: DictConfig) -> Sender | None:
+    receivers = [build_receiver(str(label), receiver) for label, receiver in cfg.webhook.receivers.items()]
+    return Sender(receivers) if receivers else None
+
+
+def build_loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]:
+    """Lightning's loggers that the configuration names."""
+    places = {"{folder}": str(folder.root), "{run}": folder.root.name, "{next_step}": step + 1}
+    made = []
+    for said in cfg.logger.loggers.values():
+        options = {str(key): places.get(value, value) if isinstance(value, str) else value for key, value in said.options.items()}
+        made.append(get_class(said._target_)(**options))
+    return made

@@ -1,0 +1,116 @@
+"""What each file of an export is for, where to copy it, and how a program is told of the learned word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ..models.family import Family
+
+MB = 1e6
+COPY = {  # program → where a LoRA's file goes, and how it is used
+    "ComfyUI": "copy `{name}.safetensors` to `ComfyUI/models/loras/`; node *Load LoRA*",
+    "A1111": "copy `{name}.safetensors` to `stable-diffusion-webui/models/Lora/`; write `<lora:{name}:1>` in the prompt",
+    "Forge": "copy `{name}.safetensors` to `stable-diffusion-webui-forge/models/Lora/`; write `<lora:{name}:1>` in the prompt",
+    "InvokeAI": "add `{name}.safetensors` in the *Model Manager*",
+    "sd-scripts": '`--network_weights "{name}.safetensors"`',
+}
+SAY = {  # program → where an embedding's file goes, and what is written in a prompt
+    "ComfyUI": "copy `{file}` to `ComfyUI/models/embeddings/`; write `embedding:{stem}` where this page writes `{word}`",
+    "A1111": "copy `{file}` to `stable-diffusion-webui/embeddings/`; write `{stem}`, the file's name, as in the prompt above",
+    "Forge": "copy `{file}` to `stable-diffusion-webui-forge/embeddings/`; write `{stem}`, as in the prompt above",
+    "InvokeAI": "add `{file}` in the *Model Manager*; write `<{stem}>` where this page writes `{word}`",
+}
+FOR = {  # what an adapter calls a file → what it is for
+    "diffusers": "diffusers: the code above",
+    "peft": "peft: `PeftModel.from_pretrained`",
+    "lycoris": "LyCORIS and SimpleTuner, by the library's own names",
+    "weights": "diffusers: the code above",
+    "settings": "how the adapter was made, as LyCORIS writes it",
+}
+NOT_FOR_COMFYUI = "; **not for ComfyUI**, which leaves out its attention layers without a word"
+OTHERS = {
+    "README.md": "this page",
+    "pictures.png": "drawn with it",
+    "pictures_base.png": "drawn without it",
+    "ema": "the averaged weights",
+}
+
+
+def table(folder: Path, files: Mapping[Path, str], family: Family, readers: Sequence[str]) -> str:
+    """A row for each file of an export, and for its folders.
+
+    Args:
+        files: relative to the folder → what the adapter calls it.
+        readers: programs that read the adapter's file for them.
+    """
+    rows = [
+        f"| `{_shown(folder, path)}` | {_numbers(folder / path)} | {_purpose(kind, family, readers)} |"
+        for path, kind in files.items()
+    ]
+    rest = {Path(other): said for other, said in OTHERS.items() if (folder / other).exists() or other == "README.md"}
+    rows += [f"| `{_shown(folder, path)}` | | {said} |" for path, said in rest.items()]
+    return "\n".join(["| file | numbers | for |", "|---|---|---|", *rows])
+
+
+def _shown(folder: Path, path: Path) -> str:
+    return path.as_posix() + ("/" if (folder / path).is_dir() else "")
+
+
+def _purpose(kind: str, family: Family, readers: Sequence[str]) -> str:
+    if kind == "comfyui":
+        return ", ".join(readers) or FOR["lycoris"]
+    if kind == "embedding":
+        return "the learned word"
+    return FOR[kind] + (NOT_FOR_COMFYUI if kind == "diffusers" and family.denoiser_part == "unet" else "")
+
+
+def _numbers(path: Path) -> str:
+    """Dtype and size of a file, or of those in a folder."""
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] * (path.suffix == ".safetensors")
+    if not files:
+        return ""
+    size = sum(file.stat().st_size for file in files)
+    return f"{', '.join(sorted(set(map(_dtype, files))))}, {size / MB:,.1f} MB"
+
+
+def _dtype(file: Path) -> str:
+    """Of the largest kind of tensors: alphas are scalars of their own dtype."""
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    with safe_open(file, "pt") as opened:
+        slices = [opened.get_slice(key) for key in opened.keys()]  # noqa: SIM118
+    dtype = next((one.get_dtype() for one in slices if one.get_shape()), "F32")
+    return names.get(dtype, dtype)
+
+
+def programs(files: Mapping[Path, str], readers: Sequence[str], name: str) -> str:
+    """Where to copy the file for other programs; or why there is none.
+
+    Args:
+        readers: these programs; empty: none is known for this model.
+        name: of the file, without its ending.
+    """
+    if "weights" in files.values():
+        return ""
+    if "comfyui" in files.values():
+        return "\n" + "".join(f"- **{program}**: {COPY[program].format(name=name)}\n" for program in readers)
+    why = "compute such an adapter in another way" if readers else "are not known to read LoRAs of this model"
+    return f"\nThere is no file for ComfyUI, A1111 and their like: they {why}.\n"
+
+
+def word_usage(word: str, file: Path, programs: Sequence[str]) -> str:
+    """How each program is told of the learned word."""
+    said = {
+        program: SAY[program].format(file=file.as_posix(), stem=file.stem, word=word) for program in programs if program in SAY
+    }
+    rows = "\n".join(f"- **{program}**: {how}" for program, how in said.items())
+    return f"""
+## The word
+
+The embedding of `{word}` was learned too, in `{file.as_posix()}`; without it the pictures differ from those on this page.
+
+- **diffusers**: the code above puts it in the place of the word's own, so prompts stay as they are
+{rows}
+"""

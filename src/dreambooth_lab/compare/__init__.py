@@ -1,0 +1,56 @@
+"""One page that answers what several runs were made for, with its numbers as CSV and Parquet. Imports no torch.
+
+compare.html                   what differs, what can be concluded, curves, pictures, cost
+compare.csv, .parquet          a row a run: arm, seed, keys that differ, numbers at the end, cost
+differences.csv, .parquet      a row a comparison: interval, p, p corrected
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import ConfigError
+from ..storage import durable
+from ..sweep import PAGE
+from . import arms, shared, stats, tables
+from .arms import Study
+from .stats import Difference
+
+
+def write(places: Sequence[Path], out: Path, reference: str | None = None) -> Path | None:
+    """Compare the runs at or below some folders; the page's path, or None while no run has come to its end.
+
+    Args:
+        out: the folder to write into.
+        reference: the arm that the others are compared with, by its name or a part that no other has; None: the first.
+
+    Raises:
+        ConfigError: there are no runs, or no such arm.
+    """
+    from .document import document
+
+    study = led_by(arms.read(places), reference)
+    if not study.arms:
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    found = compared(study)
+    tables.write(study, found, out)
+    durable.write_text(out / PAGE, document(out.resolve().name, study, found))
+    return out / PAGE
+
+
+def compared(study: Study) -> list[Difference]:
+    """Each arm against the first, by each result."""
+    return stats.differences(study, stats.results(study), shared.paired(study))
+
+
+def led_by(study: Study, reference: str | None) -> Study:
+    """With another arm as the reference."""
+    if reference is None:
+        return study
+    found = [arm for arm in study.arms if arm.name == reference] or [arm for arm in study.arms if reference in arm.name]
+    if len(found) != 1:
+        names = ", ".join(repr(arm.name) for arm in study.arms) or "none"
+        raise ConfigError(f"reference is {reference!r}, which names {len(found)} arms; name one of {names}")
+    return study._replace(arms=[*found, *(arm for arm in study.arms if arm is not found[0])])

@@ -1,0 +1,197 @@
+"""The page of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from math import isnan
+from statistics import fmean
+
+from ..page import document as whole
+from ..page import picture
+from ..plots import THEME, script
+from . import figures, shared
+from .arms import TRAIN_LOSS, Arm, Study
+from .stats import Difference, Estimate, at_end, estimate, results
+from .told import Part, lead, parts
+
+STYLE = """h2{font-size:1.15em;margin-top:2em}figure{margin:.6em 0}
+.wide{overflow-x:auto}table{border-collapse:collapse;overflow-wrap:normal}
+td,th{padding:.25em 1em .25em 0;text-align:left;vertical-align:top;border-bottom:1px solid #8883}
+td{font-variant-numeric:tabular-nums}
+.few{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30em),1fr));gap:.5em 1.5em}.few>*{min-width:0}
+.strips{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21em),1fr));gap:.2em 1em}.strips>*{min-width:0}
+.sure{font-weight:600}h3{font-size:1em;margin:1.2em 0 .2em}"""
+
+
+DRAWS = ("dataset.", "prior.", "trainer.accumulate_grad_batches", "objective.")  # keys that may change which samples are drawn
+
+
+def document(title: str, study: Study, found: Sequence[Difference]) -> str:
+    """The whole page as HTML."""
+    chosen = results(study)
+    told = {metric: [one for one in found if one.metric == metric] for metric in chosen}
+    body = (
+        _summary(study)
+        + f"<h2>What can be concluded</h2>{_conclusions(study, told)}"
+        + f"<h2>What differs</h2>{_differing(study)}"
+        + f"<h2>Differences</h2>{_effects(told)}"
+        + f"<h2>At the end</h2>{_means(study, chosen)}"
+        + f"<h2>Curves</h2>{_curves(study, chosen)}"
+        + f"<h2>Pictures</h2>{_pictures(study)}"
+        + f"<h2>Cost</h2>{_cost(study)}"
+        + f"<h2>Runs</h2>{_runs(study)}"
+        + THEME
+    )
+    return whole(title, body, STYLE, script())
+
+
+def _summary(study: Study) -> str:
+    runs, seeds = sum(len(arm.runs) for arm in study.arms), ", ".join(map(str, study.seeds))
+    text = f"{runs} runs in {len(study.arms)} arms; seeds {seeds}. The reference is <b>{escape(study.arms[0].name)}</b>."
+    bad = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in study.absent)
+    return f"<p>{text}</p>" + (f'<p class="bad">Not compared:</p><ul>{bad}</ul>' if bad else "")
+
+
+def _conclusions(study: Study, told: dict[str, list[Difference]]) -> str:
+    if len(study.arms) < 2:
+        return "<p>There is one arm, so nothing is compared; means and intervals are below.</p>"
+    items = "".join(f"<li>{escape(lead(metric, found))}{_parts(found)}</li>" for metric, found in told.items())
+    tests = sum(one.p == one.p for found in told.values() for one in found)
+    each = len(study.arms) - 1
+    many = f"the {each} comparisons" if each > 1 else "the one comparison"
+    note = (
+        f"Two-sided t-tests at 5 %, with Holm's correction over {many} of each metric. If arms do not differ at all, each of the "
+        f"{len(told)} metrics still has a chance of 5 % of a false finding; where one does not hold with all {tests} comparisons "
+        "corrected together, the sentence says so. An interval of few seeds rests on their being normally distributed."
+    )
+    return f"<ul>{items}</ul><p><small>{note} {_pairing(study)}</small></p>"
+
+
+def _parts(found: Sequence[Difference]) -> str:
+    said = parts(found) or [Part("no other arm has it", False)]
+    items = "".join(f"<li{' class=sure' * part.sure}>{escape(part.text)}</li>" for part in said)
+    return f"<ul>{items}</ul>"
+
+
+def _pairing(study: Study) -> str:
+    """What runs of one seed share."""
+    draws = [key for key in study.differing if key.startswith(DRAWS) and "prompt" not in key]
+    text = (
+        "Runs of one seed are a pair: sample n has the same photo, crop, time and noise in both"
+        if not draws
+        else f"Runs of one seed are a pair by their seed; {', '.join(map(escape, draws))} differ, so their samples may differ too"
+    )
+    unlike = shared.unlike(study)
+    pictures = (
+        f"; pictures differ by more than the training: {', '.join(map(escape, unlike))}"
+        if unlike
+        else "; picture i of a prompt starts from the same noise in all"
+    )
+    worded = "validation.prompts" in study.differing
+    prompts = " The prompts differ, so scores of pictures differ before training too: see step 0 of the curves." if worded else ""
+    return f"{text}{pictures}.{prompts}"
+
+
+def _differing(study: Study) -> str:
+    if not study.differing:
+        return "<p>Nothing but the seed.</p>"
+    head = "<tr><th>key</th>" + "".join(f"<th>{escape(arm.name)}</th>" for arm in study.arms) + "</tr>"
+    rows = "".join(
+        f"<tr><td><code>{escape(key)}</code></td>"
+        + "".join(f"<td>{escape(str(arm.first().values.get(key)))}</td>" for arm in study.arms)
+        + "</tr>"
+        for key in study.differing
+    )
+    return _table(head, rows)
+
+
+def _effects(told: dict[str, list[Difference]]) -> str:
+    made = "".join(figures.effects(metric, found) for metric, found in told.items() if found)
+    return f'<div class="few">{made}</div>' if made else "<p>None.</p>"
+
+
+def _means(study: Study, chosen: Sequence[str]) -> str:
+    """Each arm's mean and interval by each number."""
+    note = f"Mean over seeds, its 95 % interval (Student's t); {TRAIN_LOSS}… is the mean over a run's last tenth of steps."
+    parts = [name for name in study.metrics if name not in chosen]
+    more = f"<details><summary>other numbers</summary>{_estimates(study, parts)}</details>" if parts else ""
+    return f"<p><small>{note}</small></p>{_estimates(study, chosen)}{more}"
+
+
+def _estimates(study: Study, metrics: Sequence[str]) -> str:
+    head = "<tr><th></th>" + "".join(f"<th>{escape(arm.name)}</th>" for arm in study.arms) + "</tr>"
+    rows = "".join(
+        f"<tr><th>{escape(metric)}</th>"
+        + "".join(f"<td>{_estimate(estimate(list(at_end(arm, metric).values())))}</td>" for arm in study.arms)
+        + "</tr>"
+        for metric in metrics
+    )
+    return _table(head, rows)
+
+
+def _estimate(told: Estimate) -> str:
+    if not told.n:
+        return "–"
+    if isnan(told.low):
+        return f"{told.mean:.4g}<br><small>one run</small>"
+    return f"{told.mean:.4g}<br><small>{told.low:.4g} to {told.high:.4g}</small>"
+
+
+def _curves(study: Study, chosen: Sequence[str]) -> str:
+    made = "".join(figures.curves(study, metric) for metric in chosen)
+    return f'<div class="few">{made}</div>' if made else "<p>No number was logged more than once.</p>"
+
+
+def _pictures(study: Study) -> str:
+    """The same prompt and noise side by side; the first seed open, the others folded."""
+    note = "Each strip has the pictures of one prompt; the n-th of every strip starts from the same noise."
+    parts = []
+    for place, seed in enumerate(study.seeds):
+        rows = shared.strips(study, seed)
+        made = "".join(f"<h3>{number}: {escape(row[0].prompt)}</h3>{_strips(row)}" for number, row in enumerate(rows, 1))
+        if made:
+            parts.append(made if place == 0 else f"<details><summary>seed {seed}</summary>{made}</details>")
+    return f"<p><small>{note} First those of seed {study.seeds[0]}.</small></p>{''.join(parts)}" if parts else "<p>None.</p>"
+
+
+def _strips(row: Sequence[shared.Strip]) -> str:
+    made = ""
+    for strip in row:
+        said = f"{strip.arm}, step {strip.step:,}" + (f": {strip.prompt}" if strip.prompt != row[0].prompt else "")
+        alt = f"pictures of “{strip.prompt}” by {strip.arm} at step {strip.step}"
+        made += f"<figure>{picture(strip.picture, alt)}<figcaption>{escape(said)}</figcaption></figure>"
+    return f'<div class="strips">{made}</div>'
+
+
+def _cost(study: Study) -> str:
+    head = "<tr><th></th><th>seconds a run, mean</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
+    rows = "".join(f"<tr><th>{escape(arm.name)}</th>{_took(arm)}</tr>" for arm in study.arms)
+    note = "Wall time of all phases. Jobs that share a process also share its peak: the largest resident size so far."
+    return f"{_table(head, rows)}<p><small>{note}</small></p>"
+
+
+def _took(arm: Arm) -> str:
+    took = [run.cost() for run in arm.runs.values()]
+    device = max(cost["device_peak_mib"] for cost in took)
+    return (
+        f"<td>{fmean(cost['seconds'] for cost in took):,.1f}</td><td>{max(cost['process_peak_mib'] for cost in took):,.0f}</td>"
+        f"<td>{f'{device:,.0f}' if device else '–'}</td>"
+    )
+
+
+def _runs(study: Study) -> str:
+    head = "<tr><th>arm</th><th>seed</th><th>steps</th><th>folder</th></tr>"
+    rows = "".join(
+        f"<tr><td>{escape(arm.name)}</td><td>{seed}</td><td>{max(series[-1][0] for series in run.series.values()):,}</td>"
+        f"<td>{escape(str(run.folder.root))}</td></tr>"
+        for arm in study.arms
+        for seed, run in arm.runs.items()
+    )
+    said = "repeats an arm's configuration and seed; a newer run counts"
+    twice = "".join(f"<p>{escape(name)} {said}.</p>" for name in study.repeated)
+    return f"<details><summary>all</summary>{_table(head, rows)}{twice}</details>"
+
+
+def _table(head: str, rows: str) -> str:
+    return f'<div class="wide"><table>{head}{rows}</table></div>'

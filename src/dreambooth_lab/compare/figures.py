@@ -1,0 +1,41 @@
+"""A comparison's figures: differences with their intervals, and curves with bands over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..plots import Effect, Line, chart, forest, smoothed
+from .arms import TRAIN_LOSS, Arm, Run, Series, Study
+from .stats import Difference, estimate
+
+MOST = 300  # points of a line
+
+
+def effects(metric: str, found: Sequence[Difference]) -> str:
+    """One metric's differences from the reference."""
+    caption = f"{metric}: each arm less {found[0].reference}, with 95 % intervals"
+    return forest(caption, [Effect(one.arm, one.mean, one.low, one.high) for one in found], f"difference of {metric}")
+
+
+def curves(study: Study, metric: str) -> str:
+    """A line an arm: the mean over seeds, and its 95 % interval as a band."""
+    lines = [line for place, arm in enumerate(study.arms) if (line := _mean(arm, metric, place))]
+    smooth = ", running mean" if metric.startswith(TRAIN_LOSS) else ""
+    band = "; bands: 95 % interval of the mean" if any(line.band for line in lines) else ""
+    return chart(f"{metric}{smooth}: mean over seeds{band}", lines, y=metric) if any(line.points[1:] for line in lines) else ""
+
+
+def _mean(arm: Arm, metric: str, place: int) -> Line | None:
+    series = [dict(_series(run, metric)) for run in arm.runs.values() if metric in run.series]
+    if not series:
+        return None
+    steps = sorted(set.intersection(*(set(one) for one in series)))
+    steps = steps[:: max(len(steps) // MOST, 1)]
+    told = [estimate([one[step] for one in series]) for step in steps]
+    band = ([one.low for one in told], [one.high for one in told]) if len(series) > 1 else None
+    return Line([(step, one.mean) for step, one in zip(steps, told, strict=True)], arm.name, place, band=band)
+
+
+def _series(run: Run, metric: str) -> Series:
+    series = run.series[metric]
+    return [(int(step), value) for step, value in smoothed(list(series))] if metric.startswith(TRAIN_LOSS) else series

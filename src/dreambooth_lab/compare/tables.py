@@ -1,0 +1,47 @@
+"""The numbers of a comparison as tables: one row a run, and one row a difference; CSV and Parquet. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ..storage.durable import atomic_file
+from .arms import Study
+from .stats import Difference
+
+RUNS, DIFFERENCES = "compare", "differences"  # the files' stems
+FIRST = ["run", "arm", "seed"]  # columns before those of keys, numbers and cost
+
+
+def runs(study: Study) -> pd.DataFrame:
+    """A row a run: its folder, arm and seed, the keys in which the arms differ, its numbers at the end, its cost."""
+    rows = [
+        {"run": str(run.folder.root), "arm": arm.name, "seed": seed}
+        | {key: _cell(run.values.get(key)) for key in study.differing}
+        | {metric: run.metrics.get(metric) for metric in study.metrics}
+        | run.cost()
+        for arm in study.arms
+        for seed, run in arm.runs.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def differences(found: Sequence[Difference]) -> pd.DataFrame:
+    """A row a comparison of an arm with the reference."""
+    return pd.DataFrame(found, columns=Difference._fields)
+
+
+def write(study: Study, found: Sequence[Difference], folder: Path) -> None:
+    """compare and differences, each as .csv and .parquet; floats keep all their digits."""
+    for stem, table in ((RUNS, runs(study)), (DIFFERENCES, differences(found))):
+        with atomic_file(folder / f"{stem}.csv") as aside:
+            table.to_csv(aside, index=False)
+        with atomic_file(folder / f"{stem}.parquet") as aside:
+            table.to_parquet(aside, index=False)
+
+
+def _cell(value: object) -> str | int | float | bool | None:
+    """A configuration's value as one of a column of one kind: Parquet has no lists of anything."""
+    return str(value) if value is not None else None

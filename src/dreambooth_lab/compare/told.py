@@ -1,0 +1,69 @@
+"""What can and what can't be concluded, a sentence a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .stats import ALPHA, BY_PICTURE, BY_SEED, NOT_TOLD, UNPAIRED, Difference
+
+PAIRS = {
+    BY_SEED: "paired by seed, {n} pairs",
+    UNPAIRED: "unpaired, {n} runs or more an arm",
+    BY_PICTURE: "paired by picture, {n} pairs",
+}
+
+
+class Part(NamedTuple):
+    """Of one arm.
+
+    Args:
+        sure: a difference can be concluded.
+    """
+
+    text: str
+    sure: bool
+
+
+def conclusion(metric: str, found: Sequence[Difference]) -> str:
+    """Of one metric's differences from the reference, as one sentence."""
+    return f"{lead(metric, found)} {'; '.join(part.text for part in parts(found)) or 'no other arm has it'}."
+
+
+def lead(metric: str, found: Sequence[Difference]) -> str:
+    return f"{metric}, against “{found[0].reference}”:" if found else f"{metric}:"
+
+
+def parts(found: Sequence[Difference]) -> list[Part]:
+    """What is sure comes first."""
+    told = [one for one in found if one.pairing != NOT_TOLD]
+    if found and not told:
+        return [Part("nothing can be concluded, because one run an arm tells no interval", False)]
+    made = [Part(_sure(one), True) if one.p_holm < ALPHA else Part(_unsure(one), False) for one in told]
+    made += [Part(f"nothing can be concluded of “{one.arm}”: it is one run", False) for one in found if one not in told]
+    return sorted(made, key=lambda part: not part.sure)
+
+
+def _sure(one: Difference) -> str:
+    where = "higher" if one.mean > 0 else "lower"
+    page = "" if one.p_page < ALPHA else ", but not with all comparisons of this page corrected together"
+    of = " on these pictures (one training seed, so other seeds may differ)" if one.pairing == BY_PICTURE else ""
+    return f"“{one.arm}” is {where}{of} by {abs(one.mean):.3g} ({_interval(one)}; {_p(one.p_holm)} after Holm{page})"
+
+
+def _unsure(one: Difference) -> str:
+    if one.low == one.high == 0:
+        return f"“{one.arm}” is equal to the last digit in all {one.n} pairs"
+    most = max(abs(one.low), abs(one.high))
+    return (
+        f"no difference can be concluded of “{one.arm}”: {one.mean:+.3g} ({_interval(one)}; {_p(one.p_holm)} after Holm); "
+        f"one of up to {most:.2g} remains possible"
+    )
+
+
+def _interval(one: Difference) -> str:
+    return f"95 % interval {one.low:+.3g} to {one.high:+.3g}, {PAIRS[one.pairing].format(n=one.n)}"
+
+
+def _p(p: float) -> str:
+    return "p < .001" if p < 0.001 else "p = " + f"{p:.3f}".lstrip("0")

@@ -1,0 +1,213 @@
+"""Configurations of earlier versions, read as this version's: one table of what was renamed, added and removed.
+
+A saved configuration carries the version that wrote it (`saved.py`). Reading it applies the steps of all later versions. A step
+does nothing where there is nothing to change, so the same table serves the command line and experiment files, which have none.
+
+To rename a key or a whole group, put a line into the last entry of `VERSIONS`: `Rename("ema.device", "ema.kept_on")`. Once a
+version with that entry is released, begin a new entry instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+Tree = dict[str, Any]
+
+
+class Rename(NamedTuple):
+    """A key, or a group with all its keys, has another name now."""
+
+    old: str
+    new: str
+
+
+class NewValue(NamedTuple):
+    """A choice of a key, or an option of a group, has another name now."""
+
+    key: str  # by its present name
+    old: str
+    new: str
+
+
+class Added(NamedTuple):
+    """A key that was not there, with the value that leaves a run as it was. A group is added key by key."""
+
+    key: str
+    value: Any
+
+
+class Removed(NamedTuple):
+    """A key that means nothing any more."""
+
+    key: str
+
+
+Step = Rename | NewValue | Added | Removed
+
+VERSIONS: tuple[tuple[Step, ...], ...] = (
+    # 0 → 1: the first version that is written down
+    (
+        Rename("model.usual", "model.recommended"),
+        Rename("objective.low", "objective.min_time"),
+        Rename("objective.high", "objective.max_time"),
+        Rename("mask.floor", "mask.min_weight"),
+        Rename("prior.share", "prior.class_fraction"),
+        Rename("rollout.grid", "rollout.num_steps"),
+        NewValue("rollout.kind", "walk", "model"),
+        Rename("optimizer.on_longer", "optimizer.on_extend"),
+        Added("search_metric", None),
+        Added("trainer.num_nodes", 1),
+        Added("trainer.strategy", "auto"),
+        Added("trainer.max_epochs", None),
+        Added("export.name", "kohya"),  # as the file for other programs was called
+        Added("export.dtype", "float32"),
+        Added("export.formats", ["diffusers", "comfyui", "peft"]),
+    ),
+)
+VERSION = len(VERSIONS)
+
+
+def migrate(tree: Tree, version: int = 0) -> Tree:
+    """The same configuration under the present names, with what was added since.
+
+    Args:
+        tree: nested mappings, as YAML gives them; changed in place.
+        version: that wrote it.
+    """
+    for step in _since(version):
+        if isinstance(step, Added):
+            _fill(tree, step)
+        elif isinstance(step, Removed):
+            _pop(tree, step.key)
+        else:
+            _change(tree, step)
+    return tree
+
+
+def migrate_file(tree: Tree, package: str = "") -> Tree:
+    """The same for a file that says only a part: nothing is added. Defaults lists, sweeps and `${…}` are followed too.
+
+    Args:
+        package: the group that the file's keys belong to; empty: they begin at the top.
+    """
+    defaults, hydra = tree.pop("defaults", None), tree.get("hydra")
+    whole = {package: tree} if package else tree
+    for step in _since(0):
+        if isinstance(step, Rename | NewValue):
+            _change(whole, step)
+    if package:
+        (tree,) = whole.values() if len(whole) == 1 else ({**tree},)
+    if isinstance(hydra, dict) and isinstance(params := (hydra.get("sweeper") or {}).get("params"), dict):
+        hydra["sweeper"]["params"] = {migrate_word(str(key)): value for key, value in params.items()}
+    if defaults is not None:
+        tree = {"defaults": [_of_defaults(one) for one in defaults], **tree}
+    return {key: _references(value) for key, value in tree.items()}
+
+
+def migrate_word(word: str) -> str:
+    """A word of the command line, `key=value` or `~key`, under the present names."""
+    parts = re.fullmatch(r"(\+\+|\+|~)?([^=@]+)(@[^=]*)?(?:=(.*))?", word, re.DOTALL)
+    if parts is None:
+        return word
+    sign, key, package, value = parts[1] or "", parts[2], parts[3] or "", parts[4]
+    for step in _since(0):
+        if isinstance(step, Rename) and (said := _renamed(key, step)):
+            notice(key, said)
+            key = said
+        elif isinstance(step, NewValue) and (key, value) == (step.key, step.old):
+            notice(f"{key}={value}", f"{key}={step.new}")
+            value = step.new
+    return f"{sign}{key}{package}" + ("" if value is None else f"={value}")
+
+
+@cache
+def notice(old: str, new: str) -> None:
+    """Say once that a name has changed."""
+    log.warning("%s is called %s now; the old name is read too", old, new)
+
+
+def _since(version: int) -> Iterator[Step]:
+    for steps in VERSIONS[version:]:
+        yield from steps
+
+
+def _renamed(key: str, step: Rename) -> str | None:
+    """A key's name after a step; None where the step doesn't concern it."""
+    return step.new + key[len(step.old) :] if key == step.old or key.startswith(f"{step.old}.") else None
+
+
+def _change(tree: Tree, step: Rename | NewValue) -> None:
+    if isinstance(step, NewValue):
+        parent, _, name = step.key.rpartition(".")
+        node = _at(tree, parent)
+        if node is not None and str(node.get(name)) == step.old:
+            node[name] = step.new
+            notice(f"{step.key}={step.old}", f"{step.key}={step.new}")
+        return
+    found, value = _pop(tree, step.old)
+    if found:
+        _put(tree, step.new, value)
+        notice(step.old, step.new)
+
+
+def _fill(tree: Tree, step: Added) -> None:
+    """Where the group is there (what was given away lacks some) and the key is not."""
+    parent, _, name = step.key.rpartition(".")
+    node = _at(tree, parent)
+    if node is not None:
+        node.setdefault(name, step.value)
+
+
+def _at(tree: Tree, key: str) -> Tree | None:
+    """The mapping at a key; the tree itself for none."""
+    node: Any = tree
+    for name in key.split(".") if key else []:
+        node = node.get(name) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else None
+
+
+def _pop(tree: Tree, key: str) -> tuple[bool, Any]:
+    parent, _, name = key.rpartition(".")
+    node = _at(tree, parent)
+    return (True, node.pop(name)) if node is not None and name in node else (False, None)
+
+
+def _put(tree: Tree, key: str, value: Any) -> None:
+    """Beside what is there; a value that is there wins, and mappings are joined."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    if isinstance(value, dict) and isinstance(tree.get(name), dict):
+        for inner, one in value.items():
+            _put(tree[name], inner, one)
+        return
+    tree.setdefault(name, value)
+
+
+def _of_defaults(entry: Any) -> Any:
+    """An entry of a defaults list: `override /group: option`."""
+    if not isinstance(entry, dict):
+        return entry
+    ((words, option),) = entry.items()
+    before, group = re.fullmatch(r"((?:override |optional )*/?)(.*)", str(words)).groups()  # type: ignore[union-attr]
+    if not isinstance(option, str):
+        return {f"{before}{migrate_word(group)}": option}
+    said, _, option = migrate_word(f"{group}={option}").partition("=")
+    return {f"{before}{said}": option}
+
+
+def _references(value: Any) -> Any:
+    """With the keys in `${…}` under their present names."""
+    if isinstance(value, dict):
+        return {key: _references(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_references(child) for child in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    return re.sub(r"(?<=\$\{)[\w.]+(?=[}])", lambda found: migrate_word(found[0]) if found[0][0] != "." else found[0], value)

@@ -1,0 +1,131 @@
+"""The target bank: the base model's predictions at fixed draws of (x_0, ε, t) per class picture, made before training.
+
+A class row then takes one of its picture's draws, and its target is read like a latent: a teacher without a forward pass, for
+any adapter, full-rank training included. The number of draws limits how many different noises a picture is seen at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ... import draw
+from ...batch import ImageInfo, Size, Text
+from ...config import ConfigError
+from ...diffusion.time import Times
+from ...draw import Purpose
+from ...models.family import Family
+from ...terminal import track
+from .. import cache_key, row_draws
+from ..preparation.entry import Entry
+from . import cache
+from .reader import CacheReader
+
+
+class Item(NamedTuple):
+    """A cached variant of a class image and its size conditioning."""
+
+    latents: str  # key of its latents
+    size: Size
+
+
+def item(cache_reader: CacheReader, entry: Entry, which: int) -> Item:
+    return Item(cache_reader.key(entry, which), entry.variants[which].size())
+
+
+class Bank:
+    """Cached predictions of the base model by (item, number of the draw).
+
+    Args:
+        latents: the latent cache, filled.
+        caption, text: of the class, as every class row has them.
+        times: the distribution of t that training draws from.
+    """
+
+    def __init__(self, cfg: DictConfig, family: Family, latents: cache.Store, caption: str, text: Text, times: Times):
+        self.cfg, self.family, self.latents, self.caption, self.text, self.times = cfg, family, latents, caption, text, times
+        self.score = cfg.dataset.aesthetic_score
+        self.draws = int(cfg.prior.bank.draws)
+        self.targets = cache.Store(latents.folder.parent, "bank")
+        self.built = 0
+        self.made_by = cache_key.key(
+            family.denoiser_identity(), family.text_identity(), caption, str(cfg.seed), str(self.draws), str(self.score),
+            repr((cfg.objective.noise_offset, cfg.objective.noise_offset_probability)),
+        )  # fmt: skip
+
+    def key(self, item: Item, number: int) -> str:
+        times = self.times.describe(self._cells(item))
+        return cache_key.key("bank", self.made_by, times, item.latents, repr(item.size), str(number))
+
+    def _cells(self, item: Item) -> tuple[int, int]:
+        """Height and width of an item's latents."""
+        height, width = item.size.target
+        return height // self.family.factor, width // self.family.factor
+
+    def index(self, item: Item, number: int) -> int:
+        """The key of the fixed draws, instead of a sample index; far above all sample indices."""
+        return 2**62 + int(cache_key.key(item.latents, str(number))[:15], 16)
+
+    def u(self, item: Item, number: int) -> float:
+        """U[0,1), one in each of `draws` equal parts."""
+        return (number + draw.uniform(self.cfg.seed, self.index(item, number), Purpose.TIME)) / self.draws
+
+    def pick(self, sample: int) -> int:
+        """Which draw a sample takes."""
+        return int(draw.uniform(self.cfg.seed, sample, Purpose.BANK) * self.draws)
+
+    def read(self, item: Item, number: int) -> Tensor:
+        """The base model's prediction [C h w].
+
+        Raises:
+            ConfigError: it was damaged since `fill`; only the base model could make it again, and that is being trained now.
+        """
+        key = self.key(item, number)
+        try:
+            return self.targets.read(key)["answer"]
+        except cache.Damaged as error:
+            self.targets.drop(key)
+            raise ConfigError(
+                f"the target bank was damaged during training ({error}); resume the run: it is made again"
+            ) from error
+
+    def fill(self, items: list[Item]) -> None:
+        """Make what is missing or damaged; the denoiser must be the base model now.
+
+        The last bits of a prediction depend on the other rows of its batch, so an item's draws are always computed in the same
+        batches: what is computed again is the same to the bit, whatever else is missing.
+        """
+        rows = self.cfg.prior.bank.batch_size
+        together = [range(first, min(first + rows, self.draws)) for first in range(0, self.draws, rows)]
+        lacking = {
+            (item, numbers): absent
+            for item in dict.fromkeys(items) for numbers in together if (absent := self._absent(item, numbers))
+        }  # fmt: skip
+        hidden = not (lacking and self.cfg.trainer.progress)
+        for (item, numbers), absent in track(lacking.items(), "filling the target bank", hidden=hidden):
+            for number, answer in zip(numbers, self._predictions(item, numbers), strict=True):
+                if number in absent:
+                    self.targets.write(self.key(item, number), {"answer": answer})
+        self.built = sum(map(len, lacking.values()))
+
+    def _absent(self, item: Item, numbers: Sequence[int]) -> list[int]:
+        return [number for number in numbers if not self.targets.is_intact(self.key(item, number))]
+
+    @torch.no_grad()
+    def _predictions(self, item: Item, numbers: Sequence[int]) -> Tensor:
+        """The network's predictions at some of an item's draws [B C h w]."""
+        posterior = self.latents.read(item.latents)
+        indices = [self.index(item, number) for number in numbers]
+        shape = tuple(posterior["mean"].shape)
+        z = torch.stack([draw.normal(self.cfg.seed, index, Purpose.POSTERIOR, shape) for index in indices])
+        x0 = posterior["mean"] + posterior["std"] * z
+        eps = torch.stack([row_draws.noise_draws(self.cfg, index, shape) for index in indices])
+        t = self.times(torch.tensor([self.u(item, number) for number in numbers], dtype=torch.float64), self._cells(item))
+        shown = [ImageInfo(item.size, posterior["mean"], self.cfg.seed, index, self.score) for index in indices]
+        cond = self.family.cond(Text.stack([self.text] * len(numbers)), shown)
+        device = self.family.device
+        return self.family.denoise(self.family.path.noise(x0, eps, t).to(device), t.to(device), cond.to(device)).cpu()

@@ -1,0 +1,59 @@
+"""The eval datasets: pictures that are never trained on, each asked in the same way whenever it is asked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import draw
+from ..batch import Batch, ImageInfo, RowCounts, Text
+from ..draw import Purpose
+from . import cache_key
+from .module import DreamBoothData
+from .preparation.entry import Entry
+
+SEED = 0  # not the run's: the members of a sweep over seeds are compared under the same noise
+
+
+class EvalBatch(NamedTuple):
+    """Rows of one shape, the same ones every time."""
+
+    batch: Batch  # u [B]: where in its stratum's middle a row's time is, as a share of the model's own range
+    rows: tuple[tuple[str, str], ...]  # dataset id, picture
+
+
+def eval_batches(data: DreamBoothData, times: int, batch_size: int) -> list[EvalBatch]:
+    """Every eval picture at `times` evenly spread times, under noise that is a function of its bytes and of the time alone.
+
+    Nothing is dropped, mirrored or masked, and no caption is: of several, the first counts.
+
+    Args:
+        batch_size: most rows of an evaluation batch.
+    """
+    by_shape: dict[tuple[int, int], list[tuple[Entry, int]]] = {}
+    for entry in data.held_out:
+        by_shape.setdefault(entry.shape, []).extend((entry, k) for k in range(times))
+    parts = [rows[i : i + batch_size] for rows in by_shape.values() for i in range(0, len(rows), batch_size)]
+    return [_eval_batch(data, rows, times) for rows in parts]
+
+
+def _eval_batch(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int) -> EvalBatch:
+    posteriors = [data.cache_reader.posterior(entry, 0) for entry, _ in rows]
+    mean = torch.stack([p["mean"] for p in posteriors])
+    index = [int(cache_key.key(entry.picture.digest, str(k))[:15], 16) for entry, k in rows]
+    noise = torch.stack([draw.normal(SEED, i, Purpose.EVALUATION, (2, *mean.shape[1:])) for i in index])
+    shown = [
+        ImageInfo(e.variants[0].size(), own, SEED, i, data.cfg.dataset.aesthetic_score)
+        for (e, _), own, i in zip(rows, mean, index, strict=True)
+    ]
+    captions = tuple(entry.captions[0] for entry, _ in rows)
+    batch = Batch(
+        sample=torch.tensor(index), mean=mean, std=torch.stack([p["std"] for p in posteriors]), z=noise[:, 0], eps=noise[:, 1],
+        u=torch.tensor([(k + 0.5) / times for _, k in rows], dtype=torch.float64),
+        rollout_draws=torch.zeros(len(rows), 2), xi=None,
+        cond=data.family.cond(Text.stack([data.text(said) for said in captions]), shown),
+        captions=captions, instance_rows=torch.arange(len(rows)), class_rows=torch.arange(0),
+        row_counts=RowCounts(len(rows), 0), mask=None, teacher_output=None,
+    )  # fmt: skip
+    return EvalBatch(batch, tuple((entry.spec.id, entry.picture.name) for entry, _ in rows))

@@ -1,0 +1,29 @@
+"""What is wrong with the data, said at once before anything is trained."""
+
+from __future__ import annotations
+
+from ...config import ConfigError
+from ..sources.base import Rejected
+from ..spec import DatasetSpec
+from .entry import Entry
+
+MOST_LISTED = 40  # problems shown at once
+
+
+def raise_problems(
+    specs: list[DatasetSpec], entries: list[Entry], rejected: dict[str, list[Rejected]], problems: list[str]
+) -> None:
+    """Raise one `ConfigError` with all problems, a dataset without a usable picture among them; silent if there is none."""
+    usable, said = {entry.spec.id for entry in entries}, list(problems)
+    for one in specs:
+        if one.id in usable or any(p.startswith((one.named, f"{one.id}:")) for p in said):
+            continue
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in rejected[one.id][:MOST_LISTED]) or "no picture files"
+        said.append(f"{one.named} is {one.where.path!r}, which has no usable picture ({reasons})")
+    if not said and not any(entry.weight for entry in entries if not entry.spec.is_eval):
+        said.append("no dataset has rows to give; set a probability above 0")
+    if len(said) == 1:
+        raise ConfigError(said[0])
+    if said:
+        more = [f"and {len(said) - MOST_LISTED} more"] if len(said) > MOST_LISTED else []
+        raise ConfigError(f"{len(said)} problem(s) in the data:\n" + "\n".join(f"  - {p}" for p in said[:MOST_LISTED] + more))

@@ -1,0 +1,77 @@
+"""What an entry of a SimpleTuner dataset file says about itself, read with SimpleTuner's defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Entry = dict[str, Any]
+COLUMN_STRATEGIES = ("parquet", "csv", "huggingface")
+PLACE_KEYS = {"csv": "csv_file", "huggingface": "dataset_name", "aws": "aws_bucket_name"}
+
+
+def text_of(entry: Entry, key: str, default: str) -> str:
+    """A text with its default; what is no text is reported elsewhere, and reads as the default."""
+    value = entry.get(key)
+    return value if isinstance(value, str) else default
+
+
+def kind_of(entry: Entry) -> str:
+    return text_of(entry, "dataset_type", "image")
+
+
+def type_of(entry: Entry) -> str:
+    return text_of(entry, "type", "local")
+
+
+def strategy_of(entry: Entry) -> str:
+    return text_of(entry, "caption_strategy", "filename")
+
+
+def has_pictures(entry: Entry) -> bool:
+    return kind_of(entry) in ("image", "eval")
+
+
+def is_class(entry: Entry) -> bool:
+    return entry.get("is_regularisation_data") is True or entry.get("is_regularization_data") is True
+
+
+def mask_entries(entry: Entry) -> list[Any]:
+    asked = entry.get("conditioning_data")
+    return [] if asked is None else asked if isinstance(asked, list) else [asked]
+
+
+def options_of(entry: Entry) -> Entry:
+    """The entry with the options of its table or hub dataset, wherever it says them."""
+    nested = (part for part in (entry.get("parquet"), entry.get("huggingface")) if isinstance(part, dict))
+    return {**entry, **{key: value for part in nested for key, value in part.items()}}
+
+
+def has_table(entry: Entry) -> bool:
+    """Whether pictures are listed by a parquet file rather than found in their folder."""
+    return type_of(entry) in ("local", "aws") and entry.get("metadata_backend") == "parquet"
+
+
+def folder_of(entry: Entry) -> str | None:
+    return entry.get("instance_data_dir") or entry.get("instance_data_root")
+
+
+def place_key(entry: Entry) -> str:
+    """The key by which an entry says where its pictures are."""
+    return PLACE_KEYS.get(type_of(entry), "instance_data_dir")
+
+
+def place_of(entry: Entry) -> str | None:
+    """Where an entry's pictures are; None if it doesn't say."""
+    kind, folder = type_of(entry), folder_of(entry)
+    if kind == "aws":
+        bucket, prefix = entry.get("aws_bucket_name"), entry.get("aws_data_prefix") or folder or ""
+        return bucket and f"s3://{bucket}/{prefix}".rstrip("/")
+    if kind == "csv":
+        return entry.get("csv_file")
+    return options_of(entry).get("dataset_name") or folder if kind == "huggingface" else folder
+
+
+def columns_of(entry: Entry) -> tuple[str, ...]:
+    """The columns that captions are read from."""
+    said = entry.get("csv_caption_column") or options_of(entry).get("caption_column")
+    return tuple(said) if isinstance(said, list) else (said,) if said else ()

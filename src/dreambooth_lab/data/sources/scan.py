@@ -1,0 +1,124 @@
+"""Scanning a source: headers and hashes of its pictures, remembered, so that an unchanged picture is read once, ever."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ...storage.durable import atomic_file
+from .base import LOCAL, Item, Picture, Rejected, Source
+from .colour import DAMAGED
+from .decode import UNREADABLE, head
+
+VERSION = 3  # of what is remembered
+STABLE_AFTER = 2.0  # seconds a file must have been left alone before its time stamp is believed
+SAVE_EVERY = 2000  # least pictures read between two savings; gaps double, so that all savings cost little more than the last
+
+
+class ScanResult(NamedTuple):
+    pictures: list[Picture]
+    rejected: list[Rejected]
+    read: int  # pictures that had to be read
+    notices: list[str]  # what was left alone, or kept as it is
+
+
+class ScanCache:
+    """What earlier scans learned: source and name → stamp and header. One file a source; damage only costs a new scan.
+
+    Args:
+        folder: where the files lie, made if absent.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def _path(self, source: Source) -> Path:
+        return self.folder / f"{hashlib.sha256(source.root.encode()).hexdigest()}.json"
+
+    def load(self, source: Source) -> dict[str, list[Any]]:
+        try:
+            head, _, body = self._path(source).read_bytes().partition(b"\n")
+            said = json.loads(head)
+            whole = said["version"] == VERSION and said["sum"] == hashlib.sha256(body).hexdigest()
+            return json.loads(body) if whole else {}
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+
+    def save(self, source: Source, pictures: dict[str, list[Any]]) -> None:
+        """A line about the file, then the pictures, encoded once."""
+        path, body = self._path(source), json.dumps(pictures).encode()
+        head = {"version": VERSION, "root": source.root, "sum": hashlib.sha256(body).hexdigest()}
+        with atomic_file(path) as aside:
+            aside.write_bytes(json.dumps(head).encode() + b"\n" + body)
+
+
+def scan(source: Source, memory: ScanCache) -> ScanResult:
+    """All pictures of a source in name order, and those that can't be used, each with its reason.
+
+    Raises:
+        ConfigError: the source can't be listed.
+    """
+    known = memory.load(source)
+    kept: dict[str, list[Any]] = {}
+    pictures, rejected = [], []
+    read = saved = 0
+    for item in source.items():
+        if item.problem:
+            rejected.append(Rejected(item.name, item.problem))
+            continue
+        fact = known.get(item.name)
+        if not item.stamp or fact is None or fact[0] != item.stamp:
+            fact = [item.stamp, *_read_headers(source, item)]
+            read += 1
+            if read - saved >= max(SAVE_EVERY, saved):
+                memory.save(source, known | kept)
+                saved = read
+        if _is_stable(item.stamp):
+            kept[item.name] = fact
+        _, height, width, digest, alpha, colours, problem = fact
+        if problem:
+            rejected.append(Rejected(item.name, problem))
+        else:
+            pictures.append(Picture(source, item.name, (height, width), digest, alpha, item.captions, colours))
+    if read or kept.keys() != known.keys():
+        memory.save(source, kept)
+    return ScanResult(pictures, rejected, read, [*source.notices, *_unreadable_profiles(pictures)])
+
+
+def _unreadable_profiles(pictures: list[Picture]) -> list[str]:
+    return [
+        f"{p.name}: its colour profile can't be used ({p.colours.removeprefix(DAMAGED)}), so its colours are taken as sRGB"
+        for p in pictures if p.colours.startswith(DAMAGED)
+    ]  # fmt: skip
+
+
+def _read_headers(source: Source, item: Item) -> tuple[int, int, str, bool, str, str | None]:
+    try:
+        data = source.read(item.name)
+        if not data:
+            return 0, 0, "", False, "", "can't be read: the file is empty"
+        header = head(data)
+    except UNREADABLE as error:
+        return 0, 0, "", False, "", f"can't be read: {_first_line(error)}"
+    return *header.size, header.digest, header.alpha, header.colours, None
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"{error} A picture of more than {most:,} pixels may be a decompression bomb; shrink it with another program"
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "it is no picture of a known kind" if "cannot identify image file" in text else text
+
+
+def _is_stable(stamp: str) -> bool:
+    """Whether a stamp may be believed later: a local file may change again within the clock's grain of its last change."""
+    if not stamp.startswith(LOCAL):
+        return bool(stamp)
+    changed = int(stamp.removeprefix(LOCAL).split(":")[0]) / 1e9
+    return not 0 <= time.time() - changed <= STABLE_AFTER

@@ -1,0 +1,168 @@
+"""What networks hold at once, counted on tensors without values: nothing is loaded, nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from ..batch import Cond
+from ..config import enums
+from ..dreambooth import DreamBooth
+from ..factory import attach, build_adapter, build_family, build_trainable_text
+from ..fake_tensors import LiveBytes, fake
+from ..models.checkpoint import skip_weights
+from ..models.checkpoint_family import CheckpointFamily
+from ..optimizer import state_bytes
+from ..profiling import memory
+from ..quant import bytes_per_weight, layers_to_quantize
+
+CAPTION = "a photo of sks dog"
+
+
+class Network(NamedTuple):
+    """A network's weights, bytes."""
+
+    size: int  # on the device
+    written_out: int = 0  # of the largest quantised layer, as it is while it is used
+    block: int = 0  # of the largest offloaded block: the next one, on its way
+    away: int = 0  # in the host's memory
+
+    @property
+    def at_work(self) -> int:
+        """What the device needs of it besides `size` when it runs, its activations and the running block aside."""
+        return self.written_out + self.block
+
+
+class Visit(NamedTuple):
+    """A network that works without gradient, bytes."""
+
+    weights: Network
+    work: int  # at the worst moment, weights aside
+
+
+class Step(NamedTuple):
+    """Forward and backward of all that trains, bytes."""
+
+    base: Network
+    encoders: int  # weights of text encoders that learn something
+    added: int  # by the adapter: its own weights, or a copy of the base's beside full training
+    learning: int  # what learns
+    states: int  # the optimiser's
+    kept: int  # for backward, when forward is done
+    work: int  # at the worst moment, weights aside, gradients included
+
+
+def on_cpu(cfg: DictConfig) -> DictConfig:
+    """The same, for a machine without the card that it is for."""
+    cfg = cfg.copy()
+    OmegaConf.update(cfg, "trainer.accelerator", "cpu")
+    OmegaConf.update(cfg, "trainer.devices", 1)
+    OmegaConf.update(cfg, "trainer.num_nodes", 1)
+    return cfg
+
+
+@contextmanager
+def meta_family(cfg: DictConfig) -> Iterator[CheckpointFamily]:
+    """A configuration's family without weights, on the CPU; inside, tensors have no values."""
+    with skip_weights():
+        family = cast(CheckpointFamily, build_family(on_cpu(cfg)))
+        family.truncated_part([CAPTION])  # loads tokenizers and schedulers, which need values
+        with fake():
+            yield family
+
+
+def reading(cfg: DictConfig) -> Visit:
+    """The text encoders, and one caption."""
+    with meta_family(cfg) as family:
+        encoders = [encoder for _, encoder in family.text_encoders]
+        sizes = [network(family, part, encoder) for part, encoder in zip(family.text_encoder_parts, encoders, strict=True)]
+        whole = Network(sum(size.size for size in sizes), max((size.written_out for size in sizes), default=0))
+        return Visit(whole, _peak(encoders, lambda: family.encode_text([CAPTION])))
+
+
+def encoding(cfg: DictConfig, edge: int) -> Visit:
+    """The VAE, and one picture."""
+    with meta_family(cfg) as family:
+        return _through_vae(family, lambda: family.encode_image(torch.zeros(1, 3, edge, edge)))
+
+
+def decoding(cfg: DictConfig, edge: int) -> Visit:
+    """The VAE, and one picture's latents."""
+    with meta_family(cfg) as family:
+        cells = edge // family.factor
+        return _through_vae(family, lambda: family.decode(torch.zeros(1, family.channels, cells, cells)))
+
+
+def _through_vae(family: CheckpointFamily, work: Callable[[], object]) -> Visit:
+    vae = family.vae
+    return Visit(Network(memory.stored(vae.parameters()) if vae else 0), _peak([vae] if vae else [], work))
+
+
+def sampling(cfg: DictConfig, rows: int, edge: int) -> Visit:
+    """The denoiser, without gradient or adapter, and so many rows of a square picture."""
+    with meta_family(cfg) as family:
+        text = family.encode_text([CAPTION])
+        family.release_encoders()
+        cells = edge // family.factor
+        inputs = memory.inputs(family, text, cells, cells, rows)
+        with torch.no_grad():
+            work = _peak([family.denoiser], lambda: family.denoise(*inputs))
+        return Visit(network(family, family.denoiser_part, family.denoiser), work)
+
+
+def step(cfg: DictConfig, rows: int, edge: int) -> Step:
+    """A training step of so many rows of a square picture; walks and the prior's own forwards aside."""
+    with meta_family(cfg) as family:
+        text = family.encode_text([CAPTION])
+        family.release_encoders()
+        base = network(family, family.denoiser_part, family.denoiser)
+        adapter, learned = build_adapter(cfg), build_trainable_text(cfg, family)
+        there = [*family.denoiser.parameters(), *(learned.parameters() if learned else ())]
+        encoders = memory.stored(learned.parameters()) if learned else 0
+        with LiveBytes(there) as made:
+            attach(cfg, family, adapter, learned)
+            module = DreamBooth(cfg, family, adapter, learned).train()
+            added = made.live
+        cells, trains = edge // family.factor, list(module.trainable_parameters().values())
+        kept, work = _step(module, memory.inputs(family, text, cells, cells, rows))
+        states = state_bytes(cfg.optimizer._target_, trains)
+        return Step(base, encoders, added, memory.stored(trains), states, kept, work)
+
+
+def _step(module: DreamBooth, inputs: tuple[Tensor, Tensor, Cond]) -> tuple[int, int]:
+    """Bytes kept for backward, and those at the worst moment."""
+    x_t, t, cond = inputs
+    with LiveBytes([*module.parameters(), *module.buffers()]) as held:
+        if module.text:
+            cond = cond.replace_rows(torch.arange(len(x_t)), module.text.read([CAPTION] * len(x_t)))
+        loss = module.predict(x_t, t, cond).square().mean()
+        kept = held.live
+        loss.backward()
+        return kept, held.peak
+
+
+def _peak(networks: Sequence[nn.Module], work: Callable[[], object]) -> int:
+    """Bytes that work holds at most, the networks' weights aside."""
+    with LiveBytes(tensor for one in networks for tensor in (*one.parameters(), *one.buffers())) as held:
+        work()
+    return held.peak
+
+
+def network(family: CheckpointFamily, part: str, model: nn.Module) -> Network:
+    """A network's weights in the bits that the configuration keeps them in; no adapter is on it yet."""
+    kind = family.quantiser.kind(part)
+    fewer = (
+        {f"{name}.weight" for name in layers_to_quantize(model, family.skip_quantization)[0]}
+        if kind is not enums.QuantKind.none
+        else set()
+    )
+    size = {id(p): int(p.numel() * bytes_per_weight(kind)) if name in fewer else p.nbytes for name, p in model.named_parameters()}
+    blocks = family.blocks.homes if family.blocks and model is family.denoiser else []
+    away = [sum(size.pop(id(home)) for home in homes.values()) for homes in blocks]
+    largest = max((p.nbytes for name, p in model.named_parameters() if name in fewer), default=0)
+    return Network(sum(size.values()), largest, max(away, default=0), sum(away))

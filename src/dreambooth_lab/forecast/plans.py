@@ -1,0 +1,141 @@
+"""`memory=…`: the first of the group's plans with which a run fits the card, as words of the command line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+
+from .. import terminal
+from ..config import ConfigError
+from .cached_counts import CachedCounts
+from .phases import Forecast, Need
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+BATCH = ("dataset.batch_size", "trainer.accumulate_grad_batches")  # who says one of them has said both
+Compose = Callable[[Sequence[str]], DictConfig]  # the run's configuration, with more words said
+
+
+class Chosen(NamedTuple):
+    """What will run, and what it needs."""
+
+    cfg: DictConfig
+    words: list[str]  # said in the user's place
+    needs: list[Need]
+    card: int  # bytes
+
+    @property
+    def fits(self) -> bool:
+        return max(need.least_card for need in self.needs) <= self.card
+
+    def show(self) -> None:
+        """Print it, and how to say the same in so many words."""
+        terminal.show(self.table())
+        if self.words:
+            log.info("memory: chosen for this card: %s", " ".join(self.words))
+        elif not self.fits:
+            log.warning("this run may not fit the device; memory=auto looks for a plan that does")
+
+    def table(self) -> Table:
+        """What each phase needs, against what the card has."""
+        title = f"Memory of the device by phase, estimated without weights; it has {self.card / GIB:.1f} GiB"
+        table = Table("phase", "what for", "GiB", "", title=title, title_justify="left", title_style="bold")
+        for need in self.needs:
+            parts = ", ".join(f"{what} {size / GIB:.2f}" for what, size in need.parts.items())
+            fits = "fits" if need.least_card <= self.card else f"needs a card of {need.least_card / GIB:.1f}"
+            table.add_row(need.phase, parts, f"{need.total / GIB:.2f}", fits)
+        return table
+
+
+def choose_plan(cfg: DictConfig, said: Sequence[str], compose: Compose) -> Chosen | None:
+    """What to run, by `cfg.memory`; None: there is neither a card nor a plan to look at.
+
+    Args:
+        cfg: as the user said it, checked.
+        said: the user's own words, which win.
+        compose: makes the same configuration with more words.
+
+    Raises:
+        ConfigError: no plan fits.
+    """
+    card = _card(cfg)
+    if card is None:
+        if cfg.memory.plans:
+            raise ConfigError("memory is auto, but there is no GPU to fit; name its size, such as memory=12gb, or memory=none")
+        return None
+    known = CachedCounts(Path(cfg.cache).expanduser() / "fitting")
+    own = {word.lstrip("+~").partition("=")[0] for word in said}
+    best: Chosen | None = None
+    for plan in cfg.memory.plans or [[]]:
+        words = _left(plan, own, _rows(cfg))
+        try:
+            tried = compose(words) if words else cfg
+        except ConfigError:  # what the user says rules this plan out
+            continue
+        needs = _forecast(tried, known)
+        if needs is None:
+            return None
+        best = Chosen(tried, words, needs, card)
+        if best.fits:
+            return best
+    assert best is not None
+    if cfg.memory.plans:
+        raise ConfigError(_too_large(best))
+    return best
+
+
+def _forecast(cfg: DictConfig, known: CachedCounts) -> list[Need] | None:
+    """The phases; None: they can't be counted for this model, and nobody asked for a plan.
+
+    Raises:
+        ConfigError: they can't be counted, and a plan was asked for.
+    """
+    try:
+        return Forecast(cfg, known).phases()
+    except Exception as error:  # torch and the libraries raise several kinds for what has no fake tensors
+        if isinstance(error, ConfigError) and error.__cause__ is None:  # it says itself what is wrong
+            raise
+        said = f"what this run needs can't be counted without its weights ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if cfg.memory.plans:
+            raise ConfigError(
+                f"{said}; set memory=none, and say what saves memory yourself: see conf/memory/auto.yaml"
+            ) from error
+        log.warning("%s; the preflight's table of the training step comes once they are loaded", said)
+        return None
+
+
+def _card(cfg: DictConfig) -> int | None:
+    """Bytes to fit into: of the size that was named, or of the GPU that will be used."""
+    if cfg.memory.card_gib is not None:
+        return int(cfg.memory.card_gib * GIB)
+    if cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _rows(cfg: DictConfig) -> int:
+    """Rows of an optimiser step on one device, as the user said it."""
+    return int(cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches)
+
+
+def _left(plan: Sequence[str], own: set[str], rows: int) -> list[str]:
+    """A plan's words but those whose key, or one inside it, is among the user's own."""
+    own = own | set(BATCH) if own & set(BATCH) else own
+    keyed = [(word.partition("=")[0], word.format(rows=rows)) for word in plan]
+    return [word for key, word in keyed if not any(said == key or said.startswith(f"{key}.") for said in own)]
+
+
+def _too_large(best: Chosen) -> str:
+    worst = max(best.needs, key=lambda need: need.least_card)
+    even = f" even with {' '.join(best.words)}" if best.words else ""
+    return (
+        f"memory: {worst.phase} needs a card of {worst.least_card / GIB:.1f} GiB{even}, and this one has {best.card / GIB:.1f}; "
+        "say a lower model.resolution, a smaller adapter.rank or another model, or memory=none to try all the same"
+    )

@@ -1,0 +1,161 @@
+"""A denoiser whose blocks' frozen weights lie in the host's memory, and come to the device while their block runs.
+
+diffusers' group offloading can't be trained with: it moves adapters' weights too, and puts a layer's weights back before the
+backward pass needs them (convolutions and norms then fail). Here a block's parameters are exchanged for copies on the device
+while its forward runs, so whatever autograd keeps of them stays valid until it is used. With gradient checkpointing it keeps
+nothing of the first pass, so that at most two blocks are on the device at once: the one that runs and the next.
+
+On CUDA the next block's weights are copied from page-locked memory by a stream of their own while this block computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..config import ConfigError
+
+Place = tuple[nn.Module, str]  # the layer that has a parameter, and its name there
+
+
+class PendingCopy(NamedTuple):
+    """A block's weights on the device, or being copied to it."""
+
+    weights: dict[Place, nn.Parameter]
+    arrival: torch.cuda.Event | None  # None: they are there
+
+
+class Blocks:
+    """Takes over the weights of a frozen model's repeated blocks.
+
+    Args:
+        model: of diffusers, on the host; what lies outside its blocks is moved to the device.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.order: dict[int, int] = {}  # block → its turn in a forward pass, learned in the first one
+        self.last = 0  # turn of the block that ran last
+        self.coming: tuple[int, PendingCopy] | None = None  # a turn, and what was sent for ahead of it
+        self.homes = [_homes(block) for block in repeated(model)]
+        number: int
+        block: Any
+        for number, block in enumerate(repeated(model)):
+            block.forward = self._wrapped(block.forward, number)
+            for module in block.modules():
+                if any(parameter is not None for parameter in module._parameters.values()):
+                    module._apply = partial(_stay, module)
+        model.to(device)
+
+    def _wrapped(self, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            homes = self.homes[number]
+            _place(self._arrived(number).weights)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                _place(homes)
+
+        return run
+
+    def _arrived(self, number: int) -> PendingCopy:
+        """A block's weights on the device; those of the block that will probably run after it are sent for."""
+        turn, known = self.order.setdefault(number, len(self.order)), self.coming
+        self.coming = None
+        mine = known[1] if known and known[0] == turn else self._send(number)
+        ahead = 1 if turn > self.last or (turn == 0 and self.last != 1) else -1  # backward passes go down
+        self.last = turn
+        following = next((block for block, its in self.order.items() if its == turn + ahead), None)
+        if self.stream and following is not None:
+            self.coming = self.order[following], self._send(following)
+        if mine.arrival:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_event(mine.arrival)
+            for weight in mine.weights.values():
+                for part in parts(weight):
+                    part.record_stream(now)
+        return mine
+
+    def _send(self, number: int) -> PendingCopy:
+        homes = self.homes[number]
+        if not self.stream:
+            return PendingCopy({place: _copy(home, self.device) for place, home in homes.items()}, None)
+        with torch.cuda.stream(self.stream):
+            weights = {place: _copy(home, self.device) for place, home in homes.items()}
+            arrival = torch.cuda.Event()
+            arrival.record()
+        return PendingCopy(weights, arrival)
+
+    def sizes(self) -> list[int]:
+        """Bytes of each block."""
+        return [sum(part.nbytes for home in homes.values() for part in parts(home)) for homes in self.homes]
+
+
+def repeated(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a diffusers model is mostly made of.
+
+    Raises:
+        ConfigError: its class names none.
+    """
+    kind: Any = type(model)
+    names = set(kind._repeated_blocks or kind._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ConfigError(f"model.offload is blocks, but a {kind.__name__} names no repeated blocks; set model.offload=none")
+    return blocks
+
+
+def parts(weight: Tensor) -> list[Tensor]:
+    """The plain tensors in which a weight lies; a quantised one is a wrapper around several."""
+    if not is_traceable_wrapper_subclass(weight):
+        return [weight]
+    return [part for name in weight.__tensor_flatten__()[0] for part in parts(getattr(weight, name))]
+
+
+def _homes(block: nn.Module) -> dict[Place, nn.Parameter]:
+    """Where a block's weights rest: page-locked on machines with CUDA, from where copies need not wait."""
+    homes = {}
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                homes[module, name] = _pinned(parameter)
+    _place(homes)
+    return homes
+
+
+def _pinned(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(_pin(parameter.detach()), requires_grad=False) if torch.cuda.is_available() else parameter
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.pin_memory()
+    names, rest = tensor.__tensor_flatten__()
+    inner = {name: _pin(getattr(tensor, name)) for name in names}
+    kind: Any = type(tensor)
+    return kind.__tensor_unflatten__(inner, rest, tensor.size(), tensor.stride())
+
+
+def _copy(home: nn.Parameter, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(home.detach().to(device, non_blocking=True, copy=True), requires_grad=False)
+
+
+def _place(weights: Mapping[Place, nn.Parameter]) -> None:
+    for (module, name), weight in weights.items():
+        module._parameters[name] = weight
+
+
+def _stay(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """In the place of `_apply`: a layer's own weights stay where they are; the rest moves."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = buffer if buffer is None else change(buffer)
+    return module

@@ -1,0 +1,39 @@
+"""What is shown, and saved with the run, before anything is trained: what was found, what is said of it, what will be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from .. import terminal
+from ..data.module import DreamBoothData
+from ..dreambooth import DreamBooth
+from ..runfolder import RunFolder
+from . import crops, said, tables
+
+
+def show(
+    cfg: DictConfig,
+    data: DreamBoothData,
+    module: DreamBooth,
+    layers: list[str],
+    folder: RunFolder,
+    needed: Mapping[str, float],
+    shown: Sequence[Table] = (),
+) -> None:
+    """Print what is about to run; write the same, with tables that were shown before, and a sheet of the crops into the folder.
+
+    Args:
+        needed: bytes that the folder will hold, by purpose.
+    """
+    crops.save(data, folder.crops)
+    made = [
+        tables.datasets(data), tables.mixture(data), tables.crops(data), tables.much_cut(data), tables.rejected(data.summaries()),
+        tables.notices(data), tables.buckets(data), said.prompts(cfg), said.captions(data),
+        tables.training(cfg, data, module, layers), said.files(cfg, folder, needed), tables.device_memory(cfg, data, module),
+    ]  # fmt: skip
+    terminal.show(*made)
+    with folder.preflight.open("w", encoding="utf-8") as file:
+        terminal.show(*shown, *made, on=terminal.console(file))

@@ -1,0 +1,34 @@
+"""How much of what the device could do a run makes use of."""
+
+from __future__ import annotations
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops, measure_flops
+
+from ..batch import Text
+from ..data.sampling.schedule import Bucket
+from ..dreambooth import DreamBooth
+from .memory import probe
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the device's maker promises for dense products of this type; None where that is not known."""
+    return get_available_flops(device, dtype) if device.type == "cuda" else None
+
+
+def row_flops(module: DreamBooth, text: Text, buckets: list[Bucket]) -> float:
+    """FLOPs of one row's forward and backward pass, counted, not timed; the mean over buckets, by the rows they give.
+
+    A teacher's pass and rollouts are not counted: they are not what the step is for.
+    """
+    rows = [sum(group.rows for group in bucket.groups) for bucket in buckets]
+    counted = [_of_shape(module, text, bucket.shape) for bucket in buckets]
+    return sum(n * flops for n, flops in zip(rows, counted, strict=True)) / sum(rows)
+
+
+def _of_shape(module: DreamBooth, text: Text, shape: tuple[int, int]) -> int:
+    inputs = probe(module, text, shape[0] // module.family.factor, shape[1] // module.family.factor)
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), torch.enable_grad():
+        flops = measure_flops(module, lambda: module.predict(*inputs), lambda answer: answer.square().mean())
+    module.zero_grad(set_to_none=True)
+    return flops

@@ -1,0 +1,118 @@
+"""A run's LightningModule and diffusers pipeline, made again from its files."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from .adapter import ExportWeights
+from .callbacks.ema import Ema
+from .callbacks.export import export_form
+from .config import ConfigError
+from .dreambooth import TOKEN, DreamBooth
+from .factory import build_family, build_method
+from .optimizer import check_installed
+from .runfolder import RunFolder
+from .trained import TrainedPipeline
+
+SCHEDULE_FREE = "train_mode"  # in the state of optimisers that have other weights for evaluation
+Which = Literal["last", "best"] | int | Path | str  # a checkpoint: by name, optimiser step, or file
+
+
+def here(cfg: DictConfig) -> DictConfig:
+    """A run's configuration for one process of this machine, whatever the run had."""
+    own = cfg.copy()
+    own.trainer.devices = own.trainer.num_nodes = 1
+    own.trainer.accelerator = own.trainer.accelerator if torch.cuda.is_available() else "cpu"
+    own.adapter.init_from = None  # the checkpoint has all that was learned since
+    return own
+
+
+def checkpoint_of(folder: RunFolder, which: Which) -> Path:
+    """The file of a checkpoint.
+
+    Raises:
+        ConfigError: there is no such one; names those that are there.
+    """
+    if which == "last":
+        return folder.newest_readable()[0]
+    best = folder.best()
+    steps = {int(path.stem.removeprefix("step_")): path for path in folder.all_checkpoints()}
+    path = (best[0] if best else None) if which == "best" else steps.get(which) if isinstance(which, int) else Path(which)
+    if path is None or not path.is_file():
+        known = [*map(str, steps), *(["'best'"] if best else [])]
+        raise ConfigError(f"checkpoint is {which!r}, but {str(folder.root)!r} has {', '.join(known) or 'none'}")
+    return path
+
+
+def module(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> DreamBooth:
+    """The method with the weights of a checkpoint, in evaluation mode.
+
+    Of a schedule-free optimiser the weights are those that it evaluates and exports, not the point at which it takes gradients.
+
+    Raises:
+        ConfigError: the file is damaged or not of such a run, or holds no average.
+    """
+    kept = _read(checkpoint)
+    own = here(cfg)
+    made, _ = build_method(own, build_family(own))
+    learning, weights = made.trainable_parameters(), kept["state_dict"]
+    if ema:
+        weights = kept["callbacks"].get(Ema.__qualname__, {}).get("shadow")
+    if weights is None:
+        raise ConfigError(f"{str(checkpoint)!r} holds no average of the weights; the run had ema.enabled=false")
+    if strange := sorted(learning.keys() ^ weights.keys()):
+        raise ConfigError(f"{str(checkpoint)!r} is not of this configuration: one of them lacks {strange[0]}")
+    _put(learning, weights)
+    if not ema:
+        _evaluated(made, kept["optimizer_states"][0])
+    return made.eval()
+
+
+def pipeline(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> Any:
+    """The base model's diffusers pipeline with the weights of a checkpoint, by way of an export, as for one that was exported."""
+    with tempfile.TemporaryDirectory() as folder:
+        _export(module(cfg, checkpoint, ema), Path(folder))
+        return TrainedPipeline(here(cfg), Path(folder)).pipeline
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """Tensors and plain values; nothing in it is run."""
+    try:
+        kept = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return {name: kept[name] for name in ("state_dict", "callbacks", "optimizer_states")}
+    except (RuntimeError, KeyError, TypeError, EOFError, ValueError, UnpicklingError) as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"{str(checkpoint)!r} is damaged, or no checkpoint of a run ({said})") from error
+
+
+@torch.no_grad()
+def _put(learning: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    for name, parameter in learning.items():
+        parameter.copy_(weights[name])
+
+
+def _evaluated(made: DreamBooth, state: dict[str, Any]) -> None:
+    """Let a schedule-free optimiser, the only kind to be made here, put the weights of its average in place."""
+    if SCHEDULE_FREE not in state["param_groups"][0]:
+        return
+    check_installed(made.cfg.optimizer)  # the name of its class comes with the run
+    optimizer: Any = made.configure_optimizers()["optimizer"]
+    optimizer.load_state_dict(state)
+    optimizer.eval()
+
+
+def _export(made: DreamBooth, folder: Path) -> None:
+    """The files that `TrainedPipeline` reads."""
+    family, owned = made.family, made.by_owner(made.trainable_parameters())
+    token, own = owned.pop(TOKEN, None), owned.pop(family.denoiser_part)
+    form = export_form(made.cfg, family)
+    made.adapter.export(folder, ExportWeights(family.denoiser_part, own, owned, {}, family.kohya, form))
+    if token and made.text and made.text.token:
+        family.save_token(folder, made.text.token.word, list(token.values()), {})

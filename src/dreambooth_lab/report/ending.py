@@ -1,0 +1,70 @@
+"""What a run says when it ends, in three lines: what was learned, which step to keep, how to use it."""
+
+from __future__ import annotations
+
+import shlex
+from html import unescape
+from pathlib import Path
+from statistics import fmean
+
+from safetensors import SafetensorError, safe_open
+
+from ..callbacks.ema import LIVE
+from ..callbacks.scores import changes, read_scores
+from ..runfolder import RunFolder
+from .sections import Metrics, advice
+
+MOST = 4  # metrics that are said
+OTHERS = ("lora_", "diffusion_model.")  # how keys begin in files for ComfyUI, A1111 and their like
+
+
+def lines(folder: RunFolder, numbers: Metrics) -> list[str]:
+    """Three lines, from what the folder holds.
+
+    Args:
+        numbers: name → (step, value), everything logged.
+    """
+    return [f"learned: {learned(folder, numbers)}", f"keep: {unescape(advice(folder, numbers))}", f"use: {use(folder)}"]
+
+
+def learned(folder: RunFolder, numbers: Metrics) -> str:
+    """The numbers that compare with the base model: scores of its pictures, the loss on pictures never trained on."""
+    said = [f"{c.metric} {c.first:.3f} → {c.last:.3f}" for c in changes(read_scores(folder), LIVE)][:MOST]
+    held = dict(numbers.get("eval/loss", []))
+    if 0 in held and len(held) > 1:
+        said.insert(0, f"eval/loss {held[0]:.4g} → {held[max(held)]:.4g}")
+    if said:
+        return f"{'; '.join(said)} (base model → step {_last(numbers):,})"
+    losses = [value for _, value in numbers.get("train/loss", [])]
+    tenth = max(len(losses) // 10, 1)
+    train = (
+        f"train/loss {fmean(losses[:tenth]):.4g} → {fmean(losses[-tenth:]):.4g} (first and last tenth)" if losses else "no step"
+    )
+    return f"{train}; nothing compares it with the base model: eval=paper scores pictures, eval.path=FOLDER held-back photos"
+
+
+def use(folder: RunFolder) -> str:
+    """The command that draws, and the file that ComfyUI reads."""
+    best = folder.best_export if folder.best() else folder.export
+    cfg = folder.saved_config()
+    prompt = cfg.dataset.instance_prompt or next(iter(cfg.validation.prompts), "…")
+    place = f"run={folder.root}" if best == folder.export else f"file={best}"
+    draw = f"python -m dreambooth_lab.tools.generate {shlex.quote(place)} {shlex.quote(f'prompt={prompt}')}"
+    file = for_comfyui(best)
+    return f"{draw}" + (f"; for ComfyUI copy {file} to ComfyUI/models/loras" if file else f"; the files are in {best}")
+
+
+def for_comfyui(export: Path) -> Path | None:
+    """The file of an export whose layers are named as ComfyUI, A1111 and their like name them; None if it has none."""
+    for file in sorted(export.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                if any(key.startswith(OTHERS) for key in opened.keys()):  # noqa: SIM118
+                    return file
+        except SafetensorError:
+            continue
+    return None
+
+
+def _last(numbers: Metrics) -> int:
+    return int(max((values[-1][0] for values in numbers.values()), default=0))

@@ -1,0 +1,140 @@
+"""What a run's numbers say, as parts of its page."""
+
+from __future__ import annotations
+
+from html import escape
+from statistics import fmean
+
+from ..callbacks.csv_log import CsvLog
+from ..callbacks.ema import EMA, LIVE, PREFIX
+from ..callbacks.eval_loss import EvalRow
+from ..callbacks.scores import changes, interval, read_scores
+from ..config import enums
+from ..plots import Line, Series, chart, smoothed
+from ..runfolder import RunFolder
+
+Metrics = dict[str, Series]  # name → (step, value)
+
+
+def verdict(folder: RunFolder, numbers: Metrics) -> str:
+    """Which step to keep, if anything tells, as a paragraph."""
+    return f'<p class="verdict">{advice(folder, numbers)}</p>'
+
+
+def advice(folder: RunFolder, numbers: Metrics) -> str:
+    """The same as text, escaped for HTML."""
+    checkpoint, best = folder.saved_config().checkpoint, folder.best()
+    values = dict(numbers.get(checkpoint.monitor or "", []))
+    if best and best[1] in values:
+        told = _chosen(checkpoint.monitor, values, best[1], checkpoint.mode is enums.Mode.min)
+        return f"{told} It is in {escape(folder.best_export.name)}/."
+    lows = [(PREFIX[kind] + "eval/loss", dict(numbers.get(PREFIX[kind] + "eval/loss", []))) for kind in (LIVE, EMA)]
+    told = " ".join(_lowest(name, values) for name, values in lows if values)
+    return told or "No step is marked as best; to find it, hold photos back: eval.path=FOLDER checkpoint.monitor=eval/loss."
+
+
+def _chosen(name: str, values: dict[float, float], step: int, least: bool) -> str:
+    told = f"keep step {step:,}: {escape(name)} is {values[step]:.4g} there"
+    if 0 in values:
+        worse = values[step] >= values[0] if least else values[step] <= values[0]
+        told += f", {values[0]:.4g} for the base model" + (" (which is no worse)" if worse else "")
+    return f"{told}, {values[max(values)]:.4g} at the last step ({max(values):,})."
+
+
+def _lowest(name: str, values: dict[float, float]) -> str:
+    step = min(values, key=values.__getitem__)
+    if step == 0:
+        return f"{escape(name)} was at no step lower than the base model's."
+    return f"{escape(name)} was lowest at step {step:,}; checkpoint.monitor={escape(name)} keeps it."
+
+
+def losses(folder: RunFolder, numbers: Metrics) -> str:
+    """Training losses with their running means; eval losses against the base model's."""
+    best = folder.best()
+    made = [
+        chart(f"{name} over steps; thick: running mean", _with_mean(values), y=f"{name} (squared error)", from_zero=True)
+        for name, values in numbers.items()
+        if name.startswith("train/loss")
+    ]
+    watched = [(kind, numbers.get(PREFIX[kind] + "eval/loss", [])) for kind in (LIVE, EMA)]
+    lines = [Line(values, kind, place) for place, (kind, values) in enumerate(watched) if values]
+    if lines:
+        base = dict(lines[0].points).get(0)
+        caption = "eval/loss over steps; dashed: the base model" + ("; upright: the step kept" if best else "")
+        made.append(chart(caption, lines, y="eval/loss (squared error)", level=base, mark=best[1] if best else None))
+    return f'<div class="few">{"".join(made)}{_by_time(folder)}</div>{_eval_changes(folder)}'
+
+
+def _with_mean(values: Series) -> list[Line]:
+    return [Line(values, "each step", faint=True), Line(smoothed(values), "running mean")]
+
+
+def _by_time(folder: RunFolder) -> str:
+    """The eval loss by t: of the base model, of the step kept, and of the last."""
+    answers, steps = _eval_rows(folder)
+    lines = []
+    for place, step in enumerate(steps):
+        times: dict[float, list[float]] = {}
+        for answer in answers:
+            if answer.step == step:
+                times.setdefault(answer.t, []).append(answer.loss)
+        lines.append(Line([(t, fmean(found)) for t, found in sorted(times.items())], f"step {step:,}", place))
+    caption = "eval/loss by time, from data (left) to noise (right)"
+    return chart(caption, lines, x="time t", y="eval/loss (squared error)") if len(lines) > 1 else ""
+
+
+def _eval_rows(folder: RunFolder) -> tuple[list[EvalRow], list[int]]:
+    """Of the live weights, with the steps that tell most: the base model, the step kept, the last."""
+    answers: list[EvalRow] = [a for a in CsvLog(folder.eval, EvalRow).read() if a.weights == LIVE]
+    steps, best = sorted({a.step for a in answers}), folder.best()
+    kept = [best[1]] if best and best[1] in steps else []
+    return answers, list(dict.fromkeys([*steps[:1], *kept, *steps[-1:]]))
+
+
+def _eval_changes(folder: RunFolder) -> str:
+    """Paired with the base model row by row."""
+    answers, steps = _eval_rows(folder)
+    rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in answers if a.step == step} for step in steps}
+    told = ""
+    for step in steps[1:]:
+        apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]
+        low, high = interval(apart)
+        against = f"<p>eval/loss at step {step:,} against the base model: {fmean(apart):+.4g}"
+        told += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
+    return told
+
+
+def _between(low: float, high: float, form: str) -> str:
+    return f"{low:{form}} to {high:{form}}" if low == low else "too few to tell"
+
+
+def metrics(numbers: Metrics) -> str:
+    """Every score over the steps."""
+    seen = {name: values for name, values in numbers.items() if not name.startswith(("train/", "eval/", "ema/"))}
+    charts = "".join(_metric(name, values, numbers) for name, values in seen.items() if len(values) > 1)
+    return f'<div class="many">{charts}</div>' if charts else ""
+
+
+def _metric(name: str, values: Series, numbers: Metrics) -> str:
+    averaged = numbers.get(PREFIX[EMA] + name, [])
+    lines = [Line(values, LIVE if averaged else ""), *([Line(averaged, EMA, 1)] if averaged else [])]
+    return chart(f"{name} over steps; dashed: the base model", lines, y=name, level=dict(values).get(0))
+
+
+def changed(folder: RunFolder) -> str:
+    """Each metric before and after, with the 95 % interval of the paired change; of the kept step, and of the average, too."""
+    scores, best = read_scores(folder), folder.best()
+    tables = ""
+    for weights in (LIVE, EMA):
+        steps = sorted({score.step for score in scores if score.weights == weights})
+        chosen = {steps[-1]} | ({best[1]} & set(steps) if best else set()) if len(steps) > 1 else set()
+        for step in sorted(chosen):
+            rows = "".join(
+                f"<tr><td>{escape(c.metric)}</td><td>{c.first:.3f}</td><td>{c.last:.3f}</td>"
+                f"<td>{c.last - c.first:+.3f}</td><td>{_between(c.low, c.high, '+.3f')}</td></tr>"
+                for c in changes(scores, weights, step)
+            )
+            head = f"<tr><th>{weights}</th><th>step 0</th><th>step {step:,}</th><th>change</th><th>95 % interval</th></tr>"
+            tables += f'<div class="wide"><table>{head}{rows}</table></div>'
+    note = "<p>Paired by prompt and noise; the interval (Student's t) covers pictures, not training seeds.</p>"
+    return tables + note if tables else "<p>Nothing was scored: choose eval=paper or eval=toybox.</p>"

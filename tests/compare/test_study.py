@@ -1,0 +1,205 @@
+import json
+import re
+from math import isnan
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from plotly.offline import get_plotlyjs
+from scipy import stats as scipy_stats
+
+from dreambooth_lab import compare, lab
+from dreambooth_lab.compare import arms, stats
+from dreambooth_lab.compare.told import conclusion
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.runfolder import RunFolder
+from dreambooth_lab.tools.compare import application
+
+RANKS, SEEDS = (4, 8, 16), (0, 1, 2)
+
+
+def save(root, cfg, series, ended=True):
+    """A run's folder, as far as a comparison reads it."""
+    folder = RunFolder(root)
+    folder.save_config(cfg)
+    lines = [f"{step},{name},{value!r}" for name, values in series.items() for step, value in values]
+    folder.metrics.write_text("\n".join(["step,name,value", *lines]) + "\n")
+    cost = {"cost": {"training": {"seconds": 2.0, "memory_mib": 100, "device_memory_mib": 0}}} if ended else {}
+    folder.environment.write_text(json.dumps([{"started": f"2026-01-01T00:00:00 {root.name}"} | cost]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base():
+    return lab.compose()
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    """Three ranks × three seeds; rank 16 is better by .1 in each seed, rank 8 by nothing that can be told."""
+    root, noise = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
+    for rank in RANKS:
+        for seed in SEEDS:
+            cfg = base.copy()
+            cfg.adapter.rank, cfg.seed, cfg.runs = rank, seed, f"elsewhere_{seed}"  # where it lies is no difference
+            end = 0.5 + 0.2 * seed - 0.1 * (rank == 16) + 0.01 * noise.standard_normal()
+            losses = [(step, 1 - step / 100 + 0.1 * noise.random()) for step in range(1, 41)]
+            save(root / f"{rank:02d}_{seed}", cfg, {"train/loss": losses, "eval/loss": [(0, 1.0), (40, end)]})
+    return root
+
+
+@pytest.fixture(scope="module")
+def study(runs):
+    return arms.read([runs])
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page")
+    assert compare.write([runs], out) == out / "compare.html"
+    return out
+
+
+def test_the_intervals_are_scipys_of_the_table(page):
+    table, found = pd.read_csv(page / "compare.csv"), pd.read_csv(page / "differences.csv", dtype={"arm": str})
+    text = (page / "compare.html").read_text()
+    for metric in ("eval/loss", "train/loss"):
+        by = table.pivot(index="seed", columns="adapter.rank", values=metric)
+        for rank in RANKS:
+            n, mean, error = len(by), by[rank].mean(), scipy_stats.sem(by[rank])
+            low, high = scipy_stats.t.interval(0.95, n - 1, loc=mean, scale=error)
+            assert f"<td>{mean:.4g}<br><small>{low:.4g} to {high:.4g}</small></td>" in text
+        for rank in RANKS[1:]:
+            (row,) = found[(found.metric == metric) & (found.arm == str(rank))].itertuples()
+            apart = by[rank] - by[4]
+            low, high = scipy_stats.t.interval(0.95, 2, loc=apart.mean(), scale=scipy_stats.sem(apart))
+            assert (row.mean, row.low, row.high) == pytest.approx((apart.mean(), low, high), rel=1e-9)
+            assert row.p == pytest.approx(scipy_stats.ttest_rel(by[rank], by[4]).pvalue, rel=1e-9) and row.pairing == "seed"
+
+
+def test_training_losses_are_means_of_the_last_tenth(runs, page):
+    table = pd.read_csv(page / "compare.csv")
+    losses = [value for _, name, value in RunFolder(runs / "08_1").read_metrics() if name == "train/loss"]
+    told = table[(table["adapter.rank"] == 8) & (table.seed == 1)]["train/loss"].item()
+    assert told == pytest.approx(np.mean(losses[-4:]), rel=1e-12)
+
+
+def test_csv_and_parquet_are_the_same_numbers(page):
+    for stem in ("compare", "differences"):
+        csv, parquet = pd.read_csv(page / f"{stem}.csv"), pd.read_parquet(page / f"{stem}.parquet")
+        for name in csv.select_dtypes("number").columns.intersection(parquet.select_dtypes("number").columns):
+            np.testing.assert_array_equal(csv[name], parquet[name])
+        assert list(csv.columns) == list(parquet.columns) and len(csv) == len(parquet)
+
+
+def test_only_what_differs_is_said_to_differ(study):
+    assert set(study.differing) == {"adapter.rank", "adapter.alpha"}, "which follows the rank"
+    assert [arm.name for arm in study.arms] == ["4", "8", "16"] and study.seeds == [0, 1, 2]
+
+
+def test_pairing_finds_what_the_spread_of_seeds_hides(page):
+    """Seeds differ by .2, arms by .1."""
+    found = pd.read_csv(page / "differences.csv", dtype={"arm": str})
+    row = found[(found.metric == "eval/loss") & (found.arm == "16")].iloc[0]
+    table = pd.read_csv(page / "compare.csv").pivot(index="seed", columns="adapter.rank", values="eval/loss")
+    assert row.p_holm < 0.05 < scipy_stats.ttest_ind(table[16], table[4]).pvalue
+    text = (page / "compare.html").read_text()
+    assert re.search(r"“16” is lower by 0\.\d+ \(95 % interval [^(]*, paired by seed, 3 pairs; p = ", text)
+    assert "no difference can be concluded of “8”" in text
+
+
+def test_holm():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
+    corrected = stats.holm([float("nan"), 0.02])
+    assert isnan(corrected[0]) and corrected[1] == 0.02, "what was not tested does not count"
+
+
+def study_of(values):
+    """Arm → seed → the number it came to."""
+    made = []
+    for name, by_seed in values.items():
+        runs = {
+            s: arms.Run(RunFolder(name), {"seed": s}, {"m": [(1, v)]} if v is not None else {}, None) for s, v in by_seed.items()
+        }
+        made.append(arms.Arm(name, runs))
+    return arms.Study(made, [], [], [])
+
+
+def test_without_shared_seeds_it_is_welchs_test():
+    a, b = [1.0, 2.0, 4.0], [5.0, 5.5]
+    (found,) = stats.differences(study_of({"a": dict(enumerate(a)), "b": {7: b[0], 8: b[1]}}), ["m"], {})
+    expected = scipy_stats.ttest_ind(b, a, equal_var=False)
+    assert found.pairing == "none" and found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_one_run_an_arm_tells_pictures_or_nothing():
+    study = study_of({"a": {0: 1.0}, "b": {0: 2.0}})
+    (bare,) = stats.differences(study, ["m"], {})
+    assert bare.pairing == "too few" and "nothing can be concluded" in conclusion("m", [bare])
+    (pictures,) = stats.differences(study, ["m"], {("m", "b"): [1.0, 1.1, 0.9, 1.0]})
+    assert pictures.n == 4 and "one training seed, so other seeds may differ" in conclusion("m", [pictures])
+
+
+def test_a_copy_of_a_number_is_told_once():
+    study = study_of({"a": {0: 1.0}, "b": {0: 2.0}})
+    for arm in study.arms:
+        arm.runs[0].series["n"] = list(arm.runs[0].series["m"])
+        arm.runs[0].series["train/lr"] = [(1, 0.1)]
+    assert stats.results(study) == ["m"]
+    study.arms[0].runs[0].series["n"] = [(1, 7.0)]
+    assert stats.results(study) == ["m", "n"]
+
+
+def test_equal_runs_are_equal():
+    (found,) = stats.differences(study_of({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}}), ["m"], {})
+    assert (found.low, found.high, found.p) == (0, 0, 1) and "equal to the last digit in all 2 pairs" in conclusion("m", [found])
+
+
+def test_what_has_not_ended_is_named_and_not_counted(base, runs, tmp_path):
+    save(tmp_path / "half", base, {"eval/loss": [(1, 9.0)]}, ended=False)
+    save(tmp_path / "torn", base, {"eval/loss": [(1, 9.0)]}).config.write_text("a: [1")
+    study = arms.read([runs, tmp_path])
+    assert study.absent[0] == (str(tmp_path / "half"), "it has not come to its end")
+    assert study.absent[1][0] == str(tmp_path / "torn") and "damaged" in study.absent[1][1] and len(study.absent) == 2
+    assert sum(len(arm.runs) for arm in study.arms) == 9
+    assert compare.write([tmp_path], tmp_path) is None
+
+
+def test_pictures_of_one_prompt_and_noise_stand_side_by_side(base, tmp_path):
+    for rank, grey in ((4, 50), (8, 200)):
+        cfg = base.copy()
+        cfg.adapter.rank, cfg.dataset.instance_prompt = rank, "a photo of <i>sks</i> robot"
+        folder = save(tmp_path / str(rank), cfg, {"eval/loss": [(1, 0.1 * rank)]})
+        for step, shade in ((0, 0), (9, grey)):
+            (folder.pictures / f"step_{step:07d}").mkdir(parents=True)
+            for image in (0, 1):
+                Image.new("RGB", (32, 32), (shade,) * 3).save(folder.pictures / f"step_{step:07d}" / f"00_{image:02d}.png")
+    (row,) = compare.shared.strips(arms.read([tmp_path]), 0)
+    assert [strip.arm for strip in row] == ["base model", "4", "8"]
+    assert [strip.picture.getpixel((5, 5))[0] for strip in row] == [0, 50, 200]
+    text = compare.write([tmp_path], tmp_path).read_text()
+    assert text.count('alt="pictures of') == 3 and "<i>sks" not in text
+
+
+def test_the_page_needs_nothing_else(page):
+    text = (page / "compare.html").read_text()
+    assert get_plotlyjs() in text
+    assert not re.search(r'<[^>]*\b(src|href)=["\']?(?!"?data:)', text.replace(get_plotlyjs(), ""))
+
+
+def test_another_reference(study):
+    assert [arm.name for arm in compare.led_by(study, "16").arms] == ["16", "4", "8"]
+    with pytest.raises(ConfigError, match="reference is '7', which names 0 arms; name one of '4', '8', '16'"):
+        compare.led_by(study, "7")
+
+
+def test_the_command(runs, tmp_path, capsys):
+    application([str(runs), "--out", str(tmp_path / "made")], standalone_mode=False)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "made" / "compare.html")
+    with pytest.raises(ConfigError, match="--out"):
+        application([str(runs), str(runs)], standalone_mode=False)
+    with pytest.raises(ConfigError, match="has no run in it"):
+        application([str(tmp_path / "nowhere")], standalone_mode=False)

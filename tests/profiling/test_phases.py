@@ -1,0 +1,43 @@
+import time
+
+import pytest
+
+from dreambooth_lab.profiling.phases import Phases
+
+
+def test_a_phase_inside_another_counts_for_itself_alone():
+    phases = Phases()
+    begun = time.perf_counter()
+    with phases("training"):
+        time.sleep(0.02)
+        with phases.profile("[Callback]Validation.on_train_batch_end"):
+            time.sleep(0.06)
+            with phases.profile("[Callback]StepMetrics.on_train_batch_end"):
+                time.sleep(0.02)
+        with phases.profile("[Callback]Ema.on_train_batch_end"), phases.profile("[Strategy]X.training_step"):
+            time.sleep(0.02)
+    whole = time.perf_counter() - begun
+    assert list(phases.of) == ["training", "pictures"]
+    assert sum(phase.seconds for phase in phases.of.values()) == pytest.approx(whole, abs=0.06)
+    assert phases.of["pictures"].seconds > phases.of["training"].seconds - 0.03
+    assert phases.open == []
+
+
+def test_the_peak_belongs_to_the_phase_that_had_it():
+    phases = Phases()
+    with phases("small"):
+        time.sleep(0.01)
+    with phases("large"):
+        held = bytearray(300 * 2**20)
+        held[::4096] = bytes(len(held[::4096]))
+        time.sleep(0.2)
+        del held
+    small, large = phases.of["small"].memory, phases.of["large"].memory
+    assert large - small > 250 * 2**20
+
+
+def test_an_error_closes_its_phase():
+    phases = Phases()
+    with pytest.raises(ValueError), phases("training"):
+        raise ValueError
+    assert phases.open == [] and phases.cost()["training"]["memory_mib"] > 0

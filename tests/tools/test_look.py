@@ -1,0 +1,173 @@
+"""The page of what training will see: its crops are those that are encoded, and what is odd is named."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from typer.testing import CliRunner, Result
+
+from data.test_colour import display_p3
+from dreambooth_lab import lab, sheet
+from dreambooth_lab.config import ConfigError
+from dreambooth_lab.data.module import DreamBoothData
+from dreambooth_lab.factory import build_family
+from dreambooth_lab.models.checkpoint import Checkpoint
+from dreambooth_lab.tools.inspection.photos import Crop, sharpness
+from dreambooth_lab.tools.look import application, inspect_datasets
+from dreambooth_lab.toybox.subjects import subject_photos
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Three different photos with masks and text files: two square, one wide."""
+    folder = tmp_path / "album"
+    (folder / "masks").mkdir(parents=True)
+    for i, size in enumerate([(128, 128), (128, 128), (96, 160)]):
+        photo = subject_photos("robot", 3, size)[i]
+        photo.image.save(folder / f"{i}.png")
+        photo.mask.save(folder / "masks" / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"photo <{i}> of a robot\n")
+    return folder
+
+
+@pytest.fixture
+def words(album: Path, small: list[str], tmp_path: Path) -> list[str]:
+    kept = [word for word in small if not word.startswith(("dataset=", "dataset.path=", "cache=", "prior"))]
+    said = ["dataset=masked", f"dataset.path={album}", f"dataset.mask_path={album / 'masks'}", "dataset.caption=textfile"]
+    return [*kept, *said, "prior=none", f"cache={tmp_path / 'cache'}"]
+
+
+def call(words: list[str], folder: Path) -> Result:
+    return CliRunner().invoke(application, [*words, "--output-dir", str(folder)])
+
+
+def crops(words: list[str]) -> list[Crop]:
+    return [crop for one in inspect_datasets(lab.compose(*words), 100).datasets for seen in one.seen for crop in seen.crops]
+
+
+def test_the_crops_shown_are_those_that_are_encoded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, in every bucket, random places and mirrors included; their masks are the loss' on its grid."""
+    words = [*words, "dataset.resolutions=[32,64]", "dataset.crop=random", "dataset.crop_variants=2", "dataset.flip=true"]
+    words += ["dataset.crop_aspect=square"]
+    shown = crops(words)
+    cfg = lab.compose(*words)
+    family = build_family(cfg)
+    data, encoded = DreamBoothData(cfg, family), []
+    whole = family.encode_image
+    monkeypatch.setattr(family, "encode_image", lambda pixels: (encoded.append(pixels), whole(pixels))[1])
+    data.prepare()
+    assert len(encoded) > 6 and {crop.image.size for crop in shown} == {(32, 32), (64, 64)}
+
+    def made(pixels: torch.Tensor) -> bytes:
+        return ((pixels[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().tobytes()
+
+    assert sorted(crop.image.tobytes() for crop in shown) == sorted(made(pixels) for pixels in encoded)
+    keys = {crop.entry.mask.key(v, family.factor) for crop in shown for v in crop.entry.variants}
+    grids = [data.stores.masks.read(key)["mask"] for key in keys]
+    theirs = {(grid * 255).round().byte().numpy().tobytes() for grid in grids}
+    assert {np.asarray(crop.mask)[:: family.factor, :: family.factor].tobytes() for crop in shown} == theirs
+
+
+def test_the_page_holds_each_crop_with_its_mask_and_caption(words: list[str], tmp_path: Path) -> None:
+    """A photo, its crop and that under its mask; all in one file that asks for nothing."""
+    result = call(words, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "look.html").read_text()
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
+    assert len(sizes) == 9 and sizes.count((64, 64)) == 4 and (160, 96) in sizes
+    assert set(re.findall(r"(?:src|href|url)\W+(\w+)", page)) == {"data"}
+    assert all(f"photo &lt;{i}&gt; of a robot" in page for i in range(3)) and page.count("under its mask") == 2 * 3
+    assert "copies" not in page and "nearly the same" not in page and "blurred?" not in page
+    with Image.open(tmp_path / "out" / "look.png") as drawn:
+        assert drawn.height == 3 * (160 + sheet.TITLE + sheet.GAP) + sheet.GAP, "a row a crop"
+
+
+def test_captions_are_counted_and_mirrored_crops_are_said(words: list[str], tmp_path: Path) -> None:
+    """In the tests' tokenizers every letter is a token, so a caption has as many as it has letters."""
+    told = inspect_datasets(lab.compose(*words, "dataset.flip=true"), 100)
+    captions = {caption for seen in told.datasets[0].seen for caption in seen.captions}
+    letters = {caption: len(caption.replace(" ", "")) for caption in captions}
+    assert captions and told.tokens == {c: {"text_encoder": n, "text_encoder_2": n} for c, n in letters.items()}
+    assert {crop.mirrored for crop in told.datasets[0].seen[0].crops} == {False, True}
+    call([*words, "dataset.flip=true"], tmp_path / "out")
+    page = (tmp_path / "out" / "look.html").read_text()
+    assert ", mirrored" in page and f"tokens: {min(letters.values())} to text_encoder" in page
+
+
+def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(Checkpoint, "load", refuse)
+    assert crops(words)
+
+
+def test_copies_and_near_copies_are_named(words: list[str], album: Path) -> None:
+    """The same bytes; and the same photo smaller, as a JPEG. Other photos of the subject are neither."""
+    (album / "same.png").write_bytes((album / "0.png").read_bytes())
+    with Image.open(album / "1.png") as photo:
+        photo.resize((100, 100)).save(album / "near.jpg", quality=70)
+    for name, like in (("same", "0"), ("near", "1")):
+        (album / f"{name}.txt").write_text("a robot")
+        (album / "masks" / f"{name}.png").write_bytes((album / "masks" / f"{like}.png").read_bytes())
+    (one,) = inspect_datasets(lab.compose(*words), 100).datasets
+    assert one.remarks[0] == "0.png and same.png are copies: the same bytes"
+    assert one.remarks[1].startswith("1.png and near.jpg are nearly the same") and len(one.remarks) == 2
+
+
+def test_blurred_small_and_much_cut_photos_are_named(words: list[str], album: Path) -> None:
+    with Image.open(album / "0.png") as photo:
+        photo.filter(ImageFilter.GaussianBlur(6)).save(album / "0.png")
+    with Image.open(album / "1.png") as photo:
+        photo.resize((24, 24)).save(album / "1.png")
+    (one,) = inspect_datasets(lab.compose(*words, "dataset.crop_aspect=square"), 100).datasets
+    said = {seen.picture.name: seen.remarks for seen in one.seen}
+    assert said["0.png"] == [f"blurred? variance of the Laplacian {one.seen[0].sharpness:.3g} < 25"]
+    assert said["1.png"] == ["small: grows 2.67 times for 64×64"]
+    assert said["2.png"] == ["40% is cut away for 64×64"]
+
+
+def test_sharpness_is_the_variance_of_the_laplacian() -> None:
+    """A picture of single white points: the Laplacian is 4·255 there, −255 at each neighbour, 0 elsewhere."""
+    level = np.zeros((66, 66), dtype=np.uint8)
+    level[4:62:8, 4:62:8] = 255
+    points, inside = 64, 64 * 64
+    assert sharpness(Image.fromarray(level)) == pytest.approx(points * (16 + 4) * 255**2 / inside)
+    assert sharpness(Image.new("RGB", (50, 40), "red")) == 0
+
+
+def test_converted_colours_are_said(words: list[str], album: Path) -> None:
+    with Image.open(album / "0.png") as photo:
+        photo.save(album / "0.png", icc_profile=display_p3())
+    assert (
+        "colours converted from its ICC profile to sRGB" in inspect_datasets(lab.compose(*words), 100).datasets[0].seen[0].remarks
+    )
+
+
+def test_what_must_be_mended_is_named(words: list[str], album: Path, tmp_path: Path) -> None:
+    (album / "masks" / "1.png").unlink()
+    (album / "2.png").write_bytes((album / "2.png").read_bytes()[:300])
+    Image.new("L", (128, 128)).save(album / "masks" / "0.png")
+    result = call(words, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "1.png: has no mask" in result.output and "0.png: its mask 0.png is all black" in result.output
+    assert "2.png is not trained on: " in (tmp_path / "out" / "look.html").read_text()
+
+
+def test_only_so_many_are_shown(words: list[str]) -> None:
+    (one,) = inspect_datasets(lab.compose(*words), 2).datasets
+    assert len(one.seen) == 2 and one.remarks == ["1 more are not shown; --most=3 shows them"]
+
+
+def test_wrong_words_are_refused(words: list[str], tmp_path: Path) -> None:
+    for wrong in ("dataset.no_such_key=1", "dataset.path=/no/such/folder"):
+        assert isinstance(call([*words, wrong], tmp_path / "out").exception, ConfigError)
+    assert not (tmp_path / "out").exists()
