@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dreambooth_lab import heap, resolvers, sweep
-from dreambooth_lab.config import ConfigError, Interrupted, RunError, check, conf_dir, processes, resolve_paths
+from dreambooth_lab.config import ConfigError, Interrupted, Lost, RunError, check, conf_dir, processes, resolve_paths
 from dreambooth_lab.config.help import page as help_page
 from dreambooth_lab.config.hydra_errors import explain
 from dreambooth_lab.config.typed import as_hydra_reads
@@ -45,6 +45,8 @@ def job(cfg: DictConfig) -> dict[str, float]:
     check(cfg)
     if hydra_cfg.mode is RunMode.MULTIRUN and "optuna" in hydra_cfg.sweeper._target_ and cfg.search_metric is None:
         raise ConfigError("hydra/sweeper is optuna, but search_metric is null; set it to a logged number, such as eval/loss")
+    if cfg.sweep.race:
+        _check_race(cfg, folder)
     own = any(word.startswith("hydra.run.dir=") for word in hydra_cfg.overrides.hydra)
     if cfg.trainer.num_nodes > 1 and cfg.resume is None and not own:
         several = f"trainer.num_nodes is {cfg.trainer.num_nodes}, and each machine would choose a run folder of its own"
@@ -59,6 +61,15 @@ def job(cfg: DictConfig) -> dict[str, float]:
 
     cfg, tables = with_memory_plan(cfg, list(hydra_cfg.overrides.task), str(hydra_cfg.job.config_name))
     return run(cfg, folder.root, tables)
+
+
+def _check_race(cfg: DictConfig, folder: RunFolder) -> None:
+    """Raise `ConfigError` where no other run can be raced against."""
+    said = f"sweep.race is {cfg.sweep.race}"
+    if sweep.recorded(folder) is None:
+        raise ConfigError(f"{said}, but this is a single run; start a sweep (-m, or sweep=NAME), or leave it out")
+    if HydraConfig.get().mode is RunMode.MULTIRUN and "optuna" in HydraConfig.get().sweeper._target_:
+        raise ConfigError(f"{said}, but Optuna needs the whole of each run; leave one of them out")
 
 
 def with_memory_plan(cfg: DictConfig, said: list[str], name: str) -> tuple[DictConfig, list[Any]]:
@@ -149,6 +160,9 @@ def _member(cfg: DictConfig) -> dict[str, float]:
         print(f"job {hydra_cfg.job.num} is done already: {folder.root}", flush=True)
         sweep.note(folder, State.done, hydra_cfg)
         return numbers
+    if cfg.resume == AUTO and (known := sweep.recorded(folder)) and known.state == State.lost:
+        print(f"job {hydra_cfg.job.num} has lost the race already: {folder.root}", flush=True)
+        return _last_numbers(folder)
     sweep.note(folder, State.began, hydra_cfg)
     try:
         numbers = job(cfg)
@@ -158,6 +172,10 @@ def _member(cfg: DictConfig) -> dict[str, float]:
         sweep.note(folder, State.stopped, hydra_cfg)
         print(f"{stop}\nthe sweep ends here; {_whole_sweep_on(cfg)}", file=sys.stderr)
         sys.exit(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT))
+    except Lost as stop:
+        sweep.note(folder, State.lost, hydra_cfg, str(stop))
+        print(f"job {hydra_cfg.job.num}: {stop}", flush=True)
+        return _last_numbers(folder)
     except (ConfigError, RunError) as error:
         told = str(error)
     except Exception as error:
@@ -169,6 +187,10 @@ def _member(cfg: DictConfig) -> dict[str, float]:
     sweep.note(folder, State.failed, hydra_cfg, told)
     print(f"error in job {hydra_cfg.job.num}: {told}\nthe other jobs go on", file=sys.stderr)
     raise JobFailed(told)
+
+
+def _last_numbers(folder: RunFolder) -> dict[str, float]:
+    return {name: value for _, name, value in folder.read_metrics()}
 
 
 def _release() -> None:

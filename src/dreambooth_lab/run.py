@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,8 @@ from .callbacks import builders
 from .callbacks.builders import Callbacks, build_callbacks
 from .callbacks.checkpoint import AtomicCheckpointIO
 from .callbacks.export import export_form
-from .config import check, processes
+from .compare import race
+from .config import ConfigError, check, processes
 from .data.module import DreamBoothData
 from .dreambooth import DreamBooth
 from .factory import build_family, build_method, device_of, leads
@@ -68,7 +69,8 @@ def _run(cfg: DictConfig, folder: RunFolder, tables: Sequence[Table]) -> dict[st
     if cfg.preflight == "only":
         return {}
     with phases("training"):
-        callbacks = build_callbacks(cfg, folder, data, family, start[1] if start else 0, leads())
+        lost = build_race(cfg, folder, data) if cfg.sweep.race else None
+        callbacks = build_callbacks(cfg, folder, data, family, start[1] if start else 0, leads(), lost)
         trainer = build_trainer(cfg, folder, callbacks, phases)
         fit(trainer, module, data, start[0] if start else None)
     if not trainer.is_global_zero:
@@ -80,6 +82,19 @@ def _run(cfg: DictConfig, folder: RunFolder, tables: Sequence[Table]) -> dict[st
         log.info(line)
     log.info("done: %s", folder.report)
     return callbacks.metrics.last
+
+
+def build_race(cfg: DictConfig, folder: RunFolder, data: DreamBoothData) -> Callable[[int], str | None]:
+    """Step → why this job of a sweep has lost to another arm, or None.
+
+    Raises:
+        ConfigError: the run has fewer evaluations than it must be behind at.
+    """
+    evaluations = builders.evaluations(cfg, cfg.eval, data) - 1  # less that of the base model
+    if evaluations <= cfg.sweep.race:
+        told = f"sweep.race is {cfg.sweep.race}, but the run has {evaluations} evaluations of the eval loss, its end included"
+        raise ConfigError(f"{told}; lower eval.every_n_steps or sweep.race")
+    return lambda step: race.lost(folder, step, cfg.sweep.race, evaluations)
 
 
 def settle_steps(cfg: DictConfig, data: DreamBoothData) -> None:

@@ -30,7 +30,7 @@ AUTO, LATEST = "auto", "latest"  # what `resume` may be besides a folder
 
 CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "trainer.strategy",
               "optimizer.on_extend", "cache", "validation", "eval", "preview", "webhook", "checkpoint", "export", "logger",
-              "resume", "runs", "name", "preflight", "search_metric")  # fmt: skip
+              "resume", "runs", "name", "preflight", "search_metric", "sweep")  # fmt: skip
 DIVISION = ("trainer.devices", "trainer.num_nodes", "dataset.batch_size")  # changeable if their product stays
 METRICS_HEADER = ["step", "name", "value"]
 PACKAGES = (

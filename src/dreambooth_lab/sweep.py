@@ -30,7 +30,8 @@ KEYS = "sweep.json"  # in the sweep's folder: the keys that it varies
 PAGE = "compare.html"  # there too
 LONGEST = 80  # characters of a job's words in its folder's name
 # Keys that decide where a run writes and who hears of it, not what it learns or measures.
-ASIDE = ("resume", "runs", "cache", "preflight", "search_metric", "name", "logger", "webhook", "preview", "trainer.progress")
+ASIDE = ("resume", "runs", "cache", "preflight", "search_metric", "name", "logger", "webhook", "preview", "sweep",
+         "trainer.progress")  # fmt: skip
 
 
 class State(StrEnum):
@@ -39,6 +40,7 @@ class State(StrEnum):
     done = "done"
     stopped = "stopped"
     failed = "failed"
+    lost = "lost"  # the race: sweep.race
 
 
 class Job(NamedTuple):
@@ -47,7 +49,7 @@ class Job(NamedTuple):
     number: int  # Hydra's, of the newest start
     words: list[str]  # what the sweep set for it
     state: str
-    told: str = ""  # why it failed
+    told: str = ""  # why it failed or lost
 
 
 class JobFailed(RunError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from .metrics import MetricsFile, StepMetrics
 from .periodic import Interval
 from .preview import CloseWebhooks, Previews, WebhookLogger
 from .progress import Bar, TimeLeft
+from .race import Race
 from .scores import Scores
 from .validation import Validation
 from .webhook import Sender, build_receiver
@@ -41,7 +43,13 @@ class Callbacks(NamedTuple):
 
 
 def build_callbacks(
-    cfg: DictConfig, folder: RunFolder, data: DreamBoothData, family: Family, step: int, leads: bool
+    cfg: DictConfig,
+    folder: RunFolder,
+    data: DreamBoothData,
+    family: Family,
+    step: int,
+    leads: bool,
+    lost: Callable[[int], str | None] | None = None,
 ) -> Callbacks:
     """What logs comes before what reads the logged; checkpoints are last, when all are up to date. Of several ranks the first
     alone writes; all share the work of the images and of the eval loss.
@@ -49,6 +57,7 @@ def build_callbacks(
     Args:
         step: of the checkpoint that the run goes on from; 0 for a new one.
         leads: whether this is the first rank.
+        lost: step → why the run need not go on, or None; only in a race (`sweep.race`).
     """
     metrics = StepMetrics(cfg.trainer.log_every_n_steps)
     kept = step or -1  # a run that begins anew tells of its step 0 again
@@ -56,6 +65,7 @@ def build_callbacks(
     ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
     weights, export = EvalWeights(ema, cfg.ema.validation), Export(cfg, folder, ema, data.tags()) if leads else None
     checkpoints = Checkpoints(folder, cfg.checkpoint.every_n_steps, cfg.checkpoint.keep)
+    interruption = Interruption(folder, checkpoints, export)
     callbacks: list[Callback | None] = [
         metrics,
         Bar(metrics, data, rows_per_step(cfg), time_left(cfg, data)) if leads and cfg.trainer.progress else None,
@@ -68,7 +78,8 @@ def build_callbacks(
         UnchangedWeights(cfg.checkpoint.every_n_steps),
         checkpoints,
         CloseWebhooks(sender) if sender else None,
-        Interruption(folder, checkpoints, export),
+        interruption,
+        Race(interval(cfg, cfg.eval, data), lost, interruption) if lost else None,
     ]
     loggers: list[Logger] = [metrics_file, *build_loggers(cfg, folder, step)] if metrics_file else []
     loggers += [WebhookLogger(sender, folder.root.name)] if sender else []

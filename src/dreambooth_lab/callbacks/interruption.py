@@ -53,12 +53,16 @@ class Interruption(Callback):
         self.step = step
         if not trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
             return
-        if self.checkpoints.step != step:
-            self.checkpoints.save(trainer, pl_module)
-            if self.export:
-                self.export.write(pl_module, step, self.folder.export)
+        self.save(trainer, pl_module)
         raise Interrupted(f"stopped at step {step} and saved; go on with: python -m dreambooth_lab resume={self.folder.root}",
                           self.asked or signal.SIGTERM)  # fmt: skip
+
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The checkpoint and the export of this step, unless they are there."""
+        if self.checkpoints.step != trainer.global_step:
+            self.checkpoints.save(trainer, pl_module)
+            if self.export:
+                self.export.write(pl_module, trainer.global_step, self.folder.export)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()

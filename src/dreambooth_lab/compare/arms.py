@@ -117,7 +117,7 @@ def read(places: Iterable[Path]) -> Study:
 
 def sort(runs: Sequence[Run], absent: Sequence[tuple[str, str]] = ()) -> Study:
     """Runs by arms."""
-    keys = [key for key in differing([run.values for run in runs]) if not _aside(key)]
+    keys = [key for key in differing([run.values for run in runs]) if not aside(key)]
     differ = [key for key in keys if key != SEED]
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -160,12 +160,15 @@ def _absent(folder: RunFolder) -> str:
     job = sweep.recorded(folder)
     if job and job.state == sweep.State.failed:
         return f"failed: {job.told}"
+    if job and job.state == sweep.State.lost:
+        return f"lost the race: {job.told}"
     if sweep.finished(folder) is None:
         return "it has not come to its end"
     return "" if folder.read_metrics() else "it has no numbers"
 
 
-def _aside(key: str) -> bool:
+def aside(key: str) -> bool:
+    """Whether a key decides where a run writes and who hears of it, not what it learns or measures."""
     return any(key == name or key.startswith(name + ".") for name in sweep.ASIDE)
 
 

@@ -11,6 +11,7 @@ from .adapter_rules import (
 from .check import (
     ConfigError,
     Interrupted,
+    Lost,
     RunError,
     check,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Interrupted",
+    "Lost",
     "PreviewConfig",
     "ReceiverConfig",
     "RunError",

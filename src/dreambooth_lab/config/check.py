@@ -35,6 +35,10 @@ class Interrupted(RunError):
         self.signal = signal
 
 
+class Lost(RunError):
+    """A run of a sweep was stopped because another arm leads (`sweep.race`). It is saved where it was."""
+
+
 def check(cfg: DictConfig) -> None:
     """Raise one `ConfigError` that lists every problem of a composed config; silent when there is none."""
     broken = list(unreadable(cfg))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ VERSIONS: tuple[tuple[Step, ...], ...] = (
         NewValue("rollout.kind", "walk", "model"),
         Rename("optimizer.on_longer", "optimizer.on_extend"),
         Added("search_metric", None),
+        Added("sweep", {"race": 0}),
         Added("trainer.num_nodes", 1),
         Added("trainer.strategy", "auto"),
         Added("trainer.max_epochs", None),
@@ -161,7 +163,7 @@ def _fill(tree: Tree, step: Added) -> None:
     parent, _, name = step.key.rpartition(".")
     node = _at(tree, parent)
     if node is not None:
-        node.setdefault(name, step.value)
+        node.setdefault(name, deepcopy(step.value))
 
 
 def _at(tree: Tree, key: str) -> Tree | None:

@@ -33,6 +33,16 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from _hub_problems(read)
     yield from _checkpoint_problems(read)
     yield from _logger_problems(read)
+    yield _race_problem(read)
+
+
+def _race_problem(read: Reader) -> str | None:
+    race = read("sweep.race")
+    if race and not _evaluates(read):
+        return f"sweep.race is {race}, but runs have no eval loss to race by; it needs {METRICS['eval/']}"
+    if race and read("eval.num_images") == read("eval.timesteps") == 1:
+        return f"sweep.race is {race}, but an eval loss of one image at one time has no interval; raise eval.timesteps"
+    return None
 
 
 def _generates_images(read: Reader) -> bool:

@@ -317,6 +317,11 @@ class LoggerConfig:
 
 
 @dataclass
+class SweepConfig:
+    race: int
+
+
+@dataclass
 class Config:
     model: ModelConfig
     adapter: AdapterConfig
@@ -344,3 +349,4 @@ class Config:
     resume: str | None
     preflight: str
     search_metric: str | None
+    sweep: SweepConfig
