@@ -10,15 +10,40 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses import fake_tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+KNOWN = 2**16  # entries of the largest tensor whose values are kept
+FILLED = {
+    aten.zeros.default: 0, aten.new_zeros.default: 0, aten.zeros_like.default: 0,
+    aten.ones.default: 1, aten.new_ones.default: 1, aten.ones_like.default: 1,
+}  # fmt: skip
+COUNTED = {aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default, aten.full.default}
+
+
+class KnownValues(TorchDispatchMode):
+    """Small tensors that are made from numbers keep their values inside a `FakeTensorMode`, as do those computed from them alone:
+    tokens, their masks and positions, from which networks read lengths."""
+
+    def __init__(self, mode: fake_tensor.FakeTensorMode):
+        super().__init__()
+        self.fakes = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not (func in FILLED or func in COUNTED) or out.numel() > KNOWN or out.device.type != "cpu":
+            return out
+        with _disable_current_modes():
+            real = torch.full(out.shape, FILLED[func], dtype=out.dtype) if func in FILLED else func(*args, **(kwargs or {}))
+        return self.fakes.fake_tensor_converter.from_real_tensor(self.fakes, real, make_constant=True)
 
 
 @contextmanager
 def fake() -> Iterator[None]:
-    """Inside, tensors have no values, and those of one shape are taken for equal. Modules can't change them in place, so moving a
-    module gives it new parameters."""
+    """Inside, tensors have no values but for small ones made from numbers, and those of one shape are taken for equal. Modules can't
+    change them in place, so moving a module gives it new parameters."""
 
     def move(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():
@@ -33,7 +58,13 @@ def fake() -> Iterator[None]:
     def equal(one: Tensor, other: Tensor) -> bool:
         return one.shape == other.shape
 
-    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(nn.Module, "_apply", move), patch.object(torch, "equal", equal):
+    with (
+        patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", KNOWN),
+        fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        KnownValues(mode),
+        patch.object(nn.Module, "_apply", move),
+        patch.object(torch, "equal", equal),
+    ):
         yield
 
 
