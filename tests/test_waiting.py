@@ -15,6 +15,7 @@ from dreambooth_lab.batch import ON_HOST
 from dreambooth_lab.callbacks.ema import Ema
 from dreambooth_lab.callbacks.metrics import StepMetrics
 from dreambooth_lab.data.module import Samples
+from dreambooth_lab.tools.common.training import build_training
 from test_objective import WALK, build, halves, strayed
 
 META = torch.device("meta")
@@ -55,9 +56,11 @@ class Waits(TorchDispatchMode):
     ["prior=noise", "rollout.enabled=true", "rollout.kind=input_perturbation", "rollout.ramp_steps=0"],
     ["prior=teacher", *WALK, "adapter=dora", "rollout.sampler=unipc", "rollout.target=original"],
     ["prior=teacher", *WALK, "adapter=lokr"],
+    ["prior=teacher", "adapter.train_token=true", "dataset.instance_prompt=a photo of q dog", "adapter.token=q"],
+    ["prior=teacher", "adapter.text_encoders=[1,2]"],
 ], ids=lambda words: " ".join(word for word in words if word not in WALK))  # fmt: skip
 def test_a_step_waits_for_nothing(words, small):
-    module, data = build(lab.compose(*small, *words))
+    module, data = build_training(lab.compose(*small, *words))
     stream = iter(Samples(data, data.schedule, 0, 0, 1))
     torch.__future__.set_swap_module_params_on_conversion(True)  # what shares a parameter goes on sharing it
     try:

@@ -5,12 +5,13 @@ Letters: B rows, C latent channels, h w latent grid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 ON_HOST = ("sample", "u", "rollout_draws")  # fields of a batch
 WITHOUT_FLOAT64 = ("mps",)  # types of devices
@@ -125,6 +126,23 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.dtype is torch.float64:
         tensor = tensor.to(widest(device))
     return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "mps")
+
+
+class WithoutWaiting(TorchFunctionMode):
+    """Inside, `Tensor.to` copies from the host to a GPU without waiting, also in libraries that don't ask for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is Tensor.to and args[0].device.type == "cpu" and _device_of(args, kwargs or {}).type not in ("cpu", "mps"):
+            return func(*args, **{**(kwargs or {}), "non_blocking": True})
+        return func(*args, **(kwargs or {}))
+
+
+def _device_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
+    """Where `Tensor.to` is asked to bring a tensor."""
+    asked = kwargs.get("device", args[1] if len(args) > 1 else None)
+    if isinstance(asked, Tensor):
+        return asked.device
+    return torch.device(asked) if isinstance(asked, str | int | torch.device) else args[0].device
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -42,8 +42,8 @@ class KnownValues(TorchDispatchMode):
 
 @contextmanager
 def fake() -> Iterator[None]:
-    """Inside, tensors have no values but for small ones made from numbers, and those of one shape are taken for equal. Modules can't
-    change them in place, so moving a module gives it new parameters."""
+    """Inside, tensors have no values but for small ones made from numbers, and those of one shape are taken for equal. Modules
+    can't change them in place, so moving a module gives it new parameters."""
 
     def move(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .batch import Caption, Text
+from .batch import Caption, Text, WithoutWaiting
 from .embedding import TokenEmbedding
 from .models.family import Family
 
@@ -33,7 +33,8 @@ class TrainableText(nn.Module):
 
     def read(self, captions: Sequence[Caption]) -> Text:
         """Encode captions with the current weights, differentiable."""
-        return self.family.read_text(captions, self.pairs)
+        with WithoutWaiting():
+            return self.family.read_text(captions, self.pairs)
 
     def encode(self, captions: Sequence[Caption]) -> Text:
         """Encode captions with the current weights, without gradient, on the CPU."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..batch import Caption, Cond, Text
+from ..batch import Caption, Cond, Text, to_device
 from ..config import ConfigError, enums
 from . import files, pipeline_without_networks
 from .checkpoint_family import CheckpointFamily
@@ -92,7 +92,7 @@ class PipelineFamily(CheckpointFamily):
             rows = [i for i, caption in enumerate(captions) if caption == nothing]
             texts += [read().repeat(len(rows))] if rows else []
             order += rows
-        return Text.stack(texts).select(torch.tensor(order, device=self.device).argsort())
+        return Text.stack(texts).select(to_device(torch.tensor(order).argsort(), self.device))
 
     def _empty(self) -> Text:
         """What a row without caption is told."""
