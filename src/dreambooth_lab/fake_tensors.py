@@ -1,4 +1,4 @@
-"""Tensors without values: what a computation would allocate, found without computing or loading anything."""
+"""Fake tensors (without data): find what a computation would allocate, without computing or loading anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def fake() -> Iterator[None]:
-    """Inside, tensors have no values, and those of one shape are taken for equal. Modules can't change them in place, so moving a
+    """A context in which tensors have no data; tensors of one shape compare as equal. Modules can't change them in place, so moving a
     module gives it new parameters."""
 
     def move(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -38,10 +38,10 @@ def fake() -> Iterator[None]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes that are allocated inside, by storage.
+    """Counts the bytes allocated in its context, by storage.
 
     Args:
-        before: tensors that are there already, such as weights, and are not counted.
+        before: tensors that exist already, such as weights, and are not counted.
     """
 
     def __init__(self, before: Iterable[Tensor] = ()):
@@ -57,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def track(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is let go."""
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.known:
