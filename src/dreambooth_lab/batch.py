@@ -59,7 +59,8 @@ class Cond(Record):
 
 
 class Size(NamedTuple):
-    """SDXL's size conditioning (SDXL §2.2), in pixels: the image's original size, the crop's top left corner, the training size."""
+    """SDXL's size conditioning (SDXL §2.2), in pixels: the image's original size, the crop's top left corner, the training
+    size."""
 
     original: tuple[int, int]  # height, width
     crop: tuple[int, int]  # top, left

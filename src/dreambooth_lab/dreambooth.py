@@ -120,7 +120,8 @@ class DreamBooth(LightningModule):
         return self.family.denoise(x_t, t, cond)
 
     def conditioning(self, batch: Batch) -> Cond:
-        """The batch's conditioning. Captions whose encoding is being trained are encoded again; the others come from the cache."""
+        """The batch's conditioning. Captions whose encoding is being trained are encoded again; the others come from the
+        cache."""
         rows = [i for i, caption in enumerate(batch.captions) if self.text and self.text.changes(caption)]
         if not self.text or not rows:
             return batch.cond
@@ -128,7 +129,8 @@ class DreamBooth(LightningModule):
         return batch.cond.replace_rows(to_device(torch.tensor(rows), batch.mean.device), text)
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
-        """Seed torch's own generator, which only adapter dropout uses, from the sample index, so that no state has to be saved."""
+        """Seed torch's own generator, which only adapter dropout uses, from the sample index, so that no state has to be
+        saved."""
         torch.manual_seed(draw.torch_seed(self.cfg.seed, int(batch.sample[0]), Purpose.STEP))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -26,8 +26,8 @@ def instantiate(cfg: DictConfig, group: str, kind: type, *but: str, **more: Any)
     """Instantiate the `_target_` of a config group with the group's other keys (except some) and further arguments.
 
     Raises:
-        ConfigError: `_target_` is no subclass of `kind`. Configurations can come from the headers of untrusted files, which must not
-            choose what is called.
+        ConfigError: `_target_` is no subclass of `kind`. Configurations can come from the headers of untrusted files, which must
+            not choose what is called.
     """
     node = cfg[group]
     strange = f"{group}._target_ is {node._target_!r}, which is no {kind.__name__} of this project; see conf/{group}/"

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def fake() -> Iterator[None]:
-    """A context in which tensors have no data; tensors of one shape compare as equal. Modules can't change them in place, so moving a
-    module gives it new parameters."""
+    """A context in which tensors have no data; tensors of one shape compare as equal. Modules can't change them in place, so
+    moving a module gives it new parameters."""
 
     def move(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():

@@ -8,8 +8,8 @@ run.module("best", ema=True)                               # the LightningModule
 lab.runs("runs")                                           # a table, one row per run
 lab.compare("runs/SWEEP")                                  # the page of `tools.compare` in the cell
 
-Loading reads tensors and text. Nothing in a run's files is unpickled or called; a class named by its configuration is instantiated only
-if it belongs to this project.
+Loading reads tensors and text. Nothing in a run's files is unpickled or called; a class named by its configuration is
+instantiated only if it belongs to this project.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Training shows the network points on the path. Sampling shows it points that have drifted off it (exposure bias: Ning et al.
 2023). A rollout starts a few sampler steps above t, samples down to t with the current weights, and the loss is taken there.
 
-The bias, even for a perfect model: a rollout from s to t is deterministic, so its end x̂_t contains only the information of its start:
-E[x_0 | x̂_t] = E[x_0 | x_s]. This is blurrier than E[x_0 | x_t], and it becomes the loss's optimum. For Gaussian data N(0, v),
-with V_t = α_t² v + σ_t², the optimal x_0 is the exact one times
+The bias, even for a perfect model: a rollout from s to t is deterministic, so its end x̂_t contains only the information of its
+start: E[x_0 | x̂_t] = E[x_0 | x_s]. This is blurrier than E[x_0 | x_t], and it becomes the loss's optimum. For Gaussian data N(0,
+v), with V_t = α_t² v + σ_t², the optimal x_0 is the exact one times
 
     E_k[ α_s/α_t · √(V_t/V_s) ],  s = t + k steps, k = 1 … K;  for v = 1 and α² + σ² = 1 that is  E_k[ α_{t+k/N} / α_t ].
 

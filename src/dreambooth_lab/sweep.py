@@ -1,8 +1,8 @@
 """The jobs of a sweep: their folders, which are done, and their results. Imports no torch.
 
 A job is identified by its configuration: its folder's name ends in a digest of it. So the same job finds its folder whatever its
-number, and a restarted sweep runs only the missing jobs. Each job has its own record, so that jobs can run in several processes or on
-several machines that share the sweep's folder.
+number, and a restarted sweep runs only the missing jobs. Each job has its own record, so that jobs can run in several processes
+or on several machines that share the sweep's folder.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def sweep_folder(resume: str | None, runs: str, name: str, command: str) -> str:
 
 
 def job_folder(sweep: str, number: int, *, _root_: DictConfig) -> str:
-    """OmegaConf resolver: the name of a job's folder in its sweep's, from number, overrides and digest; an existing one is reused."""
+    """OmegaConf resolver: the name of a job's folder in its sweep's, from number, overrides and digest; an existing one is
+    reused."""
     mark = digest(_root_)
     there = sorted(Path(sweep).glob(f"*_{mark}"))
     if there:
