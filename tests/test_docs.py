@@ -261,7 +261,7 @@ def test_the_reference_has_every_key_with_its_comment(site):
     assert {key for key in all_keys() if f"{{ #{key} }}" not in text} == set()
     said = (site / "reference" / "dataset.md").read_text(encoding="utf-8")
     about = said.split("{ #dataset.crop }")[1].split("###")[0]
-    assert "one of center, random, corner" in about and "default `center`" in about and "where the crop lies" in about
+    assert "one of center, random, corner" in about and "default `center`" in about and "position of the crop" in about
     about = said.split("{ #dataset.path }")[1].split("###")[0]
     assert "folder of the subject's photos" in about and "package:toybox/pictures" in about, (
         "a comment of folder, a value of toybox"

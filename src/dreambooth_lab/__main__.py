@@ -30,7 +30,7 @@ from dreambooth_lab.runfolder import AUTO, LATEST, RunFolder, resume_config
 from dreambooth_lab.storage import disk, durable
 from dreambooth_lab.sweep import JobFailed, State
 
-FULL = 2**20  # bytes free under which a disk is full
+FULL = 2**20  # a disk with fewer free bytes is full
 FULL_ERROR = "HYDRA_FULL_ERROR"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
@@ -38,7 +38,7 @@ resolvers.register()
 
 
 def job(cfg: DictConfig) -> dict[str, float]:
-    """Compose → check → run one job of Hydra's."""
+    """Compose → check → run one Hydra job."""
     hydra_cfg = HydraConfig.get()
     cfg, folder = resolve_paths(cfg), RunFolder(hydra_cfg.runtime.output_dir)
     cfg = with_saved_config(cfg, folder, list(hydra_cfg.overrides.task))
@@ -49,11 +49,11 @@ def job(cfg: DictConfig) -> dict[str, float]:
         _check_race(cfg, folder)
     own = any(word.startswith("hydra.run.dir=") for word in hydra_cfg.overrides.hydra)
     if cfg.trainer.num_nodes > 1 and cfg.resume is None and not own:
-        several = f"trainer.num_nodes is {cfg.trainer.num_nodes}, and each machine would choose a run folder of its own"
-        raise ConfigError(f"{several}; name one that all see: hydra.run.dir=FOLDER, or resume=auto")
+        several = f"trainer.num_nodes is {cfg.trainer.num_nodes}, and each machine would choose its own run folder"
+        raise ConfigError(f"{several}; set a shared one: hydra.run.dir=FOLDER, or resume=auto")
     if processes(cfg) > 1 and hydra_cfg.mode is RunMode.MULTIRUN:
-        several = f"trainer.devices is {cfg.trainer.devices} in a sweep, whose jobs have a process each"
-        raise ConfigError(f"{several}; start them one by one (hydra.mode=RUN), or with trainer.devices=1")
+        several = f"trainer.devices is {cfg.trainer.devices} in a sweep, where each job has one process"
+        raise ConfigError(f"{several}; start the jobs one by one (hydra.mode=RUN), or set trainer.devices=1")
     plan(cfg)  # a wrong dataset file is refused before torch and the rest load
     quiet_libraries()
     with heap.imports():
@@ -73,7 +73,7 @@ def _check_race(cfg: DictConfig, folder: RunFolder) -> None:
 
 
 def with_memory_plan(cfg: DictConfig, said: list[str], name: str) -> tuple[DictConfig, list[Any]]:
-    """The configuration with what `memory` chooses for the card, and what is to be shown of it; a run that goes on has chosen."""
+    """The configuration with what `memory` chooses for the card, and the table to show; a resumed run keeps its choice."""
     if cfg.resume:
         return cfg, []
     from dreambooth_lab.forecast import plans
@@ -91,11 +91,11 @@ def with_memory_plan(cfg: DictConfig, said: list[str], name: str) -> tuple[DictC
 
 
 def with_saved_config(cfg: DictConfig, folder: RunFolder, overrides: list[str]) -> DictConfig:
-    """What is to run: as composed, or with `resume` the saved configuration of the run in the folder."""
+    """The configuration to run: as composed, or with `resume` the saved one of the run in the folder."""
     if cfg.resume is None:
         return cfg
     if HydraConfig.get().mode is RunMode.MULTIRUN and cfg.resume != AUTO:
-        way_out = "resume=auto goes on with the sweep of the same command, hydra.mode=RUN resume=FOLDER with one of its runs"
+        way_out = "resume=auto resumes the sweep of the same command, hydra.mode=RUN resume=FOLDER one of its runs"
         raise ConfigError(f"resume is {cfg.resume!r} in a sweep; {way_out}")
     if cfg.resume in (AUTO, LATEST):
         began = cfg.resume == LATEST or folder.newest() is not None
@@ -104,7 +104,7 @@ def with_saved_config(cfg: DictConfig, folder: RunFolder, overrides: list[str]) 
 
 
 def task(cfg: DictConfig) -> dict[str, float] | float | None:
-    """What Hydra calls: a single run, or one job of a sweep."""
+    """Hydra's entry point: a single run, or one job of a sweep."""
     if HydraConfig.get().mode is not RunMode.MULTIRUN:
         return _job_or_exit(cfg)
     numbers = _member(cfg)
@@ -112,10 +112,10 @@ def task(cfg: DictConfig) -> dict[str, float] | float | None:
 
 
 def _searched(metric: str) -> float:
-    """What a job of a search came to: the number by which its page judges it.
+    """The objective of a job of a search: the metric as the sweep's page has it.
 
     Raises:
-        JobFailed: the job logged no such number.
+        JobFailed: the job did not log this metric.
     """
     from dreambooth_lab.compare import arms
 
@@ -128,7 +128,7 @@ def _searched(metric: str) -> float:
 
 
 def _job_or_exit(cfg: DictConfig) -> dict[str, float] | None:
-    """A refused run ends with its message and code 2."""
+    """Run a job; a refused configuration prints its message and exits with code 2."""
     try:
         return job(cfg)
     except Interrupted as stop:
@@ -139,25 +139,25 @@ def _job_or_exit(cfg: DictConfig) -> dict[str, float] | None:
         _drop_if_empty(Path(HydraConfig.get().runtime.output_dir))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        print(f"interrupted; {_how_to_resume('go on')}", file=sys.stderr)
+        print(f"interrupted; {_how_to_resume('resume')}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not _is_of_the_disk(error):
             raise
-        print(f"error: {error}; {_how_to_resume('make room or give write access, then go on')}", file=sys.stderr)
+        print(f"error: {error}; {_how_to_resume('free disk space or give write access, then resume')}", file=sys.stderr)
         sys.exit(1)
 
 
 def _member(cfg: DictConfig) -> dict[str, float]:
-    """One job of a sweep. A failure is told and kept in its folder, and the others run; a signal ends the sweep.
+    """One job of a sweep. A failure is printed and recorded in its folder, and the other jobs run; a signal ends the sweep.
 
     Raises:
-        JobFailed: it did; for Hydra.
+        JobFailed: the job failed; for Hydra.
     """
     hydra_cfg = HydraConfig.get()
     folder = RunFolder(hydra_cfg.runtime.output_dir)
     if cfg.resume == AUTO and (numbers := sweep.finished(folder)) is not None:
-        print(f"job {hydra_cfg.job.num} is done already: {folder.root}", flush=True)
+        print(f"job {hydra_cfg.job.num} is already done: {folder.root}", flush=True)
         sweep.note(folder, State.done, hydra_cfg)
         return numbers
     if cfg.resume == AUTO and (known := sweep.recorded(folder)) and known.state == State.lost:
@@ -170,7 +170,7 @@ def _member(cfg: DictConfig) -> dict[str, float]:
         return numbers
     except (Interrupted, KeyboardInterrupt) as stop:
         sweep.note(folder, State.stopped, hydra_cfg)
-        print(f"{stop}\nthe sweep ends here; {_whole_sweep_on(cfg)}", file=sys.stderr)
+        print(f"{stop}\nthe sweep was stopped; {_whole_sweep_on(cfg)}", file=sys.stderr)
         sys.exit(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT))
     except Lost as stop:
         sweep.note(folder, State.lost, hydra_cfg, str(stop))
@@ -183,9 +183,9 @@ def _member(cfg: DictConfig) -> dict[str, float]:
         told = f"{type(error).__name__}: {error}"
     finally:
         _release()
-    _release()  # what the exception held until here
+    _release()  # what the exception referenced until here
     sweep.note(folder, State.failed, hydra_cfg, told)
-    print(f"error in job {hydra_cfg.job.num}: {told}\nthe other jobs go on", file=sys.stderr)
+    print(f"error in job {hydra_cfg.job.num}: {told}\nthe other jobs continue", file=sys.stderr)
     raise JobFailed(told)
 
 
@@ -194,8 +194,8 @@ def _last_numbers(folder: RunFolder) -> dict[str, float]:
 
 
 def _release() -> None:
-    """Leave the process to the next job as this one found it."""
-    if "torch" not in sys.modules:  # it was refused before
+    """Free everything this job allocated, for the next job in this process."""
+    if "torch" not in sys.modules:  # the job was refused before torch loaded
         return
     from dreambooth_lab.run import release
 
@@ -203,11 +203,13 @@ def _release() -> None:
 
 
 def _whole_sweep_on(cfg: DictConfig) -> str:
-    return f"the same command goes on{'' if cfg.resume == AUTO else ', if it was started with resume=auto, as sweep=NAME does'}"
+    return (
+        f"the same command resumes it{'' if cfg.resume == AUTO else ', if it was started with resume=auto, as with sweep=NAME'}"
+    )
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Could a file not be written? Libraries that write files say so in exceptions of their own."""
+    """Whether a file could not be written; libraries raise exceptions of their own for this."""
     if isinstance(error, OSError):
         return error.errno in DISK_ERRORS
     return disk.free_bytes(Path(HydraConfig.get().runtime.output_dir)) < FULL
@@ -217,11 +219,11 @@ def _how_to_resume(what: str) -> str:
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     if folder.newest():
         return f"{what} with: python -m dreambooth_lab resume={folder.root}"
-    return "no step was saved yet; what was cached stays, so the same command begins sooner"
+    return "no step was saved yet; the caches are kept, so the same command starts faster"
 
 
 def _drop_if_empty(folder: Path) -> None:
-    """Remove the folder of a run that never began."""
+    """Remove the folder of a run that never started."""
     with suppress(OSError):
         if [path.name for path in folder.iterdir()] == [durable.LOCK]:
             (folder / durable.LOCK).unlink()
@@ -229,10 +231,10 @@ def _drop_if_empty(folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line. With HYDRA_FULL_ERROR=1 a refusal shows where it comes from."""
+    """The command line. With HYDRA_FULL_ERROR=1 a configuration error shows its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal or log that has no é or … gets a ?
+            stream.reconfigure(errors="replace")  # a terminal or log that can't encode é or … gets a ?
     wants_traceback = os.environ.get(FULL_ERROR, "0") != "0"
     os.environ[FULL_ERROR] = "1"  # so that Hydra leaves errors to us
     try:
@@ -242,7 +244,7 @@ def main() -> None:
         sys.argv[1:] = as_hydra_reads(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except JobFailed:
-        sys.exit(1)  # it has been told
+        sys.exit(1)  # the error has been printed
     except Exception as error:
         said = explain(error)
         if said is None or wants_traceback:

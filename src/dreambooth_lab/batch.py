@@ -1,4 +1,4 @@
-"""The records that travel from the data to the loss. Immutable, typed, shapes said once.
+"""The records passed from the data to the loss: immutable and typed, with their shapes.
 
 Letters: B rows, C latent channels, h w latent grid.
 """
@@ -19,7 +19,7 @@ Caption = str | None  # None: the unconditional input of the sampler
 
 
 class Record(dict[str, Tensor]):
-    """Named tensors whose first dimension is the rows. Only the model family knows the names; all others handle whole rows."""
+    """Named tensors whose first dimension is the rows. Only the model family knows the names; other code handles whole rows."""
 
     @property
     def rows(self) -> int:
@@ -56,11 +56,12 @@ class Text(Record):
 
 
 class Cond(Record):
-    """The denoiser's conditioning: all its inputs besides x_t and t."""
+    """The denoiser's conditioning: all its inputs except x_t and t."""
 
 
 class Size(NamedTuple):
-    """SDXL's size conditioning (SDXL §2.2), in pixels: the image's original size, the crop's corner, the training size."""
+    """SDXL's size conditioning (SDXL §2.2), in pixels: the image's original size, the crop's top left corner, the training
+    size."""
 
     original: tuple[int, int]  # height, width
     crop: tuple[int, int]  # top, left
@@ -68,7 +69,7 @@ class Size(NamedTuple):
 
 
 class ImageInfo(NamedTuple):
-    """What the conditioning may depend on besides the caption."""
+    """What the conditioning may depend on, apart from the caption."""
 
     size: Size
     latents: Tensor  # [C h w], the mean of its posterior
@@ -78,7 +79,7 @@ class ImageInfo(NamedTuple):
 
 
 class RowCounts(NamedTuple):
-    """The expected number of instance and class rows of a batch: the mean over all batches, not the numbers of this one."""
+    """The expected number of instance and class rows of a batch: the mean over all batches, not the counts of this one."""
 
     instances: float
     classes: float
@@ -90,7 +91,7 @@ class RowCounts(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of one shape, with every random number already drawn. The tensors that decide how much work there is stay on the
+    """Rows of one shape, with all random numbers already drawn. The tensors that determine the amount of work stay on the
     host, because reading them from the device would wait for the device."""
 
     sample: Tensor  # [B] global sample index n, on the host

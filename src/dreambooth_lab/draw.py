@@ -1,8 +1,8 @@
 """Counter-based random draws: (seed, index, purpose) → values, with no state in between.
 
-Every random choice of a training sample comes from here, before any forward pass. So a draw does not depend on the batch
-it sits in, the worker that makes it, the number of ranks, or on what was drawn earlier: a resumed run, a run at another
-batch size and two members of a sweep all see the same noise for sample n.
+Every random choice of a training sample comes from here, before any forward pass. So a draw does not depend on its
+batch, its worker, the number of ranks, or on earlier draws: a resumed run, a run at another
+batch size and two jobs of a sweep all use the same noise for sample n.
 
 The generator is Philox (Salmon et al. 2011): its key is (seed, purpose), its counter starts at the index.
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 class Purpose(IntEnum):
     """What a draw decides. Values are part of the format: append, never renumber."""
 
-    ORDER = 1  # which picture comes when
-    BATCHES = 2  # which bucket comes when
+    ORDER = 1  # the order of the images
+    BATCHES = 2  # the order of the buckets
     CAPTION_DROPOUT = 3
     VARIANT = 4  # which cached crop, mirrored or not
-    CROP = 5  # where a cached crop lies
+    CROP = 5  # the position of a cached crop
     TIME = 6
     NOISE = 7
     POSTERIOR = 8  # the VAE posterior's own noise
@@ -34,14 +34,14 @@ class Purpose(IntEnum):
     NOISE_OFFSET = 13  # whether ε has an offset
     OFFSET_VALUE = 14  # and which
     MASK_DROP = 15
-    BANK = 16  # which of a picture's fixed draws
-    CLASS_PICTURE = 17  # the noise a class picture is made from
-    CAPTION = 20  # which of a picture's captions
-    ASPECT = 21  # which of several aspects a picture is cropped to
-    SUBSET = 22  # which pictures of a dataset that may give only some
-    LEVEL = 23  # how far an upscaler's small picture is noised
+    BANK = 16  # which of an image's fixed draws
+    CLASS_PICTURE = 17  # the initial noise of a generated class image
+    CAPTION = 20  # which of an image's captions
+    ASPECT = 21  # which of several aspects an image is cropped to
+    SUBSET = 22  # which images of a dataset that contributes only some
+    LEVEL = 23  # the noise level of an upscaler's low-resolution input
     AUGMENTATION = 24  # and that noise
-    ROUNDING = 25  # which way a step rounds weights that learn in bfloat16
+    ROUNDING = 25  # stochastic rounding of bfloat16 weights
     EVALUATION = 30  # the posterior's noise and ε of the eval loss
 
 

@@ -37,13 +37,13 @@ from .prior import Teacher, build_prior
 from .rollout import NoisedSample, build_reflexflow, build_rollout
 from .trainable_text import TrainableText
 
-TOKEN = "token"  # owner of the rare token's embeddings
+TOKEN = "token"  # the part that the rare token's embeddings belong to
 
 
 class DreamBooth(LightningModule):
     """Fine-tunes the family's denoiser on one subject through an adapter.
 
-    Everything periodic is a callback. Nothing is drawn here: every random number comes with the batch.
+    Everything periodic is a callback. Nothing is drawn here: all random numbers come with the batch.
     """
 
     strict_loading = False  # checkpoints hold the trainable parameters only
@@ -72,7 +72,7 @@ class DreamBooth(LightningModule):
         error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
         loss = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.row_counts, self.cfg.prior.weight)
         parts = {"loss": loss, "total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
-        terms = {"instance": batch.instance_rows, "prior": batch.class_rows}  # a term without rows is left out, not 0
+        terms = {"instance": batch.instance_rows, "prior": batch.class_rows}  # a term without rows is omitted, not 0
         return parts | {name: error[rows].detach().mean() for name, rows in terms.items() if len(rows)}
 
     def error(self, output: Tensor, target: Tensor, batch: Batch, cond: Cond, t: Tensor, at: NoisedSample) -> Tensor:
@@ -120,7 +120,8 @@ class DreamBooth(LightningModule):
         return self.family.denoise(x_t, t, cond)
 
     def conditioning(self, batch: Batch) -> Cond:
-        """The batch's conditioning. Captions whose encoding is being trained are encoded anew; the others come from the cache."""
+        """The batch's conditioning. Captions whose encoding is being trained are encoded again; the others come from the
+        cache."""
         rows = [i for i, caption in enumerate(batch.captions) if self.text and self.text.changes(caption)]
         if not self.text or not rows:
             return batch.cond
@@ -128,7 +129,8 @@ class DreamBooth(LightningModule):
         return batch.cond.replace_rows(to_device(torch.tensor(rows), batch.mean.device), text)
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
-        """Seed torch's own generator, which only adapter dropout uses, from the sample index: no state has to be saved."""
+        """Seed torch's own generator, which only adapter dropout uses, from the sample index, so that no state has to be
+        saved."""
         torch.manual_seed(draw.torch_seed(self.cfg.seed, int(batch.sample[0]), Purpose.STEP))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -168,7 +170,7 @@ class DreamBooth(LightningModule):
             set_rates(cast(LambdaLR, configured.scheduler))
 
     def train(self, mode: bool = True) -> DreamBooth:
-        """Switch schedule-free optimisers too: they keep the weights that train and an average for evaluation."""
+        """Switch schedule-free optimisers too: they have training weights and an average for evaluation."""
         super().train(mode)
         trainer = self._trainer
         if trainer and trainer.optimizers and hasattr(trainer.optimizers[0], "eval"):
@@ -176,7 +178,7 @@ class DreamBooth(LightningModule):
         return self
 
     def _switch(self, optimizer: Any, mode: bool) -> None:
-        """To the average, and back to exactly the training weights: the optimiser's own conversion rounds."""
+        """Switch to the average, and back to exactly the training weights: the optimiser's own conversion rounds."""
         learning = self.trainable_parameters().values()
         if not mode and not self._point:
             self._point = [p.detach().clone() for p in learning]

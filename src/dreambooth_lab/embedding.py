@@ -14,12 +14,12 @@ Slot = tuple[nn.Embedding, int]  # a text encoder's input embedding, and the tok
 
 
 class TokenEmbedding(nn.Module):
-    """Stands in for one token's row in every text encoder; textual inversion's variable (Gal et al. 2023), started from what
-    the model has there. The encoders themselves stay as they are, and so does every other word.
+    """Stands in for one token's row in every text encoder; textual inversion's variable (Gal et al. 2023), initialised with
+    the model's own embedding. The encoders and the embeddings of all other words stay unchanged.
 
     Args:
         word: the token, as written in prompts.
-        slots: where it sits, one per text encoder.
+        slots: its position in each text encoder.
     """
 
     def __init__(self, word: str, slots: Sequence[Slot]):

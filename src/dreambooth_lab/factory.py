@@ -23,11 +23,11 @@ TEXT_ENCODERS = 3  # for which conf/quant has keys
 
 
 def instantiate(cfg: DictConfig, group: str, kind: type, *but: str, **more: Any) -> Any:
-    """The object that a config group names by `_target_`, made from the group's other keys but some, and from what more is said.
+    """Instantiate the `_target_` of a config group with the group's other keys (except some) and further arguments.
 
     Raises:
-        ConfigError: `_target_` is no subclass of `kind`. Configurations come in the headers of strangers' files too, and must not
-            choose what is called.
+        ConfigError: `_target_` is no subclass of `kind`. Configurations can come from the headers of untrusted files, which must
+            not choose what is called.
     """
     node = cfg[group]
     strange = f"{group}._target_ is {node._target_!r}, which is no {kind.__name__} of this project; see conf/{group}/"
@@ -42,14 +42,14 @@ def instantiate(cfg: DictConfig, group: str, kind: type, *but: str, **more: Any)
 
 
 def build_adapter(cfg: DictConfig) -> Adapter:
-    """The adapter, not yet attached; what else the group says is for `build_trainable_text`, `attach` and the optimiser."""
+    """The adapter, not yet attached; the group's other keys are for `build_trainable_text`, `attach` and the optimiser."""
     return instantiate(
         cfg, "adapter", Adapter, "init_from", "text_encoders", "text_lr_ratio", "train_token", "token", "token_lr_ratio"
     )
 
 
 def build_trainable_text(cfg: DictConfig, family: Family) -> TrainableText | None:
-    """The text encoders, if they or the rare token learn."""
+    """The trainable text encoders, if they or the rare token are trained."""
     word = trained_token(cfg)
     return TrainableText(family, word, bool(cfg.adapter.text_encoders)) if word or cfg.adapter.text_encoders else None
 
@@ -62,9 +62,9 @@ def build_method(cfg: DictConfig, family: Family) -> tuple[DreamBooth, list[str]
 
 
 def attach(cfg: DictConfig, family: Family, adapter: Adapter, text: TrainableText | None) -> list[str]:
-    """Put the adapter on all that learns, with the weights it starts from; returns the layers' names."""
+    """Attach the adapter to all adapted layers and load its initial weights; returns the layers' names."""
     layers = adapter.attach(family.denoiser, family.target_modules, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
-    family.denoiser.to(family.device)  # adapters of offloaded blocks were made beside them, on the host
+    family.denoiser.to(family.device)  # adapters of offloaded blocks were created on the host, like the blocks
     for number, part in enumerate(family.text_encoder_parts, 1):
         if text and number in cfg.adapter.text_encoders:
             seed = draw.torch_seed(cfg.seed, number, Purpose.ADAPTER_INIT)
@@ -76,18 +76,18 @@ def attach(cfg: DictConfig, family: Family, adapter: Adapter, text: TrainableTex
 
 
 def trained_token(cfg: DictConfig) -> str | None:
-    """The rare token, if its embedding learns.
+    """The rare token, if its embedding is trained.
 
     Raises:
-        ConfigError: which word of the instance prompt it is can't be told.
+        ConfigError: it can't be identified in the instance prompt.
     """
     if not cfg.adapter.train_token:
         return None
     word = cfg.adapter.token or rare_word(cfg.dataset.instance_prompt, cfg.dataset.class_prompt)
     if word is None or word.lower() not in words(cfg.dataset.instance_prompt):
         raise ConfigError(
-            f"adapter.train_token is true, but the rare word of dataset.instance_prompt={cfg.dataset.instance_prompt!r} is not "
-            "clear; set adapter.token to it, or dataset.class_prompt to the same prompt without it"
+            f"adapter.train_token is true, but the rare word of dataset.instance_prompt={cfg.dataset.instance_prompt!r} can't be "
+            "identified; set adapter.token to it, or dataset.class_prompt to the same prompt without it"
         )
     return word
 
@@ -108,49 +108,51 @@ def build_family(cfg: DictConfig) -> Family:
 
 
 def require_supported(cfg: DictConfig, family: Family) -> None:
-    """Refuse what the model can't do: teach text encoders that are not CLIP's, draw class pictures from prompts alone.
+    """Refuse what the model can't do: train text encoders other than CLIP's, generate class images from prompts only.
 
     Raises:
-        ConfigError: names what it can.
+        ConfigError: names the possible values.
     """
     if family.needs_image and cfg.prior.kind is not enums.PriorKind.none and cfg.prior.source is enums.PriorSource.generated:
         raise ConfigError(
-            "prior.source is generated, but this model changes given pictures and draws none from prompts; set "
-            "prior.source=folder with class pictures in prior.path, or prior.source=captions"
+            "prior.source is generated, but this model is image-to-image and can't generate from prompts only; set "
+            "prior.source=folder with class images in prior.path, or prior.source=captions"
         )
     able = [number for number, part in enumerate(family.text_encoder_parts, 1) if part in family.trainable_text_encoder_parts]
     if beyond := [number for number in cfg.adapter.text_encoders if number not in able]:
-        raise ConfigError(f"adapter.text_encoders has {beyond}; of this model's text encoders those that can learn are {able}")
+        raise ConfigError(f"adapter.text_encoders has {beyond}; the trainable text encoders of this model are {able}")
     if cfg.adapter.train_token and not able:
-        raise ConfigError("adapter.train_token is true, but no text encoder of this model can learn; set it to false")
+        raise ConfigError("adapter.train_token is true, but this model has no trainable text encoder; set it to false")
 
 
 def device_of(accelerator: str, devices: int = 1) -> torch.device:
-    """This process's own; `auto` takes CUDA's, else Apple's GPU, else the CPU.
+    """This process's device; `auto` takes CUDA, else Apple's GPU, else the CPU.
 
     Raises:
-        ConfigError: torch does not see it, or not so many.
+        ConfigError: torch does not find it, or not that many.
     """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = {"gpu": "cuda", "auto": next(kind for kind, there in has.items() if there)}.get(accelerator, accelerator)
     if not has[kind]:
-        raise ConfigError(f"trainer.accelerator is {accelerator!r}, but torch sees no {kind.upper()} device; use cpu or auto")
+        raise ConfigError(f"trainer.accelerator is {accelerator!r}, but torch finds no {kind.upper()} device; use cpu or auto")
     if kind == "mps" and devices > 1:
-        raise ConfigError(f"trainer.devices is {devices}, but MPS is one device; set trainer.devices=1")
+        raise ConfigError(f"trainer.devices is {devices}, but MPS has only one device; set trainer.devices=1")
     if kind != "cuda":
         return torch.device(kind)
     if devices > torch.cuda.device_count():
-        raise ConfigError(f"trainer.devices is {devices}, but torch sees {torch.cuda.device_count()} CUDA device(s); use as many")
+        raise ConfigError(
+            f"trainer.devices is {devices}, but torch finds {torch.cuda.device_count()} CUDA device(s); use at most that many"
+        )
     return torch.device("cuda", local_rank())
 
 
 def local_rank() -> int:
-    """Which of the processes of one machine this is; Lightning or torchrun numbers them, or SLURM."""
+    """The local rank of this process, as set by Lightning, torchrun or SLURM."""
     return _number("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def leads() -> bool:
-    """Whether this is the first process of a run: the one that writes its folder."""
+    """Whether this is the first process of a run, which writes its folder."""
     return local_rank() == 0 and _number("NODE_RANK", "GROUP_RANK", "SLURM_NODEID") == 0
 
 

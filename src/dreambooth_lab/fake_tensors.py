@@ -1,4 +1,4 @@
-"""Tensors without values: what a computation would allocate, found without computing or loading anything."""
+"""Fake tensors (without data): find what a computation would allocate, without computing or loading anything."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class KnownValues(TorchDispatchMode):
 
 @contextmanager
 def fake() -> Iterator[None]:
-    """Inside, tensors have no values but for small ones made from numbers, and those of one shape are taken for equal. Modules
-    can't change them in place, so moving a module gives it new parameters."""
+    """A context in which tensors have no data, except small ones made from numbers; tensors of one shape compare as
+    equal. Modules can't change them in place, so moving a module gives it new parameters."""
 
     def move(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():
@@ -69,10 +69,10 @@ def fake() -> Iterator[None]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes that are allocated inside, by storage.
+    """Counts the bytes allocated in its context, by storage.
 
     Args:
-        before: tensors that are there already, such as weights, and are not counted.
+        before: tensors that exist already, such as weights, and are not counted.
     """
 
     def __init__(self, before: Iterable[Tensor] = ()):
@@ -88,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def track(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is let go."""
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.known:

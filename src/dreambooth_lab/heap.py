@@ -1,4 +1,4 @@
-"""Python's collector and the C library's heap."""
+"""Python's garbage collector and the C library's heap."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import psutil
 
-STATUS = Path("/proc/self/status")  # Linux: this process alone, where getrusage begins with what its parent held
+STATUS = Path("/proc/self/status")  # Linux: this process only; getrusage starts with the parent's peak
 
 
 def trim(collect: bool = True) -> None:
-    """Give back what the C library keeps for reuse, such as the room of a model that was read and replaced; glibc's only.
+    """Return freed memory that the C library holds for reuse to the system, for example of a replaced model; glibc only.
 
     Args:
-        collect: first what waits for Python's collector, a tenth of a second's work.
+        collect: run Python's garbage collector first, which takes a tenth of a second.
     """
     if collect:
         gc.collect()
@@ -28,10 +28,10 @@ def trim(collect: bool = True) -> None:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Import without collecting meanwhile, and leave what the modules made out of later collections.
+    """Import without garbage collection, and exclude the modules' objects from later collections.
 
-    Torch, diffusers and transformers make a million objects that live as long as the process; looking at them again and again
-    costs a start a second.
+    Torch, diffusers and transformers create a million objects that live as long as the process; scanning them repeatedly
+    delays a start by a second.
     """
     before = len(sys.modules)
     gc.disable()

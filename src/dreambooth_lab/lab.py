@@ -1,15 +1,15 @@
 """For notebooks: load a run, list runs, compare them, compose and train.
 
 from dreambooth_lab import lab
-run = lab.load("runs/2026-01-01_12-00-00_dreambooth")     # as a cell's last line: its pictures and verdict
+run = lab.load("runs/2026-01-01_12-00-00_dreambooth")     # as a cell's last line: its images and the best step
 run.config.optimizer.lr, run.metrics["train/loss"].plot(backend="plotly")
 run.pipeline()("a photo of sks dog in the snow").images[0]
 run.module("best", ema=True)                               # the LightningModule with the weights of a checkpoint
-lab.runs("runs")                                           # a table, a row a run
+lab.runs("runs")                                           # a table, one row per run
 lab.compare("runs/SWEEP")                                  # the page of `tools.compare` in the cell
 
-Loading reads tensors and text. Nothing in a run's files is unpickled or called; a class that its configuration names is made only
-where it is one of this project's.
+Loading reads tensors and text. Nothing in a run's files is unpickled or called; a class named by its configuration is
+instantiated only if it belongs to this project.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run's folder, read."""
+    """A run, read from its folder."""
 
     def __init__(self, root: Path | str):
         self.folder = RunFolder(root)
@@ -55,7 +55,7 @@ class Run:
 
     @cached_property
     def series(self) -> dict[str, list[tuple[int, float]]]:
-        """Name → (optimiser step, value), in order: every number as it was logged."""
+        """Name → (optimiser step, value), in order: all logged metrics."""
         table: dict[str, list[tuple[int, float]]] = {}
         for step, name, value in self.folder.read_metrics():
             table.setdefault(name, []).append((step, value))
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """The same as a table: a row an optimiser step, a column a number; NaN where one was not logged."""
+        """The same as a table: one row per optimiser step, one column per metric; NaN where one was not logged."""
         import pandas as pd
 
         columns = {name: pd.Series(dict(values), dtype=float) for name, values in self.series.items()}
@@ -76,15 +76,15 @@ class Run:
 
     @property
     def images(self) -> dict[int, Path]:
-        """Step → its grid of validation pictures."""
+        """Step → its grid of validation images."""
         return {int(path.stem.removeprefix("step_")): path for path in sorted(self.folder.pictures.glob("step_*.png"))}
 
     def module(self, checkpoint: Which = "last", ema: bool = False) -> DreamBooth:
         """The LightningModule with the weights of a checkpoint, in evaluation mode, on this machine's device.
 
         Args:
-            checkpoint: last, best (what `checkpoint.monitor` kept), a step whose checkpoint is kept, or a checkpoint's file.
-            ema: the averaged weights instead of those that train.
+            checkpoint: last, best (by `checkpoint.monitor`), a step whose checkpoint exists, or a checkpoint's file.
+            ema: the averaged weights instead of the trained ones.
 
         Raises:
             ConfigError: there is no such checkpoint, or it holds no average.
@@ -98,7 +98,7 @@ class Run:
 
         Args:
             checkpoint: None for the newest export, or as for `module`.
-            ema: the averaged weights instead of those that train.
+            ema: the averaged weights instead of the trained ones.
 
         Raises:
             ConfigError: there is no such export or checkpoint, or it holds no average.
@@ -114,7 +114,7 @@ class Run:
         """The folder of its newest export, live or averaged.
 
         Raises:
-            ConfigError: there is none yet, or the run keeps no average.
+            ConfigError: there is none yet, or the run has no average.
         """
         if not self.folder.export.is_dir():
             self.folder.finish_writes_if_unused()
@@ -126,7 +126,7 @@ class Run:
 
 
 class Comparison:
-    """Runs against each other, as on the page of `tools.compare`, which a notebook's cell shows."""
+    """A comparison of runs, with the same page as `tools.compare`, which a notebook's cell shows."""
 
     def __init__(self, name: str, study: Study, found: Sequence[Difference]):
         self.name, self.study, self.found = name, study, found
@@ -142,29 +142,29 @@ class Comparison:
 
     @property
     def runs(self) -> pd.DataFrame:
-        """A row a run: arm, seed, keys that differ, numbers at the end, cost."""
+        """One row per run: arm, seed, differing keys, final metrics, cost."""
         from .compare import tables
 
         return tables.runs(self.study)
 
     @property
     def differences(self) -> pd.DataFrame:
-        """A row a comparison of an arm with the reference: mean, 95 % interval, p, p corrected."""
+        """One row per comparison of an arm with the reference: mean, 95 % interval, p, corrected p."""
         from .compare import tables
 
         return tables.differences(self.found)
 
 
 def load(root: Path | str) -> Run:
-    """A run by its folder."""
+    """Load a run from its folder."""
     return Run(root)
 
 
 def runs(folder: Path | str = "runs") -> pd.DataFrame:
-    """Every run at or below a folder, jobs of sweeps included, in the order in which they began.
+    """Every run at or below a folder, jobs of sweeps included, in the order of their start.
 
     The index is each run's folder, for `load`. Columns: name, started, steps, the keys in which the runs differ, the last value
-    of every number (of training losses the mean over the last tenth), and cost: seconds, MiB (0 of a run that has not ended).
+    of every metric (for training losses the mean over the last tenth), and cost: seconds, MiB (0 for an unfinished run).
     """
     import pandas as pd
 
@@ -174,7 +174,7 @@ def runs(folder: Path | str = "runs") -> pd.DataFrame:
     for path in sorted(Path(folder).expanduser().rglob("config.yaml")):
         try:
             found += [arms.run_of(RunFolder(path.parent))] if RunFolder(path.parent).environment.is_file() else []
-        except (YAMLError, ValueError):  # damaged by a kill or by hand
+        except (YAMLError, ValueError):  # damaged by a kill or an edit
             continue
     found.sort(key=lambda run: str((run.folder.starts() or [{}])[0].get("started", "")))
     keys = arms.differing([run.values for run in found])
@@ -183,13 +183,13 @@ def runs(folder: Path | str = "runs") -> pd.DataFrame:
 
 
 def compare(*places: Run | Path | str, reference: str | None = None) -> Comparison:
-    """Runs, or those at or below some folders, against each other; runs that differ in their seed alone are one arm.
+    """Compare runs, or those at or below some folders; runs that differ only in their seed form one arm.
 
     Args:
-        reference: the arm that the others are compared with, by its name or a part that no other has; None: the first.
+        reference: the arm that the others are compared with, by its name or a unique part of it; None: the first.
 
     Raises:
-        ConfigError: there are no runs, none has come to its end, or no arm has that name.
+        ConfigError: there are no runs, none has finished, or no arm has that name.
     """
     from . import compare as comparing
     from .compare import arms
@@ -197,17 +197,15 @@ def compare(*places: Run | Path | str, reference: str | None = None) -> Comparis
     folders = [place.folder.root if isinstance(place, Run) else Path(place).expanduser() for place in places]
     study = comparing.led_by(arms.read(folders), reference)
     if not study.arms:
-        raise ConfigError(
-            f"no run of {', '.join(map(str, folders)) or 'those given'} has come to its end; there is nothing to compare"
-        )
+        raise ConfigError(f"no run of {', '.join(map(str, folders)) or 'those given'} has finished; there is nothing to compare")
     return Comparison(", ".join(folder.name for folder in folders), study, comparing.compared(study))
 
 
 def compose(*overrides: str) -> DictConfig:
-    """The configuration that a command line of these words would run, unchecked.
+    """The configuration of a command line with these overrides, unchecked.
 
     Raises:
-        ConfigError: a word can't be read, or names what is not there.
+        ConfigError: an override can't be parsed, or names an unknown key.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -223,10 +221,10 @@ def compose(*overrides: str) -> DictConfig:
 
 
 def train(cfg: DictConfig, root: Path | str) -> Run:
-    """Train as a composed configuration says, in a new folder.
+    """Train with a composed configuration, in a new folder.
 
     Raises:
-        ConfigError: it can't run; names the keys.
+        ConfigError: the configuration can't run; names the keys.
     """
     from .run import run
 
@@ -240,7 +238,7 @@ def build(cfg: DictConfig) -> tuple[DreamBooth, DreamBoothData]:
     """The LightningModule of a composed configuration before its first step, and its data, whose caches are filled.
 
     Raises:
-        ConfigError: it can't run; names the keys.
+        ConfigError: the configuration can't run; names the keys.
     """
     from .data.module import DreamBoothData
     from .factory import build_family, build_method
@@ -253,7 +251,7 @@ def build(cfg: DictConfig) -> tuple[DreamBooth, DreamBoothData]:
 
 
 def _row(run: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """A run of `compare.arms` as a row of the table."""
+    """A run of `compare.arms` as one row of the table."""
     first = (run.folder.starts() or [{}])[0]
     steps = max((values[-1][0] for values in run.series.values()), default=0)
     known = {"name": run.values.get("name"), "started": first.get("started"), "steps": steps}

@@ -47,7 +47,7 @@ def masked_error(
     Args:
         output, target: [B C h w].
         mask: [B 1 h w] in [0, 1], or None.
-        floor: least weight outside the mask, in [0, 1].
+        floor: minimum weight outside the mask, in [0, 1].
     """
     error = penalty(output.float() - target.float())
     if mask is None:
@@ -58,7 +58,7 @@ def masked_error(
 
 
 def outside_error(output: Tensor, teacher_output: Tensor, mask: Tensor, floor: float, penalty: Penalty = squared) -> Tensor:
-    """What `masked_error` leaves out, held to the base model's prediction: mean((1 - w) · penalty(output - taught)) [B]."""
+    """The error outside the mask against the base model's prediction: mean((1 - w) · penalty(output - taught)) [B]."""
     weight = (1 - floor) * (1 - mask)  # [B 1 h w]
     return (penalty(output.float() - teacher_output.float()) * weight).mean((1, 2, 3))
 
@@ -67,8 +67,8 @@ def preserve_prior(error: Tensor, instance_rows: Tensor, class_rows: Tensor, row
     """(Sum over instance rows) / n + λ · (sum over class rows) / m; n and m are the rows of each to be *expected* in a batch.
 
     Its expected gradient is that of the mean over instance rows + λ · the mean over class rows (Ruiz et al. 2023, eq. 2), at any
-    batch size and class share. Dividing by the rows that a batch happens to have would be wrong: at batch size 1 and a share of
-    .1, nine batches of ten have no class row, and λ would act as .11 λ. n and m grow with the batch size, so the mean over
+    batch size and class share. Dividing by a batch's actual rows would be wrong: at batch size 1 and a share of
+    .1, nine of ten batches have no class row, and λ would act as .11 λ. n and m grow with the batch size, so the mean over
     micro-batches and ranks does not depend on how a step is divided. A term without rows is 0.
 
     Args:
@@ -82,17 +82,17 @@ def preserve_prior(error: Tensor, instance_rows: Tensor, class_rows: Tensor, row
 
 
 def min_snr(snr: Tensor, gamma: float) -> Tensor:
-    """min(1, γ / SNR): min(SNR, γ) on the error of x_0 (Hang et al. 2023, eq. 8)."""
+    """min(1, γ / SNR), which is min(SNR, γ) on the error of x_0 (Hang et al. 2023, eq. 8)."""
     return (gamma / snr).clamp(max=1)
 
 
 def soft_min_snr(snr: Tensor, gamma: float) -> Tensor:
-    """γ / (SNR + γ): min-SNR without its corner (Crowson et al. 2024, eq. 16)."""
+    """γ / (SNR + γ): a smooth min-SNR (Crowson et al. 2024, eq. 16)."""
     return gamma / (snr + gamma)
 
 
 def debiased(snr: Tensor, gamma: float) -> Tensor:
-    """1 / √SNR (Yu et al. 2023); γ plays no part."""
+    """1 / √SNR (Yu et al. 2023); γ is not used."""
     return snr.rsqrt()
 
 

@@ -1,4 +1,4 @@
-"""What notebook cells show of a run and of a comparison, as HTML. What comes from files is escaped. Imports no torch at once."""
+"""HTML of runs and comparisons in notebook cells. Text from files is escaped. Imports no torch at import time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEIGHT = 720  # px of a page in a cell
 
 
 def run(folder: RunFolder, cfg: DictConfig, images: dict[int, Path], steps: int) -> str:
-    """A run's prompt, verdict, and its first and last grid side by side."""
+    """A run's prompt, best step, and its first and last grid side by side."""
     from . import report
 
     numbers = report.read_numbers(folder)
@@ -27,19 +27,19 @@ def run(folder: RunFolder, cfg: DictConfig, images: dict[int, Path], steps: int)
     return (
         f"<div><b>{escape(folder.root.name)}</b>: {asked}{report.sections.verdict(folder, numbers)}"
         f"{_grids(images, list(cfg.validation.prompts))}"
-        f"<details><summary>last numbers</summary><table>{last}</table></details></div>"
+        f"<details><summary>last metrics</summary><table>{last}</table></details></div>"
     )
 
 
 def framed(document: str) -> str:
-    """A whole page in a cell: in a frame of its own, whose scripts reach neither the notebook nor its page."""
+    """A whole page in a cell: in a sandboxed frame, whose scripts can't access the notebook."""
     frame = f'sandbox="allow-scripts" width="100%" height="{HEIGHT}" style="border:0;background:Canvas"'
     return f'<iframe title="comparison" {frame} srcdoc="{escape(document)}"></iframe>'
 
 
 def _grids(images: dict[int, Path], prompts: Sequence[str]) -> str:
     if not images:
-        return "<p>It has no pictures.</p>"
+        return "<p>This run has no images.</p>"
     from .callbacks.image_grids import beside
 
     first, last = min(images), max(images)
@@ -48,7 +48,7 @@ def _grids(images: dict[int, Path], prompts: Sequence[str]) -> str:
     grid.thumbnail((WIDEST, 10 * WIDEST))
     steps = " and ".join(f"step {step:,}" + (" (the base model)" if step == 0 else "") for step in dict.fromkeys((first, last)))
     rows = "; ".join(prompts)
-    caption = f"{steps}; a column on either side starts from the same noise; rows: {rows}"
+    caption = f"{steps}; the same column on both sides starts from the same noise; rows: {rows}"
     return (
         f"<figure>{page.picture(grid.convert('RGB'), caption)}<figcaption><small>{escape(caption)}</small></figcaption></figure>"
     )

@@ -21,10 +21,10 @@ from .rounding import with_stochastic_rounding
 LORA_B = ("lora_B", "lora_up")  # in parameter names: the matrix that starts at 0
 
 
-STATES = {  # values that an optimiser keeps for each that learns, in float32
+STATES = {  # float32 values of the optimiser's state per trained parameter
     "torch.optim.AdamW": 2, "lion_pytorch.Lion": 1, "prodigyopt.Prodigy": 4, "schedulefree.AdamWScheduleFree": 2,
 }  # fmt: skip
-IN_8_BITS = 4096  # values of a tensor from which bitsandbytes keeps its moments in 8 bits
+IN_8_BITS = 4096  # minimum size of a tensor whose moments bitsandbytes stores in 8 bits
 
 
 class Rate(NamedTuple):
@@ -40,7 +40,7 @@ def build_optimizer(cfg: DictConfig, learning: Mapping[str, Tensor], rates: Mapp
 
     Args:
         learning, rates: by parameter name.
-        seed: of the stochastic rounding of weights below float32.
+        seed: of the stochastic rounding of weights in lower precision than float32.
     """
     grouped: dict[Rate, list[Tensor]] = {}
     for name, parameter in learning.items():
@@ -69,7 +69,7 @@ def check_installed(cfg: DictConfig) -> None:
     """Check, before any work, that the optimiser can be built.
 
     Raises:
-        ConfigError: there is no such class, it has no such option, or it refuses the options' values.
+        ConfigError: the class or an option does not exist, or the class refuses an option's value.
     """
     try:
         kind = get_class(cfg._target_)
@@ -84,13 +84,13 @@ def check_installed(cfg: DictConfig) -> None:
     for option in cfg.options:
         if option not in known:
             near = ", ".join(get_close_matches(option, known, n=3, cutoff=0.3) or known)
-            raise ConfigError(f"optimizer.options has {option!r}, which {cfg._target_} does not take there; near: {near}")
+            raise ConfigError(f"optimizer.options has {option!r}, which {cfg._target_} does not accept; similar: {near}")
     try:
         build_optimizer(cfg, {"": nn.Parameter(torch.zeros(2, 2))}, {"": Rate(1.0, True)})
     except Exception as error:  # every library has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         said = f"optimizer.options is {OmegaConf.to_container(cfg.options, resolve=True)}"
-        raise ConfigError(f"{said}, which {cfg._target_} refuses ({reason}); mend it there, or see conf/optimizer/") from error
+        raise ConfigError(f"{said}, which {cfg._target_} refuses ({reason}); correct it, or see conf/optimizer/") from error
 
 
 def add_lora_plus(name: str, ratio: float) -> float:
@@ -103,14 +103,14 @@ def build_schedule(cfg: DictConfig, optimizer: Optimizer, steps: int) -> LambdaL
 
 
 def set_rates(schedule: LambdaLR) -> None:
-    """Set the learning rates of the current schedule: a checkpoint restores those of the schedule it was saved with."""
+    """Set the learning rates of the current schedule: a checkpoint restores those of the schedule with which it was saved."""
     for group, peak, share in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = peak * share(schedule.last_epoch)
 
 
 def learning_rate(schedule: enums.Schedule, warmup: int, total: int, cycles: int = 1) -> Callable[[int], float]:
     """Factor of the learning rate by optimiser step: linear warm-up from 1/warmup, then constant, linear to 0, a half cosine to
-    0, or `cycles` half cosines that each start at 1. From step `total` on, the factor stays that of the last step."""
+    0, or `cycles` half cosines that each start at 1. From step `total` on, the factor is that of the last step."""
 
     def share(step: int) -> float:
         step = min(step, total - 1)

@@ -1,4 +1,4 @@
-"""HTML pages of one file, with their pictures in them: readable on phones and on dark screens."""
+"""Self-contained HTML pages with embedded images, readable on phones and in dark mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def document(title: str, body: str, style: str = "", head: str = "") -> str:
 
     Args:
         body: HTML.
-        style: CSS beside what all pages have.
+        style: CSS in addition to the common one.
         head: HTML that comes before the body, such as scripts.
     """
     about = "<meta charset=utf-8><meta name=viewport content='width=device-width'><link rel=icon href=data:,>"
@@ -28,10 +28,10 @@ def document(title: str, body: str, style: str = "", head: str = "") -> str:
 
 
 def picture(image: Image.Image, text: str) -> str:
-    """An RGB picture as it is, as JPEG.
+    """An `<img>` of an RGB image, embedded as JPEG.
 
     Args:
-        text: what it shows, for those who can't see it.
+        text: the alternative text.
     """
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)

@@ -1,4 +1,4 @@
-"""Hydra's callback that keeps a sweep's page: after each job, and when it ends. Imports no torch."""
+"""A Hydra callback that writes a sweep's page after each job and at the end. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ resolvers.register()  # also in the other processes of a sweep, which import thi
 
 
 class Pages(Callback):
-    """Hydra makes one in each process; jobs of any launcher call `on_job_end` where they ran."""
+    """Hydra creates one in each process; jobs of any launcher call `on_job_end` in their own process."""
 
     started: ClassVar[Path | None] = None  # the sweep that this process started
 
@@ -47,7 +47,7 @@ class Pages(Callback):
 
     @classmethod
     def close(cls) -> None:
-        """Say what came of the jobs of the sweep that this process started, if it did."""
+        """Print the results of the sweep that this process started, if it did."""
         folder, cls.started = cls.started, None
         if folder is None:
             return
@@ -56,11 +56,11 @@ class Pages(Callback):
             return
         page = refresh(folder)
         Console().print(sweep.table(folder))
-        print(f"page: {page}" if page else "no page: no job has numbers yet", flush=True)
+        print(f"page: {page}" if page else "no page: no job has metrics yet", flush=True)
 
 
 def refused(config: DictConfig) -> Iterator[tuple[list[str], str]]:
-    """Words of the jobs whose configurations can't run, and why, before the first job begins; of a grid, whose jobs are known."""
+    """Overrides of the jobs whose configurations can't run, and the reasons, before the first job; only for grids."""
     if not config.hydra.sweeper._target_.endswith(BasicSweeper.__name__):
         return
     said = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
@@ -76,7 +76,7 @@ def refused(config: DictConfig) -> Iterator[tuple[list[str], str]]:
 
 
 def refresh(folder: Path) -> Path | None:
-    """Write a sweep's page anew; one process at a time. None: nothing to show yet."""
+    """Write a sweep's page again; one process at a time. None: nothing to show yet."""
     from . import compare  # pandas and the like load here
 
     held = durable.lock(folder)

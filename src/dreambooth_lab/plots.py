@@ -1,7 +1,7 @@
-"""Figures of pages, by plotly: one hovers, zooms, hides lines by the legend and switches to a logarithmic axis. Imports no torch.
+"""Interactive plotly figures of pages: hover, zoom, lines hidden by the legend, linear or logarithmic axis. Imports no torch.
 
-The library's script goes into each page, 4.9 MB, so that a page works offline, sent by mail and in ten years; the Python package
-has no smaller bundle of it, and without it no figure would show.
+Each page embeds plotly's script (4.9 MB), so that it works offline, as a mail attachment and in the long term. The Python package
+has no smaller bundle.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from plotly.offline import get_plotlyjs
 
 Series = list[tuple[float, float]]
 
-# Okabe & Ito's colours, told apart by the colour-blind, those first that show on white and on black.
+# Okabe & Ito's colours, distinguishable with colour blindness; first those that are visible on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8a8a8a")
 DASHES = ("solid", "dash", "dot", "dashdot")  # when the colours are used up
 STEPS = "optimiser steps"
 CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-ROW = 34  # px a row of a forest plot
-# Axes and text in the page's own colours, in the light and in the dark.
+ROW = 34  # px per row of a forest plot
+# Axes and text in the page's own colours, in light and dark mode.
 THEME = """<script>(() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const paint = () => {
@@ -34,7 +34,7 @@ THEME = """<script>(() => {
     }
   };
   dark.addEventListener("change", paint);
-  document.addEventListener("toggle", (event) => {  // what was laid out in a closed fold had no width
+  document.addEventListener("toggle", (event) => {  // a figure in a closed <details> was laid out without width
     if (event.target.open) for (const plot of event.target.querySelectorAll(".plotly-graph-div")) Plotly.Plots.resize(plot);
   }, true);
   paint();
@@ -45,7 +45,7 @@ class Line(NamedTuple):
     """A line of a chart.
 
     Args:
-        points: (x, y); what is no number leaves a gap.
+        points: (x, y); NaN leaves a gap.
         place: in the palette.
         faint: thin and pale, behind the others.
         band: low and high y at the points' x, or nothing.
@@ -68,7 +68,7 @@ class Effect(NamedTuple):
 
 
 def script() -> str:
-    """What a page with figures needs once in its head."""
+    """The part of a page's head that its figures need."""
     return f"<style>.plot{{overflow:hidden}}</style><script>{get_plotlyjs()}</script>"  # while it is being laid out anew
 
 
@@ -79,11 +79,11 @@ def chart(
     """Lines in one frame.
 
     Args:
-        caption: shown below, and read to those who can't see it.
+        caption: shown below, also the alternative text.
         x, y: the axes' names, with units.
-        from_zero: the y axis begins at 0.
+        from_zero: the y axis starts at 0.
         level: y of a dashed line, the reference.
-        mark: x of an upright line, the choice.
+        mark: x of a vertical line, the chosen step.
     """
     figure = go.Figure()
     for line in lines:
@@ -103,7 +103,7 @@ def chart(
 
 
 def forest(caption: str, effects: Sequence[Effect], x: str) -> str:
-    """Differences from a reference with their intervals, a row each, and 0.
+    """A forest plot: differences from a reference with their intervals, one row each, and a line at 0.
 
     Args:
         x: the axis' name, with its unit.

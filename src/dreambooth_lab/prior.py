@@ -1,4 +1,4 @@
-"""Prior preservation: the training target of class rows, which keeps the class from drifting towards the subject."""
+"""Prior preservation: the training target of class rows, which prevents the class from drifting towards the subject."""
 
 from __future__ import annotations
 

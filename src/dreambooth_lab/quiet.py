@@ -1,4 +1,4 @@
-"""Which advice of libraries is not shown. Imports none of them, so it can be called before they load."""
+"""Silence some warnings of libraries. Imports none of them, so it can be called before they load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LOGGERS = {
     "lightning.pytorch": logging.WARNING,
     "lightning.fabric": logging.WARNING,
     "torch.utils._pytree": logging.ERROR,  # how torchao registers its enums
-    "torchao": logging.ERROR,  # kernels for other cards, and triton; `quant` refuses what can't work
+    "torchao": logging.ERROR,  # kernels for other GPUs, and triton; `quant` refuses what can't work
     "bitsandbytes.backends.cpu.ops": logging.ERROR,  # a faster kernel for CPUs that could be installed
 }
 MESSAGES = (
@@ -20,7 +20,7 @@ MESSAGES = (
 
 
 def quiet_libraries() -> None:
-    """Silence advice that doesn't apply here; warnings about the work itself stay."""
+    """Silence warnings that don't apply here; warnings about the training itself are shown."""
     for name, level in LOGGERS.items():
         logging.getLogger(name).setLevel(level)
     for message in MESSAGES:

@@ -1,4 +1,4 @@
-"""A run's LightningModule and diffusers pipeline, made again from its files."""
+"""A run's LightningModule and diffusers pipeline, rebuilt from its files."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .optimizer import check_installed
 from .runfolder import RunFolder
 from .trained import TrainedPipeline
 
-SCHEDULE_FREE = "train_mode"  # in the state of optimisers that have other weights for evaluation
+SCHEDULE_FREE = "train_mode"  # in the state of optimisers with separate evaluation weights
 Which = Literal["last", "best"] | int | Path | str  # a checkpoint: by name, optimiser step, or file
 
 
 def here(cfg: DictConfig) -> DictConfig:
-    """A run's configuration for one process of this machine, whatever the run had."""
+    """A run's configuration, changed to one process on this machine."""
     own = cfg.copy()
     own.trainer.devices = own.trainer.num_nodes = 1
     own.trainer.accelerator = own.trainer.accelerator if torch.cuda.is_available() else "cpu"
-    own.adapter.init_from = None  # the checkpoint has all that was learned since
+    own.adapter.init_from = None  # the checkpoint contains all trained weights
     return own
 
 
@@ -38,7 +38,7 @@ def checkpoint_of(folder: RunFolder, which: Which) -> Path:
     """The file of a checkpoint.
 
     Raises:
-        ConfigError: there is no such one; names those that are there.
+        ConfigError: there is none; names the existing ones.
     """
     if which == "last":
         return folder.newest_readable()[0]
@@ -54,10 +54,10 @@ def checkpoint_of(folder: RunFolder, which: Which) -> Path:
 def module(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> DreamBooth:
     """The method with the weights of a checkpoint, in evaluation mode.
 
-    Of a schedule-free optimiser the weights are those that it evaluates and exports, not the point at which it takes gradients.
+    With a schedule-free optimiser these are the evaluation weights, which are exported, not those at which it computes gradients.
 
     Raises:
-        ConfigError: the file is damaged or not of such a run, or holds no average.
+        ConfigError: the file is damaged or of another configuration, or holds no average.
     """
     kept = _read(checkpoint)
     own = here(cfg)
@@ -68,7 +68,7 @@ def module(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> DreamBooth:
     if weights is None:
         raise ConfigError(f"{str(checkpoint)!r} holds no average of the weights; the run had ema.enabled=false")
     if strange := sorted(learning.keys() ^ weights.keys()):
-        raise ConfigError(f"{str(checkpoint)!r} is not of this configuration: one of them lacks {strange[0]}")
+        raise ConfigError(f"{str(checkpoint)!r} does not match this configuration: one of them lacks {strange[0]}")
     _put(learning, weights)
     if not ema:
         _evaluated(made, kept["optimizer_states"][0])
@@ -76,20 +76,20 @@ def module(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> DreamBooth:
 
 
 def pipeline(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> Any:
-    """The base model's diffusers pipeline with the weights of a checkpoint, by way of an export, as for one that was exported."""
+    """The base model's diffusers pipeline with the weights of a checkpoint, which are exported and loaded again."""
     with tempfile.TemporaryDirectory() as folder:
         _export(module(cfg, checkpoint, ema), Path(folder))
         return TrainedPipeline(here(cfg), Path(folder)).pipeline
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
-    """Tensors and plain values; nothing in it is run."""
+    """Load tensors and plain values; no code in the file is run."""
     try:
         kept = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return {name: kept[name] for name in ("state_dict", "callbacks", "optimizer_states")}
     except (RuntimeError, KeyError, TypeError, EOFError, ValueError, UnpicklingError) as error:
         said = next(iter(str(error).splitlines()), "")
-        raise ConfigError(f"{str(checkpoint)!r} is damaged, or no checkpoint of a run ({said})") from error
+        raise ConfigError(f"{str(checkpoint)!r} is damaged, or is not a checkpoint of a run ({said})") from error
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def _put(learning: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
 
 
 def _evaluated(made: DreamBooth, state: dict[str, Any]) -> None:
-    """Let a schedule-free optimiser, the only kind to be made here, put the weights of its average in place."""
+    """Switch to the average of a schedule-free optimiser, the only kind that is built here."""
     if SCHEDULE_FREE not in state["param_groups"][0]:
         return
     check_installed(made.cfg.optimizer)  # the name of its class comes with the run

@@ -1,4 +1,4 @@
-"""Results of long measurements, kept in a folder between runs. Imports no torch."""
+"""A cache of long measurements' results, in a folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lycoris-lora", "drea
 
 
 def remembered(folder: Path, depends_on: object, measure: Callable[[], Any]) -> Any:
-    """What `measure` returned when everything it depends on, the libraries' versions too, was the same.
+    """The result of `measure`, cached by everything it depends on, including the libraries' versions.
 
     Args:
-        folder: one JSON file a result. What can't be read is measured again; where nothing can be written nothing is kept.
+        folder: one JSON file per result. An unreadable file is measured again; in an unwritable folder nothing is stored.
         depends_on: its `repr` identifies the result.
-        measure: returns what JSON holds: numbers, strings, lists and dictionaries of them.
+        measure: returns JSON values: numbers, strings, lists and dictionaries of them.
     """
     versions = [f"{library} {version(library)}" for library in LIBRARIES]
     path = folder / f"{hashlib.sha256(repr((depends_on, versions)).encode()).hexdigest()[:32]}.json"

@@ -1,6 +1,6 @@
-"""What conf/ can ask in `${…}`: folders, dataset files, multiples. Imports no torch.
+"""OmegaConf resolvers that conf/ uses in `${…}`: folders, dataset files, multiples. Imports no torch.
 
-Folders' names keep to the first answer, also in the other processes of a sweep: Hydra copies the cache of resolved values to the
+A folder's name is resolved once, also for the other processes of a sweep: Hydra copies the cache of resolved values to the
 configuration of each job.
 """
 
@@ -14,7 +14,7 @@ from .sweep import job_folder, sweep_folder
 
 
 def register() -> None:
-    """Make them known to OmegaConf; as often as one likes."""
+    """Register them with OmegaConf; can be called repeatedly."""
     for name, answer in (("dataset_file_prompt", first_prompt), ("run_folder", new_folder), ("job_folder", job_folder)):
         OmegaConf.register_new_resolver(name, answer, replace=True)
     OmegaConf.register_new_resolver("scaled", lambda factor, value: float(f"{factor * value:.3g}"), replace=True)

@@ -3,15 +3,15 @@
 Training shows the network points on the path. Sampling shows it points that have drifted off it (exposure bias: Ning et al.
 2023). A rollout starts a few sampler steps above t, samples down to t with the current weights, and the loss is taken there.
 
-The cost, even for a perfect model: a rollout from s to t is deterministic, so its end x̂_t holds what its start held and no more:
-E[x_0 | x̂_t] = E[x_0 | x_s]. That is blurrier than E[x_0 | x_t], and it is what the loss then asks for. For Gaussian data N(0, v),
-with V_t = α_t² v + σ_t², the x_0 asked for is the exact one times
+The bias, even for a perfect model: a rollout from s to t is deterministic, so its end x̂_t contains only the information of its
+start: E[x_0 | x̂_t] = E[x_0 | x_s]. This is blurrier than E[x_0 | x_t], and it becomes the loss's optimum. For Gaussian data N(0,
+v), with V_t = α_t² v + σ_t², the optimal x_0 is the exact one times
 
     E_k[ α_s/α_t · √(V_t/V_s) ],  s = t + k steps, k = 1 … K;  for v = 1 and α² + σ² = 1 that is  E_k[ α_{t+k/N} / α_t ].
 
 On SD's schedule at t = .5 this is .994 for K = 4 native steps (N = 1000), .987 for 10, and .79 for 4 of 28 steps; with
-`target: original` the last is .82. Hence the default of few native steps. Longer steps show the network more drift, at that
-price.
+`target: original` the last is .82. Hence the default of few native steps. Longer steps show the network more drift, with more
+bias.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Predict = Callable[[Tensor, Tensor, Cond], Tensor]  # (x_t, t, cond) → the net
 
 
 class NoisedSample(NamedTuple):
-    """The inputs of the network at times t, and the noise that the target is made of."""
+    """The network's inputs at times t, and the noise of the target."""
 
     x_t: Tensor  # [B C h w]
-    eps: Tensor  # [B C h w], the ε that the target is made of
+    eps: Tensor  # [B C h w], the ε of the target
     rolled_out: Tensor  # [B] bool, on the host: rows whose x_t is off the path
 
 
 class Rollout(Protocol):
-    """`when`: times t [B], on the host like the draws, so that the number of steps is known without a device sync."""
+    """`when`: times t [B], on the host like the draws, so that the number of steps is known without a device synchronisation."""
 
     def __call__(self, x0: Tensor, batch: Batch, cond: Cond, when: Tensor, step: int) -> NoisedSample: ...
 
@@ -75,20 +75,20 @@ class InputPerturbation:
         self.cfg, self.path = cfg, path
 
     def __call__(self, x0: Tensor, batch: Batch, cond: Cond, when: Tensor, step: int) -> NoisedSample:
-        assert batch.xi is not None  # drawn whenever the configuration says input_perturbation
+        assert batch.xi is not None  # drawn whenever rollout.kind is input_perturbation
         due = batch.rollout_draws[:, 0] < ramp(step, self.cfg.probability, self.cfg.ramp_steps, self.cfg.ramp_shape)
         noise = torch.where(_wide(to_device(due, x0.device)), batch.eps + self.cfg.perturbation * batch.xi, batch.eps)
         return NoisedSample(self.path.noise(x0, noise, to_device(when, x0.device)), batch.eps, due)
 
 
 class Grid(NamedTuple):
-    """A sampler's schedule of `number` steps, equally long before the time shift."""
+    """A sampler's schedule of `number` steps, uniform before the time shift."""
 
     number: int
     shift: float
 
     def even(self, t: Tensor) -> Tensor:
-        """t before the time shift, where all steps are equally long."""
+        """t before the time shift, where all steps have the same length."""
         return shift(t, 1 / self.shift)
 
     def above(self, t: Tensor, steps: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ class Grid(NamedTuple):
 class ModelRollout:
     """Starts up to K sampler steps above t and samples down to it, all rows at once, without gradient or dropout.
 
-    A step is as long as at inference: 1/grid of the schedule (before its time shift). A row takes 1 … K steps, fewer where the
-    top of the path is nearer. At most K batched forwards are made, each of the rows that have steps left. Rows that are not
+    A step is as long as at inference: 1/grid of the schedule (before its time shift). A row takes 1 … K steps, fewer near the
+    top of the path. There are at most K batched forward passes, each of the rows that have steps left. Rows that are not
     rolled out, and rows below `min_time` (where a correction divided by σ_t explodes), get exactly the x_t of `NoRollout`.
 
     Args:
@@ -159,7 +159,7 @@ class ReflexFlow:
     """Two loss terms for rolled-out rows of velocity networks: the direction term and the frequency weight (ReflexFlow, Huang et
     al. 2025, arXiv 2512.04904, a preprint its authors have withdrawn; DEFAR of 2026 keeps both terms).
 
-    Written from accounts of the paper and its reimplementations, not from its text. Differences from SimpleTuner:
+    Written from descriptions of the paper and its reimplementations, not from its text. Differences from SimpleTuner:
     - Rows on the path have neither term. SimpleTuner adds the direction term to every row.
     - |b| is divided by its mean, so α is the mean extra weight at any sample size. SimpleTuner divides the signed b by its sum of
       magnitudes, which changes weights by only α/(C h w) on average; signed at our scale, some weights would be negative.

@@ -1,8 +1,8 @@
-"""Weights that learn in bfloat16: each step is computed in float32 and rounded stochastically.
+"""Training bfloat16 weights: each step is computed in float32 and rounded stochastically.
 
-Rounding to the nearest loses every update below half of a weight's last digit, 1/512 of it. Stochastic rounding takes the upper
-neighbour with the share of the way that lies below the number, so that the mean of the rounded number is the number itself
-(Gupta et al. 2015), and small updates add up.
+Rounding to nearest loses every update below half of a weight's last digit, 1/512 of it. Stochastic rounding takes the upper
+neighbour with a probability that makes the expected rounded number equal to the number itself
+(Gupta et al. 2015), so that small updates add up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from . import draw
 from .draw import Purpose
 
-AT_ONCE = 2**26  # weights that have float32 values beside them at one time, 512 MB with their gradients
+AT_ONCE = 2**26  # weights that are converted to float32 at a time, 512 MB with their gradients
 STEPS = "rounded_steps"  # key of the first parameter group: how many steps were rounded
 
 
@@ -25,7 +25,7 @@ def with_stochastic_rounding(kind: type[Optimizer], seed: int) -> type[Optimizer
     """The optimiser class, with steps in float32 for parameters of lower precision; its own state is float32 (or its 8 bits).
 
     Args:
-        kind: updates a parameter by that parameter's gradient and state alone, and skips one that has no gradient.
+        kind: an optimiser that updates a parameter from its own gradient and state only, and skips parameters without gradient.
     """
     return type(f"Rounded{kind.__name__}", (_Rounded, kind), {"seed": seed})
 
@@ -42,7 +42,7 @@ class _Rounded(Optimizer):
             p.grad = None
         steps = self.param_groups[0].setdefault(STEPS, 0)
         generators = {p.device: torch.Generator(p.device) for p, _ in due}
-        for generator in generators.values():  # one for all ranks, which must round alike
+        for generator in generators.values():  # the same for all ranks, which must round identically
             generator.manual_seed(draw.torch_seed(self.seed, steps, Purpose.ROUNDING))
         for part in _parts(due):
             low = [p.data for p, _ in part]
@@ -58,7 +58,7 @@ class _Rounded(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As it was saved: torch's own gives the state the precision of its parameter."""
+        """Load the state with its saved dtype; torch's own method casts it to the parameter's."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -70,7 +70,7 @@ class _Rounded(Optimizer):
 
 
 def _parts(due: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The same in order, cut where there are too many weights to hold in float32 at once."""
+    """The parameters in order, divided into chunks that fit in float32 at once."""
     part: list[tuple[Tensor, Tensor]] = []
     for pair in due:
         if part and sum(p.numel() for p, _ in part) + pair[0].numel() > AT_ONCE:
@@ -82,8 +82,8 @@ def _parts(due: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tens
 
 
 def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """float32 numbers in bfloat16, the upper 16 of their 32 bits, after a random number below 2^16 is added, which carries
-    with the probability that the lower 16 say. In float32 they stay as they are."""
+    """float32 numbers in bfloat16, the upper 16 of their 32 bits, after adding a random number below 2^16, which carries
+    with the probability given by the lower 16. float32 targets are not changed."""
     if dtype is torch.float32:
         return x
     noise = torch.randint(0, 1 << 16, x.shape, device=x.device, dtype=torch.int32, generator=generator)

@@ -35,18 +35,18 @@ from .storage import disk
 
 log = logging.getLogger(__name__)
 
-WAY_OUT = "make room, set runs to a folder on another disk, or write less (checkpoint.keep, validation.num_images)"
+WAY_OUT = "free disk space, set runs to a folder on another disk, or write less (checkpoint.keep, validation.num_images)"
 
 
 def run(cfg: DictConfig, root: Path, tables: Sequence[Table] = ()) -> dict[str, float]:
-    """Train as a checked config says, in the folder `root`; returns the last step's numbers.
+    """Train with a checked config, in the folder `root`; returns the last step's metrics.
 
     Args:
-        tables: shown already, to be saved with the preflight's.
+        tables: already shown, to be saved with the preflight's.
 
     Raises:
-        ConfigError: something the files or the machine can't give; nothing has been trained then.
-        RunError: it can't go on, or was asked to stop; what was saved is whole.
+        ConfigError: the files or the machine don't allow the run; nothing has been trained.
+        RunError: it can't continue, or was stopped by a signal; all saved files are complete.
     """
     quiet_libraries()
     folder = RunFolder(root)
@@ -98,10 +98,10 @@ def build_race(cfg: DictConfig, folder: RunFolder, data: DreamBoothData) -> Call
 
 
 def settle_steps(cfg: DictConfig, data: DreamBoothData) -> None:
-    """Put `trainer.max_epochs` into steps, now that an epoch's are known; from now on the run is measured in steps.
+    """Convert `trainer.max_epochs` to steps, now that the size of an epoch is known.
 
     Raises:
-        ConfigError: with that many steps something else is wrong.
+        ConfigError: the number of steps conflicts with another key.
     """
     if cfg.trainer.max_epochs is not None:
         an_epoch = data.schedule.batches_per_epoch / cfg.trainer.accumulate_grad_batches
@@ -112,7 +112,7 @@ def settle_steps(cfg: DictConfig, data: DreamBoothData) -> None:
 def build_module(
     cfg: DictConfig, family: Family, data: DreamBoothData, folder: RunFolder, tables: Sequence[Table] = ()
 ) -> DreamBooth:
-    """The method with its adapter attached; what is about to run is shown, and written to the folder."""
+    """The LightningModule with its adapter attached; shows the preflight and writes it to the folder."""
     module, layers = build_method(cfg, family)
     if leads():
         needs = needed(cfg, data, module)
@@ -124,7 +124,7 @@ def build_module(
 
 
 def needed(cfg: DictConfig, data: DreamBoothData, module: DreamBooth) -> dict[str, float]:
-    """Bytes that the run's folder will hold at most, by purpose."""
+    """Maximum size of the run's folder in bytes, by purpose."""
     learning = sum(p.numel() * p.element_size() for p in module.trainable_parameters().values())
     numbers = sum(p.numel() for p in module.trainable_parameters().values())
     form = export_form(cfg, module.family)
@@ -142,7 +142,7 @@ def fit(trainer: Trainer, module: DreamBooth, data: DreamBoothData, checkpoint: 
 
 
 def build_trainer(cfg: DictConfig, folder: RunFolder, callbacks: Callbacks, phases: Phases) -> Trainer:
-    """The Trainer, with all that watches it."""
+    """The Trainer, with its callbacks and loggers."""
     return Trainer(
         accelerator=device_of(cfg.trainer.accelerator).type, devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
@@ -157,19 +157,19 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, callbacks: Callbacks, phas
 
 
 def _strategy(cfg: DictConfig) -> Strategy | str:
-    """With several devices a process for each, which has its own rows of every batch; the gradients are averaged."""
+    """With several devices, one process per device, each with its own rows of every batch; gradients are averaged."""
     if processes(cfg) == 1 and cfg.trainer.strategy == "auto":
         return "auto"
     return DDPStrategy(
-        find_unused_parameters=bool(cfg.adapter.train_token or cfg.adapter.text_encoders),  # a rank's rows may not say the token
-        init_sync=False, forward_sync_buffers=False,  # all make the same weights from the seed
-        timeout=timedelta(days=1),  # the others wait while the first scores images and writes
+        find_unused_parameters=bool(cfg.adapter.train_token or cfg.adapter.text_encoders),  # a rank's captions may lack the token
+        init_sync=False, forward_sync_buffers=False,  # all ranks initialise the same weights from the seed
+        timeout=timedelta(days=1),  # the other ranks wait while the first scores images and writes
     )  # fmt: skip
 
 
 def release() -> None:
-    """Give back what a run held, so that the next one in this process begins as this one did."""
-    gc.unfreeze()  # an import while a model was loaded has put the model, too, out of the collector's sight
+    """Free a run's memory, so that the next run in this process starts in the same state."""
+    gc.unfreeze()  # an import while a model was loaded has frozen the model's objects too
     heap.trim()
     if "torch._dynamo" in sys.modules:  # compiled blocks, and how often each was compiled
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, how it is named, and how a run is taken up again. Imports no torch."""
+"""A run's folder: its files, their names, and how a run is resumed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .storage import durable
 
 log = logging.getLogger(__name__)
 
-PART = ".part"  # ends the names of files that are being written
-AUTO, LATEST = "auto", "latest"  # what `resume` may be besides a folder
+PART = ".part"  # suffix of files that are being written
+AUTO, LATEST = "auto", "latest"  # values of `resume` other than a folder
 
 CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "trainer.strategy",
               "optimizer.on_extend", "cache", "validation", "eval", "preview", "webhook", "checkpoint", "export", "logger",
               "resume", "runs", "name", "preflight", "search_metric", "sweep")  # fmt: skip
-DIVISION = ("trainer.devices", "trainer.num_nodes", "dataset.batch_size")  # changeable if their product stays
+DIVISION = ("trainer.devices", "trainer.num_nodes", "dataset.batch_size")  # changeable if their product stays the same
 METRICS_HEADER = ["step", "name", "value"]
 PACKAGES = (
     "torch",
@@ -50,20 +50,20 @@ PACKAGES = (
 
 
 class RunFolder:
-    """Paths below one run's folder; the only place that names them."""
+    """Paths below one run's folder, which are named only here."""
 
     def __init__(self, root: Path | str):
         self.root = Path(root).expanduser()
         self.config = self.root / "config.yaml"
         self.environment = self.root / "environment.json"
         self.preflight = self.root / "preflight.txt"
-        self.job = self.root / "job.json"  # of a sweep's job
+        self.job = self.root / "job.json"  # for a sweep's job
         self.crops = self.root / "crops.png"
         self.metrics = self.root / "metrics.csv"
         self.scores = self.root / "scores.csv"
         self.eval = self.root / "eval.csv"
         self.pictures = self.root / "pictures"
-        self.averaged = self.pictures / "ema"  # the average's, where both are drawn
+        self.averaged = self.pictures / "ema"  # images of the average, if both are generated
         self.compared = self.pictures / "base_live_ema"
         self.base = self.pictures / "step_0000000.png"
         self.before_after = self.pictures / "before_after.png"
@@ -79,7 +79,7 @@ class RunFolder:
         return self.checkpoints / f"best_{step:07d}.ckpt"
 
     def all_checkpoints(self) -> list[Path]:
-        """Those of the present weights, oldest first."""
+        """The checkpoints of the current weights, oldest first."""
         return sorted(self.checkpoints.glob("step_*.ckpt"))
 
     def newest(self) -> tuple[Path, int] | None:
@@ -87,7 +87,7 @@ class RunFolder:
         return self._last("step_")
 
     def newest_readable(self) -> tuple[Path, int]:
-        """The newest checkpoint that can be read to its end; damaged newer ones are named.
+        """The newest intact checkpoint; damaged newer ones are logged.
 
         Raises:
             ConfigError: there is none.
@@ -95,18 +95,18 @@ class RunFolder:
         for path in reversed(self.all_checkpoints()):
             if durable.is_complete_archive(path):
                 return path, int(path.stem.removeprefix("step_"))
-            log.warning("%s is damaged; going on from an older checkpoint", path)
-        raise ConfigError(f"{str(self.root)!r} has no checkpoint that can be read; start the run anew without resume")
+            log.warning("%s is damaged; resuming from an older checkpoint", path)
+        raise ConfigError(f"{str(self.root)!r} has no readable checkpoint; start a new run without resume")
 
     def newest_picture(self, averaged: bool = False) -> Path | None:
-        """The first picture of the newest look after step 0, the average's if there is one and it is asked for."""
+        """The first image of the newest validation after step 0; the average's if it exists and is requested."""
         folders = [self.averaged, self.pictures] if averaged else [self.pictures]
         found = [sorted(folder.glob("step_*/00_00.png")) for folder in folders]
         paths = next((paths for paths in found if paths), [])
         return paths[-1] if paths and int(paths[-1].parent.name.removeprefix("step_")) > 0 else None
 
     def finish_writes(self) -> None:
-        """Clean up after a process that was killed while it wrote."""
+        """Clean up after a process that was killed while writing."""
         for export in (self.export, self.best_export):
             durable.finish_replacement(export)
         for part in self.root.rglob(f"*{PART}"):
@@ -122,10 +122,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other process writes to this run.
+        """A context in which no other process writes to this run.
 
         Raises:
-            ConfigError: one does.
+            ConfigError: another process is writing.
         """
         held = durable.lock(self.root)
         if held is None:
@@ -138,7 +138,7 @@ class RunFolder:
             held.release()
 
     def best(self) -> tuple[Path, int] | None:
-        """The checkpoint that `checkpoint.monitor` kept, and its optimiser step."""
+        """The best checkpoint by `checkpoint.monitor`, and its optimiser step."""
         return self._last("best_")
 
     def _last(self, prefix: str) -> tuple[Path, int] | None:
@@ -146,10 +146,10 @@ class RunFolder:
         return (found[-1], int(found[-1].stem.removeprefix(prefix))) if found else None
 
     def saved_config(self) -> DictConfig:
-        """The run's configuration, typed by the schema; one that an earlier version wrote is read as this version's.
+        """The run's configuration, typed by the schema; configurations of earlier versions are migrated.
 
         Raises:
-            ConfigError: the folder holds no run, or what it holds is damaged or of a later version.
+            ConfigError: the folder holds no run, or its configuration is damaged or of a later version.
         """
         if not self.config.is_file():
             raise ConfigError(f"{str(self.root)!r} is not a run folder: it has no {self.config.name}; give a folder below runs/")
@@ -160,7 +160,7 @@ class RunFolder:
         return saved.load(text, repr(str(self.config)))
 
     def saved_values(self) -> dict[str, Any]:
-        """The same as plain values, unchecked, in a tenth of the time."""
+        """The same as plain values, unchecked; ten times as fast."""
         return dict(yaml.load(self.config.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
     def save_config(self, cfg: DictConfig) -> None:
@@ -168,17 +168,17 @@ class RunFolder:
         durable.write_text(self.config, saved.dump(cfg))
 
     def starts(self) -> list[dict[str, Any]]:
-        """Every start of the run: when, where, with which command and versions, and what it took if it came to its end."""
+        """Every start of the run: date, machine, command, versions, and time and memory if it finished."""
         if not self.environment.is_file():
             return []
         try:
             return list(json.loads(self.environment.read_text(encoding="utf-8")))
         except ValueError:
-            log.warning("%s is damaged; the list of starts begins anew", self.environment)
+            log.warning("%s is damaged; starting a new list of starts", self.environment)
             return []
 
     def save_cost(self, cost: dict[str, dict[str, float]]) -> None:
-        """What the newest start took: phase → seconds, MiB."""
+        """Time and memory of the newest start: phase → seconds, MiB."""
         starts = self.starts()
         starts[-1]["cost"] = cost
         durable.write_text(self.environment, json.dumps(starts, indent=2) + "\n")
@@ -200,7 +200,7 @@ class RunFolder:
         durable.write_text(self.environment, json.dumps(starts, indent=2) + "\n")
 
     def read_metrics(self) -> list[tuple[int, str, float]]:
-        """Lines of metrics.csv as (step, name, value); a last line cut short by a kill is left out."""
+        """Lines of metrics.csv as (step, name, value); an incomplete last line is skipped."""
         if not self.metrics.is_file():
             return []
         with self.metrics.open(newline="", encoding="utf-8") as file:
@@ -211,11 +211,11 @@ class RunFolder:
 
 @cache
 def new_folder(resume: str | None, runs: str, name: str, command: str = "") -> str:
-    """OmegaConf resolver `run_folder`: the resumed run's folder, or a new one named by date and name, which no other process has.
+    """OmegaConf resolver `run_folder`: the resumed run's folder, or a new unique one named by date and name.
 
     Args:
-        resume: a run's folder; latest: the newest in `runs`; auto: that of this very command, made where there is none.
-        command: the command line's words.
+        resume: a run's folder; latest: the newest in `runs`; auto: that of this same command, created if there is none.
+        command: the command line's arguments.
     """
     folder = Path(runs).expanduser()
     if resume == LATEST:
@@ -228,20 +228,20 @@ def new_folder(resume: str | None, runs: str, name: str, command: str = "") -> s
 
 
 def resume_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of a resumed run: the saved one, with what the command line says now.
+    """The configuration of a resumed run: the saved one with the overrides of the command line.
 
     Args:
         cfg: composed from the command line, `resume` set.
-        overrides: the command line's `key=value` words.
+        overrides: the command line's `key=value` arguments.
 
     Raises:
-        ConfigError: a key that decides what is learned would change; lists them with both values. Or the run is made longer, and
-            what its schedule then does is not said.
+        ConfigError: a key that affects the trained weights would change; lists them with both values. Or the run is made longer,
+            and `optimizer.on_extend` is not set.
     """
     folder = RunFolder(cfg.resume)
     before = folder.saved_config()
     if folder.newest() is None:
-        raise ConfigError(f"resume is {cfg.resume!r}, which has no checkpoint yet; start the run anew instead")
+        raise ConfigError(f"resume is {cfg.resume!r}, which has no checkpoint yet; start a new run instead")
     result = before.copy()
     for key in {word.lstrip("+~").split("=")[0].split("@")[0] for word in overrides}:
         if OmegaConf.is_missing(cfg, key) or (OmegaConf.select(cfg, key) is None and key not in cfg):
@@ -262,10 +262,10 @@ def resume_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def _division(before: DictConfig, refused: list[str]) -> str:
-    """How processes may change."""
+    """Which keys of the processes may change."""
     if not set(refused) & set(DIVISION):
         return ""
-    return f" ({' times '.join(DIVISION)} may be divided otherwise if it stays {rows_per_batch(before)})"
+    return f" ({' times '.join(DIVISION)} may change if their product stays {rows_per_batch(before)})"
 
 
 def _format(value: Any) -> str:
@@ -282,7 +282,7 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Any:
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that are installed; some are extras."""
+    """Versions of the installed packages; some are extras."""
     there = {}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -291,7 +291,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the source checkout this package runs from, with + if it has changes; None for an installed wheel."""
+    """The commit of the source checkout, with + if it has changes; None for an installed wheel."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=conf_dir(), capture_output=True, text=True, timeout=10)

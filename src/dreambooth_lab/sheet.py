@@ -1,4 +1,4 @@
-"""Sheets of small pictures side by side, for a person to look at."""
+"""Contact sheets of small images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .storage.durable import atomic_file
 CELL = 192  # px: a cell's longest side at most
 TITLE = 14  # px above a row
 GAP = 6  # px
-TALL = 25  # rows in a column; more make further columns
-OUTSIDE = (200, 0, 160)  # the colour over what a mask leaves out
+TALL = 25  # rows per column
+OUTSIDE = (200, 0, 160)  # the colour over the area outside the mask
 
 
 class Row(NamedTuple):
@@ -30,7 +30,7 @@ def small(image: Image.Image, side: int = CELL) -> Image.Image:
 
 
 def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture with what its mask [L] leaves out under a colour."""
+    """The image with the area outside its mask [L] tinted."""
     covered = Image.blend(image.convert("RGB"), Image.new("RGB", image.size, OUTSIDE), 0.65)
     return Image.composite(image.convert("RGB"), covered, mask.resize(image.size))
 
@@ -52,7 +52,7 @@ def draw(rows: Sequence[Row]) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """A PNG that appears whole, with the folders above it."""
+    """Write a PNG atomically; creates its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as aside:
         image.save(aside, format="PNG")

@@ -1,8 +1,8 @@
-"""The jobs of a sweep: where their folders are, which are done, what came of each. Imports no torch.
+"""The jobs of a sweep: their folders, which are done, and their results. Imports no torch.
 
-A job is known by its configuration: its folder's name ends in a digest of it, so the same job finds its folder again whatever its
-number, and a restarted sweep runs what is missing. Each job keeps its own record, so that jobs may run in several processes or on
-several machines that share the sweep's folder.
+A job is identified by its configuration: its folder's name ends in a digest of it. So the same job finds its folder whatever its
+number, and a restarted sweep runs only the missing jobs. Each job has its own record, so that jobs can run in several processes
+or on several machines that share the sweep's folder.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .config import RunError, resolve_paths
 from .runfolder import AUTO, RunFolder, new_folder
 from .storage import durable
 
-KEYS = "sweep.json"  # in the sweep's folder: the keys that it varies
-PAGE = "compare.html"  # there too
-LONGEST = 80  # characters of a job's words in its folder's name
-# Keys that decide where a run writes and who hears of it, not what it learns or measures.
+KEYS = "sweep.json"  # in the sweep's folder: the varied keys
+PAGE = "compare.html"  # in the same folder
+LONGEST = 80  # characters of a job's overrides in its folder's name
+# Keys that affect where a run writes and reports, not its training or metrics.
 ASIDE = ("resume", "runs", "cache", "preflight", "search_metric", "name", "logger", "webhook", "preview", "sweep",
          "trainer.progress")  # fmt: skip
 
 
 class State(StrEnum):
-    began = "began"  # and did not come to an end: it runs, or was killed
+    began = "began"  # and has not finished: it is running, or was killed
     previewed = "preflight only"
     done = "done"
     stopped = "stopped"
@@ -44,25 +44,26 @@ class State(StrEnum):
 
 
 class Job(NamedTuple):
-    """What is known of a job, as its folder's record has it."""
+    """A job's record, in its folder."""
 
     number: int  # Hydra's, of the newest start
-    words: list[str]  # what the sweep set for it
+    words: list[str]  # its overrides in the sweep
     state: str
     told: str = ""  # why it failed or lost
 
 
 class JobFailed(RunError):
-    """A job of a sweep failed. Holds no reference to the job's objects, so its memory is free for the next."""
+    """A job of a sweep failed. Holds no reference to the job's objects, so its memory can be freed for the next."""
 
 
 def sweep_folder(resume: str | None, runs: str, name: str, command: str) -> str:
-    """OmegaConf resolver: with `resume=auto` the folder of the sweep of this very command, otherwise a new one."""
+    """OmegaConf resolver: with `resume=auto` the folder of the sweep of this same command, otherwise a new one."""
     return new_folder(AUTO if resume == AUTO else None, runs, name, command)
 
 
 def job_folder(sweep: str, number: int, *, _root_: DictConfig) -> str:
-    """OmegaConf resolver: the name of a job's folder in its sweep's, by number, words and digest; one that is there is taken."""
+    """OmegaConf resolver: the name of a job's folder in its sweep's, from number, overrides and digest; an existing one is
+    reused."""
     mark = digest(_root_)
     there = sorted(Path(sweep).glob(f"*_{mark}"))
     if there:
@@ -72,11 +73,11 @@ def job_folder(sweep: str, number: int, *, _root_: DictConfig) -> str:
 
 
 def digest(cfg: DictConfig) -> str:
-    """Of all that decides what a job learns and measures."""
+    """A digest of all keys that affect a job's training and metrics."""
     own = OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
     try:
         values: Any = OmegaConf.to_container(resolve_paths(own), resolve=True)
-    except OmegaConfBaseException:  # for `check` to say, when the job runs
+    except OmegaConfBaseException:  # `check` reports it when the job runs
         values = OmegaConf.to_container(own)
     for group, _, key in (path.partition(".") for path in ASIDE):
         (values.get(group, {}) if key else values).pop(key or group, None)
@@ -84,7 +85,7 @@ def digest(cfg: DictConfig) -> str:
 
 
 def varied(sweep: Path, words: Sequence[str]) -> list[str]:
-    """Those of a job's words that the sweep varies."""
+    """The overrides of a job that the sweep varies."""
     if not (sweep / KEYS).is_file():
         return []
     keys = json.loads((sweep / KEYS).read_text(encoding="utf-8"))
@@ -92,7 +93,7 @@ def varied(sweep: Path, words: Sequence[str]) -> list[str]:
 
 
 def begin(sweep: Path, config: DictConfig) -> None:
-    """Keep which keys a sweep varies: those of its file and those of the command line with several values."""
+    """Write the keys that a sweep varies: those of its file, and those of the command line with several values."""
     said = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     keys = [*(config.hydra.sweeper.get("params") or {}), *(word.key_or_group for word in said if word.is_sweep_override())]
     sweep.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def begin(sweep: Path, config: DictConfig) -> None:
 
 
 def finished(folder: RunFolder) -> dict[str, float] | None:
-    """The last numbers of a run that came to its end; None of one that did not."""
+    """The last metrics of a finished run; None for an unfinished one."""
     starts = folder.starts()
     if not (starts and "cost" in starts[-1]):
         return None
@@ -108,7 +109,7 @@ def finished(folder: RunFolder) -> dict[str, float] | None:
 
 
 def note(folder: RunFolder, state: State, job: HydraConf, told: str = "") -> None:
-    """Keep what came of a job.
+    """Write a job's result to its record.
 
     Args:
         job: Hydra's part of its configuration.
@@ -121,25 +122,25 @@ def note(folder: RunFolder, state: State, job: HydraConf, told: str = "") -> Non
 
 
 def jobs(sweep: Path) -> list[tuple[RunFolder, Job]]:
-    """All that ever began in a sweep's folder, by number."""
+    """All jobs that were started in a sweep's folder, by number."""
     folders = [RunFolder(path) for path in sorted(sweep.glob("*/"))]
     found = [(folder, job) for folder in folders if (job := recorded(folder))]
     return sorted(found, key=lambda pair: pair[1].number)
 
 
 def recorded(folder: RunFolder) -> Job | None:
-    """What a folder says of its job; None where it is no job of a sweep's."""
+    """The record of a job's folder; None if it is not a job of a sweep."""
     return Job(**json.loads(folder.job.read_text(encoding="utf-8"))) if folder.job.is_file() else None
 
 
 def news(sweep: Path) -> bool:
-    """Has a job's record changed since the sweep's page was written?"""
+    """Whether a job's record has changed since the sweep's page was written."""
     page = sweep / PAGE
     return not page.is_file() or any(folder.job.stat().st_mtime >= page.stat().st_mtime for folder, _ in jobs(sweep))
 
 
 def table(sweep: Path) -> Table:
-    """What came of every job."""
+    """A table of all jobs and their results."""
     made = Table("job", "words", "state", "steps", "why", title=f"The sweep in {sweep}", title_justify="left")
     for folder, job in jobs(sweep):
         steps = max((step for step, _, _ in folder.read_metrics()), default=0)
@@ -156,13 +157,13 @@ def _key(word: str) -> str:
 
 
 def _plain(word: str) -> str:
-    """The last part of the key and the value, in letters that every file system takes."""
+    """The last part of the key and the value, in characters that are valid on every file system."""
     key, _, value = word.lstrip("+~").partition("=")
     return "-".join(filter(None, re.sub(r"[^\w.]+", "-", f"{key.rpartition('.')[2]} {value}", flags=re.ASCII).split("-")))
 
 
 def drop(sweep: Path) -> None:
-    """Remove the folder of a sweep in which no job began."""
+    """Remove the folder of a sweep in which no job was started."""
     for name in (KEYS, "multirun.yaml"):
         (sweep / name).unlink(missing_ok=True)
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What is printed: tables with boxes and moving bars in a terminal, plain lines in a log file, at any width and encoding."""
+"""Output: tables with boxes and progress bars in a terminal, plain lines in a log file, at any width and encoding."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Item = TypeVar("Item")
 
 
 def console(file: TextIO | None = None) -> Console:
-    """Of the terminal, or of a file or pipe, whose lines are `FILE_WIDTH` long."""
+    """The width of the terminal; `FILE_WIDTH` for a file or pipe."""
     made = Console(file=file)
     return made if made.is_terminal else Console(file=file, width=FILE_WIDTH)
 
 
 def show(*tables: Table, on: Console | None = None) -> None:
-    """Print those that have rows, without boxes where nobody looks at a terminal."""
+    """Print the tables that have rows; without boxes if the output is not a terminal."""
     target = on or console()
     for table in tables:
         if not table.row_count:
@@ -38,7 +38,7 @@ def show(*tables: Table, on: Console | None = None) -> None:
 
 
 def table(title: str, *columns: str, wraps: tuple[str, ...]) -> Table:
-    """An empty table; columns that don't wrap are shown whole in any terminal."""
+    """An empty table; columns that don't wrap are never cut."""
     made = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
         made.add_column(column, overflow="fold", no_wrap=column not in wraps)
@@ -46,7 +46,7 @@ def table(title: str, *columns: str, wraps: tuple[str, ...]) -> Table:
 
 
 def track(items: Iterable[Item], what: str, hidden: bool = False) -> Iterator[Item]:
-    """The items, with their progress: a bar in a terminal, else a line a minute and one at the end."""
+    """Iterate over the items with a progress bar in a terminal, else with one line per minute and one at the end."""
     target = console()
     if hidden or target.is_terminal:
         yield from progress.track(items, what, console=target, disable=hidden)
@@ -63,7 +63,7 @@ def track(items: Iterable[Item], what: str, hidden: bool = False) -> Iterator[It
 
 
 def span(seconds: float) -> str:
-    """A time as people say it: 40 s, 12 min, 3 h 20 min."""
+    """A readable duration: 40 s, 12 min, 3 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -12,7 +12,7 @@ from .models.family import Family
 
 
 class TrainableText(nn.Module):
-    """A trainable copy of the text encoders. The family's encoders, and the text embeddings in the cache, stay the base model's.
+    """A trainable copy of the text encoders. The family's encoders and the cached text embeddings remain those of the base model.
 
     Args:
         word: the token whose embedding is trained, or None.
@@ -28,7 +28,7 @@ class TrainableText(nn.Module):
         self.token = TokenEmbedding(word, family.token_slots(word, self.pairs)) if word else None
 
     def changes(self, caption: Caption) -> bool:
-        """Whether training may change a caption's embeddings."""
+        """Whether training can change a caption's embeddings."""
         return self.adapted or (self.token is not None and caption is not None and self.token.occurs_in(caption))
 
     def read(self, captions: Sequence[Caption]) -> Text:

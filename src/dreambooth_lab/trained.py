@@ -1,4 +1,4 @@
-"""A diffusers pipeline with an exported adapter loaded into it."""
+"""A diffusers pipeline with an exported adapter."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .factory import build_adapter, build_family, trained_token
 
 
 class TrainedPipeline:
-    """The base model's diffusers pipeline with an export in it.
+    """The base model's diffusers pipeline with an export loaded.
 
     Args:
-        cfg: of the run that made it.
-        export: the folder it wrote, or a file of it.
+        cfg: of the run that wrote the export.
+        export: the folder of the export, or a file of it.
     """
 
     def __init__(self, cfg: DictConfig, export: Path):
@@ -30,18 +30,18 @@ class TrainedPipeline:
         self.pipeline.to(family.device)
 
     def set_scale(self, strength: float) -> None:
-        """Scale what was learned: 0 is the base model, 1 what was trained."""
+        """Scale the trained update: 0 is the base model, 1 the trained model."""
         self.adapter.set_scale(self.pipeline, strength)
         if self.scale_token:
             self.scale_token(strength)
 
     def draw(self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int, image: Any = None) -> list[Any]:
-        """One picture.
+        """Generate one image.
 
         Args:
             negative: empty for the unconditional input, as in training.
             edge: of the square, px.
-            image: to begin from, for models that change a given one.
+            image: the input of image-to-image models.
         """
         self.pipeline.set_progress_bar_config(disable=True)
         said = self._prompt_arguments(prompt, negative)
@@ -51,7 +51,7 @@ class TrainedPipeline:
 
     @torch.no_grad()
     def _prompt_arguments(self, prompt: str, negative: str) -> dict[str, Any]:
-        """Arguments of the pipeline's call for its prompts; of a run that reads long captions whole, their embeddings."""
+        """Prompt arguments of the pipeline's call; with chunked long captions, their embeddings."""
         if self.long_captions is enums.LongCaptions.truncate:
             return {"prompt": prompt} | ({"negative_prompt": negative} if negative else {})
         family, pipeline = self.family, self.pipeline

@@ -1,8 +1,8 @@
-"""One page that answers what several runs were made for, with its numbers as CSV and Parquet. Imports no torch.
+"""A page that compares several runs, with its data as CSV and Parquet. Imports no torch.
 
-compare.html                   what differs, what can be concluded, curves, pictures, cost
-compare.csv, .parquet          a row a run: arm, seed, keys that differ, numbers at the end, cost
-differences.csv, .parquet      a row a comparison: interval, p, p corrected
+compare.html                   differing keys, conclusions, curves, images, cost
+compare.csv, .parquet          one row per run: arm, seed, differing keys, final metrics, cost
+differences.csv, .parquet      one row per comparison: interval, p, corrected p
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .stats import Difference
 
 
 def write(places: Sequence[Path], out: Path, reference: str | None = None) -> Path | None:
-    """Compare the runs at or below some folders; the page's path, or None while no run has come to its end.
+    """Compare the runs at or below some folders; the page's path, or None if no run has finished.
 
     Args:
         out: the folder to write into.
-        reference: the arm that the others are compared with, by its name or a part that no other has; None: the first.
+        reference: the arm that the others are compared with, by its name or a unique part of it; None: the first.
 
     Raises:
         ConfigError: there are no runs, or no such arm.
@@ -41,7 +41,7 @@ def write(places: Sequence[Path], out: Path, reference: str | None = None) -> Pa
 
 
 def compared(study: Study) -> list[Difference]:
-    """Each arm against the first, by each result."""
+    """Each arm against the first, for each metric."""
     return stats.differences(study, stats.results(study), shared.paired(study))
 
 
@@ -52,5 +52,5 @@ def led_by(study: Study, reference: str | None) -> Study:
     found = [arm for arm in study.arms if arm.name == reference] or [arm for arm in study.arms if reference in arm.name]
     if len(found) != 1:
         names = ", ".join(repr(arm.name) for arm in study.arms) or "none"
-        raise ConfigError(f"reference is {reference!r}, which names {len(found)} arms; name one of {names}")
+        raise ConfigError(f"reference is {reference!r}, which matches {len(found)} arms; use one of {names}")
     return study._replace(arms=[*found, *(arm for arm in study.arms if arm is not found[0])])

@@ -1,4 +1,4 @@
-"""Runs sorted into arms: runs of one arm have one configuration and differ in their seed. Imports no torch."""
+"""Runs grouped into arms: runs of one arm have the same configuration and differ in their seed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..config import ConfigError
 from ..runfolder import RunFolder
 
 SEED = "seed"
-TRAIN_LOSS = "train/loss"  # begins the names of losses of single steps
+TRAIN_LOSS = "train/loss"  # prefix of the names of training losses
 LAST = 10  # a training loss is the mean over the last tenth of its steps
 Values = dict[str, Any]
 Series = list[tuple[int, float]]
 
 
 class Run(NamedTuple):
-    """A run that came to its end.
+    """A finished run.
 
     Args:
         values: of its configuration, by dotted key.
-        series: number → (optimiser step, value).
+        series: metric → (optimiser step, value).
     """
 
     folder: RunFolder
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the run is judged by: the last value of each number; of training losses the mean over the last tenth."""
+        """The run's final metrics: the last value of each; for training losses the mean over the last tenth."""
         return {name: final(name, series) for name, series in self.series.items()}
 
     def cost(self) -> dict[str, float]:
@@ -52,10 +52,10 @@ class Run(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """Runs that differ in nothing but their seed.
+    """Runs that differ only in their seed.
 
     Args:
-        name: what sets it apart, as short as it can be told.
+        name: the values that distinguish it from other arms, as short as possible.
         runs: by seed.
     """
 
@@ -67,13 +67,13 @@ class Arm(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What is compared.
+    """The arms of a comparison.
 
     Args:
         arms: in the order of the runs; the first is the reference.
         differing: keys in which arms differ, other than the seed.
         absent: runs that are not compared, and why.
-        repeated: runs that have an arm's configuration and seed once more; the newest counts.
+        repeated: runs that repeat an arm's configuration and seed; the newest one is used.
     """
 
     arms: list[Arm]
@@ -87,7 +87,7 @@ class Study(NamedTuple):
 
     @property
     def metrics(self) -> list[str]:
-        """Every number that a run has, the training's first."""
+        """All metrics of the runs, training metrics first."""
         return sorted({name for arm in self.arms for run in arm.runs.values() for name in run.series}, key=_order)
 
 
@@ -95,14 +95,14 @@ def read(places: Iterable[Path]) -> Study:
     """The runs at or below some folders.
 
     Raises:
-        ConfigError: a place has none.
+        ConfigError: a folder has none.
     """
     found: list[Run] = []
     absent: list[tuple[str, str]] = []
     for place in places:
         folders = sorted({path.parent for name in ("config.yaml", "job.json") for path in Path(place).rglob(name)})
         if not folders:
-            raise ConfigError(f"{str(place)!r} has no run in it; give folders of runs, or of sweeps, below runs/")
+            raise ConfigError(f"{str(place)!r} contains no run; give folders of runs, or of sweeps, below runs/")
         for folder in map(RunFolder, folders):
             try:
                 why = _absent(folder)
@@ -116,7 +116,7 @@ def read(places: Iterable[Path]) -> Study:
 
 
 def sort(runs: Sequence[Run], absent: Sequence[tuple[str, str]] = ()) -> Study:
-    """Runs by arms."""
+    """Group runs into arms."""
     keys = [key for key in differing([run.values for run in runs]) if not aside(key)]
     differ = [key for key in keys if key != SEED]
     groups: dict[str, list[Run]] = {}
@@ -142,13 +142,13 @@ def differing(configurations: Sequence[Values]) -> list[str]:
 
 
 def final(name: str, series: Series) -> float:
-    """A number at the end of a run."""
+    """A metric at the end of a run."""
     last = series[-max(len(series) // LAST, 1) :] if name.startswith(TRAIN_LOSS) else series[-1:]
     return sum(value for _, value in last) / len(last)
 
 
 def run_of(folder: RunFolder) -> Run:
-    """A run as its folder has it now, whether it has come to its end or not."""
+    """Read a run from its folder, whether it has finished or not."""
     series: dict[str, Series] = {}
     for step, name, value in folder.read_metrics():
         series.setdefault(name, []).append((step, value))
@@ -163,8 +163,8 @@ def _absent(folder: RunFolder) -> str:
     if job and job.state == sweep.State.lost:
         return f"lost the race: {job.told}"
     if sweep.finished(folder) is None:
-        return "it has not come to its end"
-    return "" if folder.read_metrics() else "it has no numbers"
+        return "it has not finished"
+    return "" if folder.read_metrics() else "it has no metrics"
 
 
 def aside(key: str) -> bool:
@@ -173,7 +173,7 @@ def aside(key: str) -> bool:
 
 
 def _names(firsts: Sequence[Run], differ: Sequence[str]) -> list[str]:
-    """A name for each arm: what a sweep set, or the values of the fewest and shortest keys that tell the arms apart."""
+    """A name for each arm: what a sweep set, or the values of the fewest and shortest keys that distinguish the arms."""
     told = [_set(run.job.words) if run.job else {} for run in firsts]
     if not all(told) or len({repr(one) for one in told}) < len(told):
         told = [{key: str(run.values.get(key)) for key in _telling(firsts, differ)} for run in firsts]
@@ -183,13 +183,13 @@ def _names(firsts: Sequence[Run], differ: Sequence[str]) -> list[str]:
 
 
 def _set(words: Sequence[str]) -> Values:
-    """Key → value of a job's words, but for the seed."""
+    """Key → value of a job's overrides, except the seed."""
     said = (word.lstrip("+~").partition("=") for word in words)
     return {key: value.strip("\"'") for key, _, value in said if key != SEED}
 
 
 def _telling(firsts: Sequence[Run], differ: Sequence[str]) -> list[str]:
-    """The fewest keys that tell the arms apart, those of short values first."""
+    """The fewest keys that distinguish the arms, those with short values first."""
     chosen: list[str] = []
     for key in sorted(differ, key=lambda key: sum(len(str(run.values.get(key))) for run in firsts)):
         apart = [{repr([run.values.get(one) for one in keys]) for run in firsts} for keys in (chosen, [*chosen, key])]

@@ -24,7 +24,7 @@ td{font-variant-numeric:tabular-nums}
 .sure{font-weight:600}h3{font-size:1em;margin:1.2em 0 .2em}"""
 
 
-DRAWS = ("dataset.", "prior.", "trainer.accumulate_grad_batches", "objective.")  # keys that may change which samples are drawn
+DRAWS = ("dataset.", "prior.", "trainer.accumulate_grad_batches", "objective.")  # keys that can change which samples are drawn
 
 
 def document(title: str, study: Study, found: Sequence[Difference]) -> str:
@@ -36,9 +36,9 @@ def document(title: str, study: Study, found: Sequence[Difference]) -> str:
         + f"<h2>What can be concluded</h2>{_conclusions(study, told)}"
         + f"<h2>What differs</h2>{_differing(study)}"
         + f"<h2>Differences</h2>{_effects(told)}"
-        + f"<h2>At the end</h2>{_means(study, chosen)}"
+        + f"<h2>Final metrics</h2>{_means(study, chosen)}"
         + f"<h2>Curves</h2>{_curves(study, chosen)}"
-        + f"<h2>Pictures</h2>{_pictures(study)}"
+        + f"<h2>Images</h2>{_pictures(study)}"
         + f"<h2>Cost</h2>{_cost(study)}"
         + f"<h2>Runs</h2>{_runs(study)}"
         + THEME
@@ -55,47 +55,47 @@ def _summary(study: Study) -> str:
 
 def _conclusions(study: Study, told: dict[str, list[Difference]]) -> str:
     if len(study.arms) < 2:
-        return "<p>There is one arm, so nothing is compared; means and intervals are below.</p>"
+        return "<p>There is only one arm, so nothing is compared; means and intervals are below.</p>"
     items = "".join(f"<li>{escape(lead(metric, found))}{_parts(found)}</li>" for metric, found in told.items())
     tests = sum(one.p == one.p for found in told.values() for one in found)
     each = len(study.arms) - 1
     many = f"the {each} comparisons" if each > 1 else "the one comparison"
     note = (
-        f"Two-sided t-tests at 5 %, with Holm's correction over {many} of each metric. If arms do not differ at all, each of the "
-        f"{len(told)} metrics still has a chance of 5 % of a false finding; where one does not hold with all {tests} comparisons "
-        "corrected together, the sentence says so. An interval of few seeds rests on their being normally distributed."
+        f"Two-sided t-tests at 5 %, with Holm's correction over {many} of each metric. If the arms do not differ, each of the "
+        f"{len(told)} metrics still has a 5 % chance of a false positive. If a finding is not significant with all "
+        f"{tests} comparisons corrected together, its sentence says so. Intervals from few seeds assume a normal distribution."
     )
     return f"<ul>{items}</ul><p><small>{note} {_pairing(study)}</small></p>"
 
 
 def _parts(found: Sequence[Difference]) -> str:
-    said = parts(found) or [Part("no other arm has it", False)]
+    said = parts(found) or [Part("no other arm has this metric", False)]
     items = "".join(f"<li{' class=sure' * part.sure}>{escape(part.text)}</li>" for part in said)
     return f"<ul>{items}</ul>"
 
 
 def _pairing(study: Study) -> str:
-    """What runs of one seed share."""
+    """A note on what runs of one seed have in common."""
     draws = [key for key in study.differing if key.startswith(DRAWS) and "prompt" not in key]
     text = (
-        "Runs of one seed are a pair: sample n has the same photo, crop, time and noise in both"
+        "Runs of one seed are paired: sample n has the same photo, crop, timestep and noise in both"
         if not draws
-        else f"Runs of one seed are a pair by their seed; {', '.join(map(escape, draws))} differ, so their samples may differ too"
+        else f"Runs are paired by their seed; {', '.join(map(escape, draws))} differ, so their samples may differ too"
     )
     unlike = shared.unlike(study)
     pictures = (
-        f"; pictures differ by more than the training: {', '.join(map(escape, unlike))}"
+        f"; images also differ by {', '.join(map(escape, unlike))}"
         if unlike
-        else "; picture i of a prompt starts from the same noise in all"
+        else "; image i of a prompt starts from the same noise in all runs"
     )
     worded = "validation.prompts" in study.differing
-    prompts = " The prompts differ, so scores of pictures differ before training too: see step 0 of the curves." if worded else ""
+    prompts = " The prompts differ, so image scores differ before training too: see step 0 of the curves." if worded else ""
     return f"{text}{pictures}.{prompts}"
 
 
 def _differing(study: Study) -> str:
     if not study.differing:
-        return "<p>Nothing but the seed.</p>"
+        return "<p>Only the seed.</p>"
     head = "<tr><th>key</th>" + "".join(f"<th>{escape(arm.name)}</th>" for arm in study.arms) + "</tr>"
     rows = "".join(
         f"<tr><td><code>{escape(key)}</code></td>"
@@ -112,10 +112,10 @@ def _effects(told: dict[str, list[Difference]]) -> str:
 
 
 def _means(study: Study, chosen: Sequence[str]) -> str:
-    """Each arm's mean and interval by each number."""
-    note = f"Mean over seeds, its 95 % interval (Student's t); {TRAIN_LOSS}… is the mean over a run's last tenth of steps."
+    """Each arm's mean and interval for each metric."""
+    note = f"Mean over seeds with its 95 % interval (Student's t). {TRAIN_LOSS}… is the mean over a run's last tenth of steps."
     parts = [name for name in study.metrics if name not in chosen]
-    more = f"<details><summary>other numbers</summary>{_estimates(study, parts)}</details>" if parts else ""
+    more = f"<details><summary>other metrics</summary>{_estimates(study, parts)}</details>" if parts else ""
     return f"<p><small>{note}</small></p>{_estimates(study, chosen)}{more}"
 
 
@@ -140,34 +140,34 @@ def _estimate(told: Estimate) -> str:
 
 def _curves(study: Study, chosen: Sequence[str]) -> str:
     made = "".join(figures.curves(study, metric) for metric in chosen)
-    return f'<div class="few">{made}</div>' if made else "<p>No number was logged more than once.</p>"
+    return f'<div class="few">{made}</div>' if made else "<p>No metric was logged more than once.</p>"
 
 
 def _pictures(study: Study) -> str:
-    """The same prompt and noise side by side; the first seed open, the others folded."""
-    note = "Each strip has the pictures of one prompt; the n-th of every strip starts from the same noise."
+    """Images of the same prompt and noise side by side; the first seed is expanded, the others are folded."""
+    note = "Each strip has the images of one prompt. The n-th image of every strip starts from the same noise."
     parts = []
     for place, seed in enumerate(study.seeds):
         rows = shared.strips(study, seed)
         made = "".join(f"<h3>{number}: {escape(row[0].prompt)}</h3>{_strips(row)}" for number, row in enumerate(rows, 1))
         if made:
             parts.append(made if place == 0 else f"<details><summary>seed {seed}</summary>{made}</details>")
-    return f"<p><small>{note} First those of seed {study.seeds[0]}.</small></p>{''.join(parts)}" if parts else "<p>None.</p>"
+    return f"<p><small>{note} Seed {study.seeds[0]} comes first.</small></p>{''.join(parts)}" if parts else "<p>None.</p>"
 
 
 def _strips(row: Sequence[shared.Strip]) -> str:
     made = ""
     for strip in row:
         said = f"{strip.arm}, step {strip.step:,}" + (f": {strip.prompt}" if strip.prompt != row[0].prompt else "")
-        alt = f"pictures of “{strip.prompt}” by {strip.arm} at step {strip.step}"
+        alt = f"images of “{strip.prompt}” by {strip.arm} at step {strip.step}"
         made += f"<figure>{picture(strip.picture, alt)}<figcaption>{escape(said)}</figcaption></figure>"
     return f'<div class="strips">{made}</div>'
 
 
 def _cost(study: Study) -> str:
-    head = "<tr><th></th><th>seconds a run, mean</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
+    head = "<tr><th></th><th>seconds per run, mean</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
     rows = "".join(f"<tr><th>{escape(arm.name)}</th>{_took(arm)}</tr>" for arm in study.arms)
-    note = "Wall time of all phases. Jobs that share a process also share its peak: the largest resident size so far."
+    note = "Wall time of all phases. Jobs in one process share its peak: the largest resident size so far."
     return f"{_table(head, rows)}<p><small>{note}</small></p>"
 
 
@@ -188,7 +188,7 @@ def _runs(study: Study) -> str:
         for arm in study.arms
         for seed, run in arm.runs.items()
     )
-    said = "repeats an arm's configuration and seed; a newer run counts"
+    said = "repeats an arm's configuration and seed; a newer run is used"
     twice = "".join(f"<p>{escape(name)} {said}.</p>" for name in study.repeated)
     return f"<details><summary>all</summary>{_table(head, rows)}{twice}</details>"
 

@@ -8,17 +8,17 @@ from ..plots import Effect, Line, chart, forest, smoothed
 from .arms import TRAIN_LOSS, Arm, Run, Series, Study
 from .stats import Difference, estimate
 
-MOST = 300  # points of a line
+MOST = 300  # points per line
 
 
 def effects(metric: str, found: Sequence[Difference]) -> str:
     """One metric's differences from the reference."""
-    caption = f"{metric}: each arm less {found[0].reference}, with 95 % intervals"
+    caption = f"{metric}: difference of each arm from {found[0].reference}, with 95 % intervals"
     return forest(caption, [Effect(one.arm, one.mean, one.low, one.high) for one in found], f"difference of {metric}")
 
 
 def curves(study: Study, metric: str) -> str:
-    """A line an arm: the mean over seeds, and its 95 % interval as a band."""
+    """One line per arm: the mean over seeds, and its 95 % interval as a band."""
     lines = [line for place, arm in enumerate(study.arms) if (line := _mean(arm, metric, place))]
     smooth = ", running mean" if metric.startswith(TRAIN_LOSS) else ""
     band = "; bands: 95 % interval of the mean" if any(line.band for line in lines) else ""

@@ -1,4 +1,4 @@
-"""Pictures that runs share: each prompt's picture i starts from the same noise in every run with the same `validation.seed`."""
+"""Comparable images of runs: each prompt's image i starts from the same noise in every run with the same `validation.seed`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .. import names
 from ..runfolder import RunFolder
 from .arms import Arm, Run, Study
 
-HEIGHT = 160  # px of a picture on the page
+HEIGHT = 160  # px of an image on the page
 BASE = "base model"
 DRAWN = ("validation.seed", "validation.num_inference_steps", "validation.guidance_scale", "validation.resolution",
          "validation.negative_prompt", "model.pretrained")  # fmt: skip
 
 
 class Strip(NamedTuple):
-    """One arm's pictures of one prompt, from left to right those of noise 0, 1, …"""
+    """One arm's images of one prompt, from left to right those of noise 0, 1, …"""
 
     arm: str
     prompt: str
@@ -29,13 +29,13 @@ class Strip(NamedTuple):
 
 
 def unlike(study: Study) -> list[str]:
-    """Keys in which arms differ, and which change pictures beside what was learned."""
+    """Keys in which arms differ and which change images independently of training."""
     return [key for key in study.differing if key in DRAWN]
 
 
 def strips(study: Study, seed: int) -> list[list[Strip]]:
-    """Per prompt, in the order of the lists of prompts: each arm's last pictures of the runs with a seed, and before them the
-    base model's, once for each wording."""
+    """Per prompt, in the order of the prompts: the base model's images, once for each wording, and each arm's last images of the
+    runs with a seed."""
     runs = [(arm, arm.runs[seed]) for arm in study.arms if seed in arm.runs]
     prompts = max((len(run.values["validation.prompts"]) for _, run in runs), default=0)
     return [row for number in range(prompts) if (row := _row(runs, number))]
@@ -72,9 +72,9 @@ def _small(file: Path) -> Image.Image:
 
 
 def paired(study: Study) -> dict[tuple[str, str], list[float]]:
-    """(metric, arm) → differences from the reference, picture by picture, of arms that share one seed with it.
+    """(metric, arm) → differences from the reference, image by image, of arms that share one seed with it.
 
-    Scores are paired by the place of the prompt and the picture's number; the eval loss by dataset, picture and time.
+    Scores are paired by the index of the prompt and of the image; the eval loss by dataset, image and timestep.
     """
     reference, *others = study.arms
     found: dict[tuple[str, str], list[float]] = {}
@@ -90,7 +90,7 @@ def paired(study: Study) -> dict[tuple[str, str], list[float]]:
 
 
 def _rows(folder: RunFolder) -> tuple[pd.Series, pd.Series]:
-    """The last step's scores and errors of the live weights, by what pairs them."""
+    """The last step's scores and errors of the live weights, indexed for pairing."""
     scores, errors = _none("metric", "prompt", "image"), _none("metric", "dataset", "picture", "t")
     if folder.scores.is_file():
         table = _newest(pd.read_csv(folder.scores))

@@ -1,8 +1,8 @@
-"""What seeds can tell of arms: means with intervals, paired differences, Holm's correction. By scipy; imports no torch.
+"""Statistics of arms over seeds: means with intervals, paired differences, Holm's correction. Uses scipy; imports no torch.
 
 Intervals are Student's t at 95 %. Two arms are paired by seed: a seed fixes the order of the photos, crops, times and noise, so a
-difference between two runs of one seed is the setting's and not the draw's. Arms that share fewer than two seeds are compared
-unpaired (Welch's t).
+difference between two runs of one seed comes from the setting and not from the draws. Arms that share fewer than two seeds are
+compared unpaired (Welch's t).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARTS = "eval/loss_"  # of the eval loss: by dataset, by time
 
 
 class Estimate(NamedTuple):
-    """A mean over n seeds and its interval; NaN where n tells none."""
+    """A mean over n seeds and its interval; NaN if n is too small."""
 
     n: int
     mean: float
@@ -33,12 +33,12 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """An arm less the reference.
+    """The difference of an arm from the reference.
 
     Args:
         pairing: what a pair has in common.
-        n: pairs; of unpaired arms the runs of the smaller one.
-        p: two-sided, of no difference.
+        n: pairs; for unpaired arms the runs of the smaller one.
+        p: two-sided p-value of no difference.
         p_holm: corrected over the arms compared by this metric.
         p_page: corrected over all comparisons of the page.
     """
@@ -57,8 +57,8 @@ class Difference(NamedTuple):
 
 
 def results(study: Study) -> list[str]:
-    """Numbers of which something is to be concluded; the others are shown as numbers. One that is another's copy in every run, as
-    the instance rows' loss is where there are no class rows, is told once."""
+    """Metrics for which conclusions are drawn; the others are only listed. Of metrics that are equal in every run, such as
+    the loss and the instance rows' loss without class rows, one is used."""
     chosen: list[str] = []
     for metric in study.metrics:
         told = metric in NOT_JUDGED or metric.removeprefix("ema/").startswith(PARTS)
@@ -82,7 +82,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def at_end(arm: Arm, metric: str) -> dict[int, float]:
-    """Seed → what a run of the arm came to."""
+    """Seed → the metric at the end of the arm's run."""
     return {seed: run.metrics[metric] for seed, run in arm.runs.items() if metric in run.series}
 
 
@@ -90,7 +90,7 @@ def differences(study: Study, metrics: Iterable[str], pictures: Mapping[tuple[st
     """Each arm against the reference, by each metric.
 
     Args:
-        pictures: (metric, arm) → differences picture by picture, for arms that have one seed in common with the reference.
+        pictures: (metric, arm) → differences image by image, for arms that have one seed in common with the reference.
     """
     reference, *others = study.arms
     found = [
@@ -103,8 +103,8 @@ def differences(study: Study, metrics: Iterable[str], pictures: Mapping[tuple[st
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Scand. J. Statist. 6, 1979): the chance of one false finding or more among all stays below α.
-    Those that are NaN stay so and do not count."""
+    """Holm's step-down correction (Scand. J. Statist. 6, 1979): the probability of at least one false positive is below α.
+    NaN values remain NaN and are not counted."""
     order = sorted((i for i in range(len(p)) if p[i] == p[i]), key=lambda i: p[i])
     corrected, most = [nan] * len(p), 0.0
     for rank, i in enumerate(order):
@@ -134,9 +134,9 @@ def _difference(metric: str, reference: Arm, arm: Arm, pictures: Sequence[float]
 
 
 def _t(test: object, *samples: object, **options: bool) -> tuple[float, float, float]:
-    """Interval and p of one of scipy's t-tests. Equal values have an interval of no width; equal to nothing at all, p is 1."""
+    """Interval and p of one of scipy's t-tests. Equal values have an interval of width 0; without any difference, p is 1."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that are all the same
+        warnings.simplefilter("ignore")  # about values that are all equal
         result = test(*samples, **options)  # type: ignore[operator]
         interval = result.confidence_interval(LEVEL)
     first = samples[0]

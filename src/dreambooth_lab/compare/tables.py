@@ -1,4 +1,4 @@
-"""The numbers of a comparison as tables: one row a run, and one row a difference; CSV and Parquet. Imports no torch."""
+"""The data of a comparison as tables: one row per run, and one row per difference; CSV and Parquet. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .arms import Study
 from .stats import Difference
 
 RUNS, DIFFERENCES = "compare", "differences"  # the files' stems
-FIRST = ["run", "arm", "seed"]  # columns before those of keys, numbers and cost
+FIRST = ["run", "arm", "seed"]  # columns before those of keys, metrics and cost
 
 
 def runs(study: Study) -> pd.DataFrame:
-    """A row a run: its folder, arm and seed, the keys in which the arms differ, its numbers at the end, its cost."""
+    """One row per run: its folder, arm and seed, the keys in which the arms differ, its final metrics, its cost."""
     rows = [
         {"run": str(run.folder.root), "arm": arm.name, "seed": seed}
         | {key: _cell(run.values.get(key)) for key in study.differing}
@@ -29,12 +29,12 @@ def runs(study: Study) -> pd.DataFrame:
 
 
 def differences(found: Sequence[Difference]) -> pd.DataFrame:
-    """A row a comparison of an arm with the reference."""
+    """One row per comparison of an arm with the reference."""
     return pd.DataFrame(found, columns=Difference._fields)
 
 
 def write(study: Study, found: Sequence[Difference], folder: Path) -> None:
-    """compare and differences, each as .csv and .parquet; floats keep all their digits."""
+    """Write compare and differences, each as .csv and .parquet; floats are written with all digits."""
     for stem, table in ((RUNS, runs(study)), (DIFFERENCES, differences(found))):
         with atomic_file(folder / f"{stem}.csv") as aside:
             table.to_csv(aside, index=False)
@@ -43,5 +43,5 @@ def write(study: Study, found: Sequence[Difference], folder: Path) -> None:
 
 
 def _cell(value: object) -> str | int | float | bool | None:
-    """A configuration's value as one of a column of one kind: Parquet has no lists of anything."""
+    """A configuration's value for a column of one type: Parquet has no lists of mixed types."""
     return str(value) if value is not None else None

@@ -1,4 +1,4 @@
-"""What can and what can't be concluded, a sentence a metric."""
+"""Conclusions in words: one sentence per metric."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from .stats import ALPHA, BY_PICTURE, BY_SEED, NOT_TOLD, UNPAIRED, Difference
 
 PAIRS = {
     BY_SEED: "paired by seed, {n} pairs",
-    UNPAIRED: "unpaired, {n} runs or more an arm",
-    BY_PICTURE: "paired by picture, {n} pairs",
+    UNPAIRED: "unpaired, {n} runs or more per arm",
+    BY_PICTURE: "paired by image, {n} pairs",
 }
 
 
 class Part(NamedTuple):
-    """Of one arm.
+    """The conclusion for one arm.
 
     Args:
-        sure: a difference can be concluded.
+        sure: whether there is a significant difference.
     """
 
     text: str
@@ -26,38 +26,38 @@ class Part(NamedTuple):
 
 
 def conclusion(metric: str, found: Sequence[Difference]) -> str:
-    """Of one metric's differences from the reference, as one sentence."""
-    return f"{lead(metric, found)} {'; '.join(part.text for part in parts(found)) or 'no other arm has it'}."
+    """One metric's differences from the reference, as one sentence."""
+    return f"{lead(metric, found)} {'; '.join(part.text for part in parts(found)) or 'no other arm has this metric'}."
 
 
 def lead(metric: str, found: Sequence[Difference]) -> str:
-    return f"{metric}, against “{found[0].reference}”:" if found else f"{metric}:"
+    return f"{metric}, compared with “{found[0].reference}”:" if found else f"{metric}:"
 
 
 def parts(found: Sequence[Difference]) -> list[Part]:
-    """What is sure comes first."""
+    """One part per arm, significant differences first."""
     told = [one for one in found if one.pairing != NOT_TOLD]
     if found and not told:
-        return [Part("nothing can be concluded, because one run an arm tells no interval", False)]
+        return [Part("no conclusion is possible, because one run per arm gives no interval", False)]
     made = [Part(_sure(one), True) if one.p_holm < ALPHA else Part(_unsure(one), False) for one in told]
-    made += [Part(f"nothing can be concluded of “{one.arm}”: it is one run", False) for one in found if one not in told]
+    made += [Part(f"no conclusion is possible for “{one.arm}”: it has only one run", False) for one in found if one not in told]
     return sorted(made, key=lambda part: not part.sure)
 
 
 def _sure(one: Difference) -> str:
     where = "higher" if one.mean > 0 else "lower"
-    page = "" if one.p_page < ALPHA else ", but not with all comparisons of this page corrected together"
-    of = " on these pictures (one training seed, so other seeds may differ)" if one.pairing == BY_PICTURE else ""
+    page = "" if one.p_page < ALPHA else ", but not significant with all comparisons of this page corrected together"
+    of = " on these images (one training seed, so other seeds may differ)" if one.pairing == BY_PICTURE else ""
     return f"“{one.arm}” is {where}{of} by {abs(one.mean):.3g} ({_interval(one)}; {_p(one.p_holm)} after Holm{page})"
 
 
 def _unsure(one: Difference) -> str:
     if one.low == one.high == 0:
-        return f"“{one.arm}” is equal to the last digit in all {one.n} pairs"
+        return f"“{one.arm}” is exactly equal in all {one.n} pairs"
     most = max(abs(one.low), abs(one.high))
     return (
-        f"no difference can be concluded of “{one.arm}”: {one.mean:+.3g} ({_interval(one)}; {_p(one.p_holm)} after Holm); "
-        f"one of up to {most:.2g} remains possible"
+        f"no significant difference for “{one.arm}”: {one.mean:+.3g} ({_interval(one)}; {_p(one.p_holm)} after Holm); "
+        f"a difference of up to {most:.2g} remains possible"
     )
 
 

@@ -1,4 +1,4 @@
-"""The eval datasets: pictures that are never trained on, each asked in the same way whenever it is asked."""
+"""The eval datasets: images that are never trained on, evaluated in the same way every time."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from . import cache_key
 from .module import DreamBoothData
 from .preparation.entry import Entry
 
-SEED = 0  # not the run's: the members of a sweep over seeds are compared under the same noise
+SEED = 0  # not the run's seed: the jobs of a sweep over seeds are compared with the same noise
 
 
 class EvalBatch(NamedTuple):
     """Rows of one shape, the same ones every time."""
 
-    batch: Batch  # u [B]: where in its stratum's middle a row's time is, as a share of the model's own range
-    rows: tuple[tuple[str, str], ...]  # dataset id, picture
+    batch: Batch  # u [B]: the middle of the row's stratum, as a share of the model's own range of timesteps
+    rows: tuple[tuple[str, str], ...]  # dataset id, image
 
 
 def eval_batches(data: DreamBoothData, times: int, batch_size: int) -> list[EvalBatch]:
-    """Every eval picture at `times` evenly spread times, under noise that is a function of its bytes and of the time alone.
+    """Every eval image at `times` evenly spaced timesteps, with noise that is a function only of its bytes and the timestep.
 
-    Nothing is dropped, mirrored or masked, and no caption is: of several, the first counts.
+    No image is dropped, mirrored or masked, and no caption is dropped: of several captions, the first is used.
 
     Args:
-        batch_size: most rows of an evaluation batch.
+        batch_size: maximum number of rows of an evaluation batch.
     """
     by_shape: dict[tuple[int, int], list[tuple[Entry, int]]] = {}
     for entry in data.held_out:

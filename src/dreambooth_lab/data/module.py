@@ -1,4 +1,4 @@
-"""The LightningDataModule: pictures and captions → caches → an endless, addressable stream of batches."""
+"""The LightningDataModule: images and captions → caches → an endless, indexable stream of batches."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from .spec import DatasetSpec
 
 
 class Summary(NamedTuple):
-    """What became of one dataset."""
+    """Counts of one dataset."""
 
     spec: DatasetSpec
     found: int
     rejected: list[Rejected]
-    cached: int  # latents that were there already
+    cached: int  # latents that were already cached
     built: int
     buckets: int
     masks: int
 
 
 class DreamBoothData(LightningDataModule):
-    """Everything about the data of a run.
+    """The data of a run.
 
     `prepare` scans and fills the caches (it needs the family's encoders); after it, `text`, `summaries` and the loader
     read caches only.
@@ -58,13 +58,13 @@ class DreamBoothData(LightningDataModule):
         super().__init__()
         self.cfg, self.family = cfg, family
         self.stores = Stores(Path(cfg.cache).expanduser())
-        self.start = 0  # number of the first batch to come
+        self.start = 0  # number of the next batch
 
     def prepare(self) -> None:
-        """Scan the datasets, fill the caches, lay out the buckets.
+        """Scan the datasets, fill the caches, build the buckets.
 
         Raises:
-            ConfigError: lists everything that must be mended: datasets without a usable picture, missing captions, masks.
+            ConfigError: lists all problems: datasets without a usable image, missing captions, masks.
         """
         if self.cfg.dataset.long_captions is enums.LongCaptions.chunk:
             self.family.fit_chunks([])  # refused before anything is read
@@ -90,7 +90,7 @@ class DreamBoothData(LightningDataModule):
         self.stores.save_index()
 
     def _read_texts(self, captions: set[Caption]) -> None:
-        """Fill the text cache; what the encoders leave out of long captions is noticed, whether it was cached or not."""
+        """Fill the text cache; truncated captions are listed, whether they were cached or not."""
         said = {caption for caption in captions if caption}
         if self.cfg.dataset.long_captions is enums.LongCaptions.chunk:
             self.family.fit_chunks(said)
@@ -99,16 +99,16 @@ class DreamBoothData(LightningDataModule):
         self.cache_reader.fill_texts(captions, self.cfg.trainer.progress)
 
     def _captions(self, entries: list[Entry]) -> set[Caption]:
-        """Everything that is said in the run."""
+        """All captions and prompts of the run."""
         said: set[Caption] = {caption for entry in entries for caption in entry.captions}
         return said | {"", self.cfg.validation.negative_prompt or None, *self.cfg.validation.prompts}
 
     def text(self, caption: Caption) -> Text:
-        """What the base model's encoders say about a caption, one row; it was among the run's prompts."""
+        """The base model's text embedding of a caption, one row; the caption must be one of the run's."""
         return self.cache_reader.text(caption)
 
     def _fill_latents(self, entries: list[Entry]) -> list[Entry]:
-        """Fill the latent cache; pictures that turn out to be unreadable join the rejected."""
+        """Fill the latent cache; unreadable images are added to the rejected ones."""
         self.there, self.made = dict.fromkeys(self.found, 0), dict.fromkeys(self.found, 0)
         fresh, lost = [], set()
         for entry in entries:
@@ -149,17 +149,17 @@ class DreamBoothData(LightningDataModule):
         return made
 
     def croppings(self) -> dict[str, notices.Cropping]:
-        """Dataset id → what crops cut away of its pictures."""
+        """Dataset id → the area that crops remove."""
         every = [*self.entries, *self.held_out]
         return {one.id: notices.cropping(own) for one in self.specs if (own := [e for e in every if e.spec.id == one.id])}
 
     @property
     def damaged(self) -> int:
-        """Cache entries that were found damaged and made again."""
+        """Number of damaged cache entries that were rebuilt."""
         return self.stores.damaged + (self.bank.targets.damaged if self.bank else 0)
 
     def rows_per_epoch(self) -> dict[str, float]:
-        """Dataset id → rows it gives to an epoch, as the schedule has it."""
+        """Dataset id → its rows per epoch, by the schedule."""
         rows = dict.fromkeys(self.found, 0.0)
         for bucket in self.schedule.buckets:
             for group in bucket.groups:
@@ -167,7 +167,7 @@ class DreamBoothData(LightningDataModule):
         return rows
 
     def tags(self) -> dict[str, dict[str, int]]:
-        """Dataset id → part of a caption between commas → on how many of the subject's pictures it is said."""
+        """Dataset id → comma-separated part of a caption → number of the subject's images that have it."""
         said = {(e.spec.id, e.picture.name): e.captions for e in self.entries if not e.spec.is_class}
         found: dict[str, Counter[str]] = {}
         for (dataset, _), captions in said.items():
@@ -183,7 +183,7 @@ class DreamBoothData(LightningDataModule):
         trainer: Any = self.trainer
         schedule = self._schedule(trainer.world_size)
         samples = Samples(self, schedule, self.start, trainer.global_rank, trainer.world_size)
-        pinned = self.family.device.type == "cuda"  # copied to the device while it computes
+        pinned = self.family.device.type == "cuda"  # copied to the device asynchronously
         return DataLoader(samples, batch_size=None, collate_fn=_as_it_is, pin_memory=pinned)
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class Samples(IterableDataset[Batch]):
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()  # batch n is worker n's, modulo their number: the loader takes turns, so order stays
+        worker = get_worker_info()  # worker (n mod number of workers) makes batch n: the loader alternates, so the order is kept
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in count(self.start + first, stride):
             yield self.data.build(self.schedule.batch(number)[self.rank :: self.world_size])

@@ -16,10 +16,10 @@ def plan(cfg: DictConfig, classes: str | None = None) -> DataPlan:
     """The datasets of a checked configuration.
 
     Args:
-        classes: the folder of class pictures, or its URL, where they are not a dataset file's.
+        classes: the folder of class images, or its URL, if they are not in a dataset file.
 
     Raises:
-        ConfigError: a dataset file is wrong; lists everything that is.
+        ConfigError: a dataset file has errors; lists all of them.
     """
     if cfg.dataset.type is enums.DatasetType.simpletuner:
         made = simpletuner.read(Path(cfg.dataset.path).expanduser(), cfg)
@@ -29,13 +29,13 @@ def plan(cfg: DictConfig, classes: str | None = None) -> DataPlan:
 
 
 def _with_eval(made: DataPlan, cfg: DictConfig) -> DataPlan:
-    """With the folder of eval pictures, if there is one; without any eval dataset if nobody looks at them."""
+    """Add the folder of eval images, if there is one; remove all eval datasets if the eval loss is off."""
     specs = [*made.specs, *_at_each_size(cfg, [_held_out(cfg)] if cfg.eval.path else [])]
     training = [spec for spec in specs if not spec.is_eval]
     watched = [spec._replace(most=min(spec.most or cfg.eval.num_images, cfg.eval.num_images)) for spec in specs if spec.is_eval]
     if cfg.eval.every_n_steps or cfg.eval.every_n_epochs:
         return made._replace(specs=training + watched)
-    off = [f"{spec.id} is left alone: eval.every_n_steps and eval.every_n_epochs are both 0" for spec in watched]
+    off = [f"{spec.id} is not used: eval.every_n_steps and eval.every_n_epochs are both 0" for spec in watched]
     return made._replace(specs=training, notices=[*made.notices, *off])
 
 
@@ -51,7 +51,7 @@ def _captions(cfg: DictConfig) -> Captions:
 
 
 def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
-    """The subject's photos at each resolution, then the class pictures at each resolution."""
+    """The subject's photos at each resolution, then the class images at each resolution."""
     data, prior = cfg.dataset, cfg.prior
     columns = (data.caption_column,) if data.caption_column else ()
     where = Where(data.type, str(data.path), data.image_column, columns, None, data.split, data.streaming)

@@ -20,13 +20,13 @@ def noise_draws(cfg: DictConfig, sample: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def rollout_draws(cfg: DictConfig, samples: list[int]) -> Tensor:
-    """Whether each row rolls out, and how far [B 2]; drawn in any case, and read if rollout is on."""
+    """Whether each row is rolled out, and over how many steps [B 2]; always drawn, used only if rollout is on."""
     pairs = [draw.generator(cfg.seed, sample, Purpose.ROLLOUT).random(2) for sample in samples]
     return torch.tensor([tuple(pair) for pair in pairs], dtype=torch.float64)
 
 
 def drop_masks(cfg: DictConfig, samples: list[int], mask: Tensor | None) -> Tensor | None:
-    """Masks [B 1 h w] with a share of the rows set to ones, which is training without a mask."""
+    """Masks [B 1 h w], with a share of the rows set to ones (training without a mask)."""
     if mask is None:
         return None
     share = cfg.mask.drop_probability

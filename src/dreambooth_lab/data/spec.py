@@ -1,4 +1,4 @@
-"""What each dataset is: one typed record, whatever it came from. Imports no torch: a wrong one is refused at once."""
+"""Dataset specifications as typed records, whatever their source. Imports no torch, so errors are reported fast."""
 
 from __future__ import annotations
 
@@ -8,58 +8,58 @@ from ..config import enums
 
 
 class Where(NamedTuple):
-    """Where pictures come from."""
+    """Where images come from."""
 
     type: enums.DatasetType
-    path: str  # a folder, a URL of fsspec's, a table, or a dataset of the hub
+    path: str  # a folder, an fsspec URL, a table, or a hub dataset
     image_column: str = "image"
     caption_columns: tuple[str, ...] = ()
-    root: str | None = None  # what a table's relative paths are relative to; None: the table's own folder
+    root: str | None = None  # base of a table's relative paths; None: the table's own folder
     split: str = "train"
     streaming: bool = False
-    fallback_column: str | None = None  # a table's captions where those columns are empty
-    without: str | None = None  # a folder in it that is left out: the masks'
+    fallback_column: str | None = None  # a table's caption column if the others are empty
+    without: str | None = None  # a subfolder that is skipped: the masks'
 
 
 class Shaping(NamedTuple):
-    """How a picture's size becomes the size it is trained at. Sizes are in the unit of `unit`."""
+    """How the training size of an image follows from its size. Sizes are in the unit of `unit`."""
 
     resolution: float
     unit: enums.ResolutionType = enums.ResolutionType.pixel_area
     minimum: float = 0
     maximum: float | None = None
-    downsample: float | None = None  # what larger pictures than `maximum` are shrunk to before the crop
+    downsample: float | None = None  # images larger than `maximum` are downscaled to this before the crop
     aspect: enums.CropAspect = enums.CropAspect.preserve
     aspects: tuple[float, ...] = ()  # width / height, for closest and random
     place: enums.Crop = enums.Crop.center
-    variants: int = 1  # cached crops, where they are random
+    variants: int = 1  # number of cached crops, if they are random
     mirror: bool = False
-    max_aspect: float = 4.0  # longest : shortest side; beyond it the picture is cropped
-    least_aspect: float | None = None  # width / height; beyond these the picture is rejected
+    max_aspect: float = 4.0  # longest : shortest side; beyond it the image is cropped
+    least_aspect: float | None = None  # width / height; beyond these the image is rejected
     most_aspect: float | None = None
     max_upscale: float | None = None
 
 
 class Captions(NamedTuple):
-    """What a picture's captions are; of several, each sample draws one."""
+    """The source of an image's captions; of several captions, each sample draws one."""
 
     kind: enums.CaptionKind
     prompts: tuple[str, ...] = ()
     prepend: bool = False
     only_prompt: bool = False
-    whole_file: bool = False  # a text file is one caption, rather than one a line
+    whole_file: bool = False  # a text file is one caption, instead of one per line
 
 
 class Masks(NamedTuple):
     """Where masks come from."""
 
     kind: enums.MaskFrom
-    id: str  # of the dataset that holds them
-    where: Where | None  # None: the pictures' own alpha channel
+    id: str  # of the dataset with the masks
+    where: Where | None  # None: the images' own alpha channel
 
 
 class DatasetSpec(NamedTuple):
-    """Pictures of one place, shaped and captioned in one way."""
+    """Images from one location, with one shaping and captioning rule."""
 
     id: str
     where: Where
@@ -69,17 +69,17 @@ class DatasetSpec(NamedTuple):
     is_eval: bool = False  # never trained on
     repeats: int = 0  # extra passes per epoch
     probability: float = 1.0  # multiplies the rows of an epoch
-    share_shapes: bool = False  # class pictures take the shapes that the subject's photos have
+    share_shapes: bool = False  # class images get the shapes of the subject's photos
     masks: Masks | None = None
-    most: int | None = None  # at most so many pictures, chosen by id
-    latents: str | None = None  # a cache folder of its own
-    recaptioned: bool = False  # the subject's own photos under the class prompt
-    named: str = "dataset.path"  # how the user said where, for messages
+    most: int | None = None  # maximum number of images, chosen by id
+    latents: str | None = None  # its own cache folder
+    recaptioned: bool = False  # the subject's own photos with the class prompt
+    named: str = "dataset.path"  # the key of its location, for messages
 
 
 class DataPlan(NamedTuple):
-    """Everything a run's dataset description says."""
+    """The datasets of a run."""
 
     specs: list[DatasetSpec]
-    notices: list[str]  # what was said but has no meaning here
-    texts: str | None = None  # a cache folder for text embeddings of its own
+    notices: list[str]  # keys without effect
+    texts: str | None = None  # its own cache folder for text embeddings

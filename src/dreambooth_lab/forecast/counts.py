@@ -1,4 +1,4 @@
-"""What networks hold at once, counted on tensors without values: nothing is loaded, nothing is computed."""
+"""Memory of the networks, counted on fake tensors: nothing is loaded, nothing is computed."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ class Network(NamedTuple):
     """A network's weights, bytes."""
 
     size: int  # on the device
-    written_out: int = 0  # of the largest quantised layer, as it is while it is used
-    block: int = 0  # of the largest offloaded block: the next one, on its way
-    away: int = 0  # in the host's memory
+    written_out: int = 0  # of the largest quantised layer, dequantised for its forward pass
+    block: int = 0  # of the largest offloaded block, which is copied one ahead
+    away: int = 0  # in host memory
 
     @property
     def at_work(self) -> int:
-        """What the device needs of it besides `size` when it runs, its activations and the running block aside."""
+        """Device memory besides `size` while it runs, without activations and the running block."""
         return self.written_out + self.block
 
 
 class Visit(NamedTuple):
-    """A network that works without gradient, bytes."""
+    """A network's forward pass without gradient, bytes."""
 
     weights: Network
-    work: int  # at the worst moment, weights aside
+    work: int  # peak, without weights
 
 
 class Step(NamedTuple):
-    """Forward and backward of all that trains, bytes."""
+    """Forward and backward of a training step, bytes."""
 
     base: Network
-    encoders: int  # weights of text encoders that learn something
-    added: int  # by the adapter: its own weights, or a copy of the base's beside full training
-    learning: int  # what learns
-    states: int  # the optimiser's
-    kept: int  # for backward, when forward is done
-    work: int  # at the worst moment, weights aside, gradients included
+    encoders: int  # weights of trained text encoders
+    added: int  # by the adapter: its own weights, or the copy of the base weights with full fine-tuning
+    learning: int  # trainable weights
+    states: int  # optimiser state
+    kept: int  # saved for backward, after forward
+    work: int  # peak, without weights, with gradients
 
 
 def on_cpu(cfg: DictConfig) -> DictConfig:
-    """The same, for a machine without the card that it is for."""
+    """The same configuration, for a machine without that card."""
     cfg = cfg.copy()
     OmegaConf.update(cfg, "trainer.accelerator", "cpu")
     OmegaConf.update(cfg, "trainer.devices", 1)
@@ -68,10 +68,10 @@ def on_cpu(cfg: DictConfig) -> DictConfig:
 
 @contextmanager
 def meta_family(cfg: DictConfig) -> Iterator[CheckpointFamily]:
-    """A configuration's family without weights, on the CPU; inside, tensors have no values."""
+    """A context with a configuration's family without weights, on the CPU; its tensors are fake."""
     with skip_weights():
         family = cast(CheckpointFamily, build_family(on_cpu(cfg)))
-        family.truncated_part([CAPTION])  # loads tokenizers and schedulers, which need values
+        family.truncated_part([CAPTION])  # loads tokenizers and schedulers, which need real tensors
         with fake():
             yield family
 
@@ -86,13 +86,13 @@ def reading(cfg: DictConfig) -> Visit:
 
 
 def encoding(cfg: DictConfig, edge: int) -> Visit:
-    """The VAE, and one picture."""
+    """The VAE, and one image."""
     with meta_family(cfg) as family:
         return _through_vae(family, lambda: family.encode_image(torch.zeros(1, 3, edge, edge)))
 
 
 def decoding(cfg: DictConfig, edge: int) -> Visit:
-    """The VAE, and one picture's latents."""
+    """The VAE, and one image's latents."""
     with meta_family(cfg) as family:
         cells = edge // family.factor
         return _through_vae(family, lambda: family.decode(torch.zeros(1, family.channels, cells, cells)))
@@ -104,7 +104,7 @@ def _through_vae(family: CheckpointFamily, work: Callable[[], object]) -> Visit:
 
 
 def sampling(cfg: DictConfig, rows: int, edge: int) -> Visit:
-    """The denoiser, without gradient or adapter, and so many rows of a square picture."""
+    """The denoiser, without gradient or adapter, and a number of rows of a square image."""
     with meta_family(cfg) as family:
         text = family.encode_text([CAPTION])
         family.release_encoders()
@@ -116,7 +116,7 @@ def sampling(cfg: DictConfig, rows: int, edge: int) -> Visit:
 
 
 def step(cfg: DictConfig, rows: int, edge: int) -> Step:
-    """A training step of so many rows of a square picture; walks and the prior's own forwards aside."""
+    """A training step of a number of rows of a square image, without rollout and the prior's own forward passes."""
     with meta_family(cfg) as family:
         text = family.encode_text([CAPTION])
         family.release_encoders()
@@ -135,7 +135,7 @@ def step(cfg: DictConfig, rows: int, edge: int) -> Step:
 
 
 def _step(module: DreamBooth, inputs: tuple[Tensor, Tensor, Cond]) -> tuple[int, int]:
-    """Bytes kept for backward, and those at the worst moment."""
+    """Bytes saved for backward, and the peak."""
     x_t, t, cond = inputs
     with LiveBytes([*module.parameters(), *module.buffers()]) as held:
         if module.text:
@@ -147,14 +147,14 @@ def _step(module: DreamBooth, inputs: tuple[Tensor, Tensor, Cond]) -> tuple[int,
 
 
 def _peak(networks: Sequence[nn.Module], work: Callable[[], object]) -> int:
-    """Bytes that work holds at most, the networks' weights aside."""
+    """Peak memory in bytes, without the networks' weights."""
     with LiveBytes(tensor for one in networks for tensor in (*one.parameters(), *one.buffers())) as held:
         work()
     return held.peak
 
 
 def network(family: CheckpointFamily, part: str, model: nn.Module) -> Network:
-    """A network's weights in the bits that the configuration keeps them in; no adapter is on it yet."""
+    """A network's weights with the configured quantisation, before an adapter is attached."""
     kind = family.quantiser.kind(part)
     fewer = (
         {f"{name}.weight" for name in layers_to_quantize(model, family.skip_quantization)[0]}

@@ -1,7 +1,7 @@
-"""What each phase of a run needs of the device.
+"""Device memory of each phase of a run.
 
-Left out are what the driver and torch's allocator take (`RESERVED`, `SLACK`), and the judges of pictures, which need less than
-decoding does. With guidance every drawn picture is two rows.
+The counts exclude the driver and torch's allocator (see `RESERVED`, `SLACK`), and the models of image metrics, which need less
+than decoding. With guidance every generated image is two rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from . import counts
 from .cached_counts import CachedCounts
 from .counts import Step, Visit
 
-RESERVED = int(0.6 * 2**30)  # bytes that CUDA's context and libraries take
-SLACK = 1.05  # the allocator's blocks are larger than what is asked of them
+RESERVED = int(0.6 * 2**30)  # bytes of CUDA's context and libraries
+SLACK = 1.05  # the allocator's blocks are larger than the requested sizes
 STRIDE = 64  # px
 
-# What counts depend on.
+# The keys that the counts depend on.
 MODEL = (
     "model._target_", "model.pretrained", "model.revision", "model.variant", "model.config", "model.prediction_type",
     "model.dtype", "model.encoder_dtype", "model.options", "model.empty_caption",
@@ -29,7 +29,7 @@ SAMPLED = (*MODEL, "model.attention", "model.offload", "quant.kind")
 
 
 class Need(NamedTuple):
-    """What a phase needs of the device at its worst moment."""
+    """Peak device memory of a phase."""
 
     phase: str
     parts: dict[str, int]  # purpose → bytes
@@ -40,7 +40,7 @@ class Need(NamedTuple):
 
     @property
     def least_card(self) -> int:
-        """Bytes of the smallest device that has room for it."""
+        """Memory in bytes of the smallest device that fits it."""
         return int(self.total * SLACK) + RESERVED
 
 
@@ -48,14 +48,14 @@ class Forecast:
     """The phases of a configuration.
 
     Args:
-        known: what was counted before.
+        known: earlier counts.
     """
 
     def __init__(self, cfg: DictConfig, known: CachedCounts):
         self.cfg, self.known = cfg, known
 
     def phases(self) -> list[Need]:
-        """In the order in which they come."""
+        """The phases, in the order of the run."""
         return [*self._caching(), self._training(), *self._validation()]
 
     def _caching(self) -> list[Need]:
@@ -92,7 +92,7 @@ class Forecast:
         return [Need("validation", held | self._drawing(rows, node.resolution))]
 
     def _resident(self) -> dict[str, int]:
-        """What lies on the device as long as it trains."""
+        """Memory that is allocated during the whole training."""
         step, ema = self._step(), self.cfg.ema
         parts = {
             "denoiser": step.base.size,
@@ -104,13 +104,13 @@ class Forecast:
         return {what: size for what, size in parts.items() if size}
 
     def _drawing(self, rows: int, edge: int) -> dict[str, int]:
-        """Sampling, or decoding one picture after it, whichever needs more."""
+        """Sampling, or decoding one image after it, whichever needs more."""
         asked, decoded = self._sampling(rows, edge), self._decoding(edge)
         sampling = {f"sampling {rows} rows of {edge}² px": _at_work(asked)}
         showing = {"VAE": decoded.weights.size, f"decoding {edge}² px": decoded.work}
         return max(sampling, showing, key=lambda parts: sum(parts.values()))
 
-    # What is counted, each once.
+    # The counts, each computed once.
 
     def _reading(self) -> Visit:
         return self.known.count(counts.reading, self.cfg, (*MODEL, "quant"))
@@ -134,7 +134,7 @@ def _at_work(visit: Visit) -> int:
 
 
 def _edge(cfg: DictConfig) -> int:
-    """Edge of a square as large as the largest training picture, px."""
+    """Edge of a square with the area of the largest training image, px."""
     data = cfg.dataset
     largest = max(data.resolutions)
     edges = {

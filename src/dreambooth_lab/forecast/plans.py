@@ -1,4 +1,4 @@
-"""`memory=…`: the first of the group's plans with which a run fits the card, as words of the command line."""
+"""`memory=…`: the first of the group's plans with which a run fits the card, as command-line overrides."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .phases import Forecast, Need
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-BATCH = ("dataset.batch_size", "trainer.accumulate_grad_batches")  # who says one of them has said both
-Compose = Callable[[Sequence[str]], DictConfig]  # the run's configuration, with more words said
+BATCH = ("dataset.batch_size", "trainer.accumulate_grad_batches")  # setting one of them on the command line fixes both
+Compose = Callable[[Sequence[str]], DictConfig]  # the run's configuration with further overrides
 
 
 class Chosen(NamedTuple):
-    """What will run, and what it needs."""
+    """The configuration to run, and its memory."""
 
     cfg: DictConfig
-    words: list[str]  # said in the user's place
+    words: list[str]  # the plan's overrides
     needs: list[Need]
     card: int  # bytes
 
@@ -36,7 +36,7 @@ class Chosen(NamedTuple):
         return max(need.least_card for need in self.needs) <= self.card
 
     def show(self) -> None:
-        """Print it, and how to say the same in so many words."""
+        """Print it, and the equivalent overrides."""
         terminal.show(self.table())
         if self.words:
             log.info("memory: chosen for this card: %s", " ".join(self.words))
@@ -44,8 +44,8 @@ class Chosen(NamedTuple):
             log.warning("this run may not fit the device; memory=auto looks for a plan that does")
 
     def table(self) -> Table:
-        """What each phase needs, against what the card has."""
-        title = f"Memory of the device by phase, estimated without weights; it has {self.card / GIB:.1f} GiB"
+        """The memory of each phase, compared with the card's."""
+        title = f"Device memory by phase, estimated before loading weights; the device has {self.card / GIB:.1f} GiB"
         table = Table("phase", "what for", "GiB", "", title=title, title_justify="left", title_style="bold")
         for need in self.needs:
             parts = ", ".join(f"{what} {size / GIB:.2f}" for what, size in need.parts.items())
@@ -55,12 +55,12 @@ class Chosen(NamedTuple):
 
 
 def choose_plan(cfg: DictConfig, said: Sequence[str], compose: Compose) -> Chosen | None:
-    """What to run, by `cfg.memory`; None: there is neither a card nor a plan to look at.
+    """The configuration to run, by `cfg.memory`; None: there is neither a card nor a plan.
 
     Args:
-        cfg: as the user said it, checked.
-        said: the user's own words, which win.
-        compose: makes the same configuration with more words.
+        cfg: the user's configuration, checked.
+        said: the user's own overrides, which take precedence.
+        compose: composes the same configuration with further overrides.
 
     Raises:
         ConfigError: no plan fits.
@@ -68,7 +68,7 @@ def choose_plan(cfg: DictConfig, said: Sequence[str], compose: Compose) -> Chose
     card = _card(cfg)
     if card is None:
         if cfg.memory.plans:
-            raise ConfigError("memory is auto, but there is no GPU to fit; name its size, such as memory=12gb, or memory=none")
+            raise ConfigError("memory is auto, but there is no GPU; set a size, such as memory=12gb, or memory=none")
         return None
     known = CachedCounts(Path(cfg.cache).expanduser() / "fitting")
     own = {word.lstrip("+~").partition("=")[0] for word in said}
@@ -77,7 +77,7 @@ def choose_plan(cfg: DictConfig, said: Sequence[str], compose: Compose) -> Chose
         words = _left(plan, own, _rows(cfg))
         try:
             tried = compose(words) if words else cfg
-        except ConfigError:  # what the user says rules this plan out
+        except ConfigError:  # the user's overrides conflict with this plan
             continue
         needs = _forecast(tried, known)
         if needs is None:
@@ -92,27 +92,28 @@ def choose_plan(cfg: DictConfig, said: Sequence[str], compose: Compose) -> Chose
 
 
 def _forecast(cfg: DictConfig, known: CachedCounts) -> list[Need] | None:
-    """The phases; None: they can't be counted for this model, and nobody asked for a plan.
+    """The phases; None: they can't be estimated for this model, and no plan is requested.
 
     Raises:
-        ConfigError: they can't be counted, and a plan was asked for.
+        ConfigError: they can't be estimated, and a plan is requested.
     """
     try:
         return Forecast(cfg, known).phases()
-    except Exception as error:  # torch and the libraries raise several kinds for what has no fake tensors
-        if isinstance(error, ConfigError) and error.__cause__ is None:  # it says itself what is wrong
+    except Exception as error:  # torch and the libraries raise several kinds for operations without fake tensors
+        if isinstance(error, ConfigError) and error.__cause__ is None:  # its message is complete
             raise
-        said = f"what this run needs can't be counted without its weights ({type(error).__name__}: {str(error).splitlines()[0]})"
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        said = f"the memory of this run can't be estimated without its weights ({reason})"
         if cfg.memory.plans:
             raise ConfigError(
-                f"{said}; set memory=none, and say what saves memory yourself: see conf/memory/auto.yaml"
+                f"{said}; set memory=none, and choose the memory-saving options yourself: see conf/memory/auto.yaml"
             ) from error
-        log.warning("%s; the preflight's table of the training step comes once they are loaded", said)
+        log.warning("%s; the preflight shows the memory of a training step after loading them", said)
         return None
 
 
 def _card(cfg: DictConfig) -> int | None:
-    """Bytes to fit into: of the size that was named, or of the GPU that will be used."""
+    """Available bytes: of the given card size, or of the GPU that will be used."""
     if cfg.memory.card_gib is not None:
         return int(cfg.memory.card_gib * GIB)
     if cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available():
@@ -121,12 +122,12 @@ def _card(cfg: DictConfig) -> int | None:
 
 
 def _rows(cfg: DictConfig) -> int:
-    """Rows of an optimiser step on one device, as the user said it."""
+    """Rows of an optimiser step on one device, by the user's configuration."""
     return int(cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches)
 
 
 def _left(plan: Sequence[str], own: set[str], rows: int) -> list[str]:
-    """A plan's words but those whose key, or one inside it, is among the user's own."""
+    """A plan's overrides, except those whose key, or a key inside it, the user has set."""
     own = own | set(BATCH) if own & set(BATCH) else own
     keyed = [(word.partition("=")[0], word.format(rows=rows)) for word in plan]
     return [word for key, word in keyed if not any(said == key or said.startswith(f"{key}.") for said in own)]
@@ -137,5 +138,5 @@ def _too_large(best: Chosen) -> str:
     even = f" even with {' '.join(best.words)}" if best.words else ""
     return (
         f"memory: {worst.phase} needs a card of {worst.least_card / GIB:.1f} GiB{even}, and this one has {best.card / GIB:.1f}; "
-        "say a lower model.resolution, a smaller adapter.rank or another model, or memory=none to try all the same"
+        "set a lower model.resolution, a smaller adapter.rank or another model, or memory=none to try anyway"
     )

@@ -1,4 +1,4 @@
-"""What is shown, and saved with the run, before anything is trained: what was found, what is said of it, what will be written."""
+"""The preflight: tables of data, prompts, settings and output files, shown before training and saved with the run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def show(
     needed: Mapping[str, float],
     shown: Sequence[Table] = (),
 ) -> None:
-    """Print what is about to run; write the same, with tables that were shown before, and a sheet of the crops into the folder.
+    """Print the preflight; write it, with earlier tables, and a sheet of the crops into the folder.
 
     Args:
-        needed: bytes that the folder will hold, by purpose.
+        needed: expected size of the folder in bytes, by purpose.
     """
     crops.save(data, folder.crops)
     made = [

@@ -1,4 +1,4 @@
-"""A sheet of the crops that will be trained on, as small pictures."""
+"""A contact sheet of the training crops."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ..data.preparation import geometry, mask
 from ..data.preparation.entry import Entry
 from ..data.sources import decode
 
-MOST = 24  # pictures of each use that are shown
-ACROSS = 6  # in a row
+MOST = 24  # images of each kind that are shown
+ACROSS = 6  # cells per row
 
 
 def save(data: DreamBoothData, path: Path) -> None:
-    """Write it, whole: the subject's photos first, then class pictures, each once at its first shape and crop."""
+    """Write the sheet atomically: the subject's photos first, then class images, each once with its first shape and crop."""
     rows: list[sheet.Row] = []
-    for is_class, use in ((False, "photos"), (True, "class pictures")):
+    for is_class, use in ((False, "photos"), (True, "class images")):
         firsts = {(e.picture.source.root, e.picture.name): e for e in reversed(data.entries) if e.spec.is_class is is_class}
         own = sorted(firsts.values(), key=lambda entry: entry.picture.name)
         cells = list(_cells(own[:MOST]))
         more = f", the first {MOST} of {len(own)}" if len(own) > MOST else ""
         for first in range(0, len(cells), ACROSS):
-            rows.append(sheet.Row(f"{use} as they are cropped{more}" if first == 0 else "", cells[first : first + ACROSS]))
+            rows.append(sheet.Row(f"{use} as cropped{more}" if first == 0 else "", cells[first : first + ACROSS]))
     sheet.save(sheet.draw(rows), path)
 
 
 def _cells(entries: list[Entry]) -> Iterator[Image.Image]:
-    """Each entry's first crop; what its mask leaves out lies under a colour."""
+    """Each entry's first crop, with the area outside its mask tinted."""
     for entry in entries:
         pixels, variant = decode.decode(entry.picture.source.read(entry.picture.name)), entry.variants[0]
         crop = _image(geometry.apply(variant, pixels))

@@ -1,4 +1,4 @@
-"""The tables of numbers that are shown, and saved with the run, before anything is trained."""
+"""The tables of the preflight."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def mixture(data: DreamBoothData) -> Table:
 
 
 def crops(data: DreamBoothData) -> Table:
-    made = table("Cut away by crops, of each picture's area", "dataset", "mean", "worst", wraps=("dataset",))
+    made = table("Area removed by crops, share of each image", "dataset", "mean", "worst", wraps=("dataset",))
     for of, lost in data.croppings().items():
         made.add_row(of, f"{lost.mean:.1%}", f"{lost.worst:.1%}")
     return made
 
 
 def much_cut(data: DreamBoothData) -> Table:
-    made = table("Pictures that lose more than a third", "dataset", "picture", "cut away", wraps=("dataset", "picture"))
+    made = table("Images that lose more than a third", "dataset", "image", "removed", wraps=("dataset", "image"))
     for of, lost in data.croppings().items():
         for name, share in lost.much:
             made.add_row(of, name, f"{share:.1%}")
@@ -51,7 +51,7 @@ def much_cut(data: DreamBoothData) -> Table:
 
 
 def notices(data: DreamBoothData) -> Table:
-    column = "what is worth knowing"
+    column = "notices"
     made = table("Notices", column, wraps=(column,))
     for notice in data.notices:
         made.add_row(notice)
@@ -67,7 +67,7 @@ def rejected(summaries: list[Summary]) -> Table:
 
 
 def buckets(data: DreamBoothData) -> Table:
-    made = table("Buckets: pictures of each shape", "width × height", "instance", "class", "rows/epoch", wraps=())
+    made = table("Buckets: images of each shape", "width × height", "instance", "class", "rows/epoch", wraps=())
     for bucket in data.schedule.buckets:
         height, width = bucket.shape
         rows = sum(group.rows for group in bucket.groups)
@@ -93,8 +93,8 @@ def training(cfg: DictConfig, data: DreamBoothData, module: DreamBooth, layers: 
         "rollout": _rollout(cfg),
         **{f"{part} in {done.kind.value}": _quantised(done) for part, done in module.family.quantiser.done.items()},
         "device": str(module.family.device) + (f" and {more} more" if (more := processes(cfg) - 1) else ""),
-        "pictures read": f"{data.scanned} (the others are as the last scan found them)",
-        "damaged cache entries made again": str(data.damaged),
+        "images read": f"{data.scanned} (the others are unchanged since the last scan)",
+        "damaged cache entries rebuilt": str(data.damaged),
     }
     for what, value in rows.items():
         made.add_row(what, value)
@@ -116,8 +116,8 @@ def _prior(cfg: DictConfig, data: DreamBoothData) -> str:
     prior = cfg.prior
     if prior.kind is enums.PriorKind.none:
         return "none"
-    bank = f", {prior.bank.draws} draws a picture, {data.bank.built} made now" if data.bank else ""
-    return f"{prior.kind.name}, weight {prior.weight:g}, class pictures: {prior.source.name}{bank}"
+    bank = f", {prior.bank.draws} draws per image, {data.bank.built} computed now" if data.bank else ""
+    return f"{prior.kind.name}, weight {prior.weight:g}, class images: {prior.source.name}{bank}"
 
 
 def _rollout(cfg: DictConfig) -> str:
@@ -127,14 +127,15 @@ def _rollout(cfg: DictConfig) -> str:
     share = f"of {rollout.probability:.0%} of the rows, rising over {rollout.ramp_steps:,} steps"
     if rollout.kind is enums.RolloutKind.input_perturbation:
         return f"input perturbation {rollout.perturbation:g} {share}"
-    return f"1 to {rollout.max_step_offset} strides of 1/{rollout.num_steps} ({rollout.sampler.name}) {share}"
+    return f"1 to {rollout.max_step_offset} sampler steps of 1/{rollout.num_steps} ({rollout.sampler.name}) {share}"
 
 
 def _quantised(done: Quantised) -> str:
     return (
-        f"{done.layers} layers, {done.weights_size / done.weights:.2f} bytes a weight; whole {done.size / 2**20:,.1f} MiB, "
-        f"{done.size / done.parameters:.2f} bytes a parameter; {'from the cache' if done.cached else 'made'} in "
-        f"{done.seconds:.1f} s; {len(done.left)} left alone: {', '.join(_tails(done.left)) or 'none'}"
+        f"{done.layers} layers, {done.weights_size / done.weights:.2f} bytes per weight; whole model "
+        f"{done.size / 2**20:,.1f} MiB, {done.size / done.parameters:.2f} bytes per parameter; "
+        f"{'loaded from the cache' if done.cached else 'quantised'} in {done.seconds:.1f} s; "
+        f"{len(done.left)} layers skipped: {', '.join(_tails(done.left)) or 'none'}"
     )
 
 
@@ -144,7 +145,7 @@ def _tails(names: tuple[str, ...]) -> list[str]:
 
 
 def device_memory(cfg: DictConfig, data: DreamBoothData, module: DreamBooth) -> Table:
-    made = table("Memory of the device, estimated", "for", "MiB", wraps=("for",))
+    made = table("Device memory, estimated", "for", "MiB", wraps=("for",))
     largest = max((bucket.shape for bucket in data.schedule.buckets), key=lambda shape: shape[0] * shape[1])
     average = bool(cfg.ema.enabled and cfg.ema.device != "cpu")
     parts = memory.estimate(module, data.text(""), largest, cfg.dataset.batch_size, average)
@@ -152,13 +153,13 @@ def device_memory(cfg: DictConfig, data: DreamBoothData, module: DreamBooth) -> 
         made.add_row(what, f"{size / 2**20:,.0f}")
     needs, has = sum(parts.values()), _has(module.family.device)
     made.add_row("together", f"{needs / 2**20:,.0f}")
-    made.add_row("the device has", f"{has / 2**20:,.0f}")
+    made.add_row("available on the device", f"{has / 2**20:,.0f}")
     made.add_row("fits", "yes" if needs <= has else "no")
     return made
 
 
 def _has(device: torch.device) -> int:
-    """Bytes of a GPU; of the host, what is free and what this process holds."""
+    """Bytes of a GPU; on the CPU, free memory and that of this process."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":

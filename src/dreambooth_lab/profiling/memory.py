@@ -1,9 +1,9 @@
-"""What a training step needs of the device's memory, estimated before the first one.
+"""Device memory of a training step, estimated before the first one.
 
-Weights are counted. What forward and backward need is measured on three small probes, once for a network
-and a device, and extended to the largest bucket at
-the full batch: w + B (c + k · area), with w for what depends on weights alone, c for the caption and k for the picture.
-Text encoders that learn are counted by their weights only.
+Weights are counted. Forward and backward are measured with three small probes, once for a network
+and a device, and extrapolated to the largest bucket at
+the full batch: w + B (c + k · area), with w for memory that depends on weights only, c for the caption and k for the image.
+Trained text encoders are counted by their weights only.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ..models.family import Family
 from ..optimizer import state_bytes
 from ..remembered import remembered
 
-SIDE = 16  # of the smaller probes, latent cells; the family's stride in cells where that is more
+SIDE = 16  # of the smaller probes, latent cells; at least the family's stride in cells
 
 
 def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size: int, average: bool) -> dict[str, int]:
-    """Bytes on the device by purpose; offloaded blocks count with the largest of them, which is on its way.
+    """Bytes on the device by purpose; of offloaded blocks the largest is counted, which is copied one ahead.
 
     Args:
         text: any caption's embedding; only its size matters.
         shape: height and width of the largest bucket, px.
-        average: whether an average of the weights lies on the device too.
+        average: whether the EMA is on the device too.
     """
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     frozen, blocks = stored(p for p in module.parameters() if not p.requires_grad), module.family.offloaded()
@@ -49,7 +49,7 @@ def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size:
 
 
 def working(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size: int) -> int:
-    """Bytes that forward and backward need at once for a batch of a shape (px), gradients of weights aside."""
+    """Peak bytes of forward and backward for a batch of a shape (px), without the weights' gradients."""
     family = module.family
     unit = max(family.stride // family.factor, 1)
     small = unit * max(SIDE // unit, 1)
@@ -64,7 +64,7 @@ def working(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size: 
 
 
 def _network(module: DreamBooth, text: Text) -> object:
-    """What the probes depend on: the network, how it is used, and the device."""
+    """Everything the probes depend on: the network, its settings, and the device."""
     device, cfg = module.family.device, module.cfg
     weights = [(name, type(p).__name__, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
     groups = [OmegaConf.to_container(cfg[group], resolve=True) for group in ("model", "adapter", "quant")]
@@ -73,10 +73,10 @@ def _network(module: DreamBooth, text: Text) -> object:
 
 
 def _probe(module: DreamBooth, text: Text, side: int, rows: int) -> int:
-    """The peak of forward and backward through squares of `side` latent cells; each weight's gradient is let go at once."""
+    """The peak of forward and backward through squares of `side` latent cells; each weight's gradient is freed at once."""
     asked = probe(module, text, side, side, rows)
     hooks = [p.register_post_accumulate_grad_hook(_free) for p in module.parameters() if p.requires_grad]
-    as_it_is = torch.compiler.set_stance("force_eager")  # compiling for shapes that never come again takes minutes
+    as_it_is = torch.compiler.set_stance("force_eager")  # compiling for shapes that are used only once takes minutes
     try:
         with as_it_is, torch.random.fork_rng():
             return peak(lambda: module.predict(*asked).sum().backward(), module.family.device)
@@ -90,7 +90,7 @@ def _free(parameter: Tensor) -> None:
 
 
 def peak(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `work` needs at most beyond what is there before it, by torch's own account."""
+    """Peak bytes that `work` allocates in addition to the existing ones, by torch's profiler."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -113,12 +113,12 @@ _NO_EXPERIMENT = torch._C._profiler._ExperimentalConfig()
 
 
 def probe(module: DreamBooth, text: Text, height: int, width: int, rows: int = 1) -> tuple[Tensor, Tensor, Cond]:
-    """Something to predict: rows of so many latent cells."""
+    """Random latents: rows of a number of latent cells."""
     return inputs(module.family, text, height, width, rows)
 
 
 def inputs(family: Family, text: Text, height: int, width: int, rows: int) -> tuple[Tensor, Tensor, Cond]:
-    """What a family's denoiser is asked: rows of so many latent cells."""
+    """Inputs of a family's denoiser: rows of a number of latent cells."""
     x_t = torch.zeros(rows, family.channels, height, width)
     shown = [ImageInfo(Size((64, 64), (0, 0), (64, 64)), latents, 0, 0, 7.0) for latents in x_t]
     cond = family.cond(Text.stack([text] * rows), shown).to(family.device)
@@ -126,12 +126,12 @@ def inputs(family: Family, text: Text, height: int, width: int, rows: int) -> tu
 
 
 def stored(tensors: Iterable[Tensor]) -> int:
-    """Bytes in which tensors lie."""
+    """Bytes of the tensors' storages."""
     return sum(storage.nbytes() for tensor in tensors for storage in _storages(tensor))
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Where a tensor's bytes lie; a quantised weight is a wrapper around several."""
+    """The storages of a tensor; a quantised weight is a wrapper around several tensors."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor.untyped_storage()
         return

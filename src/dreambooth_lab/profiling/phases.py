@@ -1,4 +1,4 @@
-"""What a run took: wall seconds and peak memory of each of its phases."""
+"""Time and memory of a run: wall seconds and peak memory of each phase."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from rich.table import Table
 
-OF_CALLBACK = {  # the others belong to the training
+OF_CALLBACK = {  # the other callbacks count as training
     "Validation": "pictures", "EvalLoss": "eval loss", "Best": "saving", "Export": "saving", "Checkpoints": "saving",
     "CloseWebhooks": "webhooks",
 }  # fmt: skip
-EVERY = 0.05  # seconds between two looks at the process's memory
+EVERY = 0.05  # seconds between two samples of the process's memory
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Phase:
 
 
 class Phases(Profiler):
-    """Lightning's profiler of a run, and a watch for what comes before and after `fit`. A phase inside another counts for
-    itself alone, so that seconds add up to the whole.
+    """Lightning's profiler of a run, also for the phases before and after `fit`. The time of a nested phase is not counted in the
+    outer one, so that the seconds add up to the total.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Phases(Profiler):
         owner = action_name.removeprefix("[Callback]").partition(".")[0].partition("{")[0]
         name = OF_CALLBACK.get(owner, self.open[-1] if self.open else action_name)
         if self.open and name == self.open[-1]:
-            self.open.append(name)  # the same phase goes on
+            self.open.append(name)  # the same phase continues
             return
         self._turn()
         self.of.setdefault(name, Phase())
@@ -58,7 +58,7 @@ class Phases(Profiler):
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """A phase of one's own, watched by a thread that looks at the memory."""
+        """A context for one phase; a thread samples the memory."""
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(over,), daemon=True)
         with self.profile(name):
@@ -70,7 +70,7 @@ class Phases(Profiler):
                 watch.join()
 
     def _turn(self) -> None:
-        """Book what has passed to the innermost phase."""
+        """Add the elapsed time to the innermost phase."""
         now = time.perf_counter()
         if self.open:
             phase = self.of[self.open[-1]]
@@ -87,7 +87,7 @@ class Phases(Profiler):
             phase.memory = max(phase.memory, self.process.memory_info().rss)
 
     def cost(self) -> dict[str, dict[str, float]]:
-        """Phase → its numbers, for a file."""
+        """Phase → its time and memory, for a file."""
         return {
             name: {
                 "seconds": round(phase.seconds, 1),
@@ -98,7 +98,7 @@ class Phases(Profiler):
         }
 
     def table(self) -> Table:
-        table = Table("phase", "seconds", "process, peak MiB", "device, peak MiB", title="What it took", title_justify="left")
+        table = Table("phase", "seconds", "process, peak MiB", "device, peak MiB", title="Time and memory", title_justify="left")
         for name, phase in self.of.items():
             device = f"{phase.device_memory / 2**20:,.0f}" if phase.device_memory else "-"
             table.add_row(name, f"{phase.seconds:.1f}", f"{phase.memory / 2**20:,.0f}", device)

@@ -1,4 +1,4 @@
-"""How much of what the device could do a run makes use of."""
+"""Which share of the device's peak FLOP/s a run uses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .memory import probe
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that the device's maker promises for dense products of this type; None where that is not known."""
+    """The specified peak FLOP/s of the device for dense matrix products of this type; None if unknown."""
     return get_available_flops(device, dtype) if device.type == "cuda" else None
 
 
 def row_flops(module: DreamBooth, text: Text, buckets: list[Bucket]) -> float:
-    """FLOPs of one row's forward and backward pass, counted, not timed; the mean over buckets, by the rows they give.
+    """FLOPs of one row's forward and backward pass, counted, not timed; the mean over buckets, weighted by their rows.
 
-    A teacher's pass and rollouts are not counted: they are not what the step is for.
+    The teacher's forward pass and rollouts are not counted.
     """
     rows = [sum(group.rows for group in bucket.groups) for bucket in buckets]
     counted = [_of_shape(module, text, bucket.shape) for bucket in buckets]

@@ -1,4 +1,4 @@
-"""One self-contained HTML page a run: what was asked, the curves, the pictures over time, and how to go on."""
+"""One self-contained HTML page per run: prompt, curves, images over the steps, and how to use the result."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .ending import lines
 from .sections import Metrics
 
 PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-USAGE = Template("""# pictures from it, each prompt at several strengths (0: the base model):
+USAGE = Template("""# generate images with several adapter strengths (0: the base model):
 python -m dreambooth_lab.tools.generate run=$root $prompt strengths=[0,0.5,1]
 $kept
-# go on for longer:
+# train for more steps:
 python -m dreambooth_lab resume=$root trainer.max_steps=$more
 
-# in diffusers alone:
+# with diffusers only:
 $code""")
 
 
 def write(folder: RunFolder) -> None:
-    """Write the page from what the folder holds now."""
+    """Write the page from the files in the folder."""
     cfg, numbers = folder.saved_config(), read_numbers(folder)
     steps = int(max((values[-1][0] for values in numbers.values()), default=0))
     page = PAGE.substitute(
@@ -66,24 +66,24 @@ def read_numbers(folder: RunFolder) -> Metrics:
 
 
 def ending(folder: RunFolder) -> list[str]:
-    """What a run says when it ends: what was learned, which step to keep, how to use it."""
+    """The summary at the end of a run: what changed, which step to keep, how to use it."""
     return lines(folder, read_numbers(folder))
 
 
 def _usage(folder: RunFolder, steps: int) -> str:
-    """Commands that can be pasted into a shell, and Python."""
+    """Shell commands and Python code, ready to paste."""
     cfg = folder.saved_config()
     said, root = cfg.dataset.instance_prompt, shlex.quote(str(folder.root))
     prompt = shlex.quote(f"prompt='{said}'" if "'" not in said else f'prompt="{said}"')
-    kept = f"python -m dreambooth_lab.tools.generate file={shlex.quote(str(folder.best_export))} {prompt}   # the step kept\n"
+    kept = f"python -m dreambooth_lab.tools.generate file={shlex.quote(str(folder.best_export))} {prompt}   # the best step\n"
     return USAGE.substitute(
         root=root, prompt=prompt, kept=kept if folder.best() else "", more=2 * steps,
-        code=_code(folder, cfg) if folder.export.is_dir() else "it has no export yet",
+        code=_code(folder, cfg) if folder.export.is_dir() else "there is no export yet",
     )  # fmt: skip
 
 
 def _code(folder: RunFolder, cfg: DictConfig) -> str:
-    """The code on the export's card, with the paths of this machine, which the card may leave out."""
+    """The code on the export's card, with this machine's paths, which the card may omit."""
     code, shown = usage(folder.export), public(cfg).model
     code = code.replace(f'export = "{HERE}"', f'export = "{folder.export.as_posix()}"')
     for key in ("pretrained", "config"):
@@ -94,20 +94,20 @@ def _code(folder: RunFolder, cfg: DictConfig) -> str:
 
 
 def _pictures(folder: RunFolder, prompts: list[str]) -> str:
-    """Per prompt the base model's pictures beside the last ones, same noise in each column; every step's grid below."""
+    """Per prompt the base model's images beside the last ones, with the same noise in each column; every step's grid below."""
     grids = sorted(folder.pictures.glob("step_*.png"))
     if not grids:
-        return "<p>None were asked for.</p>"
+        return "<p>There are no validation images.</p>"
     beside([Image.open(grids[i]) for i in (0, -1)], len(prompts)).save(folder.before_after)
     best = folder.best()
     kept = folder.pictures / f"step_{best[1]:07d}.png" if best else None
     rows = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
-    pair = f"left: {_step(grids[0])}; right: {_step(grids[-1])}; a column on either side starts from the same noise"
+    pair = f"left: {_step(grids[0])}; right: {_step(grids[-1])}; the same column on both sides starts from the same noise"
     compared = sorted(folder.compared.glob("step_*.png"))
     average = f"base, live weights and their average, {_step(compared[-1])}" if compared else ""
     return (
-        f"<p>Rows from above:</p><ol>{rows}</ol>{_figure(folder.before_after, pair)}"
-        + (_figure(kept, f"the step kept, {_step(kept)}") if kept in grids[1:-1] else "")
+        f"<p>Rows from top to bottom:</p><ol>{rows}</ol>{_figure(folder.before_after, pair)}"
+        + (_figure(kept, f"the best step, {_step(kept)}") if kept in grids[1:-1] else "")
         + (_figure(compared[-1], average) if compared else "")
         + f"<details><summary>every step</summary>{''.join(_figure(path, _step(path)) for path in grids)}</details>"
         + (f"<details><summary>base, live, average: every step</summary>{_all(compared[:-1])}</details>" if compared[1:] else "")
@@ -119,7 +119,7 @@ def _all(paths: list[Path]) -> str:
 
 
 def _cost(folder: RunFolder) -> str:
-    """Phases of every start that came to its end."""
+    """Time and memory of every finished start, by phase."""
     rows = "".join(
         f"<tr><td>{escape(start['started'])}</td><td>{escape(phase)}</td><td>{took['seconds']:.1f}</td>"
         f"<td>{took['memory_mib']:,.0f}</td><td>{took['device_memory_mib'] or '-'}</td></tr>"
@@ -127,7 +127,7 @@ def _cost(folder: RunFolder) -> str:
         for phase, took in start.get("cost", {}).items()
     )
     head = "<tr><th>started</th><th>phase</th><th>seconds</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
-    return f'<div class="wide"><table>{head}{rows}</table></div>' if rows else "<p>It has not come to its end yet.</p>"
+    return f'<div class="wide"><table>{head}{rows}</table></div>' if rows else "<p>The run has not finished yet.</p>"
 
 
 def _step(path: Path) -> str:
@@ -136,7 +136,7 @@ def _step(path: Path) -> str:
 
 
 def _figure(path: Path, caption: str, widest: int = 1600) -> str:
-    """A grid as an inlined JPEG; the full pictures stay beside the page."""
+    """A grid as an embedded JPEG; the full images are in the run's folder."""
     grid = Image.open(path).convert("RGB")
     grid.thumbnail((widest, 10 * widest))
     return f"<figure>{picture(grid, caption)}<figcaption>{escape(caption)}</figcaption></figure>"

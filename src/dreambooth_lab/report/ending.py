@@ -1,4 +1,4 @@
-"""What a run says when it ends, in three lines: what was learned, which step to keep, how to use it."""
+"""The summary at the end of a run, in three lines: what changed, which step to keep, how to use it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ..callbacks.scores import changes, read_scores
 from ..runfolder import RunFolder
 from .sections import Metrics, advice
 
-MOST = 4  # metrics that are said
-OTHERS = ("lora_", "diffusion_model.")  # how keys begin in files for ComfyUI, A1111 and their like
+MOST = 4  # metrics that are shown
+OTHERS = ("lora_", "diffusion_model.")  # key prefixes in files for ComfyUI, A1111 and similar programs
 
 
 def lines(folder: RunFolder, numbers: Metrics) -> list[str]:
-    """Three lines, from what the folder holds.
+    """Three lines, from the run's folder.
 
     Args:
-        numbers: name → (step, value), everything logged.
+        numbers: name → (step, value), all logged metrics.
     """
     return [f"learned: {learned(folder, numbers)}", f"keep: {unescape(advice(folder, numbers))}", f"use: {use(folder)}"]
 
 
 def learned(folder: RunFolder, numbers: Metrics) -> str:
-    """The numbers that compare with the base model: scores of its pictures, the loss on pictures never trained on."""
+    """Metrics compared with the base model: scores of validation images, and the loss on held-out images."""
     said = [f"{c.metric} {c.first:.3f} → {c.last:.3f}" for c in changes(read_scores(folder), LIVE)][:MOST]
     held = dict(numbers.get("eval/loss", []))
     if 0 in held and len(held) > 1:
@@ -40,11 +40,11 @@ def learned(folder: RunFolder, numbers: Metrics) -> str:
     train = (
         f"train/loss {fmean(losses[:tenth]):.4g} → {fmean(losses[-tenth:]):.4g} (first and last tenth)" if losses else "no step"
     )
-    return f"{train}; nothing compares it with the base model: eval=paper scores pictures, eval.path=FOLDER held-back photos"
+    return f"{train}; no comparison with the base model: set eval=paper to score images, or eval.path=FOLDER for held-out photos"
 
 
 def use(folder: RunFolder) -> str:
-    """The command that draws, and the file that ComfyUI reads."""
+    """The command that generates images, and the file for ComfyUI."""
     best = folder.best_export if folder.best() else folder.export
     cfg = folder.saved_config()
     prompt = cfg.dataset.instance_prompt or next(iter(cfg.validation.prompts), "…")
@@ -55,7 +55,7 @@ def use(folder: RunFolder) -> str:
 
 
 def for_comfyui(export: Path) -> Path | None:
-    """The file of an export whose layers are named as ComfyUI, A1111 and their like name them; None if it has none."""
+    """The file of an export with the key names of ComfyUI, A1111 and similar programs; None if there is none."""
     for file in sorted(export.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as opened:

@@ -1,4 +1,4 @@
-"""What a run's numbers say, as parts of its page."""
+"""Sections of a run's page: conclusions, curves and tables of its metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Metrics = dict[str, Series]  # name → (step, value)
 
 
 def verdict(folder: RunFolder, numbers: Metrics) -> str:
-    """Which step to keep, if anything tells, as a paragraph."""
+    """Which step to keep, if a metric shows it, as a paragraph."""
     return f'<p class="verdict">{advice(folder, numbers)}</p>'
 
 
@@ -30,21 +30,21 @@ def advice(folder: RunFolder, numbers: Metrics) -> str:
         return f"{told} It is in {escape(folder.best_export.name)}/."
     lows = [(PREFIX[kind] + "eval/loss", dict(numbers.get(PREFIX[kind] + "eval/loss", []))) for kind in (LIVE, EMA)]
     told = " ".join(_lowest(name, values) for name, values in lows if values)
-    return told or "No step is marked as best; to find it, hold photos back: eval.path=FOLDER checkpoint.monitor=eval/loss."
+    return told or "No step is marked as best; to find it, hold out photos: eval.path=FOLDER checkpoint.monitor=eval/loss."
 
 
 def _chosen(name: str, values: dict[float, float], step: int, least: bool) -> str:
     told = f"keep step {step:,}: {escape(name)} is {values[step]:.4g} there"
     if 0 in values:
         worse = values[step] >= values[0] if least else values[step] <= values[0]
-        told += f", {values[0]:.4g} for the base model" + (" (which is no worse)" if worse else "")
+        told += f", {values[0]:.4g} for the base model" + (" (which is not worse)" if worse else "")
     return f"{told}, {values[max(values)]:.4g} at the last step ({max(values):,})."
 
 
 def _lowest(name: str, values: dict[float, float]) -> str:
     step = min(values, key=values.__getitem__)
     if step == 0:
-        return f"{escape(name)} was at no step lower than the base model's."
+        return f"{escape(name)} was never lower than the base model's."
     return f"{escape(name)} was lowest at step {step:,}; checkpoint.monitor={escape(name)} keeps it."
 
 
@@ -60,7 +60,7 @@ def losses(folder: RunFolder, numbers: Metrics) -> str:
     lines = [Line(values, kind, place) for place, (kind, values) in enumerate(watched) if values]
     if lines:
         base = dict(lines[0].points).get(0)
-        caption = "eval/loss over steps; dashed: the base model" + ("; upright: the step kept" if best else "")
+        caption = "eval/loss over steps; dashed: the base model" + ("; vertical: the best step" if best else "")
         made.append(chart(caption, lines, y="eval/loss (squared error)", level=base, mark=best[1] if best else None))
     return f'<div class="few">{"".join(made)}{_by_time(folder)}</div>{_eval_changes(folder)}'
 
@@ -70,7 +70,7 @@ def _with_mean(values: Series) -> list[Line]:
 
 
 def _by_time(folder: RunFolder) -> str:
-    """The eval loss by t: of the base model, of the step kept, and of the last."""
+    """The eval loss by t: of the base model, the best step and the last step."""
     answers, steps = _eval_rows(folder)
     lines = []
     for place, step in enumerate(steps):
@@ -79,12 +79,12 @@ def _by_time(folder: RunFolder) -> str:
             if answer.step == step:
                 times.setdefault(answer.t, []).append(answer.loss)
         lines.append(Line([(t, fmean(found)) for t, found in sorted(times.items())], f"step {step:,}", place))
-    caption = "eval/loss by time, from data (left) to noise (right)"
-    return chart(caption, lines, x="time t", y="eval/loss (squared error)") if len(lines) > 1 else ""
+    caption = "eval/loss by timestep, from data (left) to noise (right)"
+    return chart(caption, lines, x="timestep t", y="eval/loss (squared error)") if len(lines) > 1 else ""
 
 
 def _eval_rows(folder: RunFolder) -> tuple[list[EvalRow], list[int]]:
-    """Of the live weights, with the steps that tell most: the base model, the step kept, the last."""
+    """The live weights' rows of the base model, the best step and the last step."""
     answers: list[EvalRow] = [a for a in CsvLog(folder.eval, EvalRow).read() if a.weights == LIVE]
     steps, best = sorted({a.step for a in answers}), folder.best()
     kept = [best[1]] if best and best[1] in steps else []
@@ -99,13 +99,13 @@ def _eval_changes(folder: RunFolder) -> str:
     for step in steps[1:]:
         apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]
         low, high = interval(apart)
-        against = f"<p>eval/loss at step {step:,} against the base model: {fmean(apart):+.4g}"
+        against = f"<p>eval/loss at step {step:,} compared with the base model: {fmean(apart):+.4g}"
         told += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
     return told
 
 
 def _between(low: float, high: float, form: str) -> str:
-    return f"{low:{form}} to {high:{form}}" if low == low else "too few to tell"
+    return f"{low:{form}} to {high:{form}}" if low == low else "too few values"
 
 
 def metrics(numbers: Metrics) -> str:
@@ -122,7 +122,7 @@ def _metric(name: str, values: Series, numbers: Metrics) -> str:
 
 
 def changed(folder: RunFolder) -> str:
-    """Each metric before and after, with the 95 % interval of the paired change; of the kept step, and of the average, too."""
+    """Each metric before and after, with the 95 % interval of the paired change; also for the best step and the average."""
     scores, best = read_scores(folder), folder.best()
     tables = ""
     for weights in (LIVE, EMA):
@@ -136,5 +136,5 @@ def changed(folder: RunFolder) -> str:
             )
             head = f"<tr><th>{weights}</th><th>step 0</th><th>step {step:,}</th><th>change</th><th>95 % interval</th></tr>"
             tables += f'<div class="wide"><table>{head}{rows}</table></div>'
-    note = "<p>Paired by prompt and noise; the interval (Student's t) covers pictures, not training seeds.</p>"
-    return tables + note if tables else "<p>Nothing was scored: choose eval=paper or eval=toybox.</p>"
+    note = "<p>Paired by prompt and noise. The interval (Student's t) is over images, not over training seeds.</p>"
+    return tables + note if tables else "<p>No images were scored: set eval=paper or eval=toybox.</p>"

@@ -1,4 +1,4 @@
-"""Hashes of files, remembered by (path, size, time of change), so that a start need not read gigabytes that have not changed."""
+"""Hashes of files, cached by (path, size, modification time), so that a start need not read unchanged gigabytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def digest(file: Path, cache: Path | None) -> str:
     """SHA-256 of a file.
 
     Args:
-        cache: its folder `digests` remembers; None: the file is read every time.
+        cache: its folder `digests` stores the hashes; None: the file is read every time.
     """
     note = cache / "digests" / _state(file) if cache else None
     if note and note.is_file() and len(said := note.read_text()) == LENGTH:
@@ -26,7 +26,7 @@ def digest(file: Path, cache: Path | None) -> str:
 
 
 def _state(file: Path) -> str:
-    """What changes when a file does; a link is the file that it leads to."""
+    """A key that changes with the file; a link is replaced by its target."""
     file = file.resolve()
     state = file.stat()
     return hashlib.sha256(f"{file} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()

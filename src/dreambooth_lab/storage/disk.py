@@ -1,4 +1,4 @@
-"""Room on disks, asked for before the work that fills them."""
+"""Free disk space, checked before a run."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from omegaconf import DictConfig
 from ..config import ConfigError, enums
 
 MB = 1e6
-HEADER = 4e4  # bytes of an exported file besides its numbers: names, configuration, a small picture
-PIXEL = 2.0  # bytes of a PNG for each pixel, as photographs have them
+HEADER = 4e4  # bytes of an exported file besides its weights: names, configuration, a thumbnail
+PIXEL = 2.0  # bytes of a PNG per pixel, for photographs
 
 
 def require(folder: Path, needs: Mapping[str, float], way_out: str) -> None:
-    """Refuse to begin what a disk can't hold.
+    """Refuse a run that does not fit on the disk.
 
     Args:
-        folder: where it will be written; it need not be there yet.
-        needs: what for → bytes.
+        folder: the output folder; it need not exist yet.
+        needs: purpose → bytes.
 
     Raises:
-        ConfigError: says what it needs, what is free, and the way out.
+        ConfigError: names the needed and the free space, and a fix.
     """
     whole = sum(needs.values())
     if whole > (free := free_bytes(folder)):
         parts = ", ".join(f"{what} {size / MB:,.0f} MB" for what, size in needs.items() if size)
         raise ConfigError(
-            f"{folder} lies on a disk with {free / MB:,.0f} MB free, and this run will write about {whole / MB:,.0f} MB there "
+            f"{folder} is on a disk with {free / MB:,.0f} MB free, and this run will write about {whole / MB:,.0f} MB "
             f"({parts}); {way_out}"
         )
 
 
 def of_run(cfg: DictConfig, learning: int, exported: float, looks: int) -> dict[str, float]:
-    """Bytes that a run's folder will hold at most, while a new checkpoint or export lies beside the older ones.
+    """Maximum size of a run's folder in bytes, while a new checkpoint or export is written beside the older ones.
 
     Args:
-        learning: bytes of what learns, float32.
-        exported: bytes of the files of an export that hold all of it.
-        looks: how often pictures are drawn.
+        learning: bytes of the trainable weights, float32.
+        exported: bytes of the exported weights.
+        looks: number of validations.
     """
-    state = learning * (3 + cfg.ema.enabled)  # the weights, two moments, the average
+    state = learning * (3 + cfg.ema.enabled)  # the weights, two moments, the EMA
     kept = cfg.checkpoint.keep or ceil(cfg.trainer.max_steps / cfg.checkpoint.every_n_steps)
     export = exported * (1 + cfg.ema.enabled)
-    both = 1 + bool(cfg.checkpoint.monitor)  # the best step's beside the newest
+    both = 1 + bool(cfg.checkpoint.monitor)  # the best step's in addition to the newest
     drawn = len(cfg.validation.prompts) * cfg.validation.num_images * cfg.validation.resolution**2
     weights = 2 if cfg.ema.enabled and cfg.ema.validation is enums.EmaValidation.comparison else 1
     return {
         f"{kept + 1} checkpoints": state * (kept + 1),
         "the best step's checkpoint": 2 * state * bool(cfg.checkpoint.monitor),
         "exports": export * (both + 1),
-        f"pictures of {looks} looks": looks * drawn * weights * PIXEL * 2,  # by themselves and in grids
+        f"images of {looks} validations": looks * drawn * weights * PIXEL * 2,  # single images and grids
     }
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk of a folder, or of the nearest one above it that is there."""
+    """Free bytes on the disk of a folder, or of its nearest existing parent."""
     there = folder.expanduser().absolute()
     while not there.exists():
         there = there.parent

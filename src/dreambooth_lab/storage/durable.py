@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever stops the process, and have one writer. Imports no torch."""
+"""Atomic writes of files and folders, and locks for a single writer. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LOCK = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file."""
+    """Replace a text file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     replace_file(part, path)
 
 
 def replace_file(part: Path, path: Path) -> None:
-    """Put a file that is written in another's place, when its bytes are on the disk.
+    """Replace a file by another, after syncing its bytes to the disk.
 
     Args:
         part: in the same folder as `path`.
@@ -36,8 +36,8 @@ def replace_file(part: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes another's place in the end. A kill between the two renames leaves the new one whole
-    beside an empty place; `finish_replacement` moves it there."""
+    """A folder to write into, which replaces another one at the end. A kill between the two renames leaves the complete new
+    folder beside the missing one; `finish_replacement` then moves it."""
     finish_replacement(path)
     made = _new(path)
     made.mkdir(parents=True)
@@ -56,19 +56,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def finish_replacement(path: Path) -> None:
-    """Finish what a killed process began: the folder is whole again, and nothing lies beside it."""
-    if not path.exists() and _old(path).exists():  # killed between the renames, when the new one was whole
+    """Finish the replacement of a killed process: the folder is complete again, and temporary folders are removed."""
+    if not path.exists() and _old(path).exists():  # killed between the renames, when the new one was complete
         (_new(path) if _new(path).exists() else _old(path)).rename(path)
     for left in (_new(path), _old(path)):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def is_complete_archive(path: Path) -> bool:
-    """Does a zip archive, such as torch.save's, hold all that was written to it? Reads it all."""
+    """Whether a zip archive, such as torch.save's, is complete and undamaged. Reads all of it."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):  # all that damage makes zipfile raise
+    except (
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+    ):  # all exceptions of zipfile for damaged files
         return False
 
 
@@ -97,7 +103,7 @@ def claim(stem: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place at the end; after an error nothing is left of it."""
+    """A temporary file beside `path`, which replaces it at the end; after an error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     mode = _create(aside)
@@ -110,7 +116,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give every file below a folder the mode that a new one has there."""
+    """Give every file below a folder the default mode of new files."""
     probe = folder / f"{uuid4().hex}.part"
     mode = _create(probe)
     probe.unlink()
@@ -128,9 +134,9 @@ def _old(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """A file's or folder's bytes to the disk; where a system can't sync a folder, its renames are as safe as it makes them."""
+    """Sync a file or folder to the disk; folders are skipped on systems that can't sync them."""
     with suppress(OSError):
-        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what may be written
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only writable files
         try:
             os.fsync(handle)
         finally:

@@ -1,7 +1,7 @@
-"""The target bank: the base model's predictions at fixed draws of (x_0, ε, t) per class picture, made before training.
+"""The target bank: the base model's predictions at fixed draws of (x_0, ε, t) per class image, computed before training.
 
-A class row then takes one of its picture's draws, and its target is read like a latent: a teacher without a forward pass, for
-any adapter, full-rank training included. The number of draws limits how many different noises a picture is seen at.
+A class row then takes one of its image's draws, and its target is read from the cache like a latent: a teacher without a forward
+pass, for any adapter, including full fine-tuning. The number of draws limits how many different noises are used with an image.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def item(cache_reader: CacheReader, entry: Entry, which: int) -> Item:
 
 
 class Bank:
-    """Cached predictions of the base model by (item, number of the draw).
+    """Cached predictions of the base model by (item, index of the draw).
 
     Args:
         latents: the latent cache, filled.
-        caption, text: of the class, as every class row has them.
-        times: the distribution of t that training draws from.
+        caption, text: of the class, the same for every class row.
+        times: the training distribution of t.
     """
 
     def __init__(self, cfg: DictConfig, family: Family, latents: cache.Store, caption: str, text: Text, times: Times):
@@ -71,18 +71,18 @@ class Bank:
         return 2**62 + int(cache_key.key(item.latents, str(number))[:15], 16)
 
     def u(self, item: Item, number: int) -> float:
-        """U[0,1), one in each of `draws` equal parts."""
+        """Stratified U[0,1): one in each of `draws` equal parts."""
         return (number + draw.uniform(self.cfg.seed, self.index(item, number), Purpose.TIME)) / self.draws
 
     def pick(self, sample: int) -> int:
-        """Which draw a sample takes."""
+        """The draw of a sample."""
         return int(draw.uniform(self.cfg.seed, sample, Purpose.BANK) * self.draws)
 
     def read(self, item: Item, number: int) -> Tensor:
         """The base model's prediction [C h w].
 
         Raises:
-            ConfigError: it was damaged since `fill`; only the base model could make it again, and that is being trained now.
+            ConfigError: it was damaged after `fill`, and can't be computed again while the model is being trained.
         """
         key = self.key(item, number)
         try:
@@ -90,14 +90,14 @@ class Bank:
         except cache.Damaged as error:
             self.targets.drop(key)
             raise ConfigError(
-                f"the target bank was damaged during training ({error}); resume the run: it is made again"
+                f"the target bank was damaged during training ({error}); resume the run, which rebuilds it"
             ) from error
 
     def fill(self, items: list[Item]) -> None:
-        """Make what is missing or damaged; the denoiser must be the base model now.
+        """Compute missing or damaged entries; the denoiser must still be the base model.
 
         The last bits of a prediction depend on the other rows of its batch, so an item's draws are always computed in the same
-        batches: what is computed again is the same to the bit, whatever else is missing.
+        batches: a recomputed entry is bit-identical, whatever else is missing.
         """
         rows = self.cfg.prior.bank.batch_size
         together = [range(first, min(first + rows, self.draws)) for first in range(0, self.draws, rows)]
@@ -117,7 +117,7 @@ class Bank:
 
     @torch.no_grad()
     def _predictions(self, item: Item, numbers: Sequence[int]) -> Tensor:
-        """The network's predictions at some of an item's draws [B C h w]."""
+        """The network's predictions for some of an item's draws [B C h w]."""
         posterior = self.latents.read(item.latents)
         indices = [self.index(item, number) for number in numbers]
         shape = tuple(posterior["mean"].shape)

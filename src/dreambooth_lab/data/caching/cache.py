@@ -1,8 +1,8 @@
 """A content-addressed store of tensors on disk, shared by runs and processes.
 
-A key is the hash of everything its value depends on, so a stale value can't be found. Files appear whole (written aside,
-then renamed) and carry a checksum of their tensors, which every read checks. The index remembers the modification time of each
-verified file, so that a later start need not read it again.
+A key is the hash of everything its value depends on, so a stale value can't be found. Files are written atomically (to a
+temporary file, then renamed) and contain a checksum of their tensors, which every read verifies. The index remembers the
+modification time of each verified file, so that a later start need not read it again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ...storage.durable import atomic_file
 
 INDEX = "seals.json"
 KINDS = ("latents", "text", "masks", "bank")
-IndexEntry = tuple[str, int]  # the file's stamp when it was last found whole; the day it was last asked for
+IndexEntry = tuple[str, int]  # the file's stamp when it was last verified; the day it was last used
 
 
 class Damaged(Exception):
-    """An entry is not what was written."""
+    """An entry is damaged."""
 
 
 def current_day() -> int:
@@ -38,7 +38,7 @@ class Store:
     """One kind of value under a cache root.
 
     Args:
-        root: the cache folder, made if absent.
+        root: the cache folder, created if absent.
         kind: name of the sub-folder.
     """
 
@@ -47,7 +47,7 @@ class Store:
         self.damaged = 0
         self.read = lru_cache(maxsize=512)(self._read)  # a subject's whole set stays in memory
         self.index = self._load_index()
-        self.sealed: dict[str, IndexEntry] = {}  # since the last saving
+        self.sealed: dict[str, IndexEntry] = {}  # since the index was last saved
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -81,15 +81,15 @@ class Store:
         self.path(key).unlink(missing_ok=True)
 
     def check(self, key: str) -> None:
-        """Read an entry whatever its seal says.
+        """Read an entry and verify it, whatever the index says.
 
         Raises:
-            Damaged: it is not what was written.
+            Damaged: its checksum is wrong.
         """
         self._read(key)
 
     def last_used(self, key: str) -> int:
-        """The day a run last asked for an entry, or that it was written, in days since 1970."""
+        """The day on which an entry was last used or written, in days since 1970."""
         known = self.index.get(key)
         return known[1] if known else int(self.path(key).stat().st_mtime // 86400)
 
@@ -104,7 +104,7 @@ class Store:
         """The tensors of an entry.
 
         Raises:
-            Damaged: the file is gone, cut short, or changed.
+            Damaged: the file is missing, truncated or changed.
         """
         try:
             with safe_open(self.path(key), "pt") as file:
@@ -129,7 +129,7 @@ class Store:
             return {}
 
     def save_index(self) -> None:
-        """Keep what was learned for later starts; losing it costs them a reading of the entries."""
+        """Save the index for later starts; without it they must read the entries again."""
         if not self.sealed or not self.folder.is_dir():
             return
         merged = self._load_index() | self.sealed  # another process may have saved its own

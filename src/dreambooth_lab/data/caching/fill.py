@@ -1,4 +1,4 @@
-"""Filling the caches before step 0: text embeddings, masks, latents. What is there already is left alone."""
+"""Filling the caches before step 0: text embeddings, masks, latents. Existing entries are not changed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ..spec import DataPlan
 from . import cache
 
 FLOAT32 = 4  # bytes
-AHEAD = 4  # pictures decoded ahead of the encoder
+AHEAD = 4  # images decoded ahead of the encoder
 
 
 class Stores:
-    """The run's caches: one root, and folders of their own where datasets ask for them."""
+    """The run's caches: one root, and separate folders for datasets that set them."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -38,10 +38,10 @@ class Stores:
         self.placed: dict[str | None, cache.Store] = {None: cache.Store(root, "latents")}
 
     def place(self, plan: DataPlan) -> None:
-        """Put stores where the datasets ask for them.
+        """Create the stores in the configured folders.
 
         Raises:
-            ConfigError: lists the folders in which nothing can be written.
+            ConfigError: lists the folders that are not writable.
         """
         folders = {"cache": self.root}
         folders |= {f"{spec.id!r}: cache_dir_vae": Path(spec.latents).expanduser() for spec in plan.specs if spec.latents}
@@ -76,7 +76,7 @@ def _unwritable(folder: Path) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return f"where nothing can be written ({error.strerror}); give another folder"
+        return f"which is not writable ({error.strerror}); set another folder"
 
 
 class Encoder(NamedTuple):
@@ -87,7 +87,7 @@ class Encoder(NamedTuple):
 
 
 def fill_texts(stores: Stores, family: Family, keys: dict[Caption, str], progress: bool) -> int:
-    """Encode what captions lack: caption → key. Returns how many that were."""
+    """Encode the captions that are not cached (caption → key); returns their number."""
     fresh = [caption for caption, key in sorted(keys.items(), key=lambda item: item[0] or "") if not stores.texts.is_intact(key)]
     for caption in track(fresh, "encoding captions", hidden=not (progress and fresh)):
         stores.texts.write(keys[caption], family.encode_text([caption]))
@@ -95,10 +95,10 @@ def fill_texts(stores: Stores, family: Family, keys: dict[Caption, str], progres
 
 
 def fill_masks(stores: Stores, entries: list[Entry], factor: int) -> tuple[list[Entry], list[str]]:
-    """Bring masks to the latent grid; crops that see nothing of their mask are left out.
+    """Resample masks to the latent grid; crops outside their mask are removed.
 
     Returns:
-        The entries with the crops that remain; what is wrong with masks, each named.
+        The entries with the remaining crops; problems of masks, each named.
     """
     kept, problems = [], []
     for entry in entries:
@@ -121,12 +121,12 @@ def _with_mask(store: cache.Store, entry: Entry, factor: int) -> Entry:
     seeing = tuple(v for key, v in zip(keys, entry.variants, strict=True) if store.read(key)["mask"].any())
     if not seeing:
         black = f"{entry.picture.name}: its mask {entry.mask.file.name} is all black in every crop"
-        raise BadMask(f"{black}; crop elsewhere, or give more crops")
+        raise BadMask(f"{black}; change the crop position, or use more crops")
     return entry._replace(variants=seeing)
 
 
 def require_free_space(stores: Stores, entries: Iterable[Entry], encoder: Encoder) -> None:
-    """Refuse latents that their caches' disks can't hold.
+    """Refuse latents that do not fit on their caches' disks.
 
     Raises:
         ConfigError: names the folder.
@@ -138,7 +138,9 @@ def require_free_space(stores: Stores, entries: Iterable[Entry], encoder: Encode
         folder = stores.latents(entry).folder
         needs[folder] = needs.get(folder, 0.0) + len(missing(stores, entry, encoder)) * each
     for folder, size in needs.items():
-        disk.require(folder, {"latents": size}, "make room, set cache to a folder on another disk, or train on fewer pictures")
+        disk.require(
+            folder, {"latents": size}, "free disk space, set cache to a folder on another disk, or train on fewer images"
+        )
 
 
 def missing(stores: Stores, entry: Entry, encoder: Encoder) -> list[int]:
@@ -157,10 +159,10 @@ class Failed(NamedTuple):
 
 
 def fill_latents(stores: Stores, entries: list[Entry], encoder: Encoder, progress: bool) -> Iterator[Made | Failed]:
-    """Encode what entries lack, decoding ahead in a second thread.
+    """Encode the missing latents, with decoding ahead in a second thread.
 
     Yields:
-        What became of each entry, as it is done.
+        The result of each entry, as it is done.
     """
     wanted = track(entries, "encoding pictures", hidden=not (progress and entries))
     for entry, pixels in _decoded(wanted):
@@ -171,7 +173,7 @@ def fill_latents(stores: Stores, entries: list[Entry], encoder: Encoder, progres
 
 
 def encode(stores: Stores, entry: Entry, pixels: Tensor, encoder: Encoder) -> int:
-    """Encode one picture's missing variants; returns how many."""
+    """Encode one image's missing variants; returns their number."""
     store, which = stores.latents(entry), missing(stores, entry, encoder)
     for i in which:
         picture = geometry.apply(entry.variants[i], pixels)[None].float() / 127.5 - 1
@@ -181,23 +183,21 @@ def encode(stores: Stores, entry: Entry, pixels: Tensor, encoder: Encoder) -> in
 
 
 def rebuild(stores: Stores, entry: Entry, which: int, encoder: Encoder) -> None:
-    """Make a damaged entry again.
+    """Rebuild a damaged entry.
 
     Raises:
-        ConfigError: the picture is gone.
+        ConfigError: the image no longer exists.
     """
     stores.latents(entry).drop(entry.key(which, encoder.identity))
     pixels = _decode(entry)
     if isinstance(pixels, str):
-        raise ConfigError(
-            f"{entry.picture.name}: its cached latents are damaged, and the picture {pixels}; put it back, and resume"
-        )
+        raise ConfigError(f"{entry.picture.name}: its cached latents are damaged, and the image {pixels}; restore it, and resume")
     encode(stores, entry, pixels, encoder)
     encoder.family.release_encoders()
 
 
 def _decode(entry: Entry) -> Tensor | str:
-    """Pixels [3 H W] uint8, or why there are none."""
+    """Pixels [3 H W] uint8, or the reason why they can't be read."""
     try:
         data = entry.picture.source.read(entry.picture.name)
         if decode.digest(data) != entry.picture.digest:
@@ -208,7 +208,7 @@ def _decode(entry: Entry) -> Tensor | str:
 
 
 def _decoded(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Tensor | str]]:
-    """Pictures in order, a few of them decoded ahead in another thread."""
+    """Images in order, some of them decoded ahead in another thread."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[tuple[Entry, Future[Tensor | str]]] = deque()
         for entry in entries:

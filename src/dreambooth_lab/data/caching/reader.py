@@ -33,7 +33,7 @@ class CacheReader:
         return cache_key.key(*said, self.text_identity)
 
     def text(self, caption: Caption) -> Text:
-        """The base model's text embeddings of a caption, one row; the caption must have been filled."""
+        """The base model's text embeddings of a caption, one row; the caption must be in the filled cache."""
         key = self._text_key(caption)
         try:
             return Text(self.stores.texts.read(key))
@@ -49,7 +49,7 @@ class CacheReader:
         """A variant's mean and std [C h w].
 
         Raises:
-            ConfigError: they are damaged, and the picture is gone.
+            ConfigError: they are damaged, and the image no longer exists.
         """
         key = self.key(entry, which)
         try:
@@ -62,7 +62,7 @@ class CacheReader:
         """A variant's mask [1 h w] in [0, 1].
 
         Raises:
-            ConfigError: it is damaged, and the picture's mask is gone.
+            ConfigError: it is damaged, and the image's mask no longer exists.
         """
         if entry.mask is None:
             return None
@@ -73,5 +73,5 @@ class CacheReader:
             self.stores.masks.drop(key)
             _, problems = fill_masks(self.stores, [entry], self.family.factor)
             if problems:
-                raise ConfigError(f"a cached mask is damaged, and can't be made again: {problems[0]}") from None
+                raise ConfigError(f"a cached mask is damaged, and can't be rebuilt: {problems[0]}") from None
             return self.stores.masks.read(key)["mask"]

@@ -1,4 +1,4 @@
-"""What is said of a picture: all captions it may be trained with; each sample draws one."""
+"""The captions of an image; each sample draws one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ..spec import Captions
 
 
 class NoCaption(Exception):
-    """A picture has no caption; the text says where one was looked for, and the way out."""
+    """An image has no caption; the message says where it was expected, and a fix."""
 
 
 def captions(picture: Picture, rule: Captions) -> tuple[str, ...]:
-    """All captions of a picture, in order.
+    """All captions of an image, in order.
 
     Raises:
         NoCaption: there is none.

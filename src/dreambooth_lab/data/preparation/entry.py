@@ -1,4 +1,4 @@
-"""From dataset records to entries: one picture at one shape, with its captions, its mask and its cached variants."""
+"""From dataset records to entries: one image at one shape, with its captions, mask and cached variants."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ PLACES = {enums.Crop.center: (0.5, 0.5), enums.Crop.corner: (0.0, 0.0)}
 
 
 class Entry(NamedTuple):
-    """One picture of one dataset at one shape."""
+    """One image of one dataset at one shape."""
 
     spec: DatasetSpec
     picture: Picture
     shape: HW
-    variants: tuple[Geometry, ...]  # crops, each once mirrored if the dataset says so
+    variants: tuple[Geometry, ...]  # crops, with their mirrored versions if the dataset has flip
     captions: tuple[str, ...]
     mask: Mask | None
-    weight: float  # rows in an epoch
+    weight: float  # rows per epoch
 
     def key(self, which: int, encoder: str) -> str:
         """Cache key of a variant's latents under an image encoder's identity."""
@@ -42,19 +42,19 @@ class Entry(NamedTuple):
 
 class Collected(NamedTuple):
     entries: list[Entry]
-    found: dict[str, int]  # dataset id → pictures found, usable or not
-    rejected: dict[str, list[Rejected]]  # dataset id → pictures that can't be used
-    read: int  # pictures that had to be read for it
-    problems: list[str]  # what the user must mend
+    found: dict[str, int]  # dataset id → images found, usable or not
+    rejected: dict[str, list[Rejected]]  # dataset id → images that can't be used
+    read: int  # images that had to be read
+    problems: list[str]  # what the user must fix
     notices: list[str]
 
 
 class Collector:
-    """Scans every dataset once and gives its pictures shapes.
+    """Scans every dataset once and assigns shapes to its images.
 
     Args:
         stride: sides of shapes are multiples of it.
-        root: the cache folder, for what scans remember.
+        root: the cache folder, for the results of scans.
     """
 
     def __init__(self, stride: int, root: Path):
@@ -87,7 +87,7 @@ class Collector:
         return self.scans[where]
 
     def _usable(self, spec: DatasetSpec, pictures: list[Picture]) -> list[Picture]:
-        """Those that no rule of the dataset rejects."""
+        """The images that no rule of the dataset rejects."""
         usable, rejected = [], self.done.rejected[spec.id]
         for picture in pictures:
             reason = geometry.reason_against(picture.size, spec.shaping, self.stride)
@@ -99,7 +99,7 @@ class Collector:
             return usable
         order = draw.permutation(_number(spec.id), 0, Purpose.SUBSET, len(usable)).tolist()
         chosen = set(order[: spec.most])
-        rejected += [Rejected(p.name, f"beyond the {spec.most} asked for") for i, p in enumerate(usable) if i not in chosen]
+        rejected += [Rejected(p.name, f"exceeds the maximum of {spec.most}") for i, p in enumerate(usable) if i not in chosen]
         return [p for i, p in enumerate(usable) if i in chosen]
 
     def _add(self, spec: DatasetSpec, scanned: ScanResult, pictures: list[Picture]) -> None:
@@ -140,22 +140,22 @@ class Collector:
 
 
 def _trained_on(entries: list[Entry]) -> list[str]:
-    """Eval pictures whose very bytes are trained on too, each named."""
+    """Eval images that are also training images (equal bytes), each named."""
     seen = {e.picture.digest: f"{e.spec.id}: {e.picture.name}" for e in entries if not e.spec.is_eval}
     both = [(e, seen[e.picture.digest]) for e in entries if e.spec.is_eval and e.picture.digest in seen]
-    return [f"{e.spec.named}: {e.picture.name} is also trained on ({twin}); take it out of one of them" for e, twin in both]
+    return [f"{e.spec.named}: {e.picture.name} is also trained on ({twin}); remove it from one of them" for e, twin in both]
 
 
 def _as_class_too(entries: list[Entry]) -> list[str]:
-    """Class pictures whose very bytes are the subject's too, each named; `prior.source=captions` means to."""
+    """Class images that are also the subject's photos (equal bytes), each named; `prior.source=captions` does so on purpose."""
     mine = {e.picture.digest: f"{e.spec.id}: {e.picture.name}" for e in entries if not (e.spec.is_class or e.spec.is_eval)}
     both = [e for e in entries if e.spec.is_class and not e.spec.recaptioned and e.picture.digest in mine]
-    way_out = "take it out of one of them, or keep class pictures in a folder of their own"
+    way_out = "remove it from one of them, or use a separate folder for class images"
     return [f"{e.spec.named}: {e.picture.name} is also the subject's ({mine[e.picture.digest]}); {way_out}" for e in both]
 
 
 def _without_masks(spec: DatasetSpec) -> Where:
-    """Where a dataset's pictures are, less a folder of masks inside it."""
+    """Where a dataset's images are, without a folder of masks inside it."""
     masks = spec.masks.where if spec.masks else None
     folders = (spec.where, masks) if masks else ()
     if masks is None or any(one.type is not enums.DatasetType.folder or "://" in one.path for one in folders):
@@ -165,8 +165,8 @@ def _without_masks(spec: DatasetSpec) -> Where:
 
 
 def _share_shapes(own: list[tuple[Picture, HW, int]], taken: list[HW]) -> list[tuple[Picture, HW, int]]:
-    """Class pictures take the nearest of the shapes that the subject's photos have at their resolution, and a shape that
-    none is nearest to takes them all, so every bucket has company for its instance rows."""
+    """Class images get the nearest shape of the subject's photos at their resolution; a shape without such an image
+    gets all of them, so that every bucket has class rows besides its instance rows."""
     near = [(picture, geometry.nearest_shape(shape, taken), among) for picture, shape, among in own]
     lonely = set(taken) - {shape for _, shape, _ in near}
     return list(dict.fromkeys(near)) + [(picture, shape, 1) for shape in sorted(lonely) for picture, _, _ in own]
@@ -184,7 +184,7 @@ def _aspect_draws(spec: DatasetSpec, picture: Picture) -> tuple[float, ...]:
 
 
 def _variants(spec: DatasetSpec, picture: Picture, shape: HW) -> tuple[Geometry, ...]:
-    """The one crop, or random crops whose places are a function of the picture's own bytes."""
+    """The one crop, or random crops, whose positions are a function of the image's bytes."""
     rule = spec.shaping
     if rule.place is enums.Crop.random:
         random = draw.generator(int(picture.digest[:15], 16), 0, Purpose.CROP)

@@ -14,20 +14,20 @@ from ..spec import Shaping
 HW = tuple[int, int]
 MEGAPIXEL = 1e6
 UNIT_EDGE = 1024  # px: an area of 1 is its square
-MOST_RESIZED = 2**28  # px; a picture that would be larger between resize and crop can't be handled
+MOST_RESIZED = 2**28  # px; the maximum size of an image between resize and crop
 
 
 class Geometry(NamedTuple):
-    """How a picture becomes a training picture: resize, cut out, mirror."""
+    """The transform from an image to a training image: resize, crop, mirror."""
 
     original: HW
     resized: HW
-    crop: HW  # top, left, in the resized picture
+    crop: HW  # top, left, in the resized image
     target: HW
     mirror: bool
 
     def size(self) -> Size:
-        """What SDXL is told: where the crop begins in the resized (and mirrored) picture."""
+        """SDXL's crop conditioning: the top left corner of the crop in the resized (and mirrored) image."""
         top, left = self.crop
         if self.mirror:
             left = self.resized[1] - self.target[1] - left
@@ -35,7 +35,7 @@ class Geometry(NamedTuple):
 
 
 def edge(value: float, unit: enums.ResolutionType) -> float:
-    """Pixels of the edge that a resolution speaks of: of the square of the same area, or (`pixel`) the short one."""
+    """The edge in pixels that a resolution means: of the square of the same area, or (`pixel`) the short edge."""
     return UNIT_EDGE * value**0.5 if unit is enums.ResolutionType.area else value
 
 
@@ -48,7 +48,7 @@ def measure(size: HW, unit: enums.ResolutionType) -> float:
 
 
 def bucket_shape(size: HW, edge: float, stride: int, max_aspect: float) -> HW:
-    """The shape a picture is trained at: area about edge², sides multiples of stride, aspect as near as that allows.
+    """The training shape of an image: area about edge², sides multiples of stride, aspect as close as possible.
 
     With a = width / height held within [1 / max_aspect, max_aspect]: W = round_s(edge √a), H = round_s(edge / √a).
     """
@@ -71,7 +71,7 @@ def _round(length: float, stride: int) -> int:
 
 
 def target(size: HW, rule: Shaping, stride: int, draws: tuple[float, ...] = ()) -> list[HW]:
-    """The shapes a picture is trained at: one, or, with aspects drawn at random, one for each different one.
+    """The training shapes of an image: one, or several if aspects are drawn at random.
 
     Args:
         draws: numbers in [0, 1) that choose among `rule.aspects`.
@@ -91,14 +91,14 @@ def target(size: HW, rule: Shaping, stride: int, draws: tuple[float, ...] = ()) 
 
 
 def reason_against(size: HW, rule: Shaping, stride: int) -> str | None:
-    """Why a picture of this size can't be used; None if it can."""
+    """Why an image of this size can't be used; None if it can."""
     height, width = size
     if (has := measure(size, rule.unit)) < rule.minimum:
         what = {enums.ResolutionType.pixel: "short edge {:.0f} px", enums.ResolutionType.area: "area {:.3g} megapixels"}
         return what.get(rule.unit, "√area {:.0f} px").format(has) + f" < minimum_image_size={rule.minimum:g}"
     short = int((rule.minimum * MEGAPIXEL) ** 0.5 if rule.unit is enums.ResolutionType.area else rule.minimum)
     if rule.aspect is enums.CropAspect.square and min(size) < short:
-        return f"short edge {min(size)} px < {short} px, which minimum_image_size={rule.minimum:g} asks of square crops"
+        return f"short edge {min(size)} px < {short} px, which minimum_image_size={rule.minimum:g} requires for square crops"
     aspect = width / height
     if rule.least_aspect is not None and aspect < rule.least_aspect:
         return f"aspect {aspect:.3g} < minimum_aspect_ratio={rule.least_aspect:g}"
@@ -107,14 +107,14 @@ def reason_against(size: HW, rule: Shaping, stride: int) -> str | None:
     for shape in target(size, rule, stride, (0.0,)):
         scale = max(shape[0] / height, shape[1] / width)
         if rule.max_upscale is not None and scale > rule.max_upscale:
-            return f"it would grow {scale:.3g} times > max_upscale={rule.max_upscale:g}"
+            return f"it would be enlarged {scale:.3g} times > max_upscale={rule.max_upscale:g}"
         if height * width * scale**2 > MOST_RESIZED:
-            return f"{width}×{height} px is too long and thin: covering {shape[1]}×{shape[0]} would blow it up; crop it by hand"
+            return f"{width}×{height} px is too narrow: covering {shape[1]}×{shape[0]} would enlarge it too much; crop it by hand"
     return None
 
 
 def nearest_shape(shape: HW, shapes: list[HW]) -> HW:
-    """The one of `shapes` whose aspect is nearest, in ratio; of equals, the nearest in area."""
+    """The shape with the closest aspect, as a ratio; among equals, the closest area."""
 
     def distance(other: HW) -> tuple[float, int]:
         ratio = (shape[1] * other[0]) / (shape[0] * other[1])
@@ -124,7 +124,7 @@ def nearest_shape(shape: HW, shapes: list[HW]) -> HW:
 
 
 def shrunk(size: HW, rule: Shaping) -> float:
-    """The factor a picture is first resized by, if it is above the maximum; 0 where no rule asks for one."""
+    """The factor of the first resize of an image above the maximum; 0 if no rule requires one."""
     if rule.maximum is None or rule.downsample is None or measure(size, rule.unit) <= rule.maximum:
         return 0.0
     goal = edge(rule.downsample, rule.unit)
@@ -132,10 +132,10 @@ def shrunk(size: HW, rule: Shaping) -> float:
 
 
 def place(size: HW, target: HW, at: tuple[float, float], mirror: bool, least: float = 0.0) -> Geometry:
-    """Scale a picture until it just covers `target`, or by `least` if that is more, then cut `target` out of it.
+    """Scale an image until it covers `target`, or by `least` if that is larger, then crop `target` from it.
 
     Args:
-        at: (vertical, horizontal) position of the crop in its room, each in [0, 1]; (½, ½) is the centre.
+        at: (vertical, horizontal) position of the crop in its range, each in [0, 1]; (½, ½) is the centre.
     """
     scale = max(target[0] / size[0], target[1] / size[1], least)
     height, width = (max(round(side * scale), floor) for side, floor in zip(size, target, strict=True))
@@ -144,9 +144,9 @@ def place(size: HW, target: HW, at: tuple[float, float], mirror: bool, least: fl
 
 
 def apply(geometry: Geometry, picture: Tensor) -> Tensor:
-    """Resize (bicubic, antialiased), crop and mirror a picture, or its mask, [C H W] uint8 → [C h w] uint8."""
+    """Resize (bicubic, antialiased), crop and mirror an image, or its mask, [C H W] uint8 → [C h w] uint8."""
     if tuple(picture.shape[1:]) != geometry.original:
-        raise ValueError(f"picture is {tuple(picture.shape[1:])}, its geometry is for {geometry.original}")
+        raise ValueError(f"the image is {tuple(picture.shape[1:])}, but its geometry is for {geometry.original}")
     resized = F.interpolate(picture[None], geometry.resized, mode="bicubic", antialias=True)[0]
     (top, left), (height, width) = geometry.crop, geometry.target
     cut = resized[:, top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""Masks: paired with their pictures by relative path and stem, checked together, carried through the pictures' geometry."""
+"""Masks: paired with their images by relative path and stem, checked together, transformed with the images' geometry."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..sources.scan import ScanResult
 from . import geometry
 from .geometry import Geometry
 
-ASPECT_TOLERANCE = 0.01  # how far a mask of another size may be from its picture's aspect
+ASPECT_TOLERANCE = 0.01  # how far the aspect of a mask of another size may be from its image's
 
 
 class Mask(NamedTuple):
-    """Where one picture's mask is."""
+    """The location of one image's mask."""
 
     file: Picture
     alpha: bool  # it is the alpha channel of `file`
@@ -30,28 +30,30 @@ class Mask(NamedTuple):
 
 
 class BadMask(Exception):
-    """A mask can't be used; the text names it and the way out."""
+    """A mask can't be used; the message names it and a fix."""
 
 
 class Pairs(NamedTuple):
-    masks: dict[str, Mask]  # picture name → its mask
+    masks: dict[str, Mask]  # image name → its mask
     problems: list[str]
     notices: list[str]
 
 
 def of_alpha(pictures: list[Picture]) -> Pairs:
-    """Each picture's own alpha channel."""
+    """Each image's own alpha channel."""
     opaque = [p.name for p in pictures if not p.alpha]
-    problems = [f"{name}: has no transparency, so no mask; give it some, or use dataset.mask_from=files" for name in opaque]
+    problems = [
+        f"{name}: has no transparency, so it has no mask; add an alpha channel, or use dataset.mask_from=files" for name in opaque
+    ]
     return Pairs({p.name: Mask(p, True) for p in pictures if p.alpha}, problems, [])
 
 
 def pair(pictures: list[Picture], known: set[str], masks: ScanResult, where: str) -> Pairs:
-    """Masks for pictures: the file of the same relative path, whatever its extension.
+    """Masks of images: the file with the same relative path, whatever its extension.
 
     Args:
-        known: stems of all pictures of the dataset, rejected ones too.
-        where: how the user names the place of the masks.
+        known: stems of all images of the dataset, including rejected ones.
+        where: the user's name of the masks' location.
     """
     by_stem: dict[str, list[Picture]] = defaultdict(list)
     for file in masks.pictures:
@@ -69,9 +71,9 @@ def pair(pictures: list[Picture], known: set[str], masks: ScanResult, where: str
             problems.append(f"{picture.name}: its mask {broken[picture.stem].name} {broken[picture.stem].reason}")
         else:
             wanted = f"{picture.stem}.png in {where!r}"
-            problems.append(f"{picture.name}: has no mask; make {wanted} (all white where none is needed)")
+            problems.append(f"{picture.name}: has no mask; create {wanted} (all white if none is needed)")
     extra = sorted(file.name for key, files in by_stem.items() if key not in known for file in files)
-    notices = [f"masks without a picture, left alone: {_some(extra)}"] if extra else []
+    notices = [f"masks without an image are ignored: {_some(extra)}"] if extra else []
     return Pairs(made, problems, notices)
 
 
@@ -80,10 +82,10 @@ def _some(names: list[str], most: int = 10) -> str:
 
 
 def load(mask: Mask, picture: Picture) -> Tensor:
-    """The mask at its picture's size [1 H W] uint8.
+    """The mask at its image's size [1 H W] uint8.
 
     Raises:
-        BadMask: it can't be read, is all black, or has another shape than its picture.
+        BadMask: it can't be read, is all black, or has another shape than its image.
     """
     try:
         data = mask.file.source.read(mask.file.name)
@@ -94,23 +96,23 @@ def load(mask: Mask, picture: Picture) -> Tensor:
         raise BadMask(f"{picture.name}: its mask {mask.file.name} changed while it was being read; start again")
     if not pixels.any():
         black = f"{picture.name}: its mask {mask.file.name} is all black"
-        raise BadMask(f"{black}, so nothing would be learned; paint the subject white")
+        raise BadMask(f"{black}, so nothing would be trained; paint the subject white")
     own, wanted = tuple(pixels.shape[1:]), picture.size
     if own == wanted:
         return pixels
     if abs(own[1] / own[0] * wanted[0] / wanted[1] - 1) > ASPECT_TOLERANCE:
         raise BadMask(
-            f"{picture.name}: its mask {mask.file.name} is {own[1]}×{own[0]} px, the picture {wanted[1]}×{wanted[0]}; "
+            f"{picture.name}: its mask {mask.file.name} is {own[1]}×{own[0]} px, the image {wanted[1]}×{wanted[0]}; "
             "make it the same size"
         )
     return F.interpolate(pixels[None], wanted, mode="bilinear", antialias=True)[0]
 
 
 def to_grid(pixels: Tensor, variant: Geometry, factor: int) -> Tensor:
-    """The mask through its picture's own geometry, as means over latent cells [1 h w] in [0, 1].
+    """The mask after its image's geometry, as means over latent cells [1 h w] in [0, 1].
 
     Args:
-        pixels: [1 H W] uint8 at the picture's size.
+        pixels: [1 H W] uint8 at the image's size.
         factor: pixels per latent cell.
     """
     cut = geometry.apply(variant, pixels)[None].float() / 255

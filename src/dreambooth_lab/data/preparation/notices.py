@@ -1,4 +1,4 @@
-"""What is worth knowing of the pictures before they are trained on: what crops cut away, what grows, what is there twice."""
+"""Notices about the images before training: areas removed by crops, enlarged images, duplicates."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import NamedTuple
 
 from .entry import Entry
 
-MUCH_CROPPED = 1 / 3  # share of a picture that its crop may cut away without a word
-MUCH_ENLARGED = 2.0  # times that a picture's sides may grow without a word
+MUCH_CROPPED = 1 / 3  # share of an image that its crop may remove without a notice
+MUCH_ENLARGED = 2.0  # enlargement of an image's sides without a notice
 
 
 class Cropping(NamedTuple):
-    """What the crops of a dataset leave out: shares of the pictures' areas."""
+    """The area that the crops of a dataset remove, as shares of the images' areas."""
 
     mean: float
     worst: float
-    much: list[tuple[str, float]]  # pictures that lose more than `MUCH_CROPPED`, the worst first
+    much: list[tuple[str, float]]  # images that lose more than `MUCH_CROPPED`, the worst first
 
 
 def cropped_share(entry: Entry) -> float:
-    """Of a picture, that its crop leaves out; the least, if it has several crops."""
+    """The share of an image that its crop removes; the minimum, if it has several crops."""
     return min(1 - v.target[0] * v.target[1] / (v.resized[0] * v.resized[1]) for v in entry.variants)
 
 
 def cropping(entries: list[Entry]) -> Cropping:
-    """What is lost of some pictures; at least one."""
+    """The removed areas of some images; at least one."""
     shares = [(entry.picture.name, cropped_share(entry)) for entry in entries]
     much = sorted((s for s in shares if s[1] > MUCH_CROPPED), key=lambda s: (-s[1], s[0]))
     return Cropping(sum(lost for _, lost in shares) / len(shares), max(lost for _, lost in shares), much)
 
 
 def notices(entries: list[Entry]) -> list[str]:
-    """Pictures that grow much, and copies of one picture, each named."""
+    """Images that are enlarged much, and duplicates, each named."""
     return [*_enlarged(entries), *_copies(entries)]
 
 
@@ -41,7 +41,7 @@ def _enlarged(entries: list[Entry]) -> list[str]:
     for entry in entries:
         (height, width), (high, wide) = entry.picture.size, entry.variants[0].resized
         if (scale := max(high / height, wide / width)) > MUCH_ENLARGED:
-            grows = f"{width}×{height} px grows {scale:.3g} times, to {wide}×{high}"
+            grows = f"{width}×{height} px is enlarged {scale:.3g} times, to {wide}×{high}"
             said[entry.spec.id, entry.picture.name] = f"{entry.spec.id}: {entry.picture.name}: {grows}"
     return list(said.values())
 
@@ -51,6 +51,6 @@ def _copies(entries: list[Entry]) -> list[str]:
     for entry in entries:
         names[entry.spec.id, entry.picture.digest][entry.picture.name] = None
     return [
-        f"{of}: {', '.join(same)} are copies of one picture (the same bytes), which counts {len(same)} times"
+        f"{of}: {', '.join(same)} are the same image (equal bytes), which is used {len(same)} times as often"
         for (of, _), same in names.items() if len(same) > 1
     ]  # fmt: skip

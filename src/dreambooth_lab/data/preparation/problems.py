@@ -1,4 +1,4 @@
-"""What is wrong with the data, said at once before anything is trained."""
+"""Problems of the data, reported together before training."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MOST_LISTED = 40  # problems shown at once
 def raise_problems(
     specs: list[DatasetSpec], entries: list[Entry], rejected: dict[str, list[Rejected]], problems: list[str]
 ) -> None:
-    """Raise one `ConfigError` with all problems, a dataset without a usable picture among them; silent if there is none."""
+    """Raise one `ConfigError` with all problems, including datasets without a usable image; do nothing if there are none."""
     usable, said = {entry.spec.id for entry in entries}, list(problems)
     for one in specs:
         if one.id in usable or any(p.startswith((one.named, f"{one.id}:")) for p in said):
             continue
-        reasons = "; ".join(f"{r.name}: {r.reason}" for r in rejected[one.id][:MOST_LISTED]) or "no picture files"
-        said.append(f"{one.named} is {one.where.path!r}, which has no usable picture ({reasons})")
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in rejected[one.id][:MOST_LISTED]) or "no image files"
+        said.append(f"{one.named} is {one.where.path!r}, which has no usable image ({reasons})")
     if not said and not any(entry.weight for entry in entries if not entry.spec.is_eval):
-        said.append("no dataset has rows to give; set a probability above 0")
+        said.append("no dataset contributes rows; set a probability above 0")
     if len(said) == 1:
         raise ConfigError(said[0])
     if said:

@@ -29,7 +29,7 @@ class RowTensors(NamedTuple):
     size: Size
     caption: str
     mask: Tensor | None  # [1 h w]
-    keyed: int  # what x_0 and ε are drawn by: the sample, or a fixed draw of the bank
+    keyed: int  # the key of the draws of x_0 and ε: the sample, or a fixed draw of the bank
     u: float  # becomes t
     teacher_output: Tensor | None  # [C h w], the base model's cached prediction
 
@@ -38,9 +38,9 @@ class Assembler:
     """Builds batches.
 
     Args:
-        entries: what rows refer to.
+        entries: the entries that rows refer to.
         bank: targets of class rows, or None.
-        class_share: of class rows among all that come, over time.
+        class_share: average share of class rows.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Assembler:
         return RowTensors(posterior["mean"], posterior["std"], size, caption, mask, keyed, u, taught)
 
     def caption(self, sample: int, entry: Entry) -> str:
-        """One of the picture's; dropped for a share of the instance rows, while class rows keep what they preserve."""
+        """One of the image's captions; dropped for a share of the instance rows, never for class rows."""
         seed, share = self.cfg.seed, self.cfg.dataset.caption_dropout
         if not entry.spec.is_class and draw.uniform(seed, sample, Purpose.CAPTION_DROPOUT) < share:
             return ""
@@ -105,7 +105,7 @@ class Assembler:
 
 
 def _stack_masks(masks: list[Tensor | None], like: Tensor) -> Tensor | None:
-    """[B 1 h w], ones where a row has none; None if no row has one."""
+    """Masks [B 1 h w], ones for rows without a mask; None if no row has one."""
     if all(mask is None for mask in masks):
         return None
     return torch.stack([torch.ones_like(like[0, :1]) if mask is None else mask for mask in masks])

@@ -1,4 +1,4 @@
-"""The mixture: which pictures share a bucket, and how many rows each dataset gives to it."""
+"""The mixture: which images share a bucket, and how many rows each dataset contributes to it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .schedule import Bucket, Group
 
 
 def buckets(entries: list[Entry], share: float) -> list[Bucket]:
-    """A bucket per shape, in it a group per dataset; entries without weight are in none.
+    """One bucket per shape, with one group per dataset; entries without weight are left out.
 
     Args:
-        share: of the class rows, in buckets where class pictures take the shapes of the subject's photos.
+        share: of the class rows, in buckets where class images have the shapes of the subject's photos.
     """
     together: dict[HW, dict[str, list[int]]] = {}
     for i, entry in enumerate(entries):
@@ -21,7 +21,7 @@ def buckets(entries: list[Entry], share: float) -> list[Bucket]:
 
 
 def _groups(entries: list[Entry], sets: dict[str, list[int]], share: float) -> tuple[Group, ...]:
-    """One group per dataset; where class pictures share the photos' shapes, their rows are `share` of a bucket's."""
+    """One group per dataset; if class images have the photos' shapes, they get the share `share` of a bucket's rows."""
     made = [Group(tuple(own), sum(entries[i].weight for i in own), entries[own[0]].spec.is_class) for own in sets.values()]
     sharing = [entries[group.entries[0]].spec.share_shapes for group in made]
     theirs = sum(group.rows for group in made if not group.is_class)

@@ -1,10 +1,10 @@
-"""Which picture is sample n: an endless schedule that is a function of (seed, n) alone.
+"""The image of sample n: an endless schedule that is a function only of (seed, n).
 
-Pictures of one shape form a bucket; in it, those of one dataset form a group with its number of rows an epoch. Each group
-is an endless stream of passes over its pictures, each pass in a fresh order, and a bucket is its groups' streams strewn
-evenly into one. A batch is the next rows of one bucket, so no picture is dropped, none is padded, however few a bucket has,
-and over time each comes as often as its dataset asks, whatever the batch size. Within an epoch every bucket comes as often
-as it takes to show its rows once, in random order.
+Images of one shape form a bucket. In a bucket, the images of one dataset form a group with a number of rows per epoch. Each group
+is an endless stream of passes over its images, each pass in a new random order. A bucket interleaves its groups' streams
+evenly. A batch takes the next rows of one bucket, so no image is dropped or padded, even in small buckets,
+and on average each is used as often as its dataset requires, whatever the batch size. Within an epoch every bucket provides
+as many batches as are needed to use its rows once, in random order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Group(NamedTuple):
     """Positions of one dataset's entries of one shape."""
 
     entries: tuple[int, ...]
-    rows: float  # in an epoch, above 0
+    rows: float  # per epoch, above 0
     is_class: bool
 
 
@@ -58,18 +58,18 @@ class Schedule:
         self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
         self.rows = [sum(group.rows for group in bucket.groups) for bucket in buckets]
         self.later = [_shares([group.rows for group in bucket.groups]) for bucket in buckets]
-        self.first = [sum(len(b.groups) for b in buckets[:i]) for i in range(len(buckets) + 1)]  # numbers of the groups
+        self.first = [sum(len(b.groups) for b in buckets[:i]) for i in range(len(buckets) + 1)]  # indices of the groups
         self._order = lru_cache(maxsize=64)(self._epoch_order)
         self._shuffled = lru_cache(maxsize=4 * self.first[-1] + 64)(self._permutation)
 
     @property
     def class_share(self) -> float:
-        """Fraction of class rows over time, from `prior.class_fraction` or from the repeats of a dataset file."""
+        """Average fraction of class rows, from `prior.class_fraction` or from the repeats of a dataset file."""
         return sum(group.rows for bucket in self.buckets for group in bucket.groups if group.is_class) / sum(self.rows)
 
     @property
     def batches_per_epoch(self) -> float:
-        """Mean number of batches in which every group gives its rows."""
+        """Mean number of batches per epoch."""
         return sum(self.rows) / self.batch_size
 
     def batch(self, number: int) -> list[Row]:
@@ -79,7 +79,7 @@ class Schedule:
         return [Row(number * self.batch_size + i, self._entry(bucket, first + i)) for i in range(self.batch_size)]
 
     def _bucket_batches(self, bucket: int, epochs: int) -> int:
-        """Batches of a bucket in the first `epochs` epochs: rounded up, so every picture comes in the first."""
+        """Batches of a bucket in the first `epochs` epochs: rounded up, so that every image occurs in the first."""
         return ceil(epochs * self.rows[bucket] / self.batch_size - 1e-9)
 
     def _before(self, epoch: int) -> int:
@@ -105,7 +105,7 @@ class Schedule:
         """The entry at a position of a bucket's stream."""
         for number, share in enumerate(self.later[bucket]):
             before, after = floor(position * share + 1e-9), floor((position + 1) * share + 1e-9)
-            if after == before:  # this group's turn, not that of a later one
+            if after == before:  # the row belongs to this group, not to a later one
                 entries = self.buckets[bucket].groups[number].entries
                 lap, place = divmod(position - before, len(entries))
                 return entries[self._shuffled(self.first[bucket] + number, lap, len(entries))[place]]
@@ -117,5 +117,5 @@ class Schedule:
 
 
 def _shares(rows: list[float]) -> list[float]:
-    """For each group, the share of those after it among it and them."""
+    """For each group, the share of the later groups' rows among its own and theirs."""
     return [sum(rows[i + 1 :]) / sum(rows[i:]) for i in range(len(rows))]

@@ -1,6 +1,6 @@
-"""SimpleTuner's dataset files, read as they are: a JSON list of entries → `DatasetSpec`s.
+"""Reads SimpleTuner's dataset files unchanged: a JSON list of entries → `DatasetSpec`s.
 
-Everything wrong with a file is reported at once, each with its entry and a way out.
+All problems of a file are reported together, each with its entry and a fix.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read(path: Path, cfg: DictConfig) -> DataPlan:
     """The datasets of a file.
 
     Args:
-        cfg: gives what a file can't say: crop variants, mirroring, the largest aspect, the kind of prior.
+        cfg: for settings that a file can't have: crop variants, mirroring, the maximum aspect, the kind of prior.
 
     Raises:
         ConfigError: lists every problem of the file.
@@ -88,7 +88,7 @@ def _entries(path: Path) -> tuple[list[Entry], list[str], list[str]]:
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
         where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"dataset.path is {str(path)!r}, broken JSON at {where}: {error.msg}; it reads {line!r}") from error
+        raise ConfigError(f"dataset.path is {str(path)!r}, invalid JSON at {where}: {error.msg}; the line is {line!r}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"dataset.path is {str(path)!r}, which is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except (OSError, RecursionError) as error:
@@ -96,7 +96,9 @@ def _entries(path: Path) -> tuple[list[Entry], list[str], list[str]]:
             f"dataset.path is {str(path)!r}, which can't be read ({error}); give a SimpleTuner dataset file"
         ) from error
     if not isinstance(data, list) or not data:
-        raise ConfigError(f"dataset.path is {str(path)!r}, which holds no list of datasets; it must read [{{…}}, {{…}}]")
+        raise ConfigError(
+            f"dataset.path is {str(path)!r}, which contains no list of datasets; it must have the form [{{…}}, {{…}}]"
+        )
     problems = [
         f"entry {i + 1} is {entry!r}; it must be an object {{…}}" for i, entry in enumerate(data) if not isinstance(entry, dict)
     ]
@@ -112,7 +114,7 @@ def _entries(path: Path) -> tuple[list[Entry], list[str], list[str]]:
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> Entry:
-    """JSON objects whose doubled keys are kept, to be refused, rather than silently halved."""
+    """JSON objects that record duplicate keys, which are refused instead of silently dropped."""
     twins = {key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1}
     made = dict(pairs)
     if twins:
@@ -145,12 +147,12 @@ def _text_entries(entries: list[Entry]) -> list[Entry]:
 
 
 def _text_notices(entries: list[Entry], texts: list[Entry]) -> Iterator[str]:
-    """All captions lie in one cache, the default one."""
+    """All text embeddings are in one cache, the default one."""
     for other in texts[1:]:
-        yield f"entry {other['id']!r} is left alone: all captions are cached in {texts[0]['id']!r}"
+        yield f"entry {other['id']!r} is not used: all captions are cached in {texts[0]['id']!r}"
     for entry in entries:
         if has_pictures(entry) and entry.get("text_embeds") not in (None, *(text["id"] for text in texts[:1])):
-            yield f"entry {entry['id']!r}: text_embeds has no meaning here: all captions are cached in {texts[0]['id']!r}"
+            yield f"entry {entry['id']!r}: text_embeds has no effect here: all captions are cached in {texts[0]['id']!r}"
 
 
 def _where(entry: Entry, beside: Path) -> Where:
@@ -166,7 +168,7 @@ def _where(entry: Entry, beside: Path) -> Where:
 
 
 def _located(place: str, beside: Path) -> str:
-    """A relative path means the same as to SimpleTuner, from where the program runs; failing that, from beside the file."""
+    """Resolve a relative path like SimpleTuner, from the working directory; if it does not exist, from the file's folder."""
     near = beside.parent / Path(place).expanduser()
     return str(near) if "://" not in place and not Path(place).expanduser().exists() and near.exists() else place
 
@@ -189,7 +191,7 @@ def _spec(entry: Entry, entries: list[Entry], cfg: DictConfig, path: Path) -> Da
 
 
 def _shaping(entry: Entry, cfg: DictConfig) -> Shaping:
-    """Without a crop, what is beyond a bucket's shape is cut from the centre."""
+    """Without `crop`, images are centre-cropped to the bucket's shape."""
     crop = entry.get("crop") is True
     style = str(entry.get("crop_style") or "random").replace("centre", "center")
     unit = enums.ResolutionType[entry.get("resolution_type") or "pixel_area"]

@@ -1,4 +1,4 @@
-"""What may be wrong with a SimpleTuner dataset file; each problem with the way out."""
+"""Checks of a SimpleTuner dataset file; each problem has a fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TYPE_NAMES = {str: "a string", bool: "true or false", int: "a whole number", flo
 
 def entry_problems(entry: Entry) -> Iterator[str]:
     for key in entry.get("\0twins", []):
-        yield f"key {key!r} comes twice; keep one"
+        yield f"key {key!r} occurs twice; keep one"
     yield from _key_problems({k: v for k, v in entry.items() if k != "\0twins"}, KEYS, "")
     for outer, legal in NESTED.items():
         if isinstance(entry.get(outer), dict):
@@ -27,7 +27,7 @@ def entry_problems(entry: Entry) -> Iterator[str]:
     if not isinstance(entry.get("id"), str) or not entry["id"].strip():
         yield 'it needs an id, such as "id": "my-photos"'
     elif re.search(r"[/\\\x00-\x1f]|^\.\.?$", entry["id"]):
-        yield "an id names a dataset, not a path; leave out /, \\ and control characters"
+        yield "an id names a dataset, not a path; remove /, \\ and control characters"
     yield from _meaning_problems(entry)
 
 
@@ -35,13 +35,13 @@ def _key_problems(entry: Entry, legal: dict[str, Key], prefix: str) -> Iterator[
     for key, value in entry.items():
         if key not in legal:
             near = get_close_matches(key, legal, n=1, cutoff=0.5)
-            yield f"unknown key {prefix}{key!r}" + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
+            yield f"unknown key {prefix}{key!r}" + (f"; did you mean {near[0]!r}?" if near else "; remove it")
             continue
         known = legal[key]
         if problem := _value_problem(known, value):
             yield f"{prefix}{key} is {json.dumps(value, ensure_ascii=False)}; {problem}"
         elif known.use is Use.refused and value is not None and value not in known.neutral:
-            yield f"{prefix}{key} can't be followed here: {known.why}"
+            yield f"{prefix}{key} is not supported here: {known.why}"
 
 
 def _value_problem(key: Key, value: Any) -> str | None:
@@ -60,7 +60,7 @@ def _value_problem(key: Key, value: Any) -> str | None:
 
 
 def _meaning_problems(entry: Entry) -> Iterator[str]:
-    """What single keys can't tell; wrong types are reported already and skipped here."""
+    """Checks across keys; wrong types are already reported and skipped here."""
     kind = kind_of(entry)
     if kind == "conditioning" and entry.get("conditioning_type") is None:
         yield 'it needs "conditioning_type": "mask"'
@@ -79,7 +79,7 @@ def _meaning_problems(entry: Entry) -> Iterator[str]:
     if isinstance(prompts, list) and not all(isinstance(p, str) and p.strip() for p in prompts):
         yield "instance_prompt must be a list of strings"
     if "${" in str(prompts):
-        yield "instance_prompt has ${, which the run's config.yaml would read as a reference to another key; leave it out"
+        yield "instance_prompt has ${, which the run's config.yaml would interpret as a reference to another key; remove it"
     if strategy in COLUMN_STRATEGIES and not columns_of(entry):
         yield f"caption_strategy is {strategy!r}, so it needs a caption_column"
     yield from _size_problems(entry)
@@ -88,20 +88,20 @@ def _meaning_problems(entry: Entry) -> Iterator[str]:
 def _size_problems(entry: Entry) -> Iterator[str]:
     large, shrink = entry.get("maximum_image_size"), entry.get("target_downsample_size")
     if (large is None) != (shrink is None):
-        yield "maximum_image_size and target_downsample_size come together; give both or neither"
+        yield "maximum_image_size and target_downsample_size must be given together; give both or neither"
     numbers = [entry.get(k) for k in ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")]
     if any(isinstance(n, bool) or not isinstance(n, int | float | None) for n in numbers):
         return
     edge, least, most, shrunk = numbers
     unit = entry.get("resolution_type", "pixel_area")
     if edge is not None and unit != "area" and 0 < edge < 16:
-        yield f'resolution is {edge:g} px; for megapixels say "resolution_type": "area"'
+        yield f'resolution is {edge:g} px; for megapixels set "resolution_type": "area"'
     if edge is not None and unit == "area" and edge > 16:
-        yield f'resolution is {edge:g} megapixels; for pixels say "resolution_type": "pixel_area"'
+        yield f'resolution is {edge:g} megapixels; for pixels set "resolution_type": "pixel_area"'
     if least is not None and most is not None and least > most:
-        yield f"minimum_image_size {least:g} is above maximum_image_size {most:g}: every picture would be rejected or shrunk"
+        yield f"minimum_image_size {least:g} is above maximum_image_size {most:g}: every image would be rejected or downscaled"
     if shrunk is not None and most is not None and shrunk > most:
-        yield f"target_downsample_size {shrunk:g} is above maximum_image_size {most:g}: pictures would grow"
+        yield f"target_downsample_size {shrunk:g} is above maximum_image_size {most:g}: images would be enlarged"
     aspects = entry.get("crop_aspect_buckets")
     if entry.get("crop") is True and entry.get("crop_aspect") in ("closest", "random") and not aspects:
         yield f'crop_aspect is {entry["crop_aspect"]!r}, so it needs "crop_aspect_buckets", such as [0.75, 1.0, 1.33]'
@@ -110,12 +110,12 @@ def _size_problems(entry: Entry) -> Iterator[str]:
 
 
 def file_problems(entries: list[Entry], cfg: DictConfig) -> Iterator[str]:
-    """What single entries can't tell."""
+    """Checks across entries."""
     ids = [entry.get("id") for entry in entries if isinstance(entry.get("id"), str)]
     yield from (f"id {i!r} is used by {ids.count(i)} entries; each needs its own" for i in dict.fromkeys(ids) if ids.count(i) > 1)
     pictures = [entry for entry in entries if kind_of(entry) == "image"]
     if not pictures:
-        yield 'no entry has pictures to train on; give one with "dataset_type": "image" that is not disabled'
+        yield 'no entry has images to train on; add one with "dataset_type": "image" that is not disabled'
     masks = [entry.get("id") for entry in entries if kind_of(entry) == "conditioning"]
     texts = [entry.get("id") for entry in entries if kind_of(entry) == "text_embeds"]
     for entry in entries:
@@ -125,14 +125,14 @@ def file_problems(entries: list[Entry], cfg: DictConfig) -> Iterator[str]:
                 hint = f"; did you mean {near[0]!r}?" if near else '; give it "dataset_type": "conditioning"'
                 yield f"entry {entry.get('id')!r}: conditioning_data is {asked!r}, and no conditioning entry has that id{hint}"
         if len(mask_entries(entry)) > 1:
-            yield f"entry {entry.get('id')!r}: conditioning_data names {len(mask_entries(entry))} entries; a picture has one mask"
+            yield f"entry {entry.get('id')!r}: conditioning_data names {len(mask_entries(entry))} entries; an image has one mask"
         if isinstance(entry.get("text_embeds"), str) and entry["text_embeds"] not in texts:
             yield f"entry {entry.get('id')!r}: text_embeds is {entry['text_embeds']!r}, and no text_embeds entry has that id"
     classes = [entry.get("id") for entry in pictures if is_class(entry)]
     if classes and cfg.prior.kind is enums.PriorKind.none:
         yield (
             f"{', '.join(map(repr, classes))}: regularisation data needs a prior: add prior=teacher (the base model's own "
-            'answer, as SimpleTuner has it) or prior=noise; or say "disabled": true; or drop the flag to train them as they are'
+            'prediction, as in SimpleTuner) or prior=noise; or set "disabled": true; or remove the flag to train on them as usual'
         )
     if pictures and len(classes) == len(pictures):
-        yield "every picture entry is regularisation data; nothing shows the subject"
+        yield "every image entry is regularisation data; no entry shows the subject"

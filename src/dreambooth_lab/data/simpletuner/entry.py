@@ -1,4 +1,4 @@
-"""What an entry of a SimpleTuner dataset file says about itself, read with SimpleTuner's defaults."""
+"""The properties of an entry of a SimpleTuner dataset file, with SimpleTuner's defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PLACE_KEYS = {"csv": "csv_file", "huggingface": "dataset_name", "aws": "aws_buck
 
 
 def text_of(entry: Entry, key: str, default: str) -> str:
-    """A text with its default; what is no text is reported elsewhere, and reads as the default."""
+    """A string or its default; other types are reported elsewhere, and give the default."""
     value = entry.get(key)
     return value if isinstance(value, str) else default
 
@@ -41,13 +41,13 @@ def mask_entries(entry: Entry) -> list[Any]:
 
 
 def options_of(entry: Entry) -> Entry:
-    """The entry with the options of its table or hub dataset, wherever it says them."""
+    """The entry with the options of its table or hub dataset, wherever they are set."""
     nested = (part for part in (entry.get("parquet"), entry.get("huggingface")) if isinstance(part, dict))
     return {**entry, **{key: value for part in nested for key, value in part.items()}}
 
 
 def has_table(entry: Entry) -> bool:
-    """Whether pictures are listed by a parquet file rather than found in their folder."""
+    """Whether images are listed in a parquet file instead of found in their folder."""
     return type_of(entry) in ("local", "aws") and entry.get("metadata_backend") == "parquet"
 
 
@@ -56,12 +56,12 @@ def folder_of(entry: Entry) -> str | None:
 
 
 def place_key(entry: Entry) -> str:
-    """The key by which an entry says where its pictures are."""
+    """The key of an entry that sets the location of its images."""
     return PLACE_KEYS.get(type_of(entry), "instance_data_dir")
 
 
 def place_of(entry: Entry) -> str | None:
-    """Where an entry's pictures are; None if it doesn't say."""
+    """The location of an entry's images; None if it is not set."""
     kind, folder = type_of(entry), folder_of(entry)
     if kind == "aws":
         bucket, prefix = entry.get("aws_bucket_name"), entry.get("aws_data_prefix") or folder or ""
@@ -72,6 +72,6 @@ def place_of(entry: Entry) -> str | None:
 
 
 def columns_of(entry: Entry) -> tuple[str, ...]:
-    """The columns that captions are read from."""
+    """The caption columns."""
     said = entry.get("csv_caption_column") or options_of(entry).get("caption_column")
     return tuple(said) if isinstance(said, list) else (said,) if said else ()

@@ -1,4 +1,4 @@
-"""Keys of SimpleTuner's dataset files that are known, but say nothing where they stand: which, and why. Each is told once."""
+"""Known keys of SimpleTuner's dataset files that have no effect in their entry, and why. Each gives one notice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PICTURED = (*GEOMETRY, *SAID, *TRAINED, *PLACED, "conditioning_data", "max_num_s
 
 class Rule(NamedTuple):
     keys: tuple[str, ...]
-    holds: Callable[[Entry], bool]  # whether an entry is of the sort in which they say nothing
+    holds: Callable[[Entry], bool]  # whether the keys have no effect in an entry
     why: str
 
 
@@ -49,36 +49,42 @@ def _only(kind: str, keys: tuple[str, ...]) -> Rule:
 
 
 RULES = (
-    Rule(PICTURED, _kind("text_embeds", "image_embeds"), "this entry is a cache and has no pictures"),
+    Rule(PICTURED, _kind("text_embeds", "image_embeds"), "this entry is a cache and has no images"),
     Rule(("cache_dir_vae",), _kind("text_embeds", "conditioning"), "this entry has no latents"),
-    Rule(("cache_dir",), _kind("image_embeds"), "latents lie with the run's cache, or in a picture entry's cache_dir_vae"),
-    Rule(("cache_dir", "default"), _kind("image", "eval", "conditioning"), "a text_embeds entry says it"),
-    Rule(GEOMETRY, _kind("conditioning"), "a mask goes through the very geometry of its picture"),
+    Rule(("cache_dir",), _kind("image_embeds"), "latents are in the run's cache, or in an image entry's cache_dir_vae"),
+    Rule(("cache_dir", "default"), _kind("image", "eval", "conditioning"), "it is a key of text_embeds entries"),
+    Rule(GEOMETRY, _kind("conditioning"), "a mask has the same geometry as its image"),
     Rule(SAID, _kind("conditioning"), "a mask has no caption"),
-    Rule((*TRAINED, "max_num_samples", "conditioning_data"), _kind("conditioning"), "a mask comes whenever its picture does"),
-    Rule(("conditioning_type",), _kind("image", "eval", "text_embeds", "image_embeds"), "this entry holds no masks"),
-    Rule(TRAINED, _kind("eval"), "eval pictures are never trained on"),
-    Rule(("conditioning_data",), _kind("eval"), "the eval loss is that of whole pictures"),
-    Rule(CUT, lambda e: has_pictures(e) and e.get("crop") is not True, "without crop=true a picture keeps its own aspect"),
+    Rule((*TRAINED, "max_num_samples", "conditioning_data"), _kind("conditioning"), "a mask is used with its image"),
+    Rule(("conditioning_type",), _kind("image", "eval", "text_embeds", "image_embeds"), "this entry contains no masks"),
+    Rule(TRAINED, _kind("eval"), "eval images are never trained on"),
+    Rule(("conditioning_data",), _kind("eval"), "the eval loss uses no masks"),
+    Rule(CUT, lambda e: has_pictures(e) and e.get("crop") is not True, "without crop=true an image keeps its own aspect"),
     Rule(
         ("crop_aspect_buckets",),
         lambda e: e.get("crop_aspect") not in ("closest", "random"),
-        "crop_aspect doesn't choose among them",
+        "crop_aspect does not use them",
     ),
-    Rule(("instance_prompt",), _no_prompt, "captions come from elsewhere, and prepend_instance_prompt is not set"),
+    Rule(("instance_prompt",), _no_prompt, "captions come from another source, and prepend_instance_prompt is not set"),
     Rule(("prepend_instance_prompt", "disable_multiline_split"), _one_caption, "the instance prompt is the whole caption"),
     Rule(("disable_multiline_split",), lambda e: strategy_of(e) != "textfile", "only captions of text files have lines"),
-    Rule(("caption_column", "csv_caption_column"), lambda e: strategy_of(e) not in COLUMN_STRATEGIES, "captions are no column"),
+    Rule(
+        ("caption_column", "csv_caption_column"),
+        lambda e: strategy_of(e) not in COLUMN_STRATEGIES,
+        "captions are not read from a column",
+    ),
     *(_only(kind, keys) for kind, keys in TYPED.items()),
     Rule(
-        FOLDER, lambda e: type_of(e) == "huggingface" and place_of(e) != folder_of(e), "dataset_name says where the pictures are"
+        FOLDER,
+        lambda e: type_of(e) == "huggingface" and place_of(e) != folder_of(e),
+        "dataset_name sets the location of the images",
     ),
     Rule(("parquet",), lambda e: not has_table(e), "only metadata_backend=parquet reads it"),
 )
 
 
 def unused_keys(entry: Entry) -> Iterator[tuple[str, str]]:
-    """(key, why) for each; a key that is off, or already at its neutral value, says nothing anyway."""
+    """(key, why) for each; keys that are off or at their neutral value are skipped."""
     told: set[str] = set()
     for key, known in _known(entry):
         if known.use is Use.idle:
@@ -99,7 +105,7 @@ def _known(entry: Entry) -> Iterator[tuple[str, Key]]:
 
 
 def notices(named: list[tuple[str, Entry]]) -> list[str]:
-    """One line for all keys of an entry that say nothing for one reason, and for all entries of which that is true."""
+    """One line for all keys without effect that have the same reason, in all entries."""
     lines: dict[tuple[str, str], list[str]] = {}
     for name, entry in named:
         by_why: dict[str, list[str]] = {}
@@ -108,6 +114,6 @@ def notices(named: list[tuple[str, Entry]]) -> list[str]:
         for why, keys in by_why.items():
             lines.setdefault((", ".join(keys) + (" has" if len(keys) == 1 else " have"), why), []).append(name)
     return [
-        f"{'entry' if len(names) == 1 else 'entries'} {', '.join(names)}: {keys} no meaning here: {why}"
+        f"{'entry' if len(names) == 1 else 'entries'} {', '.join(names)}: {keys} no effect here: {why}"
         for (keys, why), names in lines.items()
     ]

@@ -1,6 +1,6 @@
-"""Pictures wherever they are, behind one interface: list them, read one's bytes, decode it.
+"""Sources of images behind one interface: list them, read the bytes of one, decode it.
 
-A source lists items without reading them; each carries a stamp that changes whenever its content may have.
+A source lists items without reading them; each has a stamp that changes whenever its content may have changed.
 """
 
 from __future__ import annotations
@@ -13,50 +13,50 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large photos; Pillow refuses what is absurd
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large photos; Pillow still refuses extreme sizes
 
 
 class Item(NamedTuple):
-    """One picture as a listing shows it."""
+    """One image of a listing."""
 
     name: str  # unique in its source, with /
-    stamp: str  # equal stamps: equal bytes; "" promises nothing
-    captions: tuple[str, ...] = ()  # that came with it
+    stamp: str  # equal stamps: equal bytes; "": unknown
+    captions: tuple[str, ...] = ()  # from the source
     problem: str | None = None  # why it can't be read
 
 
 class Source(Protocol):
-    notices: list[str]  # what `items` left alone, said once
+    notices: list[str]  # skipped items, for one notice
 
     @property
     def root(self) -> str:
-        """What tells this source from others."""
+        """The identity of this source."""
 
     def items(self) -> Iterator[Item]:
-        """Every picture, in name order; what looks like a picture and can't be read has a `problem`.
+        """Every image, in name order; unreadable image files have a `problem`.
 
         Raises:
             ConfigError: there is nothing to list.
         """
 
     def read(self, name: str) -> bytes:
-        """The picture's file.
+        """The bytes of the image's file.
 
         Raises:
             OSError: it can't be read.
         """
 
     def text(self, name: str) -> str | None:
-        """What is written in the text file beside a picture; None if there is none."""
+        """The content of the text file beside an image; None if there is none."""
 
 
 class Header(NamedTuple):
-    """What a scan keeps of a picture."""
+    """The data of an image that a scan stores."""
 
     size: tuple[int, int]  # height, width, as shown (EXIF orientation applied)
     digest: str  # SHA-256 of the file
     alpha: bool  # has transparency
-    colours: str = ""  # what `colour.profile_status` says of its profile
+    colours: str = ""  # result of `colour.profile_status`
 
 
 class Picture(NamedTuple):
@@ -65,8 +65,8 @@ class Picture(NamedTuple):
     size: tuple[int, int]  # height, width, as shown (EXIF orientation applied)
     digest: str  # SHA-256 of the file
     alpha: bool
-    captions: tuple[str, ...]  # that came with it
-    colours: str = ""  # what `colour.profile_status` says of its profile
+    captions: tuple[str, ...]  # from the source
+    colours: str = ""  # result of `colour.profile_status`
 
     @property
     def stem(self) -> str:
@@ -78,14 +78,14 @@ class Rejected(NamedTuple):
     reason: str
 
 
-LOCAL = "stat:"  # how stamps of this machine's files begin
+LOCAL = "stat:"  # prefix of stamps of local files
 
 
 def local_stamp(stat: os.stat_result) -> str:
-    """Changes with every change of a file; the time of the last change can't be set by hand, unlike that of the content."""
+    """Changes with every change of a file; unlike the mtime, the ctime can't be set by users."""
     return f"{LOCAL}{stat.st_ctime_ns}:{stat.st_mtime_ns}:{stat.st_size}:{stat.st_ino}"
 
 
 def stem(name: str) -> str:
-    """x/a.b.jpg → x/a.b: what a picture, its caption and its mask have in common."""
+    """x/a.b.jpg → x/a.b: the common part of the names of an image, its caption and its mask."""
     return str(PurePosixPath(name).with_suffix(""))

@@ -24,24 +24,24 @@ def digest(data: bytes) -> str:
 
 
 def head(data: bytes) -> Header:
-    """A picture's size and kind from its first bytes; pixels are not decoded.
+    """An image's size and format from its first bytes; pixels are not decoded.
 
     Raises:
         One of `UNREADABLE`.
     """
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
-        told = image.format != "PNG" or b"eXIf" in data or b"Raw profile type exif" in data  # else asking decodes a whole PNG
+        told = image.format != "PNG" or b"eXIf" in data or b"Raw profile type exif" in data  # else getexif decodes a whole PNG
         turned = told and image.getexif().get(0x0112) in QUARTER_TURNS
         size = (width, height) if turned else (height, width)
         return Header(size, digest(data), image.has_transparency_data, colour.profile_status(image))
 
 
 def _upright(data: bytes) -> Image.Image:
-    """The first frame, upright, 8 bits a channel."""
+    """The first frame, upright, 8 bits per channel."""
     upright: Image.Image = Image.open(io.BytesIO(data))
     upright.load()
-    ImageOps.exif_transpose(upright, in_place=True)  # without a copy: large photos are mostly copying
+    ImageOps.exif_transpose(upright, in_place=True)  # in place: copies dominate the time for large photos
     if upright.mode.startswith("I") or upright.mode == "F":
         values = np.asarray(upright, dtype=np.float64)
         top = 1.0 if upright.mode == "F" and values.max(initial=0) <= 1 else 255.0
@@ -54,7 +54,7 @@ def decode(data: bytes) -> Tensor:
     """Pixels [3 H W] uint8 in sRGB, upright; transparent parts become white.
 
     Raises:
-        One of `UNREADABLE`: the file is truncated or not a picture.
+        One of `UNREADABLE`: the file is truncated or not an image.
     """
     upright = colour.to_srgb(_upright(data))
     if upright.has_transparency_data:
@@ -65,7 +65,7 @@ def decode(data: bytes) -> Tensor:
 
 
 def decode_mask(data: bytes, alpha: bool) -> Tensor:
-    """A mask [1 H W] uint8, upright: the picture's brightness, or its alpha channel (all 255 where it has none)."""
+    """A mask [1 H W] uint8, upright: the image's brightness, or its alpha channel (all 255 if it has none)."""
     upright = _upright(data)
     if alpha:
         mask = upright.convert("RGBA").getchannel("A")

@@ -1,4 +1,4 @@
-"""Pictures below a folder: of this machine, or of anything fsspec opens."""
+"""Images below a folder, local or opened by fsspec."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adl
 
 
 class SkippedFiles:
-    """Counts what is passed over while a place is listed."""
+    """Counts the skipped items of a listing."""
 
     def __init__(self) -> None:
         self.hidden: list[str] = []
         self.masks: list[str] = []
 
     def notices(self, root: str) -> list[str]:
-        """What to say of it; one line a kind."""
+        """Notices about them; one line per kind."""
         said = []
         if self.hidden:
             names = ", ".join(sorted(self.hidden)[:10]) + (f" and {len(self.hidden) - 10} more" if len(self.hidden) > 10 else "")
-            said.append(f"hidden or rubbish folders and files in {root!r} are left alone: {names}")
-        return said + [f"{name} in {root!r} is left out of the pictures, since masks are read from it" for name in self.masks]
+            said.append(f"hidden and system folders and files in {root!r} are skipped: {names}")
+        return said + [f"{name} in {root!r} is not used for images, since masks are read from it" for name in self.masks]
 
 
 class Folder:
-    """A folder of this machine, searched through. Links are followed; a link back to where one came from is not.
+    """A local folder, searched recursively. Links are followed, except links to a parent folder.
 
     Args:
-        without: a folder in it that is left out.
+        without: a subfolder that is skipped.
     """
 
     def __init__(self, path: str, without: str | None = None):
@@ -47,7 +47,7 @@ class Folder:
     def items(self) -> Iterator[Item]:
         if not self.path.is_dir():
             state = "is a file" if self.path.exists() else "does not exist"
-            raise ConfigError(f"{str(self.path)!r} {state}; it must be a folder with pictures")
+            raise ConfigError(f"{str(self.path)!r} {state}; it must be a folder with images")
         left = SkippedFiles()
         found = list(self._walk(self.path, "", frozenset(), left))
         self.notices = left.notices(str(self.path))
@@ -78,7 +78,7 @@ class Folder:
                 yield Item(name, "", (), f"can't be read: {error.strerror}")
 
     def _file_status(self, entry: os.DirEntry[str]) -> str | None:
-        """By name, or where that doesn't say by the file's first bytes."""
+        """By name, or by the file's first bytes if the name is ambiguous."""
         if not unsupported_suffix(entry.name) or not entry.is_file():
             return name_status(entry.name)
         with Path(entry.path).open("rb") as file:
@@ -87,7 +87,7 @@ class Folder:
     def _item(self, entry: os.DirEntry[str], name: str, why: str | None) -> Item:
         stat = entry.stat()
         if not entry.is_file():
-            return Item(name, "", (), "is no regular file")
+            return Item(name, "", (), "is not a regular file")
         try:
             name.encode()
         except UnicodeEncodeError:
@@ -112,9 +112,9 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     try:
         return fsspec.core.url_to_fs(url)
-    except Exception as error:  # every protocol has its own
+    except Exception as error:  # every protocol has its own exceptions
         package = EXTRAS.get(url.split("://")[0]) if isinstance(error, ImportError) else None
-        way_out = f"pip install {package}" if package else "see fsspec's list of protocols, and whether the place exists"
+        way_out = f"pip install {package}" if package else "see fsspec's list of protocols, and check that the location exists"
         raise ConfigError(f"{url!r} can't be opened ({type(error).__name__}: {error}); {way_out}") from error
 
 
@@ -129,10 +129,10 @@ class Remote:
     def items(self) -> Iterator[Item]:
         try:
             found = self.files.find(self.path, detail=True)
-        except Exception as error:  # every protocol has its own
+        except Exception as error:  # every protocol has its own exceptions
             raise ConfigError(f"{self.root!r} can't be listed ({type(error).__name__}: {error})") from error
         if not found:
-            raise ConfigError(f"{self.root!r} is empty or does not exist; give the URL of a folder with pictures")
+            raise ConfigError(f"{self.root!r} is empty or does not exist; give the URL of a folder with images")
         left = SkippedFiles()
         for path in sorted(found):
             name = path[len(self.path) :].lstrip("/")
@@ -156,7 +156,7 @@ class Remote:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    """Size and version of a remote file; "" if the protocol tells no version."""
+    """Size and version of a remote file; "" if the protocol has no versions."""
     tells = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
     version = next((info[key] for key in tells if info.get(key)), None)
     return f"{info.get('size')}:{version}" if version else ""

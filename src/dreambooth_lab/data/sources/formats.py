@@ -1,4 +1,4 @@
-"""Which files count as pictures: by name, or by their first bytes where the name doesn't say; which folders are passed over."""
+"""Which files are images: by name, or by their first bytes if the name is ambiguous; which folders are skipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".webp", "
 OTHER_PICTURES = {".gif", ".jp2", ".psd", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".tga"}
 HEIC, JXL, AVIF = {".heic", ".heif", ".hif"}, {".jxl"}, {".avif", ".avifs"}
 DECODERS = {**dict.fromkeys(HEIC, ("pillow_heif", "heic")), **dict.fromkeys(JXL, ("pillow_jxl", "jxl"))}  # package, our extra
-NOT_PICTURES = {  # what lies beside photos, and is never looked into
+NOT_PICTURES = {  # files that are common beside photos, and are never opened
     ".txt", ".caption", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".md", ".parquet", ".npz", ".npy", ".pt", ".py",
     ".safetensors", ".html", ".xml", ".xmp", ".aae", ".db", ".ini", ".log", ".zip", ".tar", ".gz", ".mp4", ".mov", ".pdf",
 }  # fmt: skip
@@ -22,17 +22,17 @@ MAGIC = (  # (offset, bytes, suffix)
     (0, b"MM\0*", ".tif"), (0, b"GIF8", ".gif"), (4, b"ftypavif", ".avif"), (4, b"ftypheic", ".heic"), (4, b"ftypheix", ".heic"),
     (4, b"ftypmif1", ".heic"), (0, b"\xff\x0a", ".jxl"), (4, b"JXL \r\n\x87\n", ".jxl"),
 )  # fmt: skip
-SNIFFED = 16  # bytes that tell a kind
+SNIFFED = 16  # bytes that identify a format
 
 
 def hidden(name: str) -> bool:
-    """Whether a file's or folder's own name marks it as an operating system's or a program's: trash, thumbnails, forks."""
+    """Whether a name belongs to a file or folder of the operating system or a program: trash, thumbnails, forks."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 @cache
 def decoder(package: str) -> bool:
-    """Whether a package that teaches Pillow a format is here; it is taken up then."""
+    """Whether a package that adds a format to Pillow is installed; it is then registered."""
     if not find_spec(package):
         return False
     if package == "pillow_heif":
@@ -40,17 +40,17 @@ def decoder(package: str) -> bool:
 
         pillow_heif.register_heif_opener()
     else:
-        import pillow_jxl  # noqa: F401  (importing it is what teaches Pillow)
+        import pillow_jxl  # noqa: F401  (importing registers it)
     return True
 
 
 def name_status(name: str) -> str | None:
-    """What a file's name says: "" it is a picture, why it is one that can't be read, None if it is none or doesn't say."""
+    """The status by a file's name: "" for an image, a reason for an unreadable image, None if it is no image or ambiguous."""
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in SUFFIXES or (suffix in AVIF and features.check("avif")):
         return ""
     if suffix in AVIF:
-        return "this Pillow reads no AVIF; pip install -U pillow, or convert it to PNG or JPEG"
+        return "this version of Pillow can't read AVIF; pip install -U pillow, or convert it to PNG or JPEG"
     if suffix in DECODERS:
         package, extra = DECODERS[suffix]
         way_out = f"pip install 'dreambooth-lab[{extra}]', or convert it to PNG or JPEG"
@@ -59,7 +59,7 @@ def name_status(name: str) -> str | None:
 
 
 def unsupported_suffix(name: str) -> bool:
-    """Whether a name leaves open what the file is, so that its first bytes must tell."""
+    """Whether the format can't be decided by name, so that the first bytes must be read."""
     suffix = PurePosixPath(name).suffix.lower()
     return name_status(name) is None and suffix not in NOT_PICTURES
 

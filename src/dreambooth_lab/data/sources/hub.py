@@ -1,4 +1,4 @@
-"""Pictures of a Hugging Face dataset: a hub id, a folder that `save_to_disk` wrote, or one that `load_dataset` reads."""
+"""Images of a Hugging Face dataset: a hub id, a folder that `save_to_disk` wrote, or one that `load_dataset` reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .table import _texts
 
 
 class Hub:
-    """A dataset with random access. Rows are named by their number; no code of the dataset's is ever run."""
+    """A dataset with random access. Rows are named by their number; no code of the dataset is ever run."""
 
     streaming = False
 
@@ -68,9 +68,9 @@ class Hub:
 
 
 class Stream(Hub):
-    """A dataset that is read once, from the first row to the last; its files are kept in the spool, by content.
+    """A dataset that is read once, from the first row to the last; its files are stored in the spool, by content.
 
-    Each start reads the stream again, since only reading tells whether it changed.
+    Each start reads the stream again, since changes can be detected only by reading.
     """
 
     streaming = True
@@ -109,4 +109,4 @@ def _bytes(cell: Any) -> bytes:
         return cell["bytes"]
     if cell and cell.get("path"):
         return Path(cell["path"]).read_bytes()
-    raise OSError("the row has no picture")
+    raise OSError("the row has no image")

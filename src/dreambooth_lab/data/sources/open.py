@@ -7,10 +7,10 @@ from .base import Source
 
 
 def open_source(where: Where, spool: str) -> Source:
-    """The source that a place names.
+    """The source of a location.
 
     Args:
-        spool: folder for what can be read only once (streams).
+        spool: folder for sources that can be read only once (streams).
     """
     from .folder import Folder, Remote
     from .hub import Hub, Stream

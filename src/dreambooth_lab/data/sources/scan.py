@@ -1,4 +1,4 @@
-"""Scanning a source: headers and hashes of its pictures, remembered, so that an unchanged picture is read once, ever."""
+"""Scanning a source: headers and hashes of its images, cached, so that an unchanged image is read only once."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .base import LOCAL, Item, Picture, Rejected, Source
 from .colour import DAMAGED
 from .decode import UNREADABLE, head
 
-VERSION = 3  # of what is remembered
-STABLE_AFTER = 2.0  # seconds a file must have been left alone before its time stamp is believed
-SAVE_EVERY = 2000  # least pictures read between two savings; gaps double, so that all savings cost little more than the last
+VERSION = 3  # of the cached records
+STABLE_AFTER = 2.0  # seconds without change before a file's time stamp is trusted
+SAVE_EVERY = 2000  # minimum images read between two saves; the interval doubles, so that all saves cost little more than the last
 
 
 class ScanResult(NamedTuple):
     pictures: list[Picture]
     rejected: list[Rejected]
-    read: int  # pictures that had to be read
-    notices: list[str]  # what was left alone, or kept as it is
+    read: int  # images that had to be read
+    notices: list[str]  # skipped or unconverted files
 
 
 class ScanCache:
-    """What earlier scans learned: source and name → stamp and header. One file a source; damage only costs a new scan.
+    """Results of earlier scans: source and name → stamp and header. One file per source; a damaged file only costs a new scan.
 
     Args:
-        folder: where the files lie, made if absent.
+        folder: the folder of the files, created if absent.
     """
 
     def __init__(self, folder: Path):
@@ -50,7 +50,7 @@ class ScanCache:
             return {}
 
     def save(self, source: Source, pictures: dict[str, list[Any]]) -> None:
-        """A line about the file, then the pictures, encoded once."""
+        """A header line, then the images, encoded once."""
         path, body = self._path(source), json.dumps(pictures).encode()
         head = {"version": VERSION, "root": source.root, "sum": hashlib.sha256(body).hexdigest()}
         with atomic_file(path) as aside:
@@ -58,7 +58,7 @@ class ScanCache:
 
 
 def scan(source: Source, memory: ScanCache) -> ScanResult:
-    """All pictures of a source in name order, and those that can't be used, each with its reason.
+    """All images of a source in name order, and the unusable ones, each with its reason.
 
     Raises:
         ConfigError: the source can't be listed.
@@ -92,7 +92,7 @@ def scan(source: Source, memory: ScanCache) -> ScanResult:
 
 def _unreadable_profiles(pictures: list[Picture]) -> list[str]:
     return [
-        f"{p.name}: its colour profile can't be used ({p.colours.removeprefix(DAMAGED)}), so its colours are taken as sRGB"
+        f"{p.name}: its colour profile can't be used ({p.colours.removeprefix(DAMAGED)}), so its colours are interpreted as sRGB"
         for p in pictures if p.colours.startswith(DAMAGED)
     ]  # fmt: skip
 
@@ -111,13 +111,13 @@ def _read_headers(source: Source, item: Item) -> tuple[int, int, str, bool, str,
 def _first_line(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return f"{error} A picture of more than {most:,} pixels may be a decompression bomb; shrink it with another program"
+        return f"{error} An image of more than {most:,} pixels may be a decompression bomb; downscale it with another program"
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return "it is no picture of a known kind" if "cannot identify image file" in text else text
+    return "it is not an image of a known format" if "cannot identify image file" in text else text
 
 
 def _is_stable(stamp: str) -> bool:
-    """Whether a stamp may be believed later: a local file may change again within the clock's grain of its last change."""
+    """Whether a stamp can be trusted later: a local file may change again within the clock's resolution."""
     if not stamp.startswith(LOCAL):
         return bool(stamp)
     changed = int(stamp.removeprefix(LOCAL).split(":")[0]) / 1e9

@@ -1,4 +1,4 @@
-"""Pictures listed in a table: a .csv or .parquet file with a column of paths and columns of captions."""
+"""Images listed in a table: a .csv or .parquet file with a column of paths and columns of captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .formats import SUFFIXES
 
 
 class Table:
-    """Rows of a table. Paths are absolute, URLs, or relative to the table's folder (or to the pictures' own)."""
+    """Rows of a table. Paths are absolute, URLs, or relative to the table's folder (or to a given folder)."""
 
     def __init__(self, where: Where):
         self.where = where
@@ -45,7 +45,7 @@ class Table:
             return Item(name, "", captions)
         path = self._local(name)
         if not name.startswith(("/", "file://")) and not path.is_relative_to(self.base):
-            return Item(name, "", captions, f"leads out of {str(self.base)!r}; give an absolute path, or move it there")
+            return Item(name, "", captions, f"is outside of {str(self.base)!r}; give an absolute path, or move it there")
         try:
             stat = path.stat()
         except OSError as error:
@@ -60,7 +60,7 @@ class Table:
         return (self.base / name.removeprefix("file://")).resolve()
 
     def _whole(self, name: str) -> str:
-        """A name with its extension, which tables may leave out."""
+        """A name with its extension, which tables may omit."""
         if not name or ("://" in name and not name.startswith("file://")) or self._local(name).is_file():
             return name
         return next((name + suffix for suffix in sorted(SUFFIXES) if self._local(name + suffix).is_file()), name)
@@ -78,7 +78,7 @@ class Table:
         """All rows.
 
         Raises:
-            ConfigError: a row has more cells than the table has columns, as captions with commas make them.
+            ConfigError: a row has more cells than the table has columns, for example because of unquoted commas.
         """
         rows: list[dict[str, Any]] = []
         for row in reader:
@@ -90,7 +90,7 @@ class Table:
         return rows
 
     def _parquet(self) -> list[dict[str, Any]]:
-        import pyarrow  # a tenth of a second, for those who have such a table
+        import pyarrow  # takes a tenth of a second, so only if needed
         from pyarrow import parquet
 
         try:
