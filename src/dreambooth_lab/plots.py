@@ -179,7 +179,7 @@ def _figure(figure: go.Figure, caption: str, height: int) -> str:
         legend={"orientation": "h", "x": 0, "y": -0.28, "yanchor": "top"},
     )  # fmt: skip
     figure.update_xaxes(title_standoff=6, zeroline=False, automargin=True)
-    figure.update_yaxes(title_standoff=6, automargin=True)
+    figure.update_yaxes(title_standoff=6, automargin=True, exponentformat="power")
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG, default_width="100%")
     told = escape(caption)
     return f'<figure class="plot" role="img" aria-label="{told}">{drawn}<figcaption>{told}</figcaption></figure>'

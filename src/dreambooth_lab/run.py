@@ -22,7 +22,7 @@ from .callbacks.builders import Callbacks, build_callbacks
 from .callbacks.checkpoint import AtomicCheckpointIO
 from .callbacks.export import export_form
 from .compare import race
-from .config import ConfigError, check, processes
+from .config import ConfigError, RunError, check, processes
 from .data.module import DreamBoothData
 from .dreambooth import DreamBooth
 from .factory import build_family, build_method, device_of, leads
@@ -30,7 +30,7 @@ from .models.family import Family
 from .optimizer import check_installed as require_optimizer
 from .profiling.phases import Phases
 from .quiet import quiet_libraries
-from .runfolder import RunFolder
+from .runfolder import STOPPED_COST, RunFolder
 from .storage import disk
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,13 @@ def _run(cfg: DictConfig, folder: RunFolder, tables: Sequence[Table]) -> dict[st
         lost = build_race(cfg, folder, data) if cfg.sweep.race else None
         callbacks = build_callbacks(cfg, folder, data, family, start[1] if start else 0, leads(), lost)
         trainer = build_trainer(cfg, folder, callbacks, phases)
-        fit(trainer, module, data, start[0] if start else None)
+    try:
+        with phases("training"):
+            fit(trainer, module, data, start[0] if start else None)
+    except RunError:  # it was stopped, and can be resumed
+        if leads():
+            folder.save_cost(phases.cost(), STOPPED_COST)
+        raise
     if not trainer.is_global_zero:
         return {}
     folder.save_cost(phases.cost())

@@ -26,6 +26,7 @@ from .storage import durable
 log = logging.getLogger(__name__)
 
 PART = ".part"  # suffix of files that are being written
+COST, STOPPED_COST = "cost", "cost_until_stopped"  # of a start: the first if the run finished
 AUTO, LATEST = "auto", "latest"  # values of `resume` other than a folder
 
 CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "trainer.strategy",
@@ -177,10 +178,14 @@ class RunFolder:
             log.warning("%s is damaged; starting a new list of starts", self.environment)
             return []
 
-    def save_cost(self, cost: dict[str, dict[str, float]]) -> None:
+    def costs(self) -> list[tuple[str, dict[str, dict[str, float]]]]:
+        """(date, phase → seconds, MiB) of each start that finished or was stopped; what a killed one took is not known."""
+        return [(start["started"], start[key]) for start in self.starts() for key in (COST, STOPPED_COST) if key in start]
+
+    def save_cost(self, cost: dict[str, dict[str, float]], key: str = COST) -> None:
         """Time and memory of the newest start: phase → seconds, MiB."""
         starts = self.starts()
-        starts[-1]["cost"] = cost
+        starts[-1][key] = cost
         durable.write_text(self.environment, json.dumps(starts, indent=2) + "\n")
 
     def save_environment(self, device: str) -> None:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
 from .config import RunError, resolve_paths
-from .runfolder import AUTO, RunFolder, new_folder
+from .runfolder import AUTO, COST, RunFolder, new_folder
 from .storage import durable
 
 KEYS = "sweep.json"  # in the sweep's folder: the varied keys
@@ -103,7 +103,7 @@ def begin(sweep: Path, config: DictConfig) -> None:
 def finished(folder: RunFolder) -> dict[str, float] | None:
     """The last metrics of a finished run; None for an unfinished one."""
     starts = folder.starts()
-    if not (starts and "cost" in starts[-1]):
+    if not (starts and COST in starts[-1]):
         return None
     return {name: value for _, name, value in folder.read_metrics()}
 

@@ -190,6 +190,21 @@ def test_the_page_needs_nothing_else(page):
     assert not re.search(r'<[^>]*\b(src|href)=["\']?(?!"?data:)', text.replace(get_plotlyjs(), ""))
 
 
+def test_what_a_killed_start_took_is_not_known(base, tmp_path):
+    folder = save(tmp_path / "run", base, {"train/loss": [(1, 1.0), (2, 1.0)]})
+    finished = folder.starts()[0]
+    killed = {"started": "2025-01-01"}
+    stopped = {
+        "started": "2025-06-01",
+        "cost_until_stopped": {"training": {"seconds": 3.0, "memory_mib": 400, "device_memory_mib": 7}},
+    }
+    folder.environment.write_text(json.dumps([killed, stopped, finished]))
+    cost = arms.run_of(folder).cost()
+    assert cost == {"seconds": 5.0, "killed_starts": 1, "process_peak_mib": 400, "device_peak_mib": 7}
+    made = compare.write([tmp_path], tmp_path / "page")
+    assert "<td>≥ 5.0</td>" in made.read_text(encoding="utf-8")
+
+
 def test_another_reference(study):
     assert [arm.name for arm in compare.led_by(study, "16").arms] == ["16", "4", "8"]
     with pytest.raises(ConfigError, match="reference is '7', which names 0 arms; name one of '4', '8', '16'"):

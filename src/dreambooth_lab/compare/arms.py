@@ -42,10 +42,15 @@ class Run(NamedTuple):
         return {name: final(name, series) for name, series in self.series.items()}
 
     def cost(self) -> dict[str, float]:
-        """Seconds, summed over its phases and starts, and peak memory of the process and the device in MiB."""
-        phases = [phase for start in self.folder.starts() for phase in start.get("cost", {}).values()]
+        """Seconds, summed over its phases and starts, and peak memory of the process and the device in MiB.
+
+        Starts that were killed are missing: `killed_starts` is their number.
+        """
+        known = self.folder.costs()
+        phases = [phase for _, cost in known for phase in cost.values()]
         return {
             "seconds": sum(phase["seconds"] for phase in phases),
+            "killed_starts": len(self.folder.starts()) - len(known),
             "process_peak_mib": max((phase["memory_mib"] for phase in phases), default=0),
             "device_peak_mib": max((phase["device_memory_mib"] for phase in phases), default=0),
         }

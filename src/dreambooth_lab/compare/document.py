@@ -167,17 +167,17 @@ def _strips(row: Sequence[shared.Strip]) -> str:
 def _cost(study: Study) -> str:
     head = "<tr><th></th><th>seconds per run, mean</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
     rows = "".join(f"<tr><th>{escape(arm.name)}</th>{_took(arm)}</tr>" for arm in study.arms)
-    note = "Wall time of all phases. Jobs in one process share its peak: the largest resident size so far."
+    note = "Wall time of all phases. Jobs in one process share its peak: the largest resident size so far. "
+    note += "≥: a run was killed and resumed; what it took before is not known."
     return f"{_table(head, rows)}<p><small>{note}</small></p>"
 
 
 def _took(arm: Arm) -> str:
     took = [run.cost() for run in arm.runs.values()]
     device = max(cost["device_peak_mib"] for cost in took)
-    return (
-        f"<td>{fmean(cost['seconds'] for cost in took):,.1f}</td><td>{max(cost['process_peak_mib'] for cost in took):,.0f}</td>"
-        f"<td>{f'{device:,.0f}' if device else '–'}</td>"
-    )
+    least = "≥ " if any(cost["killed_starts"] for cost in took) else ""
+    seconds, process = fmean(cost["seconds"] for cost in took), max(cost["process_peak_mib"] for cost in took)
+    return f"<td>{least}{seconds:,.1f}</td><td>{process:,.0f}</td><td>{f'{device:,.0f}' if device else '–'}</td>"
 
 
 def _runs(study: Study) -> str:

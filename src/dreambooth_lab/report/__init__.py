@@ -119,12 +119,12 @@ def _all(paths: list[Path]) -> str:
 
 
 def _cost(folder: RunFolder) -> str:
-    """Time and memory of every finished start, by phase."""
+    """Time and memory of every start that finished or was stopped, by phase."""
     rows = "".join(
-        f"<tr><td>{escape(start['started'])}</td><td>{escape(phase)}</td><td>{took['seconds']:.1f}</td>"
+        f"<tr><td>{escape(started)}</td><td>{escape(phase)}</td><td>{took['seconds']:.1f}</td>"
         f"<td>{took['memory_mib']:,.0f}</td><td>{took['device_memory_mib'] or '-'}</td></tr>"
-        for start in folder.starts()
-        for phase, took in start.get("cost", {}).items()
+        for started, cost in folder.costs()
+        for phase, took in cost.items()
     )
     head = "<tr><th>started</th><th>phase</th><th>seconds</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
     return f'<div class="wide"><table>{head}{rows}</table></div>' if rows else "<p>The run has not finished yet.</p>"

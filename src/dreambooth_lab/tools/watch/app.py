@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from plotly.offline import get_plotlyjs
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -24,12 +25,12 @@ HERE = Path(__file__).parent
 MOST_BODY = 32 * 2**20  # bytes of a message
 STILL_HERE = 15.0  # seconds of silence after which a browser is told that all is well
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
-}  # nothing runs or loads but our own two files
+}  # nothing runs or loads but our own files; plotly writes styles into the page
 
 
 class Guard:
@@ -117,8 +118,11 @@ def build(token: str) -> Starlette:
     def page(name: str) -> Route:
         return Route("/" if name == "page.html" else f"/{name}", lambda request: FileResponse(HERE / name))
 
+    async def plotly(request: Request) -> Response:
+        return Response(get_plotlyjs(), media_type="text/javascript")
+
     routes = [
-        page("page.html"), page("page.css"), page("page.js"), Route("/hook", hook, methods=["POST"]),
+        page("page.html"), page("page.css"), page("page.js"), Route("/plotly.js", plotly), Route("/hook", hook, methods=["POST"]),
         Route("/events", events), Route("/picture/{number:int}", picture),
     ]  # fmt: skip
     return Starlette(routes=routes, middleware=[Middleware(Guard, token=token)])

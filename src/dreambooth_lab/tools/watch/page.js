@@ -15,15 +15,15 @@ function runOf(name) {
   if (runs.has(name)) return runs.get(name);
   const section = make("section", document.getElementById("runs"));
   make("h2", section, name);
-  const run = {name, step: 0, series: new Map(), finals: new Map(), previews: new Map(), chosen: NEWEST, section};
+  const run = {name, step: 0, series: new Map(), plots: new Map(), finals: new Map(), previews: new Map(), chosen: NEWEST, section};
   run.about = make("p", section, "", "about");
   run.forming = make("div", section, undefined, "prompts");
-  const head = make("h3", section, "Pictures at step ");
+  const head = make("h3", section, "Images at step ");
   run.select = make("select", head);
   run.select.setAttribute("aria-label", "training step");
   run.select.addEventListener("change", () => { run.chosen = run.select.value; draw(run); });
   run.grid = make("div", section, undefined, "prompts");
-  make("h3", section, "Numbers");
+  make("h3", section, "Metrics");
   run.curves = make("div", section, undefined, "curves");
   runs.set(name, run);
   document.getElementById("none").hidden = true;
@@ -101,8 +101,7 @@ function draw(run) {
   run.select.value = run.chosen;
   const shown = run.finals.get(run.chosen === NEWEST ? steps[0] : Number(run.chosen));
   strips(run.grid, shown ? shown.values() : [], (e) => "step " + e.training_step + ", seed " + e.seed);
-  run.curves.replaceChildren();
-  for (const name of [...run.series.keys()].sort(byWeight)) curve(run.curves, name, run.series.get(name));
+  for (const name of [...run.series.keys()].sort(byWeight)) curve(run, name, run.series.get(name));
 }
 
 function byWeight(a, b) {
@@ -110,20 +109,43 @@ function byWeight(a, b) {
   return weight(a) - weight(b) || a.localeCompare(b);
 }
 
-function curve(parent, name, points) {
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+function curve(run, name, points) {
   const known = points.filter(([, value]) => value !== null);
   if (!known.length) return;
-  const [left, right] = [known[0][0], known[known.length - 1][0]];
-  let [low, high] = [Infinity, -Infinity];
-  for (const [, value] of known) { low = Math.min(low, value); high = Math.max(high, value); }
-  const at = ([x, y]) => (400 * (x - left) / (right - left || 1)).toFixed(1) + " " + (115 - 110 * (y - low) / (high - low || 1)).toFixed(1);
-  const made = make("figure", parent);
-  const svg = made.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
-  svg.setAttribute("viewBox", "0 0 400 120");
-  const path = svg.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "path"));
-  path.setAttribute("d", "M" + known.map(at).join("L") + (known.length === 1 ? "l8 0" : ""));
-  const last = known[known.length - 1][1];
-  make("figcaption", made, name + ": " + last.toPrecision(4) + " (" + low.toPrecision(3) + " to " + high.toPrecision(3) + ")");
+  if (!run.plots.has(name)) {
+    const figure = make("figure", run.curves);
+    run.plots.set(name, {figure, plot: make("div", figure, undefined, "plot"), caption: make("figcaption", figure), type: "linear"});
+  }
+  const shown = run.plots.get(name), {figure, plot, caption} = shown;
+  run.curves.append(figure); // in the order of the names
+  const values = known.map(([, value]) => value);
+  const [last, low, high] = [values[values.length - 1], Math.min(...values), Math.max(...values)];
+  caption.textContent = name + ": " + last.toPrecision(4) + " (" + low.toPrecision(3) + " to " + high.toPrecision(3) + ")";
+  plot.setAttribute("role", "img");
+  plot.setAttribute("aria-label", caption.textContent);
+  const few = known.length < 30;
+  const line = {x: known.map(([step]) => step), y: values, mode: few ? "lines+markers" : "lines", line: {color: "#0072b2", width: 2},
+                hovertemplate: "%{y:.5g}<br>step %{x:,}<extra></extra>"};
+  const [text, grid] = dark.matches ? ["#ddd", "#444"] : ["#333", "#ddd"];
+  const axis = {gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, exponentformat: "power"};
+  const layout = {
+    margin: {l: 48, r: 8, t: 26, b: 40}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {size: 11, color: text},
+    xaxis: {...axis, title: {text: "optimiser steps", standoff: 4}}, yaxis: {...axis, type: shown.type}, uirevision: name, hovermode: "closest",
+    updatemenus: low > 0 ? [scales()] : [],
+  };
+  const fresh = !plot.on;
+  Plotly.react(plot, [line], layout, {responsive: true, displaylogo: false, displayModeBar: false});
+  if (!fresh) return;
+  new ResizeObserver(() => Plotly.Plots.resize(plot)).observe(plot);
+  plot.on("plotly_relayout", (changed) => { shown.type = changed["yaxis.type"] ?? shown.type; });
+}
+
+function scales() { // the switch of the y axis
+  const button = (type) => ({label: type, method: "relayout", args: [{"yaxis.type": type}]});
+  return {type: "buttons", direction: "left", buttons: [button("linear"), button("log")], x: 1, xanchor: "right", y: 1.02,
+          yanchor: "bottom", pad: {t: 0, b: 2}, font: {size: 10, color: "#333"}, bgcolor: "#ddd"};
 }
 
 function frame() {
@@ -147,4 +169,5 @@ function connect() {
     take[event.kind](event);
   };
 }
+dark.addEventListener("change", () => { for (const run of runs.values()) stale.add(run); });
 connect();
