@@ -1,6 +1,6 @@
 """FLUX.1 dev and schnell (Black Forest Labs 2024): a transformer of a rectified flow over packed latents, CLIP and T5 for text.
 
-A guidance-distilled network (dev) is trained at guidance 1, the answer to the prompt alone.
+A guidance-distilled network (dev) is trained at guidance 1, the prediction without guidance.
 """
 
 from __future__ import annotations
