@@ -10,7 +10,7 @@ SUFFIX = ".json"
 
 
 def read_lycoris_file(place: str) -> dict[str, Any]:
-    """What the file says.
+    """The contents of the file.
 
     Raises:
         ValueError: there is no such file, or it is not a JSON object.

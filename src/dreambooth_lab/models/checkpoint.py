@@ -78,7 +78,8 @@ class Checkpoint:
         for key, value in (("config", config), ("prediction_type", prediction and prediction.value)):
             if value is not None:
                 raise ConfigError(
-                    f"model.{key} is {value!r}, but model.pretrained is {self.pretrained!r}, which is not a single file and has its own; "
+                    f"model.{key} is {value!r}, but model.pretrained is {self.pretrained!r}, which is not a single file and "
+                    f"has its own; "
                     f"set model.{key}=null"
                 )
         return files.resolve(self.pretrained, revision, self.variant)
@@ -104,8 +105,8 @@ class Checkpoint:
         if self.variant in (None, weights.AUTO) or self.read_variant:
             return
         raise ConfigError(
-            f"model.variant is {self.variant!r}, of which {self.pretrained} has no weights; set model.variant=auto for fp16 "
-            "where it is there, or model.variant=null for the plain files"
+            f"model.variant is {self.variant!r}, but {self.pretrained} has no such weights; set model.variant=auto for fp16 "
+            "if it exists, or model.variant=null for the plain files"
         )
 
     @property
@@ -133,8 +134,8 @@ class Checkpoint:
         kind = getattr(importlib.import_module(library), str(name), None) if library in LIBRARIES else None
         if kind is None:
             raise ConfigError(
-                f"model.pretrained is {self.pretrained!r}, whose {part} is {library}.{name}, which is no class of the installed "
-                "diffusers or transformers; code of a checkpoint's own is never run"
+                f"model.pretrained is {self.pretrained!r}, whose {part} is {library}.{name}, which is not in the installed "
+                "diffusers or transformers; custom code of a checkpoint is never run"
             )
         return kind
 

@@ -266,9 +266,7 @@ pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {said})"""
     def text_identity(self) -> str:
         tokenizers = (part.replace("text_encoder", "tokenizer") for part in self.text_encoder_parts)
         said = [self.checkpoint.pipeline_name, str(self.encoder_dtype), *map(str, self._index_options())]
-        if (
-            self.empty_caption is not enums.EmptyCaption.auto
-        ):  # the default, so that texts cached by earlier versions remain valid
+        if self.empty_caption is not enums.EmptyCaption.auto:  # keeps the key of texts that earlier versions cached
             said.append(f"empty caption: {self.empty_caption.value}")
         return self._identity((*tokenizers, *self.text_encoder_parts), *said)
 

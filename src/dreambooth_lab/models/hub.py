@@ -36,7 +36,8 @@ def folder(hub_id: str, revision: str | None, variant: str | None, way_out: str)
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ConfigError(
-            f"model.pretrained is {hub_id!r}, which is not a folder, is not complete in the hub's cache and could not be downloaded "
+            f"model.pretrained is {hub_id!r}, which is not a folder, is not complete in the hub's cache and could not be "
+            f"downloaded "
             f"({type(error).__name__}: {shorten(reason, 160)}); {way_out}"
         ) from error
 
@@ -109,7 +110,8 @@ def settings(hub_id: str) -> Path:
         except Exception as error:  # the hub's client raises a dozen kinds
             if not local:
                 raise ConfigError(
-                    f"model.config is {hub_id!r}, which is not a folder and could not be downloaded ({type(error).__name__}); set it "
+                    f"model.config is {hub_id!r}, which is not a folder and could not be downloaded ({type(error).__name__}); "
+                    f"set it "
                     "to a folder in diffusers' layout, or to a reachable hub id"
                 ) from error
     raise AssertionError("unreachable")

@@ -169,6 +169,7 @@ def _read(file: Path, settings: Path, said: str) -> Any:
     except Exception as error:  # diffusers raises various exceptions for missing tensors
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
         raise ConfigError(
-            f"{said}, which does not contain a complete {kind.__name__} of model.config's sizes ({type(error).__name__}: {reason}); "
+            f"{said}, which does not contain a complete {kind.__name__} of model.config's sizes ({type(error).__name__}: "
+            f"{reason}); "
             "set model.config to the file's base model"
         ) from error

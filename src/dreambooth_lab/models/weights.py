@@ -103,7 +103,8 @@ def _lacks(names: Collection[str], variant: str | None) -> str:
         )
     if unread := sorted(name for name in names if name.endswith(OTHER_KINDS)):
         return (
-            f"has {unread[0]} and no .safetensors; pickles can run code and are never read; save the pipeline again with diffusers' "
+            f"has {unread[0]} and no .safetensors; pickles can run code and are never read; save the pipeline again with "
+            f"diffusers' "
             "save_pretrained(folder, safe_serialization=True), or use a checkpoint with safetensors"
         )
     return "has no weight files (.safetensors); download the checkpoint again, or write it by save_pretrained"
