@@ -93,7 +93,7 @@ def _layer_problems(read: Reader) -> Iterator[str | None]:
         yield "adapter=full trains the weights themselves: it has no rank, dropout, options or ranks in blocks; remove them"
     init = (read("adapter.options") or {}).get("init_lora_weights", True)
     if init not in (True, "gaussian", "orthogonal"):
-        yield f"adapter.options.init_lora_weights is {init!r}, which changes the base or its initial prediction; use true or gaussian"
+        yield f"adapter.options.init_lora_weights is {init!r}, which changes the base's predictions; use true or gaussian"
 
 
 def _regex_problem(pattern: str) -> str | None:

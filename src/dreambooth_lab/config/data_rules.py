@@ -127,4 +127,4 @@ def _unused_caption_keys(read: Reader) -> Iterator[str]:
     if put_before and prompt_alone:
         yield "dataset.prepend_instance_prompt is true, but the instance prompt is the whole caption; remove it"
     if read("dataset.prompts") and not (prompt_alone or put_before):
-        yield f"dataset.prompts is set, but dataset.caption={kind.name} does not use them; use dataset.prepend_instance_prompt=true"
+        yield f"dataset.prompts is set, but dataset.caption={kind.name} ignores it; use dataset.prepend_instance_prompt=true"

@@ -38,7 +38,7 @@ def _duplicate_values(read: Reader) -> Iterator[str]:
     for key in map(str, own):
         value = read(f"dataset.{key}")
         if key not in READ and value != own[key]:
-            yield f"dataset.{key} is {getattr(value, 'name', value)}, but it is set by the entries of the dataset file; set it there"
+            yield f"dataset.{key} is {getattr(value, 'name', value)}, but the entries of the dataset file set it; set it there"
     share = read("prior.class_fraction")
     if share != _files(PriorConfig, "prior/none").class_fraction:
         yield f"prior.class_fraction is {share}, but the dataset file sets the share of class images; remove it"

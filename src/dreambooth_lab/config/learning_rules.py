@@ -36,7 +36,7 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
     if free and read("ema.enabled"):
         yield "ema.enabled is true with a schedule-free optimiser, which has its own averaging; set ema.enabled=false"
     if read("optimizer.cycles") not in (None, 1) and schedule is not enums.Schedule.restarts:
-        yield f"optimizer.cycles is {read('optimizer.cycles')}, which only schedule=restarts uses; set optimizer.schedule=restarts"
+        yield f"optimizer.cycles is {read('optimizer.cycles')}, which only schedule=restarts has; set optimizer.schedule=restarts"
     if read("optimizer.lora_plus_ratio") not in (None, 1.0) and read("adapter.algorithm") not in (None, "lora", "dora", "locon"):
         said = (
             f"optimizer.lora_plus_ratio is {read('optimizer.lora_plus_ratio')} with adapter.algorithm={read('adapter.algorithm')}"

@@ -88,7 +88,7 @@ def _checkpoint_problems(read: Reader) -> Iterator[str | None]:
     family = next((prefix for prefix in METRICS if name.startswith(prefix)), None)
     said = f"checkpoint.monitor is {monitor!r}"
     if family is None or (averaged and family == "train/"):
-        yield f"{said}, which is not a logged metric; they start with {', '.join(METRICS)}, all except the first also with the prefix ema/"
+        yield f"{said}, which is not a logged metric; they start with {', '.join(METRICS)}; all but the first also with ema/"
         return
     judged = _generates_images(read) and (read("eval.clip_model") or (read("eval.dino_model") and family != "clip/"))
     if not {"train/": True, "eval/": _evaluates(read)}.get(family, judged):
@@ -141,7 +141,7 @@ def _hub_problems(read: Reader) -> Iterator[str | None]:
 def _preview_problems(read: Reader) -> Iterator[str | None]:
     receivers = read("webhook.receivers") or {}
     if read("preview.enabled") and not _generates_images(read):
-        yield "preview.enabled is true, but validation.every_n_steps is 0, so no images are generated; set it, or preview.enabled=false"
+        yield "preview.enabled is true, but validation.every_n_steps is 0, so there are no images; set it, or preview.enabled=false"
     if read("preview.enabled") and not receivers:
         yield "preview.enabled is true, but there is no receiver; choose webhook=raw or discord, or preview.enabled=false"
     for name, receiver in receivers.items():

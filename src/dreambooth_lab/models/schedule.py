@@ -58,8 +58,7 @@ def read(config: Mapping[str, Any], said: str) -> Schedule:
     alphas = alphas_cumprod(config, said)
     if prediction == "epsilon" and float(alphas[-1]) == 0:
         raise ConfigError(
-            f"{said} has rescale_betas_zero_snr with prediction_type epsilon, which has no information at pure noise; such a "
-            f"checkpoint can't be trained"
+            f"{said} has rescale_betas_zero_snr with prediction_type epsilon, which has no information at pure noise"
         )
     return Schedule(VariancePreserving(alphas, enums.Prediction(prediction)), 1.0, None)
 
