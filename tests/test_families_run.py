@@ -88,7 +88,7 @@ def refused(name: str, variant: str) -> str | None:
     if variant == "text encoders" and name not in CLIPS:
         return r"adapter\.text_encoders has \[1\].* those that can learn are \[\]"
     if "prior.source=generated" in VARIANTS[variant] and name in ("sdxl_refiner", "deepfloyd_2"):
-        return r"prior\.source is generated, but this model changes given pictures"
+        return r"prior\.source is generated, but this model is image-to-image"
     return None
 
 

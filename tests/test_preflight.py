@@ -62,8 +62,8 @@ def ready(small, tmp_path_factory):
 def test_it_shows_prompts_sizes_what_is_written_and_whether_it_fits(ready):
     text = ready.preflight.read_text()
     told = " ".join(text.split())
-    wanted = ["photos a photo of [sks] dog", "class pictures a photo of a dog", "the rare word sks", "crops.png", "report.html"]
-    for words in (*wanted, "3 checkpoints", "exports", "the device has", "fits yes"):
+    wanted = ["photos a photo of [sks] dog", "class images a photo of a dog", "the rare word sks", "crops.png", "report.html"]
+    for words in (*wanted, "3 checkpoints", "exports", "available on the device", "fits yes"):
         assert words in told, words
     assert not set("┃│━") & set(text), "a file has no boxes"
 

@@ -128,10 +128,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
     ("words", "said"),
     [
         (["adapter=lokr", BOTH], "lokr does not support text encoders"),
-        (["adapter.text_encoders=[1,1]"], "number each once, from 1"),
-        (["adapter.text_encoders=[0]"], "number each once, from 1"),
+        (["adapter.text_encoders=[1,1]"], "numbered from 1"),
+        (["adapter.text_encoders=[0]"], "numbered from 1"),
         ([BOTH, "adapter.text_parts=[]"], "adapter.text_parts is empty"),
-        ([BOTH, "model.encoder_dtype=float16"], "whose gradients it loses"),
+        ([BOTH, "model.encoder_dtype=float16"], "whose gradients underflow"),
         ([BOTH, "adapter=dora", "quant.text_encoder_2=int8", "model.encoder_dtype=bfloat16"], "which peft can't mix"),
     ],
 )

@@ -138,7 +138,7 @@ def test_float8_on_an_old_gpu_is_refused(monkeypatch):
 def test_a_run_on_int8_trains_and_its_second_start_reads_the_cache(small, tmp_path):
     need(enums.QuantKind.int8)
     words = [*small, "quant=int8", "quant.text_encoder_2=int8", "validation.every_n_steps=0", f"cache={tmp_path / 'cache'}"]
-    for name, said in (("first", "made in"), ("second", "from the cache")):
+    for name, said in (("first", "quantised in"), ("second", "from the cache")):
         run(lab.compose(*words), tmp_path / name)
         text = " ".join(lab.load(tmp_path / name).folder.preflight.read_text().replace("│", " ").split())
         assert "unet in int8" in text and said in text

@@ -199,7 +199,7 @@ def test_nothing_is_written_into_the_package(config):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"validation_preview": True}, "nobody receives previews"), ({"data_backend_config": "gone.json"}, "gone.json"),
+    [({"validation_preview": True}, "there is no receiver"), ({"data_backend_config": "gone.json"}, "gone.json"),
      ({"tread_config": {"routes": []}}, "Not supported"), ({"lora_type": "lycoris"}, "lycoris_config.json"),
      ({"data_backend_config": None}, "dataset.path"), ({"max_train_steps": 0, "num_train_epochs": 0}, "trainer.max_steps")],
 )  # fmt: skip

@@ -141,7 +141,7 @@ def _hub_problems(read: Reader) -> Iterator[str | None]:
 def _preview_problems(read: Reader) -> Iterator[str | None]:
     receivers = read("webhook.receivers") or {}
     if read("preview.enabled") and not _generates_images(read):
-        yield "preview.enabled is true, but validation.every_n_steps is 0, so there are no images; set it, or preview.enabled=false"
+        yield "preview.enabled is true, but validation.every_n_steps is 0, so no images; set it, or preview.enabled=false"
     if read("preview.enabled") and not receivers:
         yield "preview.enabled is true, but there is no receiver; choose webhook=raw or discord, or preview.enabled=false"
     for name, receiver in receivers.items():
