@@ -142,7 +142,7 @@ def test_what_cant_work_is_refused(words, said):
 
 
 def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make, small):
-    with pytest.raises(ConfigError, match=r"has \[3\]; of this model's text encoders those that can learn are \[1, 2\]"):
+    with pytest.raises(ConfigError, match=r"has \[3\]; the trainable text encoders of this model are \[1, 2\]"):
         build_family(lab.compose(*small, "adapter.text_encoders=[3]"))
     with pytest.raises(ConfigError, match=r"adapter\.text_parts has \['attn'\]; set adapter.text_parts to some of"):
         make("adapter.text_parts=[attn]")

@@ -228,7 +228,7 @@ def test_settings_come_from_a_hub_id_without_its_weights(folder, tmp_path, monke
 def test_what_is_refused(folder, tmp_path):
     file, cache = write(folder, tmp_path / "x.safetensors"), tmp_path / "c"
     for name in ("x.ckpt", "x.pt", "x.bin"):
-        with pytest.raises(ConfigError, match=r"pickles can run code and are never read; take the checkpoint's \.safetensors"):
+        with pytest.raises(ConfigError, match=r"pickles can run code and are never read; use the checkpoint's \.safetensors"):
             Checkpoint(name, None, None)
     with pytest.raises(ConfigError, match=r"model\.config is null; set model\.config to the folder or hub id"):
         Checkpoint(str(file), None, None, cache)

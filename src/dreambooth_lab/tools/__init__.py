@@ -1,4 +1,4 @@
-"""Command-line tools beside the training run. Advice of libraries is silenced before any command imports them."""
+"""Command-line tools. Warnings of libraries are silenced before any command imports them."""
 
 from ..quiet import quiet_libraries
 

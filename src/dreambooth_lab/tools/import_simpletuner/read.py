@@ -45,7 +45,7 @@ def _json(text: str, path: Path) -> Options:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{str(path)!r} is broken JSON at {where}: {error.msg}; correct that line") from error
+        raise ConfigError(f"{str(path)!r} is invalid JSON at {where}: {error.msg}; correct that line") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{str(path)!r} is not an object of options; a list of datasets is read by dataset=simpletuner")
     return data
@@ -55,7 +55,7 @@ def _toml(text: str, path: Path) -> Options:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{str(path)!r} is broken TOML: {error}; correct that line") from error
+        raise ConfigError(f"{str(path)!r} is invalid TOML: {error}; correct that line") from error
 
 
 def _env(text: str, path: Path) -> Options:

@@ -1,4 +1,4 @@
-"""The page of `tools.look`: one HTML file with its pictures in it."""
+"""The page of `tools.look`: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .photos import ANALYSIS_SIZE, BLURRED, Crop, InspectedPhoto
 if TYPE_CHECKING:
     from ..look import DatasetInspection, Inspection
 
-Tokens = dict[str, dict[str, int]]  # caption → text encoder → how many it is there
+Tokens = dict[str, dict[str, int]]  # caption → text encoder → number of tokens
 SHOWN = 320  # px: a picture's longest side on the page
 STYLE = """article{border-top:1px solid #8885;padding:1em 0}
 figure{display:inline-block;margin:0 1em .5em 0;vertical-align:top;max-width:100%}"""
@@ -31,9 +31,9 @@ def page(told: Inspection, overrides: list[str]) -> str:
     body += [_dataset(one, told.tokens) for one in told.datasets]
     body.append(
         f"<p><small>Blurred: the variance of the Laplacian of the brightness, at a longest side of {ANALYSIS_SIZE} px, is "
-        f"under {BLURRED:g}. Under a mask, what is coloured counts less; a square is a cell of the latent grid.</small></p>"
+        f"under {BLURRED:g}. In masked images, tinted areas have less weight; a square is a cell of the latent grid.</small></p>"
     )
-    return document("What training will see", "".join(body), STYLE)
+    return document("Training data", "".join(body), STYLE)
 
 
 def _list(lines: Iterable[str], kind: str) -> str:
@@ -56,16 +56,16 @@ def _photo(seen: InspectedPhoto, tokens: Tokens) -> str:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    parts = (f"{number} to {part}" for part, number in counts.items())
+    parts = (f"{number} for {part}" for part, number in counts.items())
     return f"tokens: {', '.join(parts)}"
 
 
 def _crop(crop: Crop) -> str:
-    text = f"{crop.entry.spec.id}: {crop.image.width}×{crop.image.height}, {notices.cropped_share(crop.entry):.0%} cut away"
+    text = f"{crop.entry.spec.id}: {crop.image.width}×{crop.image.height}, {notices.cropped_share(crop.entry):.0%} cropped away"
     text += ", mirrored" if crop.mirrored else ""
     if crop.mask is None:
         return _figure(crop.image, text)
-    return _figure(crop.image, text) + _figure(sheet.overlay(crop.image, crop.mask), f"{text}, under its mask")
+    return _figure(crop.image, text) + _figure(sheet.overlay(crop.image, crop.mask), f"{text}, with its mask")
 
 
 def _figure(image: Image.Image, text: str) -> str:

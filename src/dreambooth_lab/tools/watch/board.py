@@ -1,4 +1,4 @@
-"""What the page knows of its runs, and who is looking. Bounded in every direction: the oldest gives way."""
+"""The page's state: its runs and connected browsers. Everything is bounded; the oldest entries are dropped."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from .payload import Metrics, Picture
 
 MOST_RUNS, MOST_SERIES, MOST_POINTS = 20, 300, 5000
-MOST_BYTES = 256 * 2**20  # of pictures, all runs together
-MOST_REPLACED = 32  # previews that are still served though newer ones have come
-MOST_WAITING = 1000  # events for one browser; one that is slower must come anew
+MOST_BYTES = 256 * 2**20  # of images of all runs
+MOST_REPLACED = 32  # replaced previews that are still served
+MOST_WAITING = 1000  # queued events per browser; a slower one must reconnect
 
 Slot = tuple[Any, ...]
 Event = dict[str, Any]
 
 
 class StoredImage(NamedTuple):
-    number: int  # names it in addresses
+    number: int  # its id in URLs
     slot: Slot
     picture: Picture
 
@@ -31,16 +31,16 @@ class StoredImage(NamedTuple):
 
 class Board:
     def __init__(self) -> None:
-        self.runs: OrderedDict[str, dict[str, deque[tuple[int, float | None]]]] = OrderedDict()  # numbers by name
+        self.runs: OrderedDict[str, dict[str, deque[tuple[int, float | None]]]] = OrderedDict()  # metrics by name
         self.pictures: OrderedDict[Slot, StoredImage] = OrderedDict()
         self.by_number: dict[int, StoredImage] = {}
-        self.replaced: OrderedDict[int, bytes] = OrderedDict()  # previews that a browser may be about to ask for
+        self.replaced: OrderedDict[int, bytes] = OrderedDict()  # previews that a browser may be about to request
         self.bytes = 0
         self.numbers = count(1)
         self.listeners: set[asyncio.Queue[Event | None]] = set()
 
     def receive(self, letter: Picture | Metrics) -> None:
-        """Keep what a run says, and tell whoever looks."""
+        """Store a run's message, and send it to all browsers."""
         self._know(letter.run)
         self._publish(self._picture(letter) if isinstance(letter, Picture) else self._numbers(letter))
 
@@ -55,7 +55,7 @@ class Board:
 
     def _picture(self, said: Picture) -> Event:
         place = (said.run, said.weights, said.prompt, said.facts["image_index"])
-        self._replace((*place, "preview"))  # there is one preview of a picture, the newest, until it is done
+        self._replace((*place, "preview"))  # only the newest preview of an image is kept, until the image is done
         slot = (*place, said.facts["training_step"]) if said.final else (*place, "preview")
         self._drop(slot)
         kept = StoredImage(next(self.numbers), slot, said)
@@ -66,7 +66,7 @@ class Board:
         return kept.event()
 
     def _replace(self, slot: Slot) -> None:
-        """Drop it from the board, but not at once from under a browser that has just heard of it."""
+        """Remove it from the board, but serve it for a while for browsers that are about to request it."""
         if slot in self.pictures:
             old = self.pictures[slot]
             self.replaced[old.number] = old.picture.png
@@ -85,7 +85,7 @@ class Board:
         lines = [line for line in said.lines if line[1] in series or len(series) < MOST_SERIES]
         for step, name, value in lines:
             points = series.setdefault(name, deque(maxlen=MOST_POINTS))
-            while points and points[-1][0] >= step:  # a run that was taken up from an earlier step tells it anew
+            while points and points[-1][0] >= step:  # a run that was resumed from an earlier step sends it again
                 points.pop()
             points.append((step, value))
         return {"kind": "numbers", "run": said.run, "lines": lines}
@@ -94,7 +94,7 @@ class Board:
         return self.by_number[number].picture.png if number in self.by_number else self.replaced.get(number)
 
     def snapshot(self) -> list[Event]:
-        """Events that bring a new browser up to date."""
+        """Events with the current state, for a new browser."""
         told: list[Event] = [
             {"kind": "numbers", "run": run, "lines": [(step, name, v) for name, points in series.items() for step, v in points]}
             for run, series in self.runs.items()
@@ -102,7 +102,7 @@ class Board:
         return told + [kept.event() for kept in self.pictures.values()]
 
     def join(self) -> asyncio.Queue[Event | None]:
-        """A browser begins to look; None in its queue says that it must come anew."""
+        """Connect a browser; None in its queue means that it must reconnect."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue(MOST_WAITING)
         self.listeners.add(queue)
         return queue

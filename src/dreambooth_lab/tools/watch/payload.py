@@ -1,4 +1,4 @@
-"""What runs send, checked before it is believed: the raw webhook's messages."""
+"""Validation of the raw webhook's messages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import math
 from typing import Any, NamedTuple
 
 LONGEST = {"run": 200, "prompt": 2000, "weights": 20, "name": 200}  # characters
-MOST_LINES = 5000  # numbers in a message
+MOST_LINES = 5000  # metrics in a message
 PNG = b"\x89PNG\r\n\x1a\n"
 FACTS = ("training_step", "sampler_step", "total_steps", "seed", "image_index")
 
 
 class InvalidPayload(Exception):
-    """A message is not what the webhook sends; the text says what is wrong."""
+    """An invalid message; the text says why."""
 
 
 class Picture(NamedTuple):
@@ -35,14 +35,14 @@ class Metrics(NamedTuple):
 def read(body: bytes) -> Picture | Metrics:
     """
     Raises:
-        Refused: it can't be read, or a part is missing, too long or of another kind.
+        InvalidPayload: it can't be parsed, or a field is missing, too long or of another type.
     """
     try:
         said = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InvalidPayload("no JSON") from error
     if not isinstance(said, dict):
-        raise InvalidPayload("no JSON object")
+        raise InvalidPayload("not a JSON object")
     if said.get("type") == "metrics":
         return Metrics(_text(said, "run"), _lines(said.get("lines")))
     if said.get("type") not in ("preview", "image"):
