@@ -195,7 +195,7 @@ def test_what_is_given_away_names_no_path_of_this_machine(words, small, tiny_sdx
     with safe_open(file, "pt") as opened:
         said = OmegaConf.create(opened.metadata()["config"])
     assert said.model.pretrained == f"local:{tiny_sdxl.name}" and said.optimizer.lr == 1e-2 and "webhook" not in said
-    with pytest.raises(ConfigError, match=r"a folder or file of its maker's; give model=BASE"):
+    with pytest.raises(ConfigError, match=r"a local folder or file of its author; set model=BASE"):
         config_from_header(file, None)
     assert config_from_header(file, str(tiny_sdxl)).model.pretrained == str(tiny_sdxl)
 

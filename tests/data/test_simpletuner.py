@@ -147,7 +147,7 @@ def test_what_has_no_meaning_is_said_once(photos, tmp_path):
         samples.entry(photos, id="b", disabled=True),
     )  # fmt: skip
     assert len(notices) == 3 and any("'b' is disabled" in n for n in notices)
-    assert any(n.startswith("entries 'photos', 'c': vae_batch_size has no meaning here: ") for n in notices)
+    assert any(n.startswith("entries 'photos', 'c': vae_batch_size has no effect here: ") for n in notices)
 
 
 IDLE = [
@@ -175,7 +175,7 @@ def test_a_key_that_says_nothing_where_it_stands_gives_one_notice(photos, tmp_pa
     other = samples.entry(photos, id="train")
     mask = {"id": "other", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "x"}
     (notice,) = told(tmp_path, other, mask, samples.entry(photos, **change))
-    assert notice.startswith(f"entry 'photos': {keys} no meaning here: ") and why in notice
+    assert notice.startswith(f"entry 'photos': {keys} no effect here: ") and why in notice
 
 
 def test_the_masked_sample_gives_one_notice_for_all_the_masks_geometry(training, tmp_path):
