@@ -61,18 +61,18 @@ def job(cfg: DictConfig) -> dict[str, float]:
     return run(cfg, folder.root, tables)
 
 
-def with_memory_plan(cfg: DictConfig, said: list[str], name: str) -> tuple[DictConfig, list[Any]]:
+def with_memory_plan(cfg: DictConfig, lines: list[str], name: str) -> tuple[DictConfig, list[Any]]:
     """The configuration with what `memory` chooses for the card, and the table to show; a resumed run keeps its choice."""
     if cfg.resume:
         return cfg, []
     from dreambooth_lab.forecast import plans
 
     def compose(words: Sequence[str]) -> DictConfig:
-        with_more: DictConfig = resolve_paths(hydra.compose(name, overrides=[*said, *words]))
+        with_more: DictConfig = resolve_paths(hydra.compose(name, overrides=[*lines, *words]))
         check(with_more)
         return with_more
 
-    chosen = plans.choose_plan(cfg, said, compose)
+    chosen = plans.choose_plan(cfg, lines, compose)
     if chosen is None:
         return cfg, []
     chosen.show()
@@ -110,9 +110,9 @@ def _searched(metric: str) -> float:
 
     numbers = arms.run_of(RunFolder(HydraConfig.get().runtime.output_dir)).metrics
     if metric not in numbers:
-        told = f"search_metric is {metric!r}, which this run does not log; it logs {', '.join(sorted(numbers)) or 'nothing'}"
-        print(f"error: {told}", file=sys.stderr)
-        raise JobFailed(told)
+        prefix = f"search_metric is {metric!r}, which this run does not log; it logs {', '.join(sorted(numbers)) or 'nothing'}"
+        print(f"error: {prefix}", file=sys.stderr)
+        raise JobFailed(prefix)
     return numbers[metric]
 
 
@@ -159,16 +159,16 @@ def _member(cfg: DictConfig) -> dict[str, float]:
         print(f"{stop}\nthe sweep was stopped; {_whole_sweep_on(cfg)}", file=sys.stderr)
         sys.exit(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT))
     except (ConfigError, RunError) as error:
-        told = str(error)
+        prefix = str(error)
     except Exception as error:
         traceback.print_exc()
-        told = f"{type(error).__name__}: {error}"
+        prefix = f"{type(error).__name__}: {error}"
     finally:
         _release()
     _release()  # what the exception referenced until here
-    sweep.note(folder, State.failed, hydra_cfg, told)
-    print(f"error in job {hydra_cfg.job.num}: {told}\nthe other jobs continue", file=sys.stderr)
-    raise JobFailed(told)
+    sweep.note(folder, State.failed, hydra_cfg, prefix)
+    print(f"error in job {hydra_cfg.job.num}: {prefix}\nthe other jobs continue", file=sys.stderr)
+    raise JobFailed(prefix)
 
 
 def _release() -> None:
@@ -224,10 +224,10 @@ def main() -> None:
     except JobFailed:
         sys.exit(1)  # the error has been printed
     except Exception as error:
-        said = explain(error)
-        if said is None or wants_traceback:
+        message = explain(error)
+        if message is None or wants_traceback:
             raise
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         Pages.close()

@@ -256,8 +256,8 @@ def resume_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             "a resumed run continues bit for bit, so these can't change; leave them out, or start a new run"
             f"{_division(before, [key for key, *_ in refused])}:\n" + "\n".join(lines)
         )
-    if said := set_schedule_length(before, result):
-        log.info(said)
+    if notice := set_schedule_length(before, result):
+        log.info(notice)
     return result
 
 

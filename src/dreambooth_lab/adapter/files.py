@@ -81,15 +81,15 @@ def _file(path: Path) -> File:
     tensors, header = _open(path)
     layout = _layout(tensors)
     pairs, alphas = _pairs(tensors, path)
-    said = _settings(header)
+    settings = _settings(header)
     parts: dict[str, dict[str, Factors]] = {}
     assumed = 0
     for key, pair in pairs.items():
         part, layer = _place(key, layout)
         alpha = alphas.get(key)
         if alpha is None:
-            alpha = _alpha(said.get(part, {}), layer, pair["down"].shape[0])
-            assumed += part not in said
+            alpha = _alpha(settings.get(part, {}), layer, pair["down"].shape[0])
+            assumed += part not in settings
         parts.setdefault(part, {})[layer] = Factors(pair["down"], pair["up"], alpha)
     return File(layout, parts, header, assumed)
 
@@ -174,14 +174,14 @@ def _settings(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _alpha(said: Mapping[str, Any], layer: str, rank: int) -> float:
+def _alpha(values: Mapping[str, Any], layer: str, rank: int) -> float:
     """The alpha of a layer's scale, by peft's settings."""
     from peft.utils.other import get_pattern_key
 
-    patterns = said.get("alpha_pattern") or {}
+    patterns = values.get("alpha_pattern") or {}
     alphas = dict(patterns) | {f"{CLIP}{key}": value for key, value in patterns.items()}
-    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), said.get("lora_alpha", rank)))
-    return alpha * rank**0.5 if said.get("use_rslora") else alpha
+    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), values.get("lora_alpha", rank)))
+    return alpha * rank**0.5 if values.get("use_rslora") else alpha
 
 
 def _peft(folders: list[Path]) -> File:
@@ -193,7 +193,7 @@ def _peft(folders: list[Path]) -> File:
         tensors, own = _open(folder / PEFT_FILE)
         header |= own
         known = (folder / PEFT_CONFIG).is_file()
-        said = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")) if known else {}
+        values = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")) if known else {}
         pairs, alphas = _pairs(
             {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}, folder / PEFT_FILE
         )
@@ -203,6 +203,6 @@ def _peft(folders: list[Path]) -> File:
             part = part if name.startswith(CLIP) else denoiser(name)
             alpha = alphas.get(layer)
             assumed += alpha is None and not known
-            alpha = _alpha(said, layer, pair["down"].shape[0]) if alpha is None else alpha
+            alpha = _alpha(values, layer, pair["down"].shape[0]) if alpha is None else alpha
             parts.setdefault(part, {})[name] = Factors(pair["down"], pair["up"], alpha)
     return File("peft", parts, header, assumed)

@@ -95,8 +95,8 @@ def _cast(layer: Factors, before: Factors, dtype: torch.dtype | None) -> Factors
 
 def _diffusers(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {f"{part}.{key}": tensor for part, layers in parts.items() for key, tensor in _keys(layers).items()}
-    said = {f"{part}.{key}": value for part, layers in parts.items() for key, value in _settings(layers).items()}
-    return tensors, {SAID: json.dumps(said, sort_keys=True)}
+    values = {f"{part}.{key}": value for part, layers in parts.items() for key, value in _settings(layers).items()}
+    return tensors, {SAID: json.dumps(values, sort_keys=True)}
 
 
 def _kohya(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -147,5 +147,5 @@ def _write_peft(path: Path, parts: Parts, header: Mapping[str, str]) -> None:
             inside.mkdir(exist_ok=True)
             keys = {f"base_model.model.{key}": tensor for key, tensor in _keys(named).items()}
             save_file(keys, inside / PEFT_FILE, dict(header))
-            said = {"peft_type": "LORA"} | _settings(named)
-            (inside / PEFT_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            values = {"peft_type": "LORA"} | _settings(named)
+            (inside / PEFT_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -88,8 +88,8 @@ class LoRA(Adapter):
     def _check_alpha(self, path: Path) -> None:
         """Refuse another alpha: the same weights with another alpha are another update."""
         with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get(SAID, "{}"))
-        others = {value for key, value in said.items() if key.endswith(".lora_alpha")} - {self.alpha}
+            metadata = json.loads((file.metadata() or {}).get(SAID, "{}"))
+        others = {value for key, value in metadata.items() if key.endswith(".lora_alpha")} - {self.alpha}
         if others:
             raise ConfigError(f"adapter.init_from is {str(path)!r} with alpha {others.pop():g}; set adapter.alpha to it")
 
@@ -175,28 +175,28 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
         written = {part: self._written(model, weights) for part, (model, weights) in models.items()}
         inside = {part: _named(layers) if part in self.text else layers for part, (layers, _) in written.items()}
         if enums.Format.diffusers in form.formats:
-            said = {f"{part}.{key}": value for part, (_, own) in written.items() for key, value in own.items()}
-            _save(folder / DIFFUSERS_FILE, _keyed(inside), form, header | {SAID: json.dumps(said, sort_keys=True)})
+            values = {f"{part}.{key}": value for part, (_, own) in written.items() for key, value in own.items()}
+            _save(folder / DIFFUSERS_FILE, _keyed(inside), form, header | {SAID: json.dumps(values, sort_keys=True)})
             files[Path(DIFFUSERS_FILE)] = "diffusers"
         if enums.Format.comfyui in form.formats and self.algorithm == "lora":
             more = kohya.header(self.rank, self.rank)
             _save(folder / f"{form.name}.safetensors", self._for_programs(inside, weights_to_export), form, header | more)
             files[Path(f"{form.name}.safetensors")] = "comfyui"
         if enums.Format.peft in form.formats:
-            for part, (layers, said) in written.items():
-                _write_peft(folder / PEFT_FOLDER / (part if part in self.text else ""), layers, said, form, header)
+            for part, (layers, values) in written.items():
+                _write_peft(folder / PEFT_FOLDER / (part if part in self.text else ""), layers, values, form, header)
             files[Path(PEFT_FOLDER)] = "peft"
         return files
 
     def _written(self, model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights in peft's key layout, and peft's settings; for a LoRA with its scale in B."""
-        layers, said = _layers(model, weights), _metadata(model)
+        layers, metadata = _layers(model, weights), _metadata(model)
         if self.algorithm != "lora":
-            return layers, said
+            return layers, metadata
         scales = _scales(model)
         folded = {key: tensor * scales[self.layer_of(key)] if ".lora_B." in key else tensor for key, tensor in layers.items()}
-        alphas = {"lora_alpha": said["r"], "alpha_pattern": said["rank_pattern"], "use_rslora": False}
-        return folded, said | alphas
+        alphas = {"lora_alpha": metadata["r"], "alpha_pattern": metadata["rank_pattern"], "use_rslora": False}
+        return folded, metadata | alphas
 
     def _for_programs(self, parts: Mapping[str, Mapping[str, Tensor]], weights_to_export: ExportWeights) -> dict[str, Tensor]:
         """kohya's keys if the family has them, with one alpha, this adapter's rank; else diffusers' keys."""
@@ -254,10 +254,10 @@ def _named(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_peft(
-    folder: Path, layers: Mapping[str, Tensor], said: Mapping[str, Any], form: Form, header: Mapping[str, str]
+    folder: Path, layers: Mapping[str, Tensor], values: Mapping[str, Any], form: Form, header: Mapping[str, str]
 ) -> None:  # fmt: skip
     _save(folder / PEFT_FILE, {f"base_model.model.{name}": tensor for name, tensor in layers.items()}, form, header)
-    (folder / PEFT_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / PEFT_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _scales(model: nn.Module) -> dict[str, float]:

@@ -84,10 +84,10 @@ class Lycoris(Adapter):
 
     def _arguments(self) -> dict[str, Any]:
         """The library's arguments, from our keys or from a LyCORIS file."""
-        said: dict[str, Any] = {"algo": self.algorithm, "linear_dim": self.rank, "linear_alpha": self.alpha}
-        said |= read_lycoris_file(str(self.preset)) if self._has_file else {"dropout": self.dropout, **self.options}
-        said.pop("apply_preset", None)
-        arguments = {SPELLING.get(key, key): value for key, value in said.items()}
+        values: dict[str, Any] = {"algo": self.algorithm, "linear_dim": self.rank, "linear_alpha": self.alpha}
+        values |= read_lycoris_file(str(self.preset)) if self._has_file else {"dropout": self.dropout, **self.options}
+        values.pop("apply_preset", None)
+        arguments = {SPELLING.get(key, key): value for key, value in values.items()}
         return {"conv_lora_dim": arguments["lora_dim"], "conv_alpha": arguments["alpha"]} | arguments
 
     def _choice(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -168,8 +168,8 @@ network.apply_to()"""
         with temporarily_replaced(own, weights_to_export.weights):
             state = {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
         form, files = weights_to_export.form, {Path(CONFIG_FILE): "settings"}
-        said = {str(key): value for key, value in self.said.items()}
-        header = {"format": "pt", "lycoris_config": json.dumps(said), **weights_to_export.header, **self._for_sd_scripts()}
+        values = {str(key): value for key, value in self.said.items()}
+        header = {"format": "pt", "lycoris_config": json.dumps(values), **weights_to_export.header, **self._for_sd_scripts()}
         for wanted, name, prefix in (
             (enums.Format.comfyui, f"{form.name}.safetensors", weights_to_export.kohya.get(weights_to_export.part, PREFIX)),
             (enums.Format.lycoris, FILE, PREFIX),
@@ -178,7 +178,7 @@ network.apply_to()"""
                 named = {prefix + key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
                 save_file(rounded(named, form.dtype, name), folder / name, header)
                 files[Path(name)] = wanted.value
-        (folder / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         return files
 
     def _for_sd_scripts(self) -> dict[str, str]:
@@ -262,9 +262,9 @@ def _named(preset: str) -> dict[str, Any]:
 
     if preset not in PRESET:
         raise ConfigError(f"adapter.preset is {preset!r}; give a lycoris_config.json, or one of {', '.join(PRESET)}")
-    said: Mapping[str, Any] = PRESET[preset]
+    preset_values: Mapping[str, Any] = PRESET[preset]
     keys = {"unet_target_module": "target_module", "unet_target_name": "target_name"}
-    renamed = {keys.get(key, key): value for key, value in said.items()}
+    renamed = {keys.get(key, key): value for key, value in preset_values.items()}
     return {key: value for key, value in renamed.items() if key in BARE}
 
 

@@ -146,7 +146,7 @@ def build_loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]
     """The configured Lightning loggers."""
     places = {"{folder}": str(folder.root), "{run}": folder.root.name, "{next_step}": step + 1}
     made = []
-    for said in cfg.logger.loggers.values():
-        options = {str(key): places.get(value, value) if isinstance(value, str) else value for key, value in said.options.items()}
-        made.append(get_class(said._target_)(**options))
+    for text in cfg.logger.loggers.values():
+        options = {str(key): places.get(value, value) if isinstance(value, str) else value for key, value in text.options.items()}
+        made.append(get_class(text._target_)(**options))
     return made

@@ -128,14 +128,14 @@ def _algorithm(cfg: DictConfig) -> str:
 def _front_matter(cfg: DictConfig) -> str:
     """JSON is valid YAML; a local folder is not a model of the hub."""
     is_local = Path(cfg.model.pretrained).expanduser().exists()
-    said = {} if is_local else {"base_model": cfg.model.pretrained}
-    said |= {
+    values = {} if is_local else {"base_model": cfg.model.pretrained}
+    values |= {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "instance_prompt": cfg.dataset.instance_prompt,
         "tags": ["dreambooth", cfg.adapter.algorithm, "text-to-image", "diffusers"],
     }
-    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in said.items())
+    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
 
 
 def _pictures(cfg: DictConfig, run: RunFolder, folder: Path) -> str:

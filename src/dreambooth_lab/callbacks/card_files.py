@@ -50,8 +50,8 @@ def table(folder: Path, files: Mapping[Path, str], family: Family, readers: Sequ
         f"| `{_shown(folder, path)}` | {_numbers(folder / path)} | {_purpose(kind, family, readers)} |"
         for path, kind in files.items()
     ]
-    rest = {Path(other): said for other, said in OTHERS.items() if (folder / other).exists() or other == "README.md"}
-    rows += [f"| `{_shown(folder, path)}` | | {said} |" for path, said in rest.items()]
+    rest = {Path(other): text for other, text in OTHERS.items() if (folder / other).exists() or other == "README.md"}
+    rows += [f"| `{_shown(folder, path)}` | | {text} |" for path, text in rest.items()]
     return "\n".join(["| file | weights | for |", "|---|---|---|", *rows])
 
 
@@ -102,10 +102,10 @@ def programs(files: Mapping[Path, str], readers: Sequence[str], name: str) -> st
 
 def word_usage(word: str, file: Path, programs: Sequence[str]) -> str:
     """How to use the trained token in each program."""
-    said = {
+    values = {
         program: SAY[program].format(file=file.as_posix(), stem=file.stem, word=word) for program in programs if program in SAY
     }
-    rows = "\n".join(f"- **{program}**: {how}" for program, how in said.items())
+    rows = "\n".join(f"- **{program}**: {how}" for program, how in values.items())
     return f"""
 ## The trained token
 

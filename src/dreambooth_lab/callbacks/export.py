@@ -86,16 +86,16 @@ class Export(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         word = module.text.token.word if module.text and module.text.token else None
         token, own = owned.pop(TOKEN, None), owned.pop(family.denoiser_part)
-        said = Described(
+        described = Described(
             form.name, family.spec, adapter.kind, family.path.prediction, self.tags, self.folder.newest_picture(averaged), step,
             _digest(weights),
         )  # fmt: skip
         files = adapter.export(
-            folder, ExportWeights(family.denoiser_part, own, owned, header(self.cfg, said), family.kohya, form)
+            folder, ExportWeights(family.denoiser_part, own, owned, header(self.cfg, described), family.kohya, form)
         )
         if token and word:
-            told = header(self.cfg, said._replace(kind="textual-inversion", name=word))
-            files[family.save_token(folder, word, list(token.values()), told)] = "embedding"
+            header_fields = header(self.cfg, described._replace(kind="textual-inversion", name=word))
+            files[family.save_token(folder, word, list(token.values()), header_fields)] = "embedding"
         text = card(self.cfg, self.folder, folder, place, step, adapter, family, form, files, word, why)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if self.cfg.export.metadata is not enums.Metadata.full:

@@ -72,12 +72,12 @@ class Finite(Callback):
         """
         if not read([bad], known).item():
             return False
-        said = f"the loss or the gradient of step {step} is not finite (captions: {'; '.join(sorted(set(captions)))})"
+        prefix = f"the loss or the gradient of step {step} is not finite (captions: {'; '.join(sorted(set(captions)))})"
         self.skipped += 1
         if self.skipped > self.allowed:
             allowed = f", and trainer.skip_nonfinite_steps={self.allowed} were skipped before" if self.allowed else ""
-            raise RunError(f"{said}{allowed}; the earlier checkpoint and export are kept; {WAY_OUT}")
-        log.warning("%s; skipped, %d of at most %d", said, self.skipped, self.allowed)
+            raise RunError(f"{prefix}{allowed}; the earlier checkpoint and export are kept; {WAY_OUT}")
+        log.warning("%s; skipped, %d of at most %d", prefix, self.skipped, self.allowed)
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -99,12 +99,12 @@ def thumbnail(picture: Path) -> str:
 
 def public(cfg: DictConfig) -> DictConfig:
     """The published part of a configuration: without webhooks; unless full, also without loggers, accounts and local paths."""
-    told: Any = OmegaConf.to_container(cfg, resolve=True)
-    del told["webhook"]
+    published: Any = OmegaConf.to_container(cfg, resolve=True)
+    del published["webhook"]
     if cfg.export.metadata is not enums.Metadata.full:
-        told = {group: _nameless(group, value) for group, value in told.items() if group not in AWAY}
-        told["export"] |= {"push_to_hub": False, "repo": None}
-    made = OmegaConf.create(saved.literal(told))
+        published = {group: _nameless(group, value) for group, value in published.items() if group not in AWAY}
+        published["export"] |= {"push_to_hub": False, "repo": None}
+    made = OmegaConf.create(saved.literal(published))
     assert isinstance(made, DictConfig)
     return made
 
@@ -141,12 +141,12 @@ def _user() -> str:
 def strip(folder: Path) -> None:
     """Remove local paths from the settings that libraries wrote into an export (`_name_or_path` and similar keys)."""
     for file in folder.rglob("*.json"):
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
             continue
         kept = {
             name: place(value, "model.pretrained") if isinstance(value, str) and name.endswith("name_or_path") else value
-            for name, value in said.items()
+            for name, value in settings.items()
         }
-        if kept != said:
+        if kept != settings:
             file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

@@ -108,11 +108,11 @@ class Bar(Callback):
         elif now - self.since < every and step < trainer.max_steps:
             return
         rate = (step - self.shown) / max(now - self.since, 1e-9)
-        told = self.status(rate, pl_module.device, left)
+        status = self.status(rate, pl_module.device, left)
         if self.console.is_terminal:
-            self.bar.update(self.task, completed=step, told=told)
+            self.bar.update(self.task, completed=step, status=status)
         else:
-            log.info("step %d of %d  %s", step, trainer.max_steps, told)
+            log.info("step %d of %d  %s", step, trainer.max_steps, status)
         self.shown, self.since = step, now
 
     def _estimate(self, step: int, left: float) -> None:

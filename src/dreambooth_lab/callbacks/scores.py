@@ -59,8 +59,8 @@ class Scores:
         self.photos = {name: judge.embed_photos(photos) for name, judge in judges.items()}
         self.subject = subject
         if not subject.rare:
-            told = "only validation prompts that contain the whole instance prompt are scored as the subject"
-            log.warning("the rare word can't be identified, so %s; set adapter.token to it, or dataset.class_prompt", told)
+            message = "only validation prompts that contain the whole instance prompt are scored as the subject"
+            log.warning("the rare word can't be identified, so %s; set adapter.token to it, or dataset.class_prompt", message)
 
     def __call__(self, prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> list[Score]:
         """Score images, one row per prompt; the caller fills in the weights."""

@@ -138,4 +138,4 @@ def gathered(own: Drawn, failed: str, trainer: Trainer) -> tuple[Drawn, str]:
     if not trainer.is_global_zero:
         return {}, failed
     whole = {number: images for drawn, _ in parts for number, images in drawn.items()}
-    return dict(sorted(whole.items())), "; ".join(told for _, told in parts if told)
+    return dict(sorted(whole.items())), "; ".join(text for _, text in parts if text)

@@ -30,12 +30,12 @@ DRAWS = ("dataset.", "prior.", "trainer.accumulate_grad_batches", "objective.") 
 def document(title: str, study: Study, found: Sequence[Difference]) -> str:
     """The whole page as HTML."""
     chosen = results(study)
-    told = {metric: [one for one in found if one.metric == metric] for metric in chosen}
+    values = {metric: [one for one in found if one.metric == metric] for metric in chosen}
     body = (
         _summary(study)
-        + f"<h2>What can be concluded</h2>{_conclusions(study, told)}"
+        + f"<h2>What can be concluded</h2>{_conclusions(study, values)}"
         + f"<h2>What differs</h2>{_differing(study)}"
-        + f"<h2>Differences</h2>{_effects(told)}"
+        + f"<h2>Differences</h2>{_effects(values)}"
         + f"<h2>Final metrics</h2>{_means(study, chosen)}"
         + f"<h2>Curves</h2>{_curves(study, chosen)}"
         + f"<h2>Images</h2>{_pictures(study)}"
@@ -53,24 +53,24 @@ def _summary(study: Study) -> str:
     return f"<p>{text}</p>" + (f'<p class="bad">Not compared:</p><ul>{bad}</ul>' if bad else "")
 
 
-def _conclusions(study: Study, told: dict[str, list[Difference]]) -> str:
+def _conclusions(study: Study, values: dict[str, list[Difference]]) -> str:
     if len(study.arms) < 2:
         return "<p>There is only one arm, so nothing is compared; means and intervals are below.</p>"
-    items = "".join(f"<li>{escape(lead(metric, found))}{_parts(found)}</li>" for metric, found in told.items())
-    tests = sum(one.p == one.p for found in told.values() for one in found)
+    items = "".join(f"<li>{escape(lead(metric, found))}{_parts(found)}</li>" for metric, found in values.items())
+    tests = sum(one.p == one.p for found in values.values() for one in found)
     each = len(study.arms) - 1
     many = f"the {each} comparisons" if each > 1 else "the one comparison"
     note = (
         f"Two-sided t-tests at 5 %, with Holm's correction over {many} of each metric. If the arms do not differ, each of the "
-        f"{len(told)} metrics still has a 5 % chance of a false positive. If a finding is not significant with all "
+        f"{len(values)} metrics still has a 5 % chance of a false positive. If a finding is not significant with all "
         f"{tests} comparisons corrected together, its sentence says so. Intervals from few seeds assume a normal distribution."
     )
     return f"<ul>{items}</ul><p><small>{note} {_pairing(study)}</small></p>"
 
 
 def _parts(found: Sequence[Difference]) -> str:
-    said = parts(found) or [Part("no other arm has this metric", False)]
-    items = "".join(f"<li{' class=sure' * part.sure}>{escape(part.text)}</li>" for part in said)
+    shown = parts(found) or [Part("no other arm has this metric", False)]
+    items = "".join(f"<li{' class=sure' * part.sure}>{escape(part.text)}</li>" for part in shown)
     return f"<ul>{items}</ul>"
 
 
@@ -106,8 +106,8 @@ def _differing(study: Study) -> str:
     return _table(head, rows)
 
 
-def _effects(told: dict[str, list[Difference]]) -> str:
-    made = "".join(figures.effects(metric, found) for metric, found in told.items() if found)
+def _effects(values: dict[str, list[Difference]]) -> str:
+    made = "".join(figures.effects(metric, found) for metric, found in values.items() if found)
     return f'<div class="few">{made}</div>' if made else "<p>None.</p>"
 
 
@@ -130,12 +130,12 @@ def _estimates(study: Study, metrics: Sequence[str]) -> str:
     return _table(head, rows)
 
 
-def _estimate(told: Estimate) -> str:
-    if not told.n:
+def _estimate(estimated: Estimate) -> str:
+    if not estimated.n:
         return "–"
-    if isnan(told.low):
-        return f"{told.mean:.4g}<br><small>one run</small>"
-    return f"{told.mean:.4g}<br><small>{told.low:.4g} to {told.high:.4g}</small>"
+    if isnan(estimated.low):
+        return f"{estimated.mean:.4g}<br><small>one run</small>"
+    return f"{estimated.mean:.4g}<br><small>{estimated.low:.4g} to {estimated.high:.4g}</small>"
 
 
 def _curves(study: Study, chosen: Sequence[str]) -> str:
@@ -158,9 +158,9 @@ def _pictures(study: Study) -> str:
 def _strips(row: Sequence[shared.Strip]) -> str:
     made = ""
     for strip in row:
-        said = f"{strip.arm}, step {strip.step:,}" + (f": {strip.prompt}" if strip.prompt != row[0].prompt else "")
+        message = f"{strip.arm}, step {strip.step:,}" + (f": {strip.prompt}" if strip.prompt != row[0].prompt else "")
         alt = f"images of “{strip.prompt}” by {strip.arm} at step {strip.step}"
-        made += f"<figure>{picture(strip.picture, alt)}<figcaption>{escape(said)}</figcaption></figure>"
+        made += f"<figure>{picture(strip.picture, alt)}<figcaption>{escape(message)}</figcaption></figure>"
     return f'<div class="strips">{made}</div>'
 
 
@@ -188,8 +188,8 @@ def _runs(study: Study) -> str:
         for arm in study.arms
         for seed, run in arm.runs.items()
     )
-    said = "repeats an arm's configuration and seed; a newer run is used"
-    twice = "".join(f"<p>{escape(name)} {said}.</p>" for name in study.repeated)
+    prefix = "repeats an arm's configuration and seed; a newer run is used"
+    twice = "".join(f"<p>{escape(name)} {prefix}.</p>" for name in study.repeated)
     return f"<details><summary>all</summary>{_table(head, rows)}{twice}</details>"
 
 

@@ -38,11 +38,11 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
     options = dict(read("adapter.options") or {})
     if target.endswith(".Lycoris") and str(read("adapter.preset")).endswith(SUFFIX):
         try:
-            said = read_lycoris_file(read("adapter.preset"))
+            lycoris_config = read_lycoris_file(read("adapter.preset"))
         except ValueError as error:
             yield f"adapter.preset is {read('adapter.preset')!r}, {error}"
             return
-        options, algorithm = said, said.get("algo", algorithm)
+        options, algorithm = lycoris_config, lycoris_config.get("algo", algorithm)
     decomposed = algorithm == "dora" or options.get("use_dora") or options.get("dora_wd") or options.get("weight_decompose")
     low, kind = read("model.dtype") not in (None, enums.Dtype.float32), read("quant.kind") or enums.QuantKind.none
     dtype = f"model.dtype is {read('model.dtype').name}" if low else ""
@@ -87,8 +87,8 @@ def _layer_problems(read: Reader) -> Iterator[str | None]:
     ranked = any(block["rank"] is not None for block in blocks)
     if read("adapter.preset") is not None and (targets or ranked):
         what = "adapter.targets" if targets else "ranks in adapter.blocks"
-        said = f"adapter.preset is {read('adapter.preset')!r}"
-        yield f"{said}, which sets layers and ranks itself; remove {what}, or the preset"
+        prefix = f"adapter.preset is {read('adapter.preset')!r}"
+        yield f"{prefix}, which sets layers and ranks itself; remove {what}, or the preset"
     if algorithm == "full" and (read("adapter.rank") != 1 or read("adapter.dropout") or read("adapter.options") or ranked):
         yield "adapter=full trains the weights themselves: it has no rank, dropout, options or ranks in blocks; remove them"
     init = (read("adapter.options") or {}).get("init_lora_weights", True)

@@ -101,8 +101,8 @@ def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
     if files and read("dataset.mask_path") is None:
         yield "dataset.mask_from is files; it needs dataset.mask_path=FOLDER"
     if read("dataset.mask_path") is not None and not files:
-        said = f"dataset.mask_path is {read('dataset.mask_path')!r}"
-        yield f"{said}, but dataset.mask_from={read('dataset.mask_from').name}; use files"
+        prefix = f"dataset.mask_path is {read('dataset.mask_path')!r}"
+        yield f"{prefix}, but dataset.mask_from={read('dataset.mask_from').name}; use files"
     else:
         yield read.pictures("dataset.mask_path", "masks")
 
@@ -122,8 +122,8 @@ def _unused_caption_keys(read: Reader) -> Iterator[str]:
         return
     prompt_alone = kind is enums.CaptionKind.instanceprompt or only
     if read("dataset.caption_column") is not None and (kind is not enums.CaptionKind.column or only):
-        said = f"dataset.caption_column is {read('dataset.caption_column')!r}"
-        yield f"{said}, but captions are not read from a column; use dataset.caption=column"
+        prefix = f"dataset.caption_column is {read('dataset.caption_column')!r}"
+        yield f"{prefix}, but captions are not read from a column; use dataset.caption=column"
     if put_before and prompt_alone:
         yield "dataset.prepend_instance_prompt is true, but the instance prompt is the whole caption; remove it"
     if read("dataset.prompts") and not (prompt_alone or put_before):

@@ -19,13 +19,13 @@ READ = {"type", "path", "subject", "instance_prompt", "class_prompt", "max_aspec
 def problems(read: Reader) -> Iterator[str | None]:
     yield from _duplicate_values(read)
     if read("prior.path") is not None:
-        said = f"prior.path is {read('prior.path')!r}"
-        yield f"{said}, but class images come from the dataset file (is_regularisation_data); unset it"
+        prefix = f"prior.path is {read('prior.path')!r}"
+        yield f"{prefix}, but class images come from the dataset file (is_regularisation_data); unset it"
     if read("prior.kind") is enums.PriorKind.bank:
         yield "prior.kind is bank, which needs one class prompt and does not work with a dataset file; use prior=teacher"
     if read("prior.source") not in (None, enums.PriorSource.folder):
-        said = f"prior.source is {read('prior.source').name}"
-        yield f"{said}, but class images come from the dataset file (is_regularisation_data); remove it"
+        prefix = f"prior.source is {read('prior.source').name}"
+        yield f"{prefix}, but class images come from the dataset file (is_regularisation_data); remove it"
     if read("prior.prompt") != read("dataset.class_prompt"):
         yield f"prior.prompt is {read('prior.prompt')!r}, but class captions come from the dataset file; remove it"
     if (read("validation.every_n_steps") or read("validation.every_n_epochs")) and not any(read("validation.prompts") or []):
@@ -46,8 +46,8 @@ def _duplicate_values(read: Reader) -> Iterator[str]:
 
 def _files(schema: type, *names: str) -> DictConfig:
     """The values of files of conf/, where later files override earlier ones."""
-    said = (OmegaConf.load(conf_dir() / f"{name}.yaml") for name in names)
-    own = ({key: one._get_node(key) for key in one if key != "defaults"} for one in said if isinstance(one, DictConfig))
+    configs = (OmegaConf.load(conf_dir() / f"{name}.yaml") for name in names)
+    own = ({key: one._get_node(key) for key in one if key != "defaults"} for one in configs if isinstance(one, DictConfig))
     merged = OmegaConf.merge(OmegaConf.structured(schema), *own)
     assert isinstance(merged, DictConfig)
     return merged

@@ -135,8 +135,8 @@ def _about_group(group: Group, option: str) -> str:
 
 def built_on(group: Group, option: str) -> list[str]:
     """An option with the options of its group that it inherits from, the base first."""
-    said: Any = yaml.safe_load(group.text(option)) or {}
-    before = [one for one in said.get("defaults", []) if isinstance(one, str) and one in group.options]
+    content: Any = yaml.safe_load(group.text(option)) or {}
+    before = [one for one in content.get("defaults", []) if isinstance(one, str) and one in group.options]
     return [*(earlier for one in before for earlier in built_on(group, one)), option]
 
 
@@ -172,9 +172,9 @@ def typed(key: str) -> str:
     may_be_null = type(None) in get_args(kind)
     inside = next(one for one in get_args(kind) if one is not type(None)) if may_be_null else kind
     if isinstance(inside, type) and issubclass(inside, Enum):
-        told = "one of " + ", ".join(one.name for one in inside)
+        prefix = "one of " + ", ".join(one.name for one in inside)
     else:
-        told = TYPES.get(inside) or (
+        prefix = TYPES.get(inside) or (
             "a list" if get_origin(inside) is list else "a mapping" if get_origin(inside) is dict else "a value"
         )
-    return f"{key}: {told}" + (", or null" if may_be_null else "")
+    return f"{key}: {prefix}" + (", or null" if may_be_null else "")

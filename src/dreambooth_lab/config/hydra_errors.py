@@ -92,12 +92,12 @@ def _unknown_key(key: str) -> str:
     return f"{key} is not a key; " + (f"did you mean {' or '.join(near)}?" if near else f"the {within} are {', '.join(known)}")
 
 
-def _wrong_type(key: str, said: str) -> str:
+def _wrong_type(key: str, prefix: str) -> str:
     """A value of another type."""
-    if "is not Optional" in said or "not convert None" in said or "NoneType" in said:
+    if "is not Optional" in prefix or "not convert None" in prefix or "NoneType" in prefix:
         return f"{key} is null, which is not allowed; set a value or remove it"
-    value = VALUE.search(said)
+    value = VALUE.search(prefix)
     for pattern, wanted in WANTED.items():
-        if found := re.search(pattern, said):
+        if found := re.search(pattern, prefix):
             return f"{key} is {value[1] if value else 'of another type'}; it must be {wanted.format(**found.groupdict())}"
-    return f"{key}: {said}"
+    return f"{key}: {prefix}"

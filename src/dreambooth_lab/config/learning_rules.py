@@ -26,8 +26,8 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
         if (steps := read(key)) is not None and warmup is not None and warmup >= steps > 0:
             yield f"optimizer.warmup_steps is {warmup}, but {key} is {steps}, so the warm-up never ends; set it lower"
     if read("optimizer.schedule_steps") is not None and schedule is enums.Schedule.constant:
-        said = f"optimizer.schedule_steps is {read('optimizer.schedule_steps')} with optimizer.schedule=constant"
-        yield f"{said}, which has no length; set it to null, or choose another schedule"
+        prefix = f"optimizer.schedule_steps is {read('optimizer.schedule_steps')} with optimizer.schedule=constant"
+        yield f"{prefix}, which has no length; set it to null, or choose another schedule"
     if library == "prodigyopt":
         yield from _one_rate_problems(read)
     free = "schedulefree" in target
@@ -38,10 +38,10 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
     if read("optimizer.cycles") not in (None, 1) and schedule is not enums.Schedule.restarts:
         yield f"optimizer.cycles is {read('optimizer.cycles')}, which only schedule=restarts has; set optimizer.schedule=restarts"
     if read("optimizer.lora_plus_ratio") not in (None, 1.0) and read("adapter.algorithm") not in (None, "lora", "dora", "locon"):
-        said = (
+        prefix = (
             f"optimizer.lora_plus_ratio is {read('optimizer.lora_plus_ratio')} with adapter.algorithm={read('adapter.algorithm')}"
         )
-        yield f"{said}, which has no A and B; use lora, dora or locon, or set it to 1"
+        yield f"{prefix}, which has no A and B; use lora, dora or locon, or set it to 1"
 
 
 def _one_rate_problems(read: Reader) -> Iterator[str | None]:

@@ -118,9 +118,9 @@ def migrate_word(word: str) -> str:
         return word
     sign, key, package, value = parts[1] or "", parts[2], parts[3] or "", parts[4]
     for step in _since(0):
-        if isinstance(step, Rename) and (said := _renamed(key, step)):
-            notice(key, said)
-            key = said
+        if isinstance(step, Rename) and (renamed := _renamed(key, step)):
+            notice(key, renamed)
+            key = renamed
         elif isinstance(step, NewValue) and (key, value) == (step.key, step.old):
             notice(f"{key}={value}", f"{key}={step.new}")
             value = step.new
@@ -199,8 +199,8 @@ def _of_defaults(entry: Any) -> Any:
     before, group = re.fullmatch(r"((?:override |optional )*/?)(.*)", str(words)).groups()  # type: ignore[union-attr]
     if not isinstance(option, str):
         return {f"{before}{migrate_word(group)}": option}
-    said, _, option = migrate_word(f"{group}={option}").partition("=")
-    return {f"{before}{said}": option}
+    migrated, _, option = migrate_word(f"{group}={option}").partition("=")
+    return {f"{before}{migrated}": option}
 
 
 def _references(value: Any) -> Any:

@@ -48,12 +48,12 @@ def _prompt_problems(read: Reader) -> Iterator[str | None]:
     place, prompts = read("validation.library"), list(read("validation.prompts") or [])
     instance = read("dataset.instance_prompt")
     if place and instance:
-        said = f"validation.library is {place!r}"
+        prefix = f"validation.library is {place!r}"
         try:
             if prompts != library(place, instance, read("dataset.class_prompt")):
-                yield f"{said}, but validation.prompts is set too; remove one of them"
+                yield f"{prefix}, but validation.prompts is set too; remove one of them"
         except ValueError as error:
-            yield f"{said}: {error}"
+            yield f"{prefix}: {error}"
     elif (
         _generates_images(read)
         and not prompts
@@ -72,8 +72,8 @@ def _eval_problems(read: Reader) -> Iterator[str | None]:
     if read("eval.path") is not None:
         yield read.folder("eval.path", "images that are never trained on")
         if not _evaluates(read):
-            said = f"eval.path is {read('eval.path')!r}, but eval.every_n_steps and eval.every_n_epochs are both 0"
-            yield f"{said}, so the eval loss is never computed; set one of them"
+            prefix = f"eval.path is {read('eval.path')!r}, but eval.every_n_steps and eval.every_n_epochs are both 0"
+            yield f"{prefix}, so the eval loss is never computed; set one of them"
         if read("dataset.caption") is enums.CaptionKind.column and not read("dataset.only_instance_prompt"):
             yield "eval.path is a folder, which has no caption column; use dataset.only_instance_prompt=true, or remove it"
 
@@ -86,20 +86,20 @@ def _checkpoint_problems(read: Reader) -> Iterator[str | None]:
         return
     averaged, name = monitor.startswith("ema/"), monitor.removeprefix("ema/")
     family = next((prefix for prefix in METRICS if name.startswith(prefix)), None)
-    said = f"checkpoint.monitor is {monitor!r}"
+    start = f"checkpoint.monitor is {monitor!r}"
     if family is None or (averaged and family == "train/"):
-        yield f"{said}, which is not a logged metric; they start with {', '.join(METRICS)}; all but the first also with ema/"
+        yield f"{start}, which is not a logged metric; they start with {', '.join(METRICS)}; all but the first also with ema/"
         return
     judged = _generates_images(read) and (read("eval.clip_model") or (read("eval.dino_model") and family != "clip/"))
     if not {"train/": True, "eval/": _evaluates(read)}.get(family, judged):
-        yield f"{said}, which needs {METRICS[family]}"
+        yield f"{start}, which needs {METRICS[family]}"
     if name == "train/loss_prior" and read("prior.kind") is enums.PriorKind.none:
-        yield f"{said}, but prior is none; choose another prior or another metric"
+        yield f"{start}, but prior is none; choose another prior or another metric"
     looked = read("ema.validation") if read("ema.enabled") else enums.EmaValidation.none
     if family != "train/" and looked is (enums.EmaValidation.none if averaged else enums.EmaValidation.ema_only):
-        yield f"{said}, but {'only' if averaged else 'not'} the live weights are evaluated; set ema.enabled and ema.validation"
+        yield f"{start}, but {'only' if averaged else 'not'} the live weights are evaluated; set ema.enabled and ema.validation"
     if "loss" in name and mode is enums.Mode.max:
-        yield f"checkpoint.mode is max, but {said}, a loss; use min"
+        yield f"checkpoint.mode is max, but {start}, a loss; use min"
 
 
 def _logger_problems(read: Reader) -> Iterator[str | None]:
@@ -121,8 +121,8 @@ def _export_problems(read: Reader) -> Iterator[str | None]:
         return
     for kind, needed in NEEDED.items():
         if target.endswith(kind) and not needed & set(formats):
-            said, least = [one.value for one in formats], " or ".join(sorted(one.value for one in needed))
-            yield f"export.formats is {said}; add {least}, which generate and lab.load need for this adapter"
+            lines, least = [one.value for one in formats], " or ".join(sorted(one.value for one in needed))
+            yield f"export.formats is {lines}; add {least}, which generate and lab.load need for this adapter"
 
 
 def _hub_problems(read: Reader) -> Iterator[str | None]:

@@ -59,8 +59,8 @@ class Subject:
 
 def contains_phrase(prompt: str, phrase: list[str]) -> bool:
     """Whether a prompt contains these words in sequence; False for no words."""
-    said, n = words(prompt), len(phrase)
-    return n > 0 and any(said[i : i + n] == phrase for i in range(len(said) - n + 1))
+    prompt_words, n = words(prompt), len(phrase)
+    return n > 0 and any(prompt_words[i : i + n] == phrase for i in range(len(prompt_words) - n + 1))
 
 
 def library(place: str, instance_prompt: str, class_prompt: str | None) -> list[str]:
@@ -77,8 +77,8 @@ def library(place: str, instance_prompt: str, class_prompt: str | None) -> list[
     rare = rare_word(instance_prompt, class_prompt)
     found = re.search(rf"\b{rare}\b(.*)", instance_prompt, re.IGNORECASE) if rare else None
     if found is None and any("{subject}" in prompt or "{class}" in prompt for prompt in prompts):
-        told = f"the rare word of dataset.instance_prompt={instance_prompt!r} can't be identified"
-        raise ValueError(f"{told}; set dataset.class_prompt to the same prompt without it")
+        prefix = f"the rare word of dataset.instance_prompt={instance_prompt!r} can't be identified"
+        raise ValueError(f"{prefix}; set dataset.class_prompt to the same prompt without it")
     subject, kind = (found[0].strip(), found[1].strip()) if found else ("", "")
     return [prompt.replace("{subject}", subject).replace("{class}", kind) for prompt in prompts]
 
@@ -89,8 +89,8 @@ def _read(place: str) -> list[str]:
     try:
         held = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"it can't be read ({told}); give {', '.join(names)}, or a YAML or JSON file") from error
+        prefix = " ".join(str(error).split())
+        raise ValueError(f"it can't be read ({prefix}); give {', '.join(names)}, or a YAML or JSON file") from error
     prompts = list(held.values()) if isinstance(held, dict) else held
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ValueError("it must contain a list of prompts, or names with prompts")

@@ -58,5 +58,5 @@ def _typed(node: DictConfig, name: str) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "it refers to itself; write the value itself"
-    said = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-    return f"{said}; give a value of that type (a plain ${{ in a text is written \\${{)"
+    prefix = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    return f"{prefix}; give a value of that type (a plain ${{ in a text is written \\${{)"

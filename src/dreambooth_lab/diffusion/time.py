@@ -62,9 +62,9 @@ class Times:
         return logit_normal_cdf(base, self.mean, self.std) if self.kind is enums.Timesteps.logit_normal else base
 
 
-def build_shift(said: float | str, model: Shift) -> Shift:
+def build_shift(value: float | str, model: Shift) -> Shift:
     """The shift that a key says: a number, or `model`, the model's own for a latent's size."""
-    return model if said == "model" else lambda height, width: float(said)
+    return model if value == "model" else lambda height, width: float(value)
 
 
 def build_times(cfg: DictConfig, trained: tuple[float, float], model: Shift) -> Times:

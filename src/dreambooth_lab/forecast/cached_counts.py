@@ -42,8 +42,8 @@ class CachedCounts:
         return self.counted[key]
 
     def _key(self, name: str, cfg: DictConfig, groups: tuple[str, ...], sizes: tuple[int, ...]) -> str:
-        said = [OmegaConf.select(cfg, group) for group in groups]
-        shown = [OmegaConf.to_container(one, resolve=True) if OmegaConf.is_config(one) else one for one in said]
+        lines = [OmegaConf.select(cfg, group) for group in groups]
+        shown = [OmegaConf.to_container(one, resolve=True) if OmegaConf.is_config(one) else one for one in lines]
         return repr((name, shown, sizes, self._settings(cfg)))
 
     def _settings(self, cfg: DictConfig) -> str:

@@ -66,8 +66,8 @@ class Captioner:
             asked = [{"role": "user", "content": [PICTURE, {"type": "text", "text": self.question}]}]
             text = self.processor.apply_chat_template(asked, add_generation_prompt=True)
             return self.processor(images=[picture], text=[text], return_tensors="pt")
-        said = {"text": self.question} if self.has_tasks else {}
-        return self.processor(images=picture, **said, return_tensors="pt")
+        values = {"text": self.question} if self.has_tasks else {}
+        return self.processor(images=picture, **values, return_tensors="pt")
 
     def _fresh(self, made: Tensor, inputs: Any) -> Tensor:
         """The generated tokens: decoder-only models repeat the question first."""

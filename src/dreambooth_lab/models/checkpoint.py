@@ -126,7 +126,7 @@ class Checkpoint:
         Raises:
             ConfigError: a class is not diffusers' or transformers' own.
         """
-        return {part: self._kind(part, *said) for part, said in weights.named(self.index).items()}
+        return {part: self._kind(part, *text) for part, text in weights.named(self.index).items()}
 
     def _kind(self, part: str, library: str, name: str) -> type:
         import importlib

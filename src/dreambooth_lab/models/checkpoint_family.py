@@ -199,11 +199,11 @@ class CheckpointFamily(Family):
         if single_file.is_single_file(base):
             kind, call = self.checkpoint.pipeline_name, "from_single_file"
             options |= {"config": json.dumps(config, ensure_ascii=False)}
-        said = ", ".join(f"{name}={value}" for name, value in options.items())
+        prefix = ", ".join(f"{name}={value}" for name, value in options.items())
         return f"""\
 import torch
 from diffusers import {kind}
-pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {said})"""
+pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {prefix})"""
 
     def pipeline(self) -> Any:
         wanted, parts = (
@@ -265,10 +265,10 @@ pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {said})"""
 
     def text_identity(self) -> str:
         tokenizers = (part.replace("text_encoder", "tokenizer") for part in self.text_encoder_parts)
-        said = [self.checkpoint.pipeline_name, str(self.encoder_dtype), *map(str, self._index_options())]
+        lines = [self.checkpoint.pipeline_name, str(self.encoder_dtype), *map(str, self._index_options())]
         if self.empty_caption is not enums.EmptyCaption.auto:  # keeps the key of texts that earlier versions cached
-            said.append(f"empty caption: {self.empty_caption.value}")
-        return self._identity((*tokenizers, *self.text_encoder_parts), *said)
+            lines.append(f"empty caption: {self.empty_caption.value}")
+        return self._identity((*tokenizers, *self.text_encoder_parts), *lines)
 
     def _index_options(self) -> list[Any]:
         """Settings of the pipeline in the checkpoint's index, besides its components."""

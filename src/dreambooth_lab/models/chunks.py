@@ -34,9 +34,9 @@ class Piece:
     def __call__(self, captions: str | Sequence[str], **options: Any) -> Any:
         """Ids [B L] of the chunks, in the tokenizer's format; chunks beyond a caption's end are empty."""
         room = self._tokenizer.model_max_length - SPECIAL
-        said = [captions] if isinstance(captions, str) else list(captions)
+        lines = [captions] if isinstance(captions, str) else list(captions)
         first = self._number * room
-        ids = [tokens(self._tokenizer, one)[first : first + room] for one in said]
+        ids = [tokens(self._tokenizer, one)[first : first + room] for one in lines]
         start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         whole = {"input_ids": [[start, *own, end] for own in ids]}
         fixed = options.get("padding") == "max_length"
@@ -52,10 +52,10 @@ def tokens(tokenizer: Any, caption: str) -> list[int]:
 
 def pieces(tokenizers: Iterable[Any], captions: Iterable[str]) -> int:
     """Number of chunks of the longest caption; at least 1."""
-    said, most = list(captions), 1
+    lines, most = list(captions), 1
     for tokenizer in tokenizers:
         room = tokenizer.model_max_length - SPECIAL
-        most = max([most, *(-(-len(tokens(tokenizer, one)) // room) for one in said)])
+        most = max([most, *(-(-len(tokens(tokenizer, one)) // room) for one in lines)])
     return most
 
 

@@ -150,7 +150,7 @@ RULES: dict[str, type[Latents]] = {
 }
 
 
-def rule(config: Mapping[str, Any], said: str) -> Latents:
+def rule(config: Mapping[str, Any], prefix: str) -> Latents:
     """The latent format of a VAE with this config.
 
     Raises:
@@ -158,7 +158,7 @@ def rule(config: Mapping[str, Any], said: str) -> Latents:
     """
     name = config.get("_class_name")
     if name not in RULES:
-        raise ConfigError(f"{said} has a {name}, whose latents are not supported; supported: {', '.join(RULES)}")
+        raise ConfigError(f"{prefix} has a {name}, whose latents are not supported; supported: {', '.join(RULES)}")
     return RULES[name](config)
 
 

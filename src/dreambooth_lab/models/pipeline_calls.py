@@ -88,8 +88,8 @@ class PipelineCalls:
             raise CallResult(original(*args, **options))
 
         with self._replaced("encode_prompt", leave), self._scheduled(torch.zeros(1)):
-            said = self.run(call)
-        return dict(zip(self.text_names, said if isinstance(said, tuple) else (said,), strict=True))
+            results = self.run(call)
+        return dict(zip(self.text_names, results if isinstance(results, tuple) else (results,), strict=True))
 
     def shift(self, **call: Any) -> float | None:
         """The μ that the call passes to `set_timesteps` for an image size; None if it passes none."""

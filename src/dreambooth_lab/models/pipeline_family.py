@@ -86,8 +86,8 @@ class PipelineFamily(CheckpointFamily):
             return join(texts)
 
     def _read_once(self, captions: Sequence[Caption]) -> Text:
-        said = {i: caption for i, caption in enumerate(captions) if caption}
-        texts, order = [self._read(list(said.values()))] if said else [], list(said)
+        values = {i: caption for i, caption in enumerate(captions) if caption}
+        texts, order = [self._read(list(values.values()))] if values else [], list(values)
         for nothing, read in (("", self._empty), (None, self._unconditional)):
             rows = [i for i, caption in enumerate(captions) if caption == nothing]
             texts += [read().repeat(len(rows))] if rows else []
@@ -113,13 +113,13 @@ class PipelineFamily(CheckpointFamily):
         self.chunks = max(self.chunks, pieces(map(self._tokenizer, self.text_encoder_parts), captions))
 
     def truncated_part(self, captions: Iterable[str]) -> list[str]:
-        said, lines = sorted(set(captions)), []
+        found, lines = sorted(set(captions)), []
         calls = self.calls.parameters.get("max_sequence_length")
         for part in self.text_encoder_parts if self.chunks == 1 else ():
             if part in self.trainable_text_encoder_parts:
-                lines.append(cut(part, self._tokenizer(part), self._tokenizer(part).model_max_length, SPECIAL, said))
+                lines.append(cut(part, self._tokenizer(part), self._tokenizer(part).model_max_length, SPECIAL, found))
             elif calls and isinstance(calls.default, int):
-                lines.append(cut(part, self._tokenizer(part), calls.default, 1, said))
+                lines.append(cut(part, self._tokenizer(part), calls.default, 1, found))
         return [line for line in lines if line]
 
     def count_tokens(self, caption: str) -> dict[str, int]:
@@ -138,19 +138,19 @@ class PipelineFamily(CheckpointFamily):
         """The pipeline's unconditional input for classifier-free guidance; if it has none, an empty prompt."""
         beside = any(name.startswith("negative_") for name in self.calls.text_names)
         call = self._size(8, 8) | self.image_arguments(torch.zeros(1, 3, 8, 8))
-        said = self.calls.text(prompt=[""], **call, **(self.guidance(2.0) if beside else self.unguided))
-        return self._record({name: _first(said.get(f"negative_{name}"), value) for name, value in said.items()}, 1)
+        text = self.calls.text(prompt=[""], **call, **(self.guidance(2.0) if beside else self.unguided))
+        return self._record({name: _first(text.get(f"negative_{name}"), value) for name, value in text.items()}, 1)
 
-    def _record(self, said: Mapping[str, Any], rows: int) -> Text:
+    def _record(self, values: Mapping[str, Any], rows: int) -> Text:
         """The tensors that the pipeline's call accepts; lists of rows are padded, and a missing mask is written as ones."""
         text = Text()
-        for name in (n for n in said if n in self.calls.parameters and not n.startswith("negative_")):
-            value = said[name]
+        for name in (n for n in values if n in self.calls.parameters and not n.startswith("negative_")):
+            value = values[name]
             if isinstance(value, list):
                 text[name + LENGTH] = torch.tensor([len(row) for row in value], device=self.device)
                 value = nn.utils.rnn.pad_sequence(value, batch_first=True)
             if value is None and name.endswith("mask"):
-                value = torch.ones(said["prompt_embeds"].shape[:2], dtype=torch.long, device=self.device)
+                value = torch.ones(values["prompt_embeds"].shape[:2], dtype=torch.long, device=self.device)
             if value is not None:
                 self._check_rows(name, value, rows)
                 text[name] = value.float() if value.is_floating_point() else value

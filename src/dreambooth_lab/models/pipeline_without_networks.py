@@ -28,8 +28,8 @@ OPTIONS = {"add_watermarker": False, "requires_safety_checker": False}  # of pip
 def settings(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
     """A component's config, with its class's defaults for missing keys."""
     kind: Any = checkpoint.parts[part]
-    said = checkpoint.config(part)
-    return _defaults(kind) | said
+    config = checkpoint.config(part)
+    return _defaults(kind) | config
 
 
 def _defaults(kind: Any) -> dict[str, Any]:

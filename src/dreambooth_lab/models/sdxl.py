@@ -38,8 +38,8 @@ class SDXL(PipelineFamily):
         return Cond(text, size=torch.tensor([(*s.original, *s.crop, *s.target) for s in sizes]).float())
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        told = {"text_embeds": cond["pooled_prompt_embeds"].to(self.dtype), "time_ids": cond["size"]}
+        values = {"text_embeds": cond["pooled_prompt_embeds"].to(self.dtype), "time_ids": cond["size"]}
         states = cond["prompt_embeds"].to(self.dtype)
         return self.denoiser(
-            x_t.to(self.dtype), self.path.native(t), states, added_cond_kwargs=told, return_dict=False
+            x_t.to(self.dtype), self.path.native(t), states, added_cond_kwargs=values, return_dict=False
         )[0].float()  # fmt: skip

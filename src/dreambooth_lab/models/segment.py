@@ -54,12 +54,12 @@ class Florence2(Segmenter):
         inputs = self.processor(text=TASK + text, images=picture, return_tensors="pt").to(self.device)
         tokens = self.model.config.text_config.max_position_embeddings - 1
         made = self.model.generate(**inputs, max_new_tokens=min(tokens, 1024), do_sample=False, num_beams=3)
-        (said,) = self.processor.batch_decode(made, skip_special_tokens=False)
-        return self.drawn(said, picture.size)
+        (output,) = self.processor.batch_decode(made, skip_special_tokens=False)
+        return self.drawn(output, picture.size)
 
-    def drawn(self, said: str, size: tuple[int, int]) -> Tensor:
+    def drawn(self, message: str, size: tuple[int, int]) -> Tensor:
         """The polygons of an output; size is width and height, px."""
-        found = self.processor.post_process_generation(text=said, task=TASK, image_size=size)[TASK]["polygons"]
+        found = self.processor.post_process_generation(text=message, task=TASK, image_size=size)[TASK]["polygons"]
         canvas = Image.new("L", size)
         for corners in (polygon for one in found for polygon in one if len(polygon) >= 6):
             ImageDraw.Draw(canvas).polygon([float(value) for value in corners], fill=1)

@@ -53,22 +53,22 @@ def convert(pretrained: str, config: str | None, prediction: enums.Prediction | 
     Raises:
         ConfigError: a file is missing or can't be read.
     """
-    file, said = Path(pretrained).expanduser(), f"model.pretrained is {pretrained!r}"
+    file, prefix = Path(pretrained).expanduser(), f"model.pretrained is {pretrained!r}"
     if not file.is_file():
-        raise ConfigError(f"{said}, which does not exist; set it to a .safetensors file, a folder or a hub id")
+        raise ConfigError(f"{prefix}, which does not exist; set it to a .safetensors file, a folder or a hub id")
     if config is None:
         raise ConfigError(
-            f"{said}, a single file, and model.config is null; set model.config to the folder or hub id, in diffusers' "
+            f"{prefix}, a single file, and model.config is null; set model.config to the folder or hub id, in diffusers' "
             "layout, of its base model, such as stabilityai/stable-diffusion-xl-base-1.0 (its weights are not read)"
         )
     if cache is None:
         raise ConfigError(
-            f"{said}, a single file, which must be converted into a cache, but cache is not set; set cache to a folder"
+            f"{prefix}, a single file, which must be converted into a cache, but cache is not set; set cache to a folder"
         )
     settings = _settings(config)
-    told = _scheduler(file, prediction, said)
-    folder = cache / "single_files" / _key(file, settings, told, cache)
-    return folder if (folder / hub.INDEX).is_file() else _make(file, settings, told, folder, said)
+    scheduler_settings = _scheduler(file, prediction, prefix)
+    folder = cache / "single_files" / _key(file, settings, scheduler_settings, cache)
+    return folder if (folder / hub.INDEX).is_file() else _make(file, settings, scheduler_settings, folder, prefix)
 
 
 def _settings(config: str) -> Path:
@@ -83,34 +83,34 @@ def _settings(config: str) -> Path:
     return folder
 
 
-def _scheduler(file: Path, prediction: enums.Prediction | None, said: str) -> dict[str, Any]:
+def _scheduler(file: Path, prediction: enums.Prediction | None, prefix: str) -> dict[str, Any]:
     """Settings of the scheduler for the model's training, from the file or the configuration."""
     try:
         with safe_open(file, "pt") as opened:
             names, header = set(opened.keys()), opened.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{said}, which can't be read ({error}); download the file again") from error
+        raise ConfigError(f"{prefix}, which can't be read ({error}); download the file again") from error
     written = header.get("modelspec.prediction_type")
     own = V if "v_pred" in names else HEADERS.get(str(written))
     if prediction and own and prediction is not own:
         log.warning(
             "%s, whose header states the prediction type %s; model.prediction_type=%s is used instead",
-            said,
+            prefix,
             own.value,
             prediction.value,
         )
     if written and not own and not prediction:
-        raise ConfigError(f"{said}, whose header has prediction_type {written!r}; set model.prediction_type to its meaning")
+        raise ConfigError(f"{prefix}, whose header has prediction_type {written!r}; set model.prediction_type to its meaning")
     used = prediction or own
-    told: dict[str, Any] = {"prediction_type": used.value} if used else {}
+    values: dict[str, Any] = {"prediction_type": used.value} if used else {}
     if "ztsnr" in names:
-        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return told
+        values |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return values
 
 
-def _key(file: Path, settings: Path, told: dict[str, Any], cache: Path) -> str:
+def _key(file: Path, settings: Path, values: dict[str, Any], cache: Path) -> str:
     """A hash of everything that the folder depends on."""
-    words = [VERSION, digest(file, cache), json.dumps(told, sort_keys=True)]
+    words = [VERSION, digest(file, cache), json.dumps(values, sort_keys=True)]
     words += [f"{path.relative_to(settings)} {digest(path, None)}" for path in _small(settings)]
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
 
@@ -122,16 +122,16 @@ def _dtype(file: Path) -> torch.dtype:
     return DTYPES.get(max(set(kinds), key=kinds.count), torch.float32)
 
 
-def _make(file: Path, settings: Path, told: dict[str, Any], folder: Path, said: str) -> Path:
+def _make(file: Path, settings: Path, values: dict[str, Any], folder: Path, message: str) -> Path:
     """Convert into a temporary folder, and move it when complete."""
     aside = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.part")  # not by tempfile, whose folders are private to their user
     aside.mkdir(parents=True)
     try:
         with tempfile.TemporaryDirectory() as bare:
-            _read(file, _without_weights(settings, Path(bare) / "settings"), said).save_pretrained(aside)
+            _read(file, _without_weights(settings, Path(bare) / "settings"), message).save_pretrained(aside)
         path = aside / "scheduler" / "scheduler_config.json"
-        if told:
-            path.write_text(json.dumps(weights.read_json(path, said) | told, indent=2))
+        if values:
+            path.write_text(json.dumps(weights.read_json(path, message) | values, indent=2))
         apply_umask(aside)
         if not (folder / hub.INDEX).is_file():  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
@@ -153,7 +153,7 @@ def _small(settings: Path) -> list[Path]:
     return sorted(path for path in settings.rglob("*") if path.is_file() and path.suffix in weights.SMALL)
 
 
-def _read(file: Path, settings: Path, said: str) -> Any:
+def _read(file: Path, settings: Path, prefix: str) -> Any:
     """The file's pipeline, in the file's own dtype."""
     import diffusers
 
@@ -161,7 +161,7 @@ def _read(file: Path, settings: Path, said: str) -> Any:
     kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
     if not hasattr(kind, "from_single_file"):
         raise ConfigError(
-            f"{said}, and model.config is a {index.get('_class_name')}, which can't be read from a single file; use a folder"
+            f"{prefix}, and model.config is a {index.get('_class_name')}, which can't be read from a single file; use a folder"
         )
     absent = {part: None for part in weights.LEFT_OUT if part in index}
     try:
@@ -169,7 +169,7 @@ def _read(file: Path, settings: Path, said: str) -> Any:
     except Exception as error:  # diffusers raises various exceptions for missing tensors
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
         raise ConfigError(
-            f"{said}, which does not contain a complete {kind.__name__} of model.config's sizes ({type(error).__name__}: "
+            f"{prefix}, which does not contain a complete {kind.__name__} of model.config's sizes ({type(error).__name__}: "
             f"{reason}); "
             "set model.config to the file's base model"
         ) from error

@@ -55,8 +55,8 @@ def load(folder: Path, keys: Sequence[str], pairs: TextEncoders, word: str) -> C
     file = folder / FOLDER / file_name(word)
     file = file if file.is_file() else folder / OLD_FILE
     if not file.is_file():
-        said = f"{str(folder)!r} has no {FOLDER}/{file_name(word)}"
-        raise ConfigError(f"{said}, which this export needs: the embedding of {word!r} was trained too")
+        prefix = f"{str(folder)!r} has no {FOLDER}/{file_name(word)}"
+        raise ConfigError(f"{prefix}, which this export needs: the embedding of {word!r} was trained too")
     saved = load_file(file)
     if lacking := [key for key in keys if key not in saved]:
         raise ConfigError(f"{str(file)!r} has no embedding {lacking[0]!r}; give an export of this model")

@@ -37,8 +37,10 @@ class Weights(NamedTuple):
 
 def named(index: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Component → library and class, from model_index.json; without empty and unneeded components."""
-    said = {part: said for part, said in index.items() if not part.startswith("_") and part not in LEFT_OUT}
-    return {part: said for part, said in said.items() if isinstance(said, list) and len(said) == 2 and said[0] is not None}
+    values = {part: values for part, values in index.items() if not part.startswith("_") and part not in LEFT_OUT}
+    return {
+        part: values for part, values in values.items() if isinstance(values, list) and len(values) == 2 and values[0] is not None
+    }
 
 
 def variants_to_try(variant: str | None) -> tuple[str | None, ...]:
@@ -75,7 +77,7 @@ def needed(names: Collection[str], variant: str | None) -> set[str]:
     return small | {found.name} | {name for name in names if shard.fullmatch(name)}
 
 
-def read(folder: Path, variant: str | None, said: str) -> Weights:
+def read(folder: Path, variant: str | None, prefix: str) -> Weights:
     """A component's weights, after checking that all files are complete.
 
     Args:
@@ -87,10 +89,10 @@ def read(folder: Path, variant: str | None, said: str) -> Weights:
     names = [path.name for path in folder.iterdir()]
     found = pick(names, variant)
     if found is None:
-        raise ConfigError(f"{said} {_lacks(names, variant)}")
-    files = tuple(folder / name for name in (_shards(folder / found.name, said) if found.sharded else [found.name]))
+        raise ConfigError(f"{prefix} {_lacks(names, variant)}")
+    files = tuple(folder / name for name in (_shards(folder / found.name, prefix) if found.sharded else [found.name]))
     for file in files:
-        _require_whole(file, said)
+        _require_whole(file, prefix)
     return Weights(found.variant, files, folder / found.name if found.sharded else None)
 
 
@@ -113,15 +115,15 @@ def _lacks(names: Collection[str], variant: str | None) -> str:
 def variant_of(name: str) -> str | None:
     """The variant in a weight file's name; None for a plain file or another file."""
     stems = "|".join(STEMS)
-    said = re.fullmatch(rf"(?:{stems})(?:\.(\w+)(?:-\d+-of-\d+)?|-\d+-of-\d+\.(\w+))\.safetensors", name)
-    return said and (said[1] or said[2])
+    match = re.fullmatch(rf"(?:{stems})(?:\.(\w+)(?:-\d+-of-\d+)?|-\d+-of-\d+\.(\w+))\.safetensors", name)
+    return match and (match[1] or match[2])
 
 
-def _shards(index: Path, said: str) -> list[str]:
-    placed = read_json(index, said).get("weight_map")
+def _shards(index: Path, prefix: str) -> list[str]:
+    placed = read_json(index, prefix).get("weight_map")
     names = sorted(set(placed.values())) if isinstance(placed, dict) and placed else []
     if not names or not all(isinstance(name, str) and plain(name) for name in names):
-        raise ConfigError(f"{said} has {index.name} without a weight_map of plain file names; download the checkpoint again")
+        raise ConfigError(f"{prefix} has {index.name} without a weight_map of plain file names; download the checkpoint again")
     return names
 
 
@@ -130,17 +132,17 @@ def plain(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*", name))
 
 
-def _require_whole(file: Path, said: str) -> None:
+def _require_whole(file: Path, prefix: str) -> None:
     """Refuse a file that is missing or shorter than its header states."""
     try:
         with safe_open(file, "pt"):
             pass
     except (OSError, SafetensorError) as error:
         how = "lacks" if not file.is_file() else "has a damaged"
-        raise ConfigError(f"{said} {how} {file.name} ({_first_line(error)}); download or save the checkpoint again") from error
+        raise ConfigError(f"{prefix} {how} {file.name} ({_first_line(error)}); download or save the checkpoint again") from error
 
 
-def read_json(path: Path, said: str) -> dict[str, Any]:
+def read_json(path: Path, prefix: str) -> dict[str, Any]:
     """Read a JSON config.
 
     Raises:
@@ -150,9 +152,9 @@ def read_json(path: Path, said: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         how = "lacks" if not path.is_file() else "can't be read from"
-        raise ConfigError(f"{said} {how} {path.name} ({_first_line(error)}); download or save the checkpoint again") from error
+        raise ConfigError(f"{prefix} {how} {path.name} ({_first_line(error)}); download or save the checkpoint again") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{said} has a {path.name} that is not a JSON object; download or save the checkpoint again")
+        raise ConfigError(f"{prefix} has a {path.name} that is not a JSON object; download or save the checkpoint again")
     return value
 
 

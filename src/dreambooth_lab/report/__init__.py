@@ -73,8 +73,8 @@ def ending(folder: RunFolder) -> list[str]:
 def _usage(folder: RunFolder, steps: int) -> str:
     """Shell commands and Python code, ready to paste."""
     cfg = folder.saved_config()
-    said, root = cfg.dataset.instance_prompt, shlex.quote(str(folder.root))
-    prompt = shlex.quote(f"prompt='{said}'" if "'" not in said else f'prompt="{said}"')
+    prompt_text, root = cfg.dataset.instance_prompt, shlex.quote(str(folder.root))
+    prompt = shlex.quote(f"prompt='{prompt_text}'" if "'" not in prompt_text else f'prompt="{prompt_text}"')
     kept = f"python -m dreambooth_lab.tools.generate file={shlex.quote(str(folder.best_export))} {prompt}   # the best step\n"
     return USAGE.substitute(
         root=root, prompt=prompt, kept=kept if folder.best() else "", more=2 * steps,
@@ -88,8 +88,8 @@ def _code(folder: RunFolder, cfg: DictConfig) -> str:
     code = code.replace(f'export = "{HERE}"', f'export = "{folder.export.as_posix()}"')
     for key in ("pretrained", "config"):
         if str(shown[key]).startswith(LOCAL):
-            said, own = (json.dumps(value, ensure_ascii=False) for value in (shown[key], cfg.model[key]))
-            code = code.replace(said, own)
+            exported, own = (json.dumps(value, ensure_ascii=False) for value in (shown[key], cfg.model[key]))
+            code = code.replace(exported, own)
     return code
 
 

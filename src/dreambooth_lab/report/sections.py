@@ -26,19 +26,19 @@ def advice(folder: RunFolder, numbers: Metrics) -> str:
     checkpoint, best = folder.saved_config().checkpoint, folder.best()
     values = dict(numbers.get(checkpoint.monitor or "", []))
     if best and best[1] in values:
-        told = _chosen(checkpoint.monitor, values, best[1], checkpoint.mode is enums.Mode.min)
-        return f"{told} It is in {escape(folder.best_export.name)}/."
+        prefix = _chosen(checkpoint.monitor, values, best[1], checkpoint.mode is enums.Mode.min)
+        return f"{prefix} It is in {escape(folder.best_export.name)}/."
     lows = [(PREFIX[kind] + "eval/loss", dict(numbers.get(PREFIX[kind] + "eval/loss", []))) for kind in (LIVE, EMA)]
-    told = " ".join(_lowest(name, values) for name, values in lows if values)
-    return told or "No step is marked as best; to find it, hold out photos: eval.path=FOLDER checkpoint.monitor=eval/loss."
+    prefix = " ".join(_lowest(name, values) for name, values in lows if values)
+    return prefix or "No step is marked as best; to find it, hold out photos: eval.path=FOLDER checkpoint.monitor=eval/loss."
 
 
 def _chosen(name: str, values: dict[float, float], step: int, least: bool) -> str:
-    told = f"keep step {step:,}: {escape(name)} is {values[step]:.4g} there"
+    prefix = f"keep step {step:,}: {escape(name)} is {values[step]:.4g} there"
     if 0 in values:
         worse = values[step] >= values[0] if least else values[step] <= values[0]
-        told += f", {values[0]:.4g} for the base model" + (" (which is not worse)" if worse else "")
-    return f"{told}, {values[max(values)]:.4g} at the last step ({max(values):,})."
+        prefix += f", {values[0]:.4g} for the base model" + (" (which is not worse)" if worse else "")
+    return f"{prefix}, {values[max(values)]:.4g} at the last step ({max(values):,})."
 
 
 def _lowest(name: str, values: dict[float, float]) -> str:
@@ -95,13 +95,13 @@ def _eval_changes(folder: RunFolder) -> str:
     """Paired with the base model row by row."""
     answers, steps = _eval_rows(folder)
     rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in answers if a.step == step} for step in steps}
-    told = ""
+    message = ""
     for step in steps[1:]:
         apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]
         low, high = interval(apart)
         against = f"<p>eval/loss at step {step:,} compared with the base model: {fmean(apart):+.4g}"
-        told += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
-    return told
+        message += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
+    return message
 
 
 def _between(low: float, high: float, form: str) -> str:

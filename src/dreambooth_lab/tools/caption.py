@@ -71,13 +71,13 @@ def placing(instance_prompt: str | None, class_prompt: str | None) -> Callable[[
     word = rare_word(instance_prompt, class_prompt)
     found = re.search(rf"\b{re.escape(word)}\b\s*(.*)", instance_prompt, re.IGNORECASE) if word else None
     if found is None or not found[1].strip():
-        told = f"--class_prompt is {class_prompt!r}, which is not --instance_prompt {instance_prompt!r} without its rare word"
-        raise ConfigError(f"{told}; for 'a photo of sks dog' give 'a photo of a dog'")
+        prefix = f"--class_prompt is {class_prompt!r}, which is not --instance_prompt {instance_prompt!r} without its rare word"
+        raise ConfigError(f"{prefix}; for 'a photo of sks dog' give 'a photo of a dog'")
     subject, noun = found[0].strip(), found[1].strip()
-    said = re.compile(rf"\b(?:(?:{'|'.join(ARTICLES)})\s+)?{re.escape(noun)}\b", re.IGNORECASE)
+    pattern = re.compile(rf"\b(?:(?:{'|'.join(ARTICLES)})\s+)?{re.escape(noun)}\b", re.IGNORECASE)
 
     def put(caption: str) -> str:
-        replaced, times = said.subn(lambda _: subject, caption, count=1)
+        replaced, times = pattern.subn(lambda _: subject, caption, count=1)
         return replaced if times else f"{instance_prompt}, {caption}"
 
     return put

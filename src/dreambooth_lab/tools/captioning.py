@@ -76,11 +76,11 @@ def _make(photos: Folder, name: str, path: Path, say: Writer, put_in: Callable[[
     except UNREADABLE as error:
         made.failed[name] = f"can't be decoded: {error}"
         return
-    said = say(photo)
-    if not said:
+    caption = say(photo)
+    if not caption:
         made.failed[name] = "the model returned nothing; try another --model or --question, or write it by hand"
         return
-    made.captions[name], made.fresh = put_in(said), made.fresh + 1
+    made.captions[name], made.fresh = put_in(caption), made.fresh + 1
     write_text(path, made.captions[name] + "\n")
 
 
@@ -94,10 +94,10 @@ def save_page(input_dir: Path, made: Made, path: Path) -> None:
 
 def _row(input_dir: Path, name: str, made: Made) -> str:
     if name in made.captions:
-        said = "<br>".join(escape(line) for line in made.captions[name].splitlines())
+        prefix = "<br>".join(escape(line) for line in made.captions[name].splitlines())
     else:
-        said = f"<span class=bad>no caption: {escape(made.failed[name])}</span>"
-    return f"<tr><td>{_picture(input_dir / name)}</td><td>{said}<br><small>{escape(name)}</small></td></tr>"
+        prefix = f"<span class=bad>no caption: {escape(made.failed[name])}</span>"
+    return f"<tr><td>{_picture(input_dir / name)}</td><td>{prefix}<br><small>{escape(name)}</small></td></tr>"
 
 
 def _picture(path: Path) -> str:

@@ -92,10 +92,10 @@ def versions() -> Iterator[Fact]:
 
 def _answer(words: list[str]) -> str:
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.strip()
+        message = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         return f"not available ({type(error).__name__})"
-    return said.splitlines()[0] if said else "does not answer"
+    return message.splitlines()[0] if message else "does not answer"
 
 
 def devices() -> Iterator[Fact]:

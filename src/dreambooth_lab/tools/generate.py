@@ -75,8 +75,8 @@ def read(words: list[str]) -> GenerateArgs:
     Raises:
         ConfigError: an unknown argument, an invalid value, or neither a run nor a file.
     """
-    said = [(key, value) for key, _, value in (word.partition("=") for word in words)]
-    raw = {key: literal(value) for key, value in said if key in PLACES or (key in WORDS and value[:1] != "[")}
+    lines = [(key, value) for key, _, value in (word.partition("=") for word in words)]
+    raw = {key: literal(value) for key, value in lines if key in PLACES or (key in WORDS and value[:1] != "[")}
     try:
         typed = OmegaConf.from_cli([word for word in words if word.partition("=")[0] not in raw])
         args: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GenerateArgs), typed, raw))
@@ -109,13 +109,13 @@ def config_from_header(path: Path, model: str | None) -> DictConfig:
     for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
         try:
             with safe_open(file, "pt") as opened:
-                said = (opened.metadata() or {}).get("config")
+                config_text = (opened.metadata() or {}).get("config")
         except SafetensorError as error:
             raise ConfigError(f"file is {str(path)!r}, where {file.name} is not a safetensors file ({error})") from error
-        if said and "${" in said:  # ours are resolved; others could read environment variables
+        if config_text and "${" in config_text:  # ours are resolved; others could read environment variables
             raise ConfigError(f"file is {str(path)!r}, whose configuration has interpolations and is not read; set model=BASE")
-        if said:
-            return _with_local_paths(saved.load(said, f"the header of {str(file)!r}"), path, model)
+        if config_text:
+            return _with_local_paths(saved.load(config_text, f"the header of {str(file)!r}"), path, model)
     if model is None:
         raise ConfigError(f"file is {str(path)!r}, which has no configuration in its header; set model=BASE, or run=FOLDER")
     return compose("model=diffusers", f"model.pretrained={model}", "dataset.path=.")
@@ -131,8 +131,8 @@ def _with_local_paths(cfg: DictConfig, path: Path, model: str | None) -> DictCon
         cfg.model.pretrained = model
     base = cfg.model.pretrained
     if base.startswith(LOCAL):
-        told = f"file is {str(path)!r}, which was trained on {base.removeprefix(LOCAL)!r}, a local folder or file of its author"
-        raise ConfigError(f"{told}; set model=BASE, its folder on this machine or its hub id")
+        prefix = f"file is {str(path)!r}, which was trained on {base.removeprefix(LOCAL)!r}, a local folder or file of its author"
+        raise ConfigError(f"{prefix}; set model=BASE, its folder on this machine or its hub id")
     for key in ("config", "tae"):
         cfg.model[key] = None if str(cfg.model[key]).startswith(LOCAL) else cfg.model[key]
     if str(cfg.adapter.preset).startswith(LOCAL):
@@ -187,9 +187,9 @@ def _save(folder: Path, args: GenerateArgs, asked: list[Picture], made: list[Ima
     folder.mkdir(parents=True)
     columns = len(args.seeds)
     for i, (picture, image) in enumerate(zip(asked, made, strict=True)):
-        said = PngInfo()
-        said.add_text("dreambooth_lab", json.dumps(asdict(args) | picture._asdict()))
-        image.save(folder / f"{i // columns:02d}_{i % columns:02d}.png", pnginfo=said)
+        png_info = PngInfo()
+        png_info.add_text("dreambooth_lab", json.dumps(asdict(args) | picture._asdict()))
+        image.save(folder / f"{i // columns:02d}_{i % columns:02d}.png", pnginfo=png_info)
     grid(asked, made, columns).save(folder / "grid.png")
     return folder / "grid.png"
 

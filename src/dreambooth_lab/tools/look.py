@@ -51,14 +51,14 @@ def main(
     most: Annotated[int, typer.Option(min=1, help="maximum number of photos shown per dataset")] = 100,
 ) -> None:
     cfg = training_config.compose_checked(overrides)
-    told = inspect_datasets(cfg, most)
+    inspected = inspect_datasets(cfg, most)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "look.html", page.page(told, overrides))
-    sheet.save(sheet.draw([row for one in told.datasets for row in _rows(one)]), output_dir / "look.png")
-    print(f"{sum(len(one.seen) for one in told.datasets)} photos: see {output_dir / 'look.html'}")
-    for problem in told.problems:
+    write_text(output_dir / "look.html", page.page(inspected, overrides))
+    sheet.save(sheet.draw([row for one in inspected.datasets for row in _rows(one)]), output_dir / "look.png")
+    print(f"{sum(len(one.seen) for one in inspected.datasets)} photos: see {output_dir / 'look.html'}")
+    for problem in inspected.problems:
         print(f"problem: {problem}")
-    if told.problems:
+    if inspected.problems:
         raise typer.Exit(1)
 
 

@@ -115,8 +115,8 @@ def merge(
     found = [_read(file) for file in files]
     whole: Parts = merged([one.parts for one in found], weights)
     print(f"sum of {len(found)} updates, ranks {_counted(layer.rank for own in whole.values() for layer in own.values())}")
-    said = {key: value for key, value in found[0].header.items() if all(one.header.get(key) == value for one in found)}
-    _write(to, output, _cut(whole, rank, None) if rank else whole, found[0]._replace(header=said), dtype)
+    values = {key: value for key, value in found[0].header.items() if all(one.header.get(key) == value for one in found)}
+    _write(to, output, _cut(whole, rank, None) if rank else whole, found[0]._replace(header=values), dtype)
 
 
 @app.command()

@@ -48,7 +48,7 @@ def main(
     print(f"see {output_dir / 'sheet.png'}")
 
 
-def gathered(said: list[str], file: Path | None) -> list[str]:
+def gathered(found: list[str], file: Path | None) -> list[str]:
     """The candidates, each once, in order.
 
     Raises:
@@ -60,7 +60,7 @@ def gathered(said: list[str], file: Path | None) -> list[str]:
             lines = file.expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts_file is {str(file)!r}, which can't be read ({error}); give a text file") from error
-    candidates = list(dict.fromkeys(line.strip() for line in [*said, *lines] if line.strip()))
+    candidates = list(dict.fromkeys(line.strip() for line in [*found, *lines] if line.strip()))
     if len(candidates) < 2:
         raise ConfigError(f"--prompts and --prompts_file give {len(candidates)} prompt(s); give two or more to rank")
     return candidates

@@ -84,8 +84,8 @@ def _model(overrides: list[str], class_word: str | None, audit: str | None) -> B
     from .common import training_config
     from .rare_words.base_model_test import BaseModelTest
 
-    said = (audit or "").split()
-    return BaseModelTest(training_config.compose_checked(overrides), class_word or (said[-1] if len(said) > 1 else None))
+    audited = (audit or "").split()
+    return BaseModelTest(training_config.compose_checked(overrides), class_word or (audited[-1] if len(audited) > 1 else None))
 
 
 class Found(NamedTuple):

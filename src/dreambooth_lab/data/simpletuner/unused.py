@@ -85,15 +85,15 @@ RULES = (
 
 def unused_keys(entry: Entry) -> Iterator[tuple[str, str]]:
     """(key, why) for each; keys that are off or at their neutral value are skipped."""
-    told: set[str] = set()
+    message: set[str] = set()
     for key, known in _known(entry):
         if known.use is Use.idle:
             yield key, known.why
     for rule in RULES:
         if rule.holds(entry):
-            said = [key for key in rule.keys if entry.get(key) not in (None, False) and key not in told]
-            told.update(said)
-            yield from ((key, rule.why) for key in said)
+            lines = [key for key in rule.keys if entry.get(key) not in (None, False) and key not in message]
+            message.update(lines)
+            yield from ((key, rule.why) for key in lines)
 
 
 def _known(entry: Entry) -> Iterator[tuple[str, Key]]:

@@ -178,8 +178,8 @@ def main(words: list[str]) -> None:
         made.setdefault("average of the weights", []).append(train([*words, "ema.enabled=true", "ema.validation=none"]))
         for temper in TEMPERS:
             with receiver(temper) as (url, taken):
-                told = ["webhook=raw", f"webhook.receivers.raw.url={url}", "preview.enabled=true", "preview.every_n_steps=5"]
-                made.setdefault(f"receiver {temper}", []).append(train([*words, *told]))
+                lines = ["webhook=raw", f"webhook.receivers.raw.url={url}", "preview.enabled=true", "preview.every_n_steps=5"]
+                made.setdefault(f"receiver {temper}", []).append(train([*words, *lines]))
                 delivered.setdefault(f"receiver {temper}", []).append(taken())
     Console(width=130).print(table(made, delivered))
 

@@ -103,9 +103,13 @@ def main(words: list[str]) -> None:
             if i < WARM:
                 kind.seconds.clear()
     cfg = chosen[0].module.cfg
-    said = f"batch {cfg.dataset.batch_size}, class share {cfg.prior.class_fraction:g}, {chosen[0].module.family.device}, "
+    message = f"batch {cfg.dataset.batch_size}, class share {cfg.prior.class_fraction:g}, {chosen[0].module.family.device}, "
     table = Table(
-        "step", "ratio to plain", "seconds", "FLOPs, ratio", title=said + Path(cfg.model.pretrained).name + f", {ROUNDS} rounds"
+        "step",
+        "ratio to plain",
+        "seconds",
+        "FLOPs, ratio",
+        title=message + Path(cfg.model.pretrained).name + f", {ROUNDS} rounds",
     )
     plain = chosen[0].flops()
     for kind in chosen:

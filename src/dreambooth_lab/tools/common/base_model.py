@@ -95,12 +95,12 @@ def _latents(family: Family, drawn: Sequence[Image.Image]) -> Tensor:
 def _predictions(family: Family, latents: Tensor, cond: Cond) -> Tensor:
     """The denoiser's predictions at all times [T N D], with noise that is a function only of the row and the timestep."""
     device, (low, high) = family.device, family.times
-    told, found = cond.to(device), []
+    conditioning, found = cond.to(device), []
     n, *shape = latents.shape
     for k, share in enumerate(TIMES):
         noise = [draw.normal(0, k * n + i, Purpose.EVALUATION, tuple(shape)) for i in range(n)]
         x0, eps = latents.to(device), torch.stack(noise).to(device)
         t = shift(torch.full((n,), low + (high - low) * share, dtype=torch.float64), family.shift(*shape[1:]))
         x_t = family.path.noise(x0, eps, t.to(device))
-        found.append(family.denoise(x_t, t.to(device), told).float().flatten(1))
+        found.append(family.denoise(x_t, t.to(device), conditioning).float().flatten(1))
     return torch.stack(found)

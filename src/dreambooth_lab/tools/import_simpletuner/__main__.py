@@ -46,9 +46,9 @@ def main(
     if lycoris_config is not None:
         options |= {"lora_type": "lycoris", "lycoris_config": _file(lycoris_config, "--lycoris_config")}
     target = _target(config, output, force)
-    said, became = translate(options, config.parent)
+    settings, became = translate(options, config.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, experiment(said, target.stem, config.name))
+    write_text(target, experiment(settings, target.stem, config.name))
     _show(became)
     print(f"written: {target}\nrun it:  {command(target)}")
     remaining = problems(target)

@@ -41,15 +41,15 @@ def lycoris(value: Any, options: Options) -> Settings:
     """The file is used unchanged; its algorithm determines the adapter."""
     if not is_lycoris(options):
         raise NoEffect("is read with lora_type=lycoris")
-    said: Settings = {"/adapter": "lokr", "adapter.preset": str(value)}
+    settings: Settings = {"/adapter": "lokr", "adapter.preset": str(value)}
     try:
         algorithm = str(read_lycoris_file(str(value)).get("algo", "lokr"))
     except ValueError:
-        return said  # the check of the written experiment reports the error
+        return settings  # the check of the written experiment reports the error
     if algorithm in NOT_LYCORIS:
         raise Refused(f"{value} has algo {algorithm!r}, which LyCORIS {NOT_LYCORIS[algorithm]}")
     if algorithm not in ON_LYCORIS:
         raise Refused(f"{value} has algo {algorithm!r}; LyCORIS has {', '.join(ON_LYCORIS)}")
     if algorithm in ADAPTERS:
-        return said | {"/adapter": ADAPTERS[algorithm]}
-    return said | {"adapter.algorithm": algorithm}
+        return settings | {"/adapter": ADAPTERS[algorithm]}
+    return settings | {"adapter.algorithm": algorithm}

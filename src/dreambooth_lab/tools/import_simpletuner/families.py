@@ -134,10 +134,10 @@ def _by_checkpoint(options: Options, flavours: dict[str, Flavour]) -> str | None
 
 def _family(_: Any, options: Options) -> Settings:
     model, checkpoint = of(options)[2]
-    said: Settings = {"/model": model}
+    settings: Settings = {"/model": model}
     if not options.get("pretrained_model_name_or_path") and checkpoint != _own(model):
-        said["model.pretrained"] = checkpoint
-    return said
+        settings["model.pretrained"] = checkpoint
+    return settings
 
 
 def _checkpoint(value: Any, options: Options) -> Settings:

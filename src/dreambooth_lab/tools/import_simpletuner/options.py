@@ -117,8 +117,8 @@ def _rollout(value: Any, _: Options) -> Settings:
 
 def _offset(value: Any, options: Options) -> Settings:
     strength, share = options.get("noise_offset", 0.1), options.get("noise_offset_probability", 0.25)
-    said = {"objective.noise_offset": number(strength), "objective.noise_offset_probability": number(share)}
-    return said if flag(value) else {}
+    values = {"objective.noise_offset": number(strength), "objective.noise_offset_probability": number(share)}
+    return values if flag(value) else {}
 
 
 def _weight(value: Any, options: Options) -> Settings:

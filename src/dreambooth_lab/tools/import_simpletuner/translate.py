@@ -51,7 +51,7 @@ def translate(options: Options, beside: Path) -> tuple[Settings, list[Mapped]]:
         raise ConfigError("\n".join(f"{name} is not set, but required; {REQUIRED[name]}" for name in missing))
     options = {name: _located(name, value, beside) for name, value in options.items()}
     options = {"model_family": options["model_family"], **options}  # its refusal comes first
-    said: Settings = {}
+    settings: Settings = {}
     became: list[Mapped] = []
     refusals: list[str] = []
     for name, value in (options | _implied(options, beside)).items():
@@ -60,11 +60,11 @@ def translate(options: Options, beside: Path) -> tuple[Settings, list[Mapped]]:
         except Refused as reason:
             refusals.append(str(reason))
             continue
-        said |= mine
+        settings |= mine
         became.append(one)
     if refusals:
         raise ConfigError("this project can't train it:\n" + "\n".join(f"  - {text}" for text in dict.fromkeys(refusals)))
-    return said, became
+    return settings, became
 
 
 def _implied(options: Options, beside: Path) -> Options:
@@ -121,12 +121,12 @@ def _located(name: str, value: Any, beside: Path) -> Any:
     return str(found.resolve()) if found else value
 
 
-def experiment(said: Settings, name: str, origin: str) -> str:
+def experiment(settings: Settings, name: str, origin: str) -> str:
     """The text of an experiment file."""
     tree = OmegaConf.create({"name": name})
-    for key, value in said.items():
+    for key, value in settings.items():
         if not key.startswith("/"):
             OmegaConf.update(tree, key, value)
-    groups = "".join(f"  - override {key}: {value}\n" for key, value in said.items() if key.startswith("/"))
+    groups = "".join(f"  - override {key}: {value}\n" for key, value in settings.items() if key.startswith("/"))
     head = f"# @package _global_\n# Imported from SimpleTuner's {origin} by tools.import_simpletuner.\n"
     return head + (f"defaults:\n{groups}\n" if groups else "") + OmegaConf.to_yaml(tree)

@@ -23,12 +23,12 @@ STYLE = """article{border-top:1px solid #8885;padding:1em 0}
 figure{display:inline-block;margin:0 1em .5em 0;vertical-align:top;max-width:100%}"""
 
 
-def page(told: Inspection, overrides: list[str]) -> str:
+def page(inspected: Inspection, overrides: list[str]) -> str:
     """The whole page."""
     command = shlex.join(["python", "-m", "dreambooth_lab", *overrides])
     body = [f"<p><code>{escape(command)}</code></p>"]
-    body += [_list(told.problems, "bad"), _list(told.notices, "odd")]
-    body += [_dataset(one, told.tokens) for one in told.datasets]
+    body += [_list(inspected.problems, "bad"), _list(inspected.notices, "odd")]
+    body += [_dataset(one, inspected.tokens) for one in inspected.datasets]
     body.append(
         f"<p><small>Blurred: the variance of the Laplacian of the brightness, at a longest side of {ANALYSIS_SIZE} px, is "
         f"under {BLURRED:g}. In masked images, tinted areas have less weight; a square is a cell of the latent grid.</small></p>"
@@ -50,9 +50,9 @@ def _dataset(one: DatasetInspection, tokens: Tokens) -> str:
 def _photo(seen: InspectedPhoto, tokens: Tokens) -> str:
     height, width = seen.picture.size
     facts = f"<h3>{escape(seen.picture.name)}</h3>{_list(seen.problems, 'bad')}{_list(seen.remarks, 'odd')}"
-    said = "".join(f"<br>“{escape(caption)}” <small>{_counts(tokens[caption])}</small>" for caption in seen.captions)
+    prefix = "".join(f"<br>“{escape(caption)}” <small>{_counts(tokens[caption])}</small>" for caption in seen.captions)
     whole = _figure(seen.image, f"{width}×{height} px, sharpness {seen.sharpness:.0f}")
-    return f"<article>{facts}<p>captions:{said}</p>{whole}{''.join(_crop(crop) for crop in seen.crops)}</article>"
+    return f"<article>{facts}<p>captions:{prefix}</p>{whole}{''.join(_crop(crop) for crop in seen.crops)}</article>"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -53,20 +53,20 @@ class InspectedPhoto(NamedTuple):
     @property
     def remarks(self) -> list[str]:
         """Remarks about the photo."""
-        said = ["colours converted from its ICC profile to sRGB"] if self.picture.colours == CONVERTED else []
+        lines = ["colours converted from its ICC profile to sRGB"] if self.picture.colours == CONVERTED else []
         if self.picture.colours not in ("", CONVERTED):
-            said.append(f"colours not converted: its ICC profile is {self.picture.colours}")
+            lines.append(f"colours not converted: its ICC profile is {self.picture.colours}")
         if self.sharpness < BLURRED:
-            said.append(f"blurred? variance of the Laplacian {self.sharpness:.3g} < {BLURRED:g}")
-        return said + list(dict.fromkeys(line for crop in self.crops for line in of_crop(crop.entry)))
+            lines.append(f"blurred? variance of the Laplacian {self.sharpness:.3g} < {BLURRED:g}")
+        return lines + list(dict.fromkeys(line for crop in self.crops for line in of_crop(crop.entry)))
 
 
 def of_crop(entry: Entry) -> list[str]:
     """Remarks about a large cropped-away area or a large enlargement."""
     (height, width), (high, wide) = entry.picture.size, entry.variants[0].resized
     grows, lost = max(high / height, wide / width), notices.cropped_share(entry)
-    said = [f"small: enlarged {grows:.3g} times for {entry.shape[1]}×{entry.shape[0]}"] if grows > notices.MUCH_ENLARGED else []
-    return said + (
+    lines = [f"small: enlarged {grows:.3g} times for {entry.shape[1]}×{entry.shape[0]}"] if grows > notices.MUCH_ENLARGED else []
+    return lines + (
         [f"{lost:.0%} is removed by the crop to {entry.shape[1]}×{entry.shape[0]}"] if lost > notices.MUCH_CROPPED else []
     )
 
@@ -135,11 +135,11 @@ def fingerprint(image: Image.Image) -> NDArray[np.bool_]:
 
 def duplicates(seen: list[InspectedPhoto]) -> list[str]:
     """Duplicate or similar photos, each pair named."""
-    said = []
+    lines = []
     for one, other in combinations(seen, 2):
         names = f"{one.picture.name} and {other.picture.name}"
         if one.picture.digest == other.picture.digest:
-            said.append(f"{names} are duplicates: equal bytes")
+            lines.append(f"{names} are duplicates: equal bytes")
         elif (apart := float(np.mean(one.hash != other.hash))) <= ALIKE:
-            said.append(f"{names} are near-duplicates: {apart:.0%} of their hashes' bits differ")
-    return said
+            lines.append(f"{names} are near-duplicates: {apart:.0%} of their hashes' bits differ")
+    return lines

@@ -40,17 +40,17 @@ class BaseModelTest:
 
     def draw(self, words: Sequence[str], path: Path) -> None:
         """A sheet: the class prompt, then of each word the word before the class word, and the word alone."""
-        said = [prompt for word in words for prompt in (f"a photo of {word} {self.kind}", f"a photo of {word}")]
-        first, *rows = base_model.images(self.cfg, self.family, [self.alone, *said], EACH)
+        lines = [prompt for word in words for prompt in (f"a photo of {word} {self.kind}", f"a photo of {word}")]
+        first, *rows = base_model.images(self.cfg, self.family, [self.alone, *lines], EACH)
         pairs = zip(words, rows[::2], rows[1::2], strict=True)
         titles = [sheet.Row(f"{word} {self.kind} | {word}", [*before, *alone]) for word, before, alone in pairs]
         self._save([sheet.Row(self.alone, first), *titles], path)
 
     def draw_audit(self, text: str, path: Path) -> None:
         """A sheet: the class prompt, the whole text, and each of its words alone."""
-        said = list(dict.fromkeys([self.alone, f"a photo of {text}", *(f"a photo of {word}" for word in text.split())]))
-        rows = base_model.images(self.cfg, self.family, said, 2 * EACH)
-        self._save([sheet.Row(prompt, row) for prompt, row in zip(said, rows, strict=True)], path)
+        lines = list(dict.fromkeys([self.alone, f"a photo of {text}", *(f"a photo of {word}" for word in text.split())]))
+        rows = base_model.images(self.cfg, self.family, lines, 2 * EACH)
+        self._save([sheet.Row(prompt, row) for prompt, row in zip(lines, rows, strict=True)], path)
 
     def _save(self, rows: Sequence[sheet.Row], path: Path) -> None:
         sheet.save(sheet.draw(rows), path)

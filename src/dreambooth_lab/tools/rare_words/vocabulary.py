@@ -29,8 +29,8 @@ class Reader(NamedTuple):
     def ids(self, words: Sequence[str]) -> list[list[int]]:
         """Tokens of words as they stand inside a prompt: many tokenizers have one for a word after a space, and another for the
         same word at a text's start."""
-        said = [f"{AROUND} {word} {AROUND}" for word in words]
-        before, both, *found = self.tokenizer([AROUND, f"{AROUND} {AROUND}", *said], add_special_tokens=False).input_ids
+        lines = [f"{AROUND} {word} {AROUND}" for word in words]
+        before, both, *found = self.tokenizer([AROUND, f"{AROUND} {AROUND}", *lines], add_special_tokens=False).input_ids
         return [own[len(before) : len(own) - (len(both) - len(before))] for own in found]
 
     def texts(self, ids: Sequence[int]) -> list[str]:
@@ -120,8 +120,8 @@ def _rows(folder: Path, place: Path) -> Tensor | None:
 
 def single(readers: Sequence[Reader], longest: int) -> dict[str, list[str]]:
     """Words of lower-case letters and digits → names of the readers for which they are one token."""
-    said = {text for reader in readers for text in reader.texts(range(len(reader.tokenizer)))}
-    words = sorted(w for w in said if 0 < len(w) <= longest and w.isascii() and w.isalnum() and w == w.lower())
+    texts = {text for reader in readers for text in reader.texts(range(len(reader.tokenizer)))}
+    words = sorted(w for w in texts if 0 < len(w) <= longest and w.isascii() and w.isalnum() and w == w.lower())
     found: dict[str, list[str]] = {}
     for reader in readers:
         for word in reader.single(words) if words else []:

@@ -49,14 +49,14 @@ class Guard:
                 message["headers"] = [*message["headers"], *own]
             await send(message)
 
-        said = dict(scope["headers"]).get(b"authorization", b"")
-        if self._knows(said, scope["method"]):
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        if self._knows(authorization, scope["method"]):
             return await self.app(scope, receive, with_headers)
         challenge = {"WWW-Authenticate": 'Basic realm="dreambooth-lab", charset="UTF-8"'}
         await PlainTextResponse("the token is missing or wrong", 401, challenge)(scope, receive, with_headers)
 
-    def _knows(self, said: bytes, method: str) -> bool:
-        scheme, _, given = said.partition(b" ")
+    def _knows(self, authorization: bytes, method: str) -> bool:
+        scheme, _, given = authorization.partition(b" ")
         if scheme.lower() == b"basic" and method in ("GET", "HEAD"):
             try:
                 given = base64.b64decode(given, validate=True).partition(b":")[2]

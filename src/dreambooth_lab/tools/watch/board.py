@@ -24,9 +24,9 @@ class StoredImage(NamedTuple):
     picture: Picture
 
     def event(self) -> Event:
-        said = self.picture
-        about = {"run": said.run, "prompt": said.prompt, "weights": said.weights, "final": said.final}
-        return {"kind": "picture", "number": self.number, **about, **said.facts}
+        picture = self.picture
+        about = {"run": picture.run, "prompt": picture.prompt, "weights": picture.weights, "final": picture.final}
+        return {"kind": "picture", "number": self.number, **about, **picture.facts}
 
 
 class Board:
@@ -53,14 +53,14 @@ class Board:
                 self._drop(slot)
             self._publish({"kind": "gone", "run": gone})
 
-    def _picture(self, said: Picture) -> Event:
-        place = (said.run, said.weights, said.prompt, said.facts["image_index"])
+    def _picture(self, message: Picture) -> Event:
+        place = (message.run, message.weights, message.prompt, message.facts["image_index"])
         self._replace((*place, "preview"))  # only the newest preview of an image is kept, until the image is done
-        slot = (*place, said.facts["training_step"]) if said.final else (*place, "preview")
+        slot = (*place, message.facts["training_step"]) if message.final else (*place, "preview")
         self._drop(slot)
-        kept = StoredImage(next(self.numbers), slot, said)
+        kept = StoredImage(next(self.numbers), slot, message)
         self.pictures[slot] = self.by_number[kept.number] = kept
-        self.bytes += len(said.png)
+        self.bytes += len(message.png)
         while self.bytes > MOST_BYTES and len(self.pictures) > 1:
             self._drop(next(iter(self.pictures)))
         return kept.event()
@@ -80,26 +80,26 @@ class Board:
             del self.by_number[kept.number]
             self.bytes -= len(kept.picture.png)
 
-    def _numbers(self, said: Metrics) -> Event:
-        series = self.runs[said.run]
-        lines = [line for line in said.lines if line[1] in series or len(series) < MOST_SERIES]
+    def _numbers(self, message: Metrics) -> Event:
+        series = self.runs[message.run]
+        lines = [line for line in message.lines if line[1] in series or len(series) < MOST_SERIES]
         for step, name, value in lines:
             points = series.setdefault(name, deque(maxlen=MOST_POINTS))
             while points and points[-1][0] >= step:  # a run that was resumed from an earlier step sends it again
                 points.pop()
             points.append((step, value))
-        return {"kind": "numbers", "run": said.run, "lines": lines}
+        return {"kind": "numbers", "run": message.run, "lines": lines}
 
     def png(self, number: int) -> bytes | None:
         return self.by_number[number].picture.png if number in self.by_number else self.replaced.get(number)
 
     def snapshot(self) -> list[Event]:
         """Events with the current state, for a new browser."""
-        told: list[Event] = [
+        lines: list[Event] = [
             {"kind": "numbers", "run": run, "lines": [(step, name, v) for name, points in series.items() for step, v in points]}
             for run, series in self.runs.items()
         ]
-        return told + [kept.event() for kept in self.pictures.values()]
+        return lines + [kept.event() for kept in self.pictures.values()]
 
     def join(self) -> asyncio.Queue[Event | None]:
         """Connect a browser; None in its queue means that it must reconnect."""
