@@ -9,7 +9,7 @@ import samples
 from dreambooth_lab import lab, sheet
 from dreambooth_lab.data.module import DreamBoothData
 from dreambooth_lab.factory import build_family
-from dreambooth_lab.preflight import said, tables
+from dreambooth_lab.preflight import overview, tables
 from dreambooth_lab.run import run
 from dreambooth_lab.runfolder import RunFolder
 from dreambooth_lab.terminal import show
@@ -88,7 +88,7 @@ def test_every_table_is_whole_at_any_width_and_encoding(data, width, terminal):
     file = io.TextIOWrapper(raw, encoding="ascii", errors="replace")
     on = Console(width=width, file=file, force_terminal=terminal, no_color=True)
     wanted = [tables.datasets(data), tables.mixture(data), tables.crops(data), tables.notices(data), tables.buckets(data)]
-    show(*wanted, said.captions(data), on=on)
+    show(*wanted, overview.captions(data), on=on)
     file.flush()
     told = raw.getvalue().decode()
     plain = re.sub(r"\x1b\[[0-9;]*m", "", told)

@@ -24,8 +24,8 @@ from dreambooth_lab.config.help import page as help_page
 from dreambooth_lab.config.hydra_errors import explain
 from dreambooth_lab.config.typed import as_hydra_reads
 from dreambooth_lab.data.planning import plan
+from dreambooth_lab.library_warnings import silence_libraries
 from dreambooth_lab.pages import Pages
-from dreambooth_lab.quiet import quiet_libraries
 from dreambooth_lab.runfolder import AUTO, LATEST, RunFolder, resume_config
 from dreambooth_lab.storage import disk, durable
 from dreambooth_lab.sweep import JobFailed, State
@@ -53,7 +53,7 @@ def job(cfg: DictConfig) -> dict[str, float]:
         several = f"trainer.devices is {cfg.trainer.devices} in a sweep, where each job has one process"
         raise ConfigError(f"{several}; start the jobs one by one (hydra.mode=RUN), or set trainer.devices=1")
     plan(cfg)  # a wrong dataset file is refused before torch and the rest load
-    quiet_libraries()
+    silence_libraries()
     with heap.imports():
         from dreambooth_lab.run import run  # torch and the rest load here
 

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from dreambooth_lab import compare, lab
 from dreambooth_lab.compare import arms, stats
-from dreambooth_lab.compare.told import conclusion
+from dreambooth_lab.compare.conclusions import conclusion
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.runfolder import RunFolder
 from dreambooth_lab.tools.compare import application

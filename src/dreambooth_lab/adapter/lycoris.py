@@ -63,7 +63,7 @@ class Lycoris(Adapter):
         names = {module: name for name, module in model.named_modules()}
         self.model = model
         arguments, preset = self._arguments(), self._choice(model, target_modules)
-        self.said = {_library_options(key): value for key, value in arguments.items()} | {"apply_preset": preset}
+        self.settings = {_library_options(key): value for key, value in arguments.items()} | {"apply_preset": preset}
         _refuse_unknown_layers(arguments, preset)
         if any(_is_quantised(layer) for layer in model.modules()):
             arguments["bypass_mode"] = True  # W is quantised: add the update's output instead
@@ -132,7 +132,7 @@ class Lycoris(Adapter):
         return self.named[parameter.split(BETWEEN)[0]]
 
     def set_scale(self, pipeline: Any, strength: float) -> None:
-        trained = self.said.get("multiplier", 1.0)
+        trained = self.settings.get("multiplier", 1.0)
         for layer in self.network.loras:
             layer.org_module[0].forward = layer.forward if strength else layer.org_forward
         self.network.set_multiplier(strength * trained)
@@ -168,7 +168,7 @@ network.apply_to()"""
         with temporarily_replaced(own, weights_to_export.weights):
             state = {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
         form, files = weights_to_export.form, {Path(CONFIG_FILE): "settings"}
-        values = {str(key): value for key, value in self.said.items()}
+        values = {str(key): value for key, value in self.settings.items()}
         header = {"format": "pt", "lycoris_config": json.dumps(values), **weights_to_export.header, **self._for_sd_scripts()}
         for wanted, name, prefix in (
             (enums.Format.comfyui, f"{form.name}.safetensors", weights_to_export.kohya.get(weights_to_export.part, PREFIX)),
@@ -183,8 +183,8 @@ network.apply_to()"""
 
     def _for_sd_scripts(self) -> dict[str, str]:
         """Header fields by which sd-scripts' tools and A1111 describe a file."""
-        named = {key: self.said[key] for key in ("linear_dim", "linear_alpha") if key in self.said}
-        rest = {key: str(value) for key, value in self.said.items() if key not in (*named, "apply_preset")}
+        named = {key: self.settings[key] for key in ("linear_dim", "linear_alpha") if key in self.settings}
+        rest = {key: str(value) for key, value in self.settings.items() if key not in (*named, "apply_preset")}
         return {
             "ss_network_module": "lycoris.kohya",
             "ss_network_dim": str(named.get("linear_dim")),

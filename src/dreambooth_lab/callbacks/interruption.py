@@ -28,7 +28,7 @@ class Interruption(Callback):
 
     def __init__(self, folder: RunFolder, checkpoints: Checkpoints, export: Export | None):
         self.folder, self.checkpoints, self.export = folder, checkpoints, export
-        self.asked = 0  # number of the signal
+        self.signal = 0  # number of the signal
         self.handlers: dict[int, Any] = {}  # the previous handlers
         self.step = 0
 
@@ -41,9 +41,9 @@ class Interruption(Callback):
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.signal:
             raise KeyboardInterrupt
-        self.asked = number
+        self.signal = number
         print(f"\n{signal.Signals(number).name}: saving after this step; a second signal stops at once", flush=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -51,14 +51,14 @@ class Interruption(Callback):
         if step == self.step:  # in the middle of gradient accumulation
             return
         self.step = step
-        if not trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+        if not trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
             return
         if self.checkpoints.step != step:
             self.checkpoints.save(trainer, pl_module)
             if self.export:
                 self.export.write(pl_module, step, self.folder.export)
         raise Interrupted(f"stopped at step {step} and saved; resume with: python -m dreambooth_lab resume={self.folder.root}",
-                          self.asked or signal.SIGTERM)  # fmt: skip
+                          self.signal or signal.SIGTERM)  # fmt: skip
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()

@@ -12,8 +12,8 @@ from ..page import picture
 from ..plots import THEME, script
 from . import figures, shared
 from .arms import TRAIN_LOSS, Arm, Study
+from .conclusions import Part, lead, parts
 from .stats import Difference, Estimate, at_end, estimate, results
-from .told import Part, lead, parts
 
 STYLE = """h2{font-size:1.15em;margin-top:2em}figure{margin:.6em 0}
 .wide{overflow-x:auto}table{border-collapse:collapse;overflow-wrap:normal}

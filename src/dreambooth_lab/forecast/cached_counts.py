@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..factory import build_family
+from ..measurement_cache import cached_measurement
 from ..models.checkpoint import skip_weights
-from ..remembered import remembered
 from .counts import Network, Step, Visit, on_cpu
 
 KINDS = {"Step": Step, "Visit": Visit}
@@ -37,7 +37,7 @@ class CachedCounts:
         """
         key = self._key(count.__name__, cfg, groups, sizes)
         if key not in self.counted:
-            kind, values = remembered(self.folder, key, lambda: _plain(count(cfg, *sizes)))
+            kind, values = cached_measurement(self.folder, key, lambda: _plain(count(cfg, *sizes)))
             self.counted[key] = KINDS[kind](*(Network(*value) if isinstance(value, list) else value for value in values))
         return self.counted[key]
 

@@ -60,9 +60,9 @@ class Checkpoint:
         config: str | None = None, prediction: enums.Prediction | None = None,
     ):  # fmt: skip
         self.pretrained, self.variant, self.cache = pretrained, variant, cache
-        self.said = f"model.pretrained is {pretrained!r}, which"
+        self.named = f"model.pretrained is {pretrained!r}, which"
         self.folder = self._folder(revision, config, prediction)
-        self.index = weights.read_json(self.folder / "model_index.json", self.said)
+        self.index = weights.read_json(self.folder / "model_index.json", self.named)
         self._require_settings()
         networks = [part for part, kind in self.parts.items() if issubclass(kind, nn.Module)]
         for part in networks:
@@ -90,13 +90,13 @@ class Checkpoint:
     def _require_settings(self) -> None:
         """Refuse components that are outside the folder, missing, or without a readable config."""
         if not isinstance(self.index.get("_class_name"), str):
-            raise ConfigError(f"{self.said} has a model_index.json that names no pipeline class; {files.WAY_OUT}")
+            raise ConfigError(f"{self.named} has a model_index.json that names no pipeline class; {files.WAY_OUT}")
         for part in weights.named(self.index):
             if not weights.plain(part):
-                raise ConfigError(f"{self.said} names a component {part!r} in model_index.json, which is not a plain name")
+                raise ConfigError(f"{self.named} names a component {part!r} in model_index.json, which is not a plain name")
             folder = self.folder / part
             if not folder.is_dir():
-                raise ConfigError(f"{self.said} has no folder {part}, which model_index.json names; download it again")
+                raise ConfigError(f"{self.named} has no folder {part}, which model_index.json names; download it again")
             for path in sorted(folder.glob("*config.json")):
                 weights.read_json(path, self._described(part))
 

@@ -89,7 +89,7 @@ class CheckpointFamily(Family):
         self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
         self.vae_tiling, self.offload = vae_tiling, offload
         self.blocks: Blocks | None = None  # of the denoiser, once it is loaded, if they are offloaded
-        self.said = f"model.pretrained is {pretrained!r}, which"
+        self.named = f"model.pretrained is {pretrained!r}, which"
         self._read_parts()
         self._read_facts()
 
@@ -102,20 +102,20 @@ class CheckpointFamily(Family):
         name, parts = self.checkpoint.pipeline_name, self.checkpoint.parts
         self.pipeline_class: Any = getattr(diffusers, name, None)
         if self.pipelines and name not in self.pipelines:
-            raise ConfigError(f"{self.said} is a {name}; this model needs a {' or '.join(self.pipelines)}; see conf/model/")
+            raise ConfigError(f"{self.named} is a {name}; this model needs a {' or '.join(self.pipelines)}; see conf/model/")
         self.loads_lora = hasattr(self.pipeline_class, "load_lora_weights")
         self.denoiser_part = next((part for part in ("transformer", "unet") if part in parts), "")
         if self.pipeline_class is None or not self.denoiser_part or "transformer_2" in parts:
-            raise ConfigError(f"{self.said} is a {name}, which has no single denoiser to train; choose another model")
+            raise ConfigError(f"{self.named} is a {name}, which has no single denoiser to train; choose another model")
         if "strength" in inspect.signature(self.pipeline_class.__call__).parameters and not self.pipelines:
-            raise ConfigError(f"{self.said} is a {name}, which is image-to-image; choose a text-to-image model")
+            raise ConfigError(f"{self.named} is a {name}, which is image-to-image; choose a text-to-image model")
         self.text_encoder_parts = tuple(sorted(part for part in parts if part.startswith("text_encoder")))
         self.trainable_text_encoder_parts = tuple(
             p for p in self.text_encoder_parts if parts[p].__name__.startswith("CLIPTextModel")
         )
 
     def _read_facts(self) -> None:
-        self.schedule = schedule.read(self.checkpoint.config("scheduler"), self.said)
+        self.schedule = schedule.read(self.checkpoint.config("scheduler"), self.named)
         self.path = self.schedule.path
         self.shifts: dict[tuple[int, int], float] = {}  # by size, cached
         self.network = pipeline_without_networks.settings(self.checkpoint, self.denoiser_part)
@@ -125,7 +125,7 @@ class CheckpointFamily(Family):
         self.stride = self.factor * (2 ** (len(blocks) - 1) if blocks else 2)
         if blocks and (has := self.network["in_channels"]) != self._inputs():
             raise ConfigError(
-                f"{self.said} has a denoiser of {has} input channels instead of {self._inputs()}; inpainting and editing "
+                f"{self.named} has a denoiser of {has} input channels instead of {self._inputs()}; inpainting and editing "
                 "models can't be trained; choose the text-to-image model that they are based on"
             )
 
@@ -133,7 +133,7 @@ class CheckpointFamily(Family):
         """The latent format of the VAE."""
         if "vae" not in self.checkpoint.parts:
             return latents.Pixels()
-        return latents.rule(pipeline_without_networks.settings(self.checkpoint, "vae"), self.said)
+        return latents.rule(pipeline_without_networks.settings(self.checkpoint, "vae"), self.named)
 
     def _inputs(self) -> int:
         """Expected input channels of a UNet."""

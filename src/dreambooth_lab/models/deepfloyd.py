@@ -61,9 +61,9 @@ class DeepFloyd2(DeepFloyd1):
         self.stride = max(self.stride, SCALE * FIRST_STRIDE)
         self.first_stage = self.options.get("first_stage")
         self.needs_image = self.first_stage is None
-        noising = schedule.read(self.checkpoint.config("image_noising_scheduler"), self.said).path
+        noising = schedule.read(self.checkpoint.config("image_noising_scheduler"), self.named).path
         if not isinstance(noising, VariancePreserving):
-            raise ConfigError(f"{self.said} has an image_noising_scheduler that is not supported")
+            raise ConfigError(f"{self.named} has an image_noising_scheduler that is not supported")
         self.noising = noising
 
     def known_options(self) -> tuple[str, ...]:

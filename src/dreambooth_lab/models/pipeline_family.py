@@ -160,7 +160,7 @@ class PipelineFamily(CheckpointFamily):
         if len(value) != rows:
             shape = tuple(value.shape)
             raise ConfigError(
-                f"{self.said} is a {self.checkpoint.pipeline_name}, whose {name} {shape} does not have one row per caption"
+                f"{self.named} is a {self.checkpoint.pipeline_name}, whose {name} {shape} does not have one row per caption"
             )
 
     def _arguments(self, text: Mapping[str, Tensor]) -> dict[str, Any]:

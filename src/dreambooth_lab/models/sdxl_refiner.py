@@ -33,7 +33,7 @@ class SDXLRefiner(SDXL):
         super()._read_facts()
         if "text_encoder" in self.checkpoint.parts or not self.checkpoint.index.get("requires_aesthetics_score"):
             raise ConfigError(
-                f"{self.said} is not a refiner, which has one text encoder and takes an aesthetic score; use model=sdxl"
+                f"{self.named} is not a refiner, which has one text encoder and takes an aesthetic score; use model=sdxl"
             )
 
     def cond(self, text: Text, shown: Sequence[ImageInfo]) -> Cond:

@@ -19,8 +19,8 @@ from ..config import LOCAL
 from ..page import picture
 from ..runfolder import RunFolder
 from . import sections
-from .ending import lines
 from .sections import Metrics
+from .summary import lines
 
 PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 USAGE = Template("""# generate images with several adapter strengths (0: the base model):
@@ -65,7 +65,7 @@ def read_numbers(folder: RunFolder) -> Metrics:
     return numbers
 
 
-def ending(folder: RunFolder) -> list[str]:
+def summary_lines(folder: RunFolder) -> list[str]:
     """The summary at the end of a run: what changed, which step to keep, how to use it."""
     return lines(folder, read_numbers(folder))
 
