@@ -98,7 +98,7 @@ class RunFolder:
             log.warning("%s is damaged; resuming from an older checkpoint", path)
         raise ConfigError(f"{str(self.root)!r} has no readable checkpoint; start a new run without resume")
 
-    def newest_picture(self, averaged: bool = False) -> Path | None:
+    def newest_image(self, averaged: bool = False) -> Path | None:
         """The first image of the newest validation after step 0; the average's if it exists and is requested."""
         folders = [self.averaged, self.pictures] if averaged else [self.pictures]
         found = [sorted(folder.glob("step_*/00_00.png")) for folder in folders]

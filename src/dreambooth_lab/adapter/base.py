@@ -164,9 +164,9 @@ class Adapter(ABC):
 
     def check_unused_rules(self, layers: Sequence[str]) -> None:
         """Raise a ConfigError for a rule of `blocks` that applies to no layer: none matches, or earlier rules do."""
-        took = [self.rule(layer) for layer in layers]
+        applied = [self.rule(layer) for layer in layers]
         for block in self.blocks:
-            if not any(rule is block for rule in took):
+            if not any(rule is block for rule in applied):
                 some = ", ".join(layers[:: max(len(layers) // 3, 1)][:3])
                 raise ConfigError(
                     f"adapter.blocks has match {block['match']!r}, which applies to no adapted layer, such as {some}"

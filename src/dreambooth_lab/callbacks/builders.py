@@ -129,12 +129,14 @@ def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, devic
     dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
     masked, photos = MaskedDino(dino) if dino else None, data.photos()
     made = {"clip_i": clip, "dino": dino, "dino_masked": masked}
-    judges = {name: judge for name, judge in made.items() if judge}
-    if not judges:
+    extractors = {name: extractor for name, extractor in made.items() if extractor}
+    if not extractors:
         return None
     if masked and (share := masked.under_masks(photos)) is not None:
         log.info("dino_masked: %.0f %% of its foreground patches in the photos are inside the masks", 100 * share)
-    return Scores(folder, clip, judges, photos, Subject(cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token))
+    return Scores(
+        folder, clip, extractors, photos, Subject(cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token)
+    )
 
 
 def build_sender(cfg: DictConfig) -> Sender | None:

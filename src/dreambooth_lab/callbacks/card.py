@@ -54,7 +54,7 @@ def card(
     code += family.loading(base, model.config) + "\n" + adapter.usage(family.denoiser_part, form, family.kohya)
     code += "\n" + family.token_usage(word) if word else ""
     readers = [program for program in family.programs if program not in adapter.unread]
-    shown = _pictures(cfg, run, folder)
+    shown = _images(cfg, run, folder)
     embedding = next((path for path, kind in files.items() if kind == "embedding"), None)
     return f"""---
 {_front_matter(cfg)}
@@ -77,7 +77,7 @@ pipeline({json.dumps(cfg.dataset.instance_prompt, ensure_ascii=False)}).images[0
 {shown}
 ## Metrics
 
-{_numbers(run)}"""
+{_metrics(run)}"""
 
 
 def _base_note(cfg: DictConfig) -> str:
@@ -138,7 +138,7 @@ def _front_matter(cfg: DictConfig) -> str:
     return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
 
 
-def _pictures(cfg: DictConfig, run: RunFolder, folder: Path) -> str:
+def _images(cfg: DictConfig, run: RunFolder, folder: Path) -> str:
     grids = sorted(run.pictures.glob("step_*.png"))
     if not grids:
         return "There are no validation images.\n"
@@ -160,7 +160,7 @@ Step {first:,}, from the same noise:
 """
 
 
-def _numbers(run: RunFolder) -> str:
+def _metrics(run: RunFolder) -> str:
     last = {name: (step, value) for step, name, value in run.read_metrics()}
     rows = "\n".join(f"| {name} | {value:.6g} | {step:,} |" for name, (step, value) in sorted(last.items()))
     scored = "\n".join(

@@ -47,7 +47,7 @@ def table(folder: Path, files: Mapping[Path, str], family: Family, readers: Sequ
         readers: programs that can read the adapter's file for other programs.
     """
     rows = [
-        f"| `{_shown(folder, path)}` | {_numbers(folder / path)} | {_purpose(kind, family, readers)} |"
+        f"| `{_shown(folder, path)}` | {_weights(folder / path)} | {_purpose(kind, family, readers)} |"
         for path, kind in files.items()
     ]
     rest = {Path(other): text for other, text in OTHERS.items() if (folder / other).exists() or other == "README.md"}
@@ -67,7 +67,7 @@ def _purpose(kind: str, family: Family, readers: Sequence[str]) -> str:
     return FOR[kind] + (NOT_FOR_COMFYUI if kind == "diffusers" and family.denoiser_part == "unet" else "")
 
 
-def _numbers(path: Path) -> str:
+def _weights(path: Path) -> str:
     """Dtype and size of a file, or of those in a folder."""
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] * (path.suffix == ".safetensors")
     if not files:

@@ -87,7 +87,7 @@ class Export(Callback):
         word = module.text.token.word if module.text and module.text.token else None
         token, own = owned.pop(TOKEN, None), owned.pop(family.denoiser_part)
         described = Described(
-            form.name, family.spec, adapter.kind, family.path.prediction, self.tags, self.folder.newest_picture(averaged), step,
+            form.name, family.spec, adapter.kind, family.path.prediction, self.tags, self.folder.newest_image(averaged), step,
             _digest(weights),
         )  # fmt: skip
         files = adapter.export(

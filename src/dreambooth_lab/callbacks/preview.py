@@ -48,7 +48,7 @@ class Previews:
 
         def show(step: int, latents: Tensor) -> None:
             if step % self.cfg.every_n_steps == 0:
-                shown = _pictures(self.family.preview(latents))
+                shown = _images(self.family.preview(latents))
                 self._send(shown, facts | {"sampler_step": step}, seeds, first=first, final=False)
 
         return show
@@ -101,6 +101,6 @@ class CloseWebhooks(Callback):
             log.info("webhook %s: %s", receiver, ", ".join(f"{n} {what}" for what, n in counts.items()))
 
 
-def _pictures(pixels: Tensor) -> list[Image.Image]:
+def _images(pixels: Tensor) -> list[Image.Image]:
     bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in bytes_]

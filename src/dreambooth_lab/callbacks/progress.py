@@ -32,12 +32,15 @@ class TimeLeft:
     """The remaining time of a run, from the finished steps and evaluations.
 
     Args:
-        looks: phase → schedule of its evaluations; a future evaluation takes the average time of the past ones.
+        evaluations: phase → schedule of its evaluations; a future evaluation takes the average time of the past ones.
     """
 
-    def __init__(self, looks: Mapping[str, Interval], last: int):
+    def __init__(self, evaluations: Mapping[str, Interval], last: int):
         every = range(1, last + 1)
-        self.last, self.looks = last, {phase: [step for step in every if when.due(step)] for phase, when in looks.items()}
+        self.last, self.evaluations = (
+            last,
+            {phase: [step for step in every if when.due(step)] for phase, when in evaluations.items()},
+        )
         self.start = self.since = 0
         self.began, self.took_before, self.measuring = 0.0, 0.0, False
 
@@ -45,13 +48,13 @@ class TimeLeft:
         """Training starts after this many steps."""
         self.start, self.since, self.began, self.measuring = step, step, now, False
 
-    def seconds(self, step: int, now: float, took: Mapping[str, float]) -> float | None:
+    def seconds(self, step: int, now: float, elapsed: Mapping[str, float]) -> float | None:
         """Seconds until the end; None while too few steps are measured.
 
         Args:
-            took: phase → seconds so far, not part of the steps' time.
+            elapsed: phase → seconds so far, not part of the steps' time.
         """
-        aside = sum(took.values())
+        aside = sum(elapsed.values())
         if not self.measuring:
             if step - self.start >= FIRST:
                 self.since, self.began, self.took_before, self.measuring = step, now, aside, True
@@ -59,13 +62,15 @@ class TimeLeft:
         if step <= self.since:
             return None
         a_step = (now - self.began - (aside - self.took_before)) / (step - self.since)
-        return (self.last - step) * a_step + sum(self._looks(phase, step, took.get(phase, 0.0)) for phase in self.looks)
+        return (self.last - step) * a_step + sum(
+            self._evaluation_time(phase, step, elapsed.get(phase, 0.0)) for phase in self.evaluations
+        )
 
-    def _looks(self, phase: str, step: int, took: float) -> float:
+    def _evaluation_time(self, phase: str, step: int, elapsed: float) -> float:
         """Seconds of the future evaluations, including this step's; 0 before the first one."""
-        due = self.looks[phase]
+        due = self.evaluations[phase]
         done = max(bisect_left(due, step) - bisect_right(due, self.start), 0) + (self.start == 0)
-        return (len(due) - bisect_left(due, step)) * took / done if done else 0.0
+        return (len(due) - bisect_left(due, step)) * elapsed / done if done else 0.0
 
 
 class Bar(Callback):
@@ -101,7 +106,7 @@ class Bar(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         now, step = time.monotonic(), trainer.global_step
-        left = self.left.seconds(step, now, _took(trainer, self.left.looks))
+        left = self.left.seconds(step, now, _elapsed(trainer, self.left.evaluations))
         every = 1 if self.console.is_terminal else LOG_EVERY
         if left is not None and not self.estimated and now - self.left.began >= 1:
             self._estimate(step, left)
@@ -138,7 +143,7 @@ class Bar(Callback):
         self.bar.stop()
 
 
-def _took(trainer: Trainer, phases: Collection[str]) -> dict[str, float]:
+def _elapsed(trainer: Trainer, phases: Collection[str]) -> dict[str, float]:
     """Phase → seconds so far."""
     profiler = getattr(trainer, "profiler", None)
     of = profiler.of if isinstance(profiler, Phases) else {}

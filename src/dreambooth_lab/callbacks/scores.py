@@ -46,17 +46,18 @@ class Scores:
 
     Args:
         clip: for the scores with prompts; None omits them.
-        judges: name → feature extractor for comparing images with the photos.
+        extractors: name → feature extractor for comparing images with the photos.
         photos: the subject's.
         subject: classifies validation prompts as being about the subject or its class.
     """
 
     def __init__(
-        self, folder: RunFolder, clip: Clip | None, judges: Mapping[str, FeatureExtractor | MaskedDino], photos: Sequence[Photo],
+        self, folder: RunFolder, clip: Clip | None, extractors: Mapping[str, FeatureExtractor | MaskedDino],
+        photos: Sequence[Photo],
         subject: Subject,
     ):  # fmt: skip
-        self.table, self.clip, self.judges = CsvLog(folder.scores, Score), clip, judges
-        self.photos = {name: judge.embed_photos(photos) for name, judge in judges.items()}
+        self.table, self.clip, self.extractors = CsvLog(folder.scores, Score), clip, extractors
+        self.photos = {name: extractor.embed_photos(photos) for name, extractor in extractors.items()}
         self.subject = subject
         if not subject.rare:
             message = "only validation prompts that contain the whole instance prompt are scored as the subject"
@@ -65,12 +66,12 @@ class Scores:
     def __call__(self, prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> list[Score]:
         """Score images, one row per prompt; the caller fills in the weights."""
         with ExitStack() as there:
-            for judge in self.judges.values():
-                there.enter_context(judge.on_device())
+            for extractor in self.extractors.values():
+                there.enter_context(extractor.on_device())
             return [score for prompt, row in zip(prompts, rows, strict=True) for score in self._score(prompt, row)]
 
     def _score(self, prompt: str, row: Sequence[Image.Image]) -> Iterator[Score]:
-        seen = {name: judge.embed(row) for name, judge in self.judges.items()}
+        seen = {name: extractor.embed(row) for name, extractor in self.extractors.items()}
         if self.clip:
             fits = (seen["clip_i"] @ self.clip.embed_texts([prompt]).T)[:, 0]
             yield from _scores("clip_t", prompt, fits.tolist())

@@ -38,7 +38,7 @@ def document(title: str, study: Study, found: Sequence[Difference]) -> str:
         + f"<h2>Differences</h2>{_effects(values)}"
         + f"<h2>Final metrics</h2>{_means(study, chosen)}"
         + f"<h2>Curves</h2>{_curves(study, chosen)}"
-        + f"<h2>Images</h2>{_pictures(study)}"
+        + f"<h2>Images</h2>{_images(study)}"
         + f"<h2>Cost</h2>{_cost(study)}"
         + f"<h2>Runs</h2>{_runs(study)}"
         + THEME
@@ -143,7 +143,7 @@ def _curves(study: Study, chosen: Sequence[str]) -> str:
     return f'<div class="few">{made}</div>' if made else "<p>No metric was logged more than once.</p>"
 
 
-def _pictures(study: Study) -> str:
+def _images(study: Study) -> str:
     """Images of the same prompt and noise side by side; the first seed is expanded, the others are folded."""
     note = "Each strip has the images of one prompt. The n-th image of every strip starts from the same noise."
     parts = []
@@ -166,16 +166,16 @@ def _strips(row: Sequence[shared.Strip]) -> str:
 
 def _cost(study: Study) -> str:
     head = "<tr><th></th><th>seconds per run, mean</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
-    rows = "".join(f"<tr><th>{escape(arm.name)}</th>{_took(arm)}</tr>" for arm in study.arms)
+    rows = "".join(f"<tr><th>{escape(arm.name)}</th>{_cost_cells(arm)}</tr>" for arm in study.arms)
     note = "Wall time of all phases. Jobs in one process share its peak: the largest resident size so far."
     return f"{_table(head, rows)}<p><small>{note}</small></p>"
 
 
-def _took(arm: Arm) -> str:
-    took = [run.cost() for run in arm.runs.values()]
-    device = max(cost["device_peak_mib"] for cost in took)
+def _cost_cells(arm: Arm) -> str:
+    costs = [run.cost() for run in arm.runs.values()]
+    device = max(cost["device_peak_mib"] for cost in costs)
     return (
-        f"<td>{fmean(cost['seconds'] for cost in took):,.1f}</td><td>{max(cost['process_peak_mib'] for cost in took):,.0f}</td>"
+        f"<td>{fmean(cost['seconds'] for cost in costs):,.1f}</td><td>{max(cost['process_peak_mib'] for cost in costs):,.0f}</td>"
         f"<td>{f'{device:,.0f}' if device else '–'}</td>"
     )
 

@@ -85,8 +85,8 @@ class DeepFloyd2(DeepFloyd1):
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         both = torch.cat([x_t, cond["small"]], 1).to(self.dtype)
         states = cond["prompt_embeds"].to(self.dtype)
-        answer = self.denoiser(both, self.path.native(t), states, class_labels=cond["level"], return_dict=False)[0]
-        return answer[:, : self.channels].float()
+        prediction = self.denoiser(both, self.path.native(t), states, class_labels=cond["level"], return_dict=False)[0]
+        return prediction[:, : self.channels].float()
 
     @torch.no_grad()
     def generate(

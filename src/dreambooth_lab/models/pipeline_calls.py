@@ -107,9 +107,9 @@ class PipelineCalls:
         """
         unpack = self.unpacking(x_t.shape[1:], **call)
         with self._started_from(lambda shape, dtype: x_t.reshape(shape).to(dtype)), self._scheduled(native):
-            answer = self.run(call)
+            prediction = self.run(call)
         return unpack(
-            answer[:, : x_t.shape[1]] if answer.ndim == x_t.ndim else answer
+            prediction[:, : x_t.shape[1]] if prediction.ndim == x_t.ndim else prediction
         )  # the remaining channels are a learned variance
 
     def unpacking(self, shape: torch.Size, **call: Any) -> Callable[[Tensor], Tensor]:

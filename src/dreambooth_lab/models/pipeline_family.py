@@ -196,7 +196,7 @@ class PipelineFamily(CheckpointFamily):
             with pipeline_without_networks.with_parts(self.calls.pipeline, **{self.denoiser_part: self.denoiser}):
                 latents = self._sample(call, torch.Size((self.channels, height // self.factor, width // self.factor)), on_step)
             return [
-                picture for row in latents.split(1) for picture in self._pictures(row)
+                picture for row in latents.split(1) for picture in self._images(row)
             ]  # one at a time: decoding needs much memory
         finally:
             self.__dict__.pop("vae", None)
@@ -229,7 +229,7 @@ class PipelineFamily(CheckpointFamily):
         """Arguments of the pipeline's call that give it an initial image, if the family `needs_image`."""
         return {}
 
-    def _pictures(self, latents: Tensor) -> list[Image.Image]:
+    def _images(self, latents: Tensor) -> list[Image.Image]:
         return files.to_images(self.decode(latents))
 
 

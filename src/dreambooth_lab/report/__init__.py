@@ -42,7 +42,7 @@ def write(folder: RunFolder) -> None:
         prompt=escape(cfg.dataset.instance_prompt),
         steps=f"{steps:,}",
         verdict=sections.verdict(folder, numbers),
-        pictures=_pictures(folder, list(cfg.validation.prompts)),
+        pictures=_images(folder, list(cfg.validation.prompts)),
         curves=sections.losses(folder, numbers),
         metrics=sections.metrics(numbers),
         changes=sections.changed(folder),
@@ -93,7 +93,7 @@ def _code(folder: RunFolder, cfg: DictConfig) -> str:
     return code
 
 
-def _pictures(folder: RunFolder, prompts: list[str]) -> str:
+def _images(folder: RunFolder, prompts: list[str]) -> str:
     """Per prompt the base model's images beside the last ones, with the same noise in each column; every step's grid below."""
     grids = sorted(folder.pictures.glob("step_*.png"))
     if not grids:

@@ -71,13 +71,13 @@ def _with_mean(values: Series) -> list[Line]:
 
 def _by_time(folder: RunFolder) -> str:
     """The eval loss by t: of the base model, the best step and the last step."""
-    answers, steps = _eval_rows(folder)
+    rows_read, steps = _eval_rows(folder)
     lines = []
     for place, step in enumerate(steps):
         times: dict[float, list[float]] = {}
-        for answer in answers:
-            if answer.step == step:
-                times.setdefault(answer.t, []).append(answer.loss)
+        for row_read in rows_read:
+            if row_read.step == step:
+                times.setdefault(row_read.t, []).append(row_read.loss)
         lines.append(Line([(t, fmean(found)) for t, found in sorted(times.items())], f"step {step:,}", place))
     caption = "eval/loss by timestep, from data (left) to noise (right)"
     return chart(caption, lines, x="timestep t", y="eval/loss (squared error)") if len(lines) > 1 else ""
@@ -85,16 +85,16 @@ def _by_time(folder: RunFolder) -> str:
 
 def _eval_rows(folder: RunFolder) -> tuple[list[EvalRow], list[int]]:
     """The live weights' rows of the base model, the best step and the last step."""
-    answers: list[EvalRow] = [a for a in CsvLog(folder.eval, EvalRow).read() if a.weights == LIVE]
-    steps, best = sorted({a.step for a in answers}), folder.best()
+    rows_read: list[EvalRow] = [a for a in CsvLog(folder.eval, EvalRow).read() if a.weights == LIVE]
+    steps, best = sorted({a.step for a in rows_read}), folder.best()
     kept = [best[1]] if best and best[1] in steps else []
-    return answers, list(dict.fromkeys([*steps[:1], *kept, *steps[-1:]]))
+    return rows_read, list(dict.fromkeys([*steps[:1], *kept, *steps[-1:]]))
 
 
 def _eval_changes(folder: RunFolder) -> str:
     """Paired with the base model row by row."""
-    answers, steps = _eval_rows(folder)
-    rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in answers if a.step == step} for step in steps}
+    rows_read, steps = _eval_rows(folder)
+    rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in rows_read if a.step == step} for step in steps}
     message = ""
     for step in steps[1:]:
         apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]

@@ -97,10 +97,10 @@ def _row(input_dir: Path, name: str, made: Made) -> str:
         prefix = "<br>".join(escape(line) for line in made.captions[name].splitlines())
     else:
         prefix = f"<span class=bad>no caption: {escape(made.failed[name])}</span>"
-    return f"<tr><td>{_picture(input_dir / name)}</td><td>{prefix}<br><small>{escape(name)}</small></td></tr>"
+    return f"<tr><td>{_image(input_dir / name)}</td><td>{prefix}<br><small>{escape(name)}</small></td></tr>"
 
 
-def _picture(path: Path) -> str:
+def _image(path: Path) -> str:
     try:
         return picture(sheet.small(Image.fromarray(decode.decode(path.read_bytes()).permute(1, 2, 0).numpy()), SHOWN), "")
     except UNREADABLE:

@@ -95,7 +95,7 @@ def _answer(words: list[str]) -> str:
         message = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         return f"not available ({type(error).__name__})"
-    return message.splitlines()[0] if message else "does not answer"
+    return message.splitlines()[0] if message else "not available"
 
 
 def devices() -> Iterator[Fact]:

@@ -58,11 +58,13 @@ def rank(cfg: DictConfig, prompts: Sequence[str], by: str) -> Ranked:
     """
     family = base_model.load(cfg)
     photos = _photos(cfg, family)
-    clip, judges = _judges(cfg, family.device)
-    if by not in [*judges, "clip_t"]:
+    clip, extractors = _extractors(cfg, family.device)
+    if by not in [*extractors, "clip_t"]:
         raise ConfigError(f"--by is {by}, but eval.dino_model is null; name a DINO, set eval=paper, or use --by=clip_i")
     drawn = dict(zip(prompts, base_model.images(cfg, family, prompts), strict=True))
-    values = {"clip_t": _texts(clip, prompts, photos)} | {name: _images(judge, drawn, photos) for name, judge in judges.items()}
+    values = {"clip_t": _texts(clip, prompts, photos)} | {
+        name: _images(extractor, drawn, photos) for name, extractor in extractors.items()
+    }
     measures = {name: compared(found) for name, found in values.items()}
     order = sorted(prompts, key=lambda prompt: -measures[by][prompt].mean)
     return Ranked(order, by, measures, drawn, photos)
@@ -75,7 +77,7 @@ def _photos(cfg: DictConfig, family: Family) -> list[Photo]:
     return photos_of(entry for entry in collected.entries if not entry.spec.is_eval)
 
 
-def _judges(cfg: DictConfig, device: torch.device) -> tuple[Clip, dict[str, FeatureExtractor | MaskedDino]]:
+def _extractors(cfg: DictConfig, device: torch.device) -> tuple[Clip, dict[str, FeatureExtractor | MaskedDino]]:
     if not cfg.eval.clip_model:
         raise ConfigError(
             "eval.clip_model is null, but prompts are ranked by CLIP; set eval=paper, or a folder or hub id of a CLIP"
@@ -88,11 +90,11 @@ def _judges(cfg: DictConfig, device: torch.device) -> tuple[Clip, dict[str, Feat
 
 
 def _images(
-    judge: FeatureExtractor | MaskedDino, drawn: dict[str, list[Image.Image]], photos: Sequence[Photo]
+    extractor: FeatureExtractor | MaskedDino, drawn: dict[str, list[Image.Image]], photos: Sequence[Photo]
 ) -> dict[str, list[float]]:
     """Each image's mean cosine with the photos."""
-    ours = judge.embed_photos(photos)
-    return {prompt: (judge.embed(row) @ ours.T).mean(1).tolist() for prompt, row in drawn.items()}
+    ours = extractor.embed_photos(photos)
+    return {prompt: (extractor.embed(row) @ ours.T).mean(1).tolist() for prompt, row in drawn.items()}
 
 
 def _texts(clip: Clip, prompts: Sequence[str], photos: Sequence[Photo]) -> dict[str, list[float]]:

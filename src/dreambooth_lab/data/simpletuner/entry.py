@@ -27,7 +27,7 @@ def strategy_of(entry: Entry) -> str:
     return text_of(entry, "caption_strategy", "filename")
 
 
-def has_pictures(entry: Entry) -> bool:
+def has_images(entry: Entry) -> bool:
     return kind_of(entry) in ("image", "eval")
 
 

@@ -71,12 +71,12 @@ def movement(cfg: DictConfig, family: Family, before: str, prompts: Sequence[str
     family.release_encoders()
     size = Size((cfg.validation.resolution,) * 2, (0, 0), (cfg.validation.resolution,) * 2)
     shown = [ImageInfo(size, x0, 0, i, cfg.dataset.aesthetic_score) for i, x0 in enumerate(latents)]
-    answers = (
+    predictions = (
         _predictions(family, latents, family.cond(texts[i].repeat(count), shown))
         for i in track(range(len(prompts) + 1), "running the model", disable=not cfg.trainer.progress)
     )
-    first = next(answers)
-    moved = [((answer - first).norm(dim=-1) / first.norm(dim=-1)).mean() for answer in answers]
+    first = next(predictions)
+    moved = [((prediction - first).norm(dim=-1) / first.norm(dim=-1)).mean() for prediction in predictions]
     return torch.stack(moved).cpu() if moved else torch.zeros(0)
 
 

@@ -42,7 +42,7 @@ class Board:
     def receive(self, letter: Picture | Metrics) -> None:
         """Store a run's message, and send it to all browsers."""
         self._know(letter.run)
-        self._publish(self._picture(letter) if isinstance(letter, Picture) else self._numbers(letter))
+        self._publish(self._image_event(letter) if isinstance(letter, Picture) else self._metrics_event(letter))
 
     def _know(self, run: str) -> None:
         self.runs.setdefault(run, {})
@@ -53,7 +53,7 @@ class Board:
                 self._drop(slot)
             self._publish({"kind": "gone", "run": gone})
 
-    def _picture(self, message: Picture) -> Event:
+    def _image_event(self, message: Picture) -> Event:
         place = (message.run, message.weights, message.prompt, message.facts["image_index"])
         self._replace((*place, "preview"))  # only the newest preview of an image is kept, until the image is done
         slot = (*place, message.facts["training_step"]) if message.final else (*place, "preview")
@@ -80,7 +80,7 @@ class Board:
             del self.by_number[kept.number]
             self.bytes -= len(kept.picture.png)
 
-    def _numbers(self, message: Metrics) -> Event:
+    def _metrics_event(self, message: Metrics) -> Event:
         series = self.runs[message.run]
         lines = [line for line in message.lines if line[1] in series or len(series) < MOST_SERIES]
         for step, name, value in lines:
