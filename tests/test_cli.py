@@ -66,7 +66,7 @@ def test_the_command_of_the_first_page_runs_from_end_to_end(tiny_sdxl, tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = map(lab.load, lab.runs(tmp_path / "runs").index)
     text = " ".join(run.folder.preflight.read_text().replace("│", " ").split())
-    assert "unet in int8" in text and "1 to 4 strides" in text and run.steps == 4
+    assert "unet in int8" in text and "1 to 4 sampler steps" in text and run.steps == 4
     assert sorted(run.images) == [0, 4] and run.folder.report.is_file()
     files = {path.name for path in run.folder.export.rglob("*")}
     assert {"pytorch_lora_weights.safetensors", "dreambooth.safetensors", "README.md"} <= files
@@ -108,12 +108,12 @@ def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
         "validation.every_n_steps=0",
         cwd=tmp_path,
     )
-    assert done.returncode == 1 and "has no usable picture" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "has no usable image" in done.stderr and "Traceback" not in done.stderr
     (run,) = map(lab.load, lab.runs(tmp_path / "runs").index)
     assert run.steps == 1
     (folder,) = tmp_path.glob("runs/*")
     assert [job.state for _, job in sweep.jobs(folder)] == ["failed", "done"]
-    assert "has no usable picture" in (folder / sweep.PAGE).read_text()
+    assert "has no usable image" in (folder / sweep.PAGE).read_text()
     assert json.loads((folder / sweep.KEYS).read_text()) == ["dataset.path"]
 
 

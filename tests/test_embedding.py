@@ -87,7 +87,7 @@ def test_gradients_reach_the_token_in_both_encoders_and_nothing_else_there(made)
 
 
 def test_a_word_of_several_tokens_is_refused(made):
-    with pytest.raises(ConfigError, match=r"'sks' is 3 tokens to the text encoder"):
+    with pytest.raises(ConfigError, match=r"'sks' is 3 tokens for the text encoder"):
         made[0].family.token_slots("sks", made[0].text.pairs)
 
 

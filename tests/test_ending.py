@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dreambooth_lab import lab, report
 from dreambooth_lab.config import ConfigError, check
-from dreambooth_lab.report.ending import for_comfyui
+from dreambooth_lab.report.summary import for_comfyui
 from dreambooth_lab.run import run
 from dreambooth_lab.runfolder import RunFolder
 from dreambooth_lab.tools import generate
@@ -53,7 +53,7 @@ def test_a_run_is_as_long_as_its_epochs(finished):
 
 def test_three_lines_say_what_was_learned_what_to_keep_and_how_to_use_it(finished):
     folder, told = finished
-    learned, keep, use = report.ending(folder)
+    learned, keep, use = report.summary_lines(folder)
     assert all(line in told for line in (learned, keep, use))
     assert learned.startswith("learned: train/loss ") and "eval.path" in learned
     assert keep.startswith("keep: No step is marked as best")
@@ -70,7 +70,7 @@ def test_numbers_against_the_base_are_said_first_and_the_step_that_was_kept(fini
     folder.metrics.write_text("step,name,value\n0,eval/loss,0.5\n5,eval/loss,0.25\n9,eval/loss,0.375\n9,train/loss,1.0\n")
     rows = [f"{step},live,dino,a,{image},{value}" for step, value in ((0, 0.2), (9, 0.7)) for image in range(4)]
     folder.scores.write_text("\n".join(["step,weights,metric,prompt,image,value", *rows, ""]))
-    learned, keep, use = report.ending(folder)
+    learned, keep, use = report.summary_lines(folder)
     assert learned == "learned: eval/loss 0.5 → 0.375; dino 0.200 → 0.700 (base model → step 9)"
     assert "eval/loss was lowest at step 5" in keep and "<" not in keep and f"the files are in {folder.export}" in use
 

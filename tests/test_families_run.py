@@ -86,9 +86,9 @@ def test_a_family_trains_and_its_pipeline_reads_the_export(name, variant, folder
 def refused(name: str, variant: str) -> str | None:
     """The reason, where a family can't do a thing."""
     if variant == "text encoders" and name not in CLIPS:
-        return r"adapter\.text_encoders has \[1\].* those that can learn are \[\]"
+        return r"adapter\.text_encoders has \[1\].* trainable text encoders of this model are \[\]"
     if "prior.source=generated" in VARIANTS[variant] and name in ("sdxl_refiner", "deepfloyd_2"):
-        return r"prior\.source is generated, but this model changes given pictures"
+        return r"prior\.source is generated, but this model is image-to-image"
     return None
 
 

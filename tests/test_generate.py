@@ -68,7 +68,7 @@ def test_a_file_and_its_base_give_the_pictures_of_its_run(kind, file, finished, 
 def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_path):
     save_file(load_file(finished["lora"].folder.export / "dreambooth.safetensors"), tmp_path / "theirs.safetensors")
     words = [f"file={tmp_path / 'theirs.safetensors'}", *FAST, "seeds=1", "resolution=64"]
-    with pytest.raises(ConfigError, match="does not say how it was made; give model=BASE"):
+    with pytest.raises(ConfigError, match="has no configuration in its header; set model=BASE"):
         generate(read(words))
     grids = [generate(read([*words, f"model={tiny_sdxl}", f"strengths={s}", f"out={tmp_path / str(s)}"])) for s in (0, 1)]
     assert close(*grids) > 1

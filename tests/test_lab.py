@@ -86,12 +86,12 @@ def test_a_checkpoints_pipeline_draws_what_its_export_draws(done):
 def test_what_is_not_there_is_named(done, small, tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint is 3, but .* has 2, 4, 'best'"):
         done.module(3)
-    with pytest.raises(ConfigError, match="is damaged, or no checkpoint"):
+    with pytest.raises(ConfigError, match="is damaged, or is not a checkpoint"):
         (tmp_path / "x.ckpt").write_bytes(b"nothing")
         done.module(tmp_path / "x.ckpt")
     other = lab.load(done.folder.root)
     other.config.adapter.rank, other.config.adapter.train_token = 4, False
-    with pytest.raises(ConfigError, match="is not of this configuration"):
+    with pytest.raises(ConfigError, match="does not match this configuration"):
         other.module()
     kept = torch.load(done.folder.checkpoint(4), weights_only=True)
     kept["callbacks"].pop(Ema.__qualname__)
@@ -108,7 +108,7 @@ class Bomb:
 def test_nothing_of_a_stranger_runs(done, tmp_path):
     kept = torch.load(done.folder.checkpoint(4), weights_only=True)
     torch.save(kept | {"callbacks": Bomb()}, tmp_path / "x.ckpt")
-    with pytest.raises(ConfigError, match="is damaged, or no checkpoint"):
+    with pytest.raises(ConfigError, match="is damaged, or is not a checkpoint"):
         done.module(tmp_path / "x.ckpt")
     (tmp_path / "y.ckpt").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ConfigError):
@@ -162,5 +162,5 @@ def test_runs_are_a_table_and_compared_in_a_frame(done, small, tmp_path):
     assert 'sandbox="allow-scripts"' in shown and shown.count("<") == 2, "all else is the frame's escaped page"
     page = html.unescape(shown)
     assert "plotly-graph-div" in page and "<h2>What can be concluded</h2>" in page
-    with pytest.raises(ConfigError, match="no run in it"):
+    with pytest.raises(ConfigError, match="contains no run"):
         lab.compare(tmp_path / "none")

@@ -120,7 +120,7 @@ def test_the_default_targets_are_attention_and_feed_forward(made):
 
 def test_a_target_that_matches_nothing_names_its_neighbours(tiny_sdxl, small):
     unet = build_family(lab.compose(*small)).denoiser
-    with pytest.raises(ConfigError, match=r"'to_qq' matches no layer of the model; near: .*to_q"):
+    with pytest.raises(ConfigError, match=r"'to_qq' matches no layer of the model; similar: .*to_q"):
         matching_layers(unet, ["to_qq"])
     with pytest.raises(ConfigError, match=r"adapter.parts has \['attn'\]; set adapter.parts to some of"):
         LoRA(4, 4.0, 0.0, ["attn"], []).attach(unet, {"attention": ("to_q",)}, 0)
@@ -149,4 +149,4 @@ def test_learning_rate():
     assert [constant(s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert (cosine(3), cosine(4)) == (1.0, 1.0)
     assert_close(cosine(54), 0.5)
-    assert cosine(102) > cosine(103) > 0 and cosine(103) == cosine(104) == cosine(200), "the last rate stays"
+    assert cosine(102) > cosine(103) > 0 and cosine(103) == cosine(104) == cosine(200), "the last learning rate"

@@ -79,7 +79,7 @@ def test_old_names_are_read_on_the_command_line_with_one_notice_each(steps, capl
     assert (cfg.ema.device, cfg.rollout.enabled, cfg.rollout.max_step_offset) == ("cuda", True, 3)
     assert cfg.checkpoint.mode.value == "min" and cfg.prior.kind.name == "none"
     said = [record.getMessage() for record in caplog.records]
-    assert "ema.kept_on is called ema.device now; the old name is read too" in said
+    assert "ema.kept_on was renamed to ema.device; the old name is still accepted" in said
     assert len(said) == len(set(said)) == 5
 
 

@@ -144,7 +144,7 @@ def test_a_run_made_longer_holds_its_last_rate_or_stretches_its_schedule(small, 
     after = {"hold": [four(3)] * 3, "stretch": [seven(step) for step in (4, 5, 6)]}[what]
     assert_close(rates, [1e-3 * share for share in (*map(four, range(4)), *after)])
     assert "trainer.max_steps was 4 and is 7: the" in caplog.text
-    assert ("then its last rate stays" in caplog.text) is (what == "hold")
+    assert ("then the last learning rate is kept" in caplog.text) is (what == "hold")
     if what == "hold":
         assert_close(go_on("trainer.max_steps=8")[-1], rates[-1]), "and goes on holding it"
 
@@ -205,19 +205,19 @@ PLUS = "optimizer.lora_plus_ratio=16"
         (["optimizer=prodigy", "adapter.text_encoders=[1]"], PRODIGY),
         (["optimizer=prodigy", "adapter.blocks=[{match: up, rank: null, lr_ratio: 2}]"], PRODIGY),
         (["optimizer=schedulefree", "optimizer.schedule=cosine"], "use optimizer.schedule=constant"),
-        (["optimizer=schedulefree", "ema.enabled=true"], "averages by itself"),
+        (["optimizer=schedulefree", "ema.enabled=true"], "has its own averaging"),
         (["optimizer.cycles=3"], "which only schedule=restarts has"),
-        (["optimizer.warmup_steps=500"], "so the rate never gets there"),
+        (["optimizer.warmup_steps=500"], "so the warm-up never ends"),
         (["optimizer._target_=nothing.Adam"], "nothing is not installed"),
         (["adapter=lokr", PLUS], "which has no A and B"),
         (["adapter=full", "model.dtype=float32", PLUS], "which has no A and B"),
-        (["adapter.blocks=[{match: 'up(', rank: null, lr_ratio: 1}]"], "which is no regular expression"),
+        (["adapter.blocks=[{match: 'up(', rank: null, lr_ratio: 1}]"], "which is not a valid regular expression"),
         (["adapter.blocks=[{match: up, rank: 0, lr_ratio: 1}]"], "adapter.blocks.rank is 0"),
         (["adapter.blocks=[{match: up, rank: null, lr_ratio: -1}]"], "adapter.blocks.lr_ratio is -1"),
-        (["adapter.targets=['re:to_(q']"], "which is no regular expression"),
+        (["adapter.targets=['re:to_(q']"], "which is not a valid regular expression"),
         (["adapter=full", "adapter.rank=4"], "it has no rank, dropout, options or ranks in blocks"),
         (["adapter=full", "adapter.dropout=0.1"], "it has no rank, dropout, options or ranks in blocks"),
-        (["+adapter.options={init_lora_weights: olora}"], "which changes the base or its first answer"),
+        (["+adapter.options={init_lora_weights: olora}"], "which changes the base's predictions"),
         (["adapter.init_from=/no/such"], "which does not exist"),
         (["model.attention=cudnn", "trainer.accelerator=cpu"], "which only CUDA devices have"),
     ],
@@ -230,7 +230,7 @@ def test_what_cant_work_is_refused_before_anything_loads(words, said):
 
 def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"optimizer\.options has 'betta', which torch\.optim\.AdamW does not take there; near: betas"
+        ConfigError, match=r"optimizer\.options has 'betta', which torch\.optim\.AdamW does not accept; similar: betas"
     ):
         run(lab.compose(*small, "+optimizer.options.betta=1"), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"which can't be imported .*; see conf/optimizer/"):
@@ -248,9 +248,9 @@ def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["adapter.blocks=[{match: donw_blocks, rank: 2, lr_ratio: 1}]"], "decides for no adapted layer"),
+        (["adapter.blocks=[{match: donw_blocks, rank: 2, lr_ratio: 1}]"], "applies to no adapted layer"),
         (["adapter.blocks=[{match: up, rank: 2, lr_ratio: 1}, {match: up_b, rank: 3, lr_ratio: 1}]"], "'up_b'"),
-        (["adapter.targets=[to_qq]"], "'to_qq' matches no layer of the model; near: to_q"),
+        (["adapter.targets=[to_qq]"], "'to_qq' matches no layer of the model; similar: to_q"),
         (["adapter.targets=['re:.*attn3.*']"], "matches no layer"),
         (["+adapter.options={r: 3}"], "adapter.options has 'r'"),
         (["+adapter.options={bias: all}"], "adapter.options has 'bias'"),

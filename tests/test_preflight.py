@@ -9,7 +9,7 @@ import samples
 from dreambooth_lab import lab, sheet
 from dreambooth_lab.data.module import DreamBoothData
 from dreambooth_lab.factory import build_family
-from dreambooth_lab.preflight import said, tables
+from dreambooth_lab.preflight import overview, tables
 from dreambooth_lab.run import run
 from dreambooth_lab.runfolder import RunFolder
 from dreambooth_lab.terminal import show
@@ -62,8 +62,8 @@ def ready(small, tmp_path_factory):
 def test_it_shows_prompts_sizes_what_is_written_and_whether_it_fits(ready):
     text = ready.preflight.read_text()
     told = " ".join(text.split())
-    wanted = ["photos a photo of [sks] dog", "class pictures a photo of a dog", "the rare word sks", "crops.png", "report.html"]
-    for words in (*wanted, "3 checkpoints", "exports", "the device has", "fits yes"):
+    wanted = ["photos a photo of [sks] dog", "class images a photo of a dog", "the rare word sks", "crops.png", "report.html"]
+    for words in (*wanted, "3 checkpoints", "exports", "available on the device", "fits yes"):
         assert words in told, words
     assert not set("┃│━") & set(text), "a file has no boxes"
 
@@ -88,7 +88,7 @@ def test_every_table_is_whole_at_any_width_and_encoding(data, width, terminal):
     file = io.TextIOWrapper(raw, encoding="ascii", errors="replace")
     on = Console(width=width, file=file, force_terminal=terminal, no_color=True)
     wanted = [tables.datasets(data), tables.mixture(data), tables.crops(data), tables.notices(data), tables.buckets(data)]
-    show(*wanted, said.captions(data), on=on)
+    show(*wanted, overview.captions(data), on=on)
     file.flush()
     told = raw.getvalue().decode()
     plain = re.sub(r"\x1b\[[0-9;]*m", "", told)

@@ -65,10 +65,10 @@ def test_a_users_library_is_a_list_or_names_in_yaml_or_json(small, tmp_path, mon
     [
         (["validation.library=nowhere.yaml"], "give dreambooth_live, dreambooth_objects, or a YAML or JSON file"),
         (["validation.library=dreambooth_live", "dataset.class_prompt=null", "prior=none", "prior.path=null"],
-         "the rare word of dataset.instance_prompt='a photo of sks dog' is not clear"),
-        (["validation.library=dreambooth_live", "validation.prompts=[a dog]"], "validation.prompts says others"),
+         "the rare word of dataset.instance_prompt='a photo of sks dog' can't be identified"),
+        (["validation.library=dreambooth_live", "validation.prompts=[a dog]"], "validation.prompts is set too"),
         (["validation.prompts=[]"], "validation.prompts is empty"),
-        (["validation.library=BAD"], "it must hold a list of prompts"),
+        (["validation.library=BAD"], "it must contain a list of prompts"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(small, tmp_path, words, said):

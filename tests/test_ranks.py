@@ -89,7 +89,7 @@ def test_two_machines_are_one_with_twice_the_batch(words, tmp_path):
 def test_machines_share_a_folder_that_is_named(small, monkeypatch):
     said = {"mode": RunMode.RUN, "runtime": {"output_dir": "x"}, "overrides": {"task": [], "hydra": []}}
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create(said))
-    with pytest.raises(ConfigError, match="each machine would choose a run folder of its own"):
+    with pytest.raises(ConfigError, match="each machine would choose its own run folder"):
         cli.job(lab.compose(*small, "trainer.num_nodes=2"))
 
 
@@ -167,17 +167,17 @@ def test_a_rank_has_its_own_gpu_and_there_are_enough(monkeypatch):
     assert device_of("auto", 2) == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert device_of("gpu", 2) == torch.device("cuda", 1) and device_of("cpu", 2) == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"trainer.devices is 3, but torch sees 2 CUDA"):
+    with pytest.raises(ConfigError, match=r"trainer.devices is 3, but torch finds 2 CUDA"):
         device_of("gpu", 3)
 
 
 def test_apples_gpu_is_taken_where_there_is_one_and_none_of_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="'mps', but torch sees no MPS device"):
+    with pytest.raises(ConfigError, match="'mps', but torch finds no MPS device"):
         device_of("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert device_of("auto") == device_of("mps") == torch.device("mps") and device_of("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"trainer.devices is 2, but MPS is one device"):
+    with pytest.raises(ConfigError, match=r"trainer.devices is 2, but MPS has only one device"):
         device_of("auto", 2)
     with pytest.raises(ConfigError, match="sees no CUDA device"):
         device_of("gpu")
@@ -204,12 +204,12 @@ def test_rows_may_be_divided_otherwise_but_not_changed(small, tmp_path):
     assert (again.trainer.devices, again.dataset.batch_size) == (2, 2)
     with pytest.raises(ConfigError, match=r"trainer.devices was 1, now 2") as caught:
         resume_config(lab.compose(*small, f"resume={tmp_path}", words[0]), words[:1])
-    assert "may be divided otherwise if it stays 4" in str(caught.value)
+    assert "may change if their product stays 4" in str(caught.value)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
 def test_what_splits_the_network_is_refused(strategy, small):
-    with pytest.raises(ConfigError, match="which would split the network; adapters, exports and images need"):
+    with pytest.raises(ConfigError, match="which would split the network; each process must hold"):
         check(lab.compose(*small, f"trainer.strategy={strategy}"))
 
 

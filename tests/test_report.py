@@ -28,7 +28,7 @@ def test_the_page_is_self_contained(folder):
     shown = {"before and after", "step 0", "step 2", "step 4", "compared at 2", "compared at 4"}
     shown |= {"the step kept"} if folder.best()[1] == 2 else set()  # else it is among the before and after
     assert page.count("data:image/jpeg;base64,") == len(shown)
-    for name in ("train/loss", "train/loss_instance", "train/loss_prior", "eval/loss", "eval/loss by time", "clip/mean"):
+    for name in ("train/loss", "train/loss_instance", "train/loss_prior", "eval/loss", "eval/loss by timestep", "clip/mean"):
         assert re.search(f'<figure class="plot" role="img" aria-label="{name}[ ;,]', page), name
 
 
@@ -55,7 +55,7 @@ def test_the_verdict_is_honest_about_the_base_model():
         "keep step 10: eval/loss is 0.6 there, 0.5 for the base model (which"
     )
     assert "(which" not in sections._chosen("clip/mean", values, 20, False)
-    assert sections._lowest("eval/loss", values) == "eval/loss was at no step lower than the base model's."
+    assert sections._lowest("eval/loss", values) == "eval/loss was never lower than the base model's."
 
 
 def test_the_curve_shows_the_values():

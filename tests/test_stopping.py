@@ -51,7 +51,7 @@ def test_a_signal_saves_exports_and_says_how_to_go_on(number, small, tmp_path):
     _, said = process.communicate(timeout=120)
     folder = RunFolder(path)
     _, step = folder.newest()
-    assert process.returncode == 128 + number and f"stopped at step {step} and saved; go on with" in said
+    assert process.returncode == 128 + number and f"stopped at step {step} and saved; resume with" in said
     assert f"resume={path}" in said and "Traceback" not in said
     assert 5 <= step < 30 and (folder.export / "pytorch_lora_weights.safetensors").is_file()
     assert max(line[0] for line in folder.read_metrics()) == step, "nothing that was done is lost"
@@ -107,13 +107,13 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(small, tmp_path
     with folder.checkpoint(6).open("r+b") as file:
         file.truncate(5000)
     goes_on(folder.root)
-    assert "step_0000006.ckpt is damaged; going on from an older checkpoint" in caplog.text
+    assert "step_0000006.ckpt is damaged; resuming from an older checkpoint" in caplog.text
     assert_same(torch.load(folder.checkpoint(6), weights_only=True)["state_dict"], wanted["state_dict"])
     assert folder.metrics.read_text() == numbers
     for checkpoint in folder.all_checkpoints():
         checkpoint.write_bytes(b"")
     folder.environment.write_text("[{")
-    with pytest.raises(ConfigError, match="has no checkpoint that can be read"):
+    with pytest.raises(ConfigError, match="has no readable checkpoint"):
         goes_on(folder.root)
     folder.config.write_text("model: [")
     with pytest.raises(ConfigError, match="is damaged"):
@@ -183,7 +183,7 @@ def test_it_is_said_when_nothing_is_learned(small, tmp_path, caplog):
         caplog.clear()
         cfg = lab.compose(*small, *QUICK, "trainer.max_steps=2", f"optimizer.lr={rate}", "optimizer.weight_decay=0")
         run(cfg, tmp_path / rate)
-        assert ("nothing was learned in 2 steps" in caplog.text) is said
+        assert ("no weight has changed in 2 steps" in caplog.text) is said
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_a_full_and_a_read_only_disk_end_a_run_that_can_go_on(small, little_disk
             file.write(bytes(2**16))
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1 and "error: " in said and "Traceback" not in said, said
-    assert f"make room or give write access, then go on with: python -m dreambooth_lab resume={path}" in said
+    assert f"free disk space or give write access, then resume with: python -m dreambooth_lab resume={path}" in said
     step = RunFolder(path).newest_readable()[1]
     assert step >= 5
     subprocess.run(["mount", "-o", "remount,ro", little_disk], check=True)
@@ -224,7 +224,7 @@ def test_a_look_that_fails_costs_no_training(small, tmp_path, monkeypatch, caplo
     real = image_grids.save_grid
     monkeypatch.setattr(image_grids, "save_grid", lambda *args: real(*args) if args[1] == 0 else _fail())
     run(lab.compose(*small, "trainer.max_steps=4"), tmp_path / "run")
-    assert "Validation failed at step 3 (no such thing); training goes on" in caplog.text
+    assert "Validation failed at step 3 (no such thing); training continues" in caplog.text
     assert RunFolder(tmp_path / "run").newest()[1] == 4
 
 

@@ -167,7 +167,7 @@ def test_a_sweep_that_is_stopped_and_killed_runs_what_is_missing(small, tmp_path
     first = wait_for_job(0, tmp_path, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(120)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in err
+    assert process.returncode == 128 + signal.SIGTERM and "the same command resumes it" in err
     assert sweep.recorded(RunFolder(first)).state == State.stopped
 
     process = start(*said, cwd=tmp_path)
@@ -178,7 +178,7 @@ def test_a_sweep_that_is_stopped_and_killed_runs_what_is_missing(small, tmp_path
 
     done = call(*said, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "job 0 is done already" in done.stdout and "job 1 is done already" not in done.stdout
+    assert "job 0 is already done" in done.stdout and "job 1 is already done" not in done.stdout
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert len(RunFolder(first).starts()) == len(RunFolder(second).starts()) == 2, "each was taken up once"
     table = pd.read_csv(first.parent / "compare.csv")
@@ -254,5 +254,5 @@ def test_a_search_is_told_the_number_that_the_page_shows(tmp_path, monkeypatch):
 @pytest.mark.parametrize("resume", ["latest", "runs/x"])
 def test_a_sweep_resumes_by_its_command_only(resume, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.MULTIRUN}))
-    with pytest.raises(ConfigError, match="resume=auto goes on with the sweep of the same command"):
+    with pytest.raises(ConfigError, match="resume=auto resumes the sweep of the same command"):
         cli.with_saved_config(OmegaConf.create({"resume": resume}), RunFolder(tmp_path), [])

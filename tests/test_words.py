@@ -6,7 +6,7 @@ from dreambooth_lab.tools.common.training_config import command, compose_checked
 
 
 @pytest.mark.parametrize(
-    ("word", "told"), [("nosuch=1", "nosuch is no key"), ("dataset.batch_size=0", "dataset.batch_size is 0")]
+    ("word", "told"), [("nosuch=1", "nosuch is not a key"), ("dataset.batch_size=0", "dataset.batch_size is 0")]
 )
 def test_bad_words_end_a_measuring_command_with_the_key(capsys, word, told):
     with pytest.raises(SystemExit) as ended:

@@ -24,8 +24,8 @@ from dreambooth_lab.config.help import page as help_page
 from dreambooth_lab.config.hydra_errors import explain
 from dreambooth_lab.config.typed import as_hydra_reads
 from dreambooth_lab.data.planning import plan
+from dreambooth_lab.library_warnings import silence_libraries
 from dreambooth_lab.pages import Pages
-from dreambooth_lab.quiet import quiet_libraries
 from dreambooth_lab.runfolder import AUTO, LATEST, RunFolder, resume_config
 from dreambooth_lab.storage import disk, durable
 from dreambooth_lab.sweep import JobFailed, State
@@ -55,7 +55,7 @@ def job(cfg: DictConfig) -> dict[str, float]:
         several = f"trainer.devices is {cfg.trainer.devices} in a sweep, where each job has one process"
         raise ConfigError(f"{several}; start the jobs one by one (hydra.mode=RUN), or set trainer.devices=1")
     plan(cfg)  # a wrong dataset file is refused before torch and the rest load
-    quiet_libraries()
+    silence_libraries()
     with heap.imports():
         from dreambooth_lab.run import run  # torch and the rest load here
 
@@ -72,18 +72,18 @@ def _check_race(cfg: DictConfig, folder: RunFolder) -> None:
         raise ConfigError(f"{said}, but Optuna needs the whole of each run; leave one of them out")
 
 
-def with_memory_plan(cfg: DictConfig, said: list[str], name: str) -> tuple[DictConfig, list[Any]]:
+def with_memory_plan(cfg: DictConfig, overrides: list[str], name: str) -> tuple[DictConfig, list[Any]]:
     """The configuration with what `memory` chooses for the card, and the table to show; a resumed run keeps its choice."""
     if cfg.resume:
         return cfg, []
     from dreambooth_lab.forecast import plans
 
     def compose(words: Sequence[str]) -> DictConfig:
-        with_more: DictConfig = resolve_paths(hydra.compose(name, overrides=[*said, *words]))
+        with_more: DictConfig = resolve_paths(hydra.compose(name, overrides=[*overrides, *words]))
         check(with_more)
         return with_more
 
-    chosen = plans.choose_plan(cfg, said, compose)
+    chosen = plans.choose_plan(cfg, overrides, compose)
     if chosen is None:
         return cfg, []
     chosen.show()
@@ -121,9 +121,9 @@ def _searched(metric: str) -> float:
 
     numbers = arms.run_of(RunFolder(HydraConfig.get().runtime.output_dir)).metrics
     if metric not in numbers:
-        told = f"search_metric is {metric!r}, which this run does not log; it logs {', '.join(sorted(numbers)) or 'nothing'}"
-        print(f"error: {told}", file=sys.stderr)
-        raise JobFailed(told)
+        reason = f"search_metric is {metric!r}, which this run does not log; it logs {', '.join(sorted(numbers)) or 'nothing'}"
+        print(f"error: {reason}", file=sys.stderr)
+        raise JobFailed(reason)
     return numbers[metric]
 
 
@@ -177,16 +177,16 @@ def _member(cfg: DictConfig) -> dict[str, float]:
         print(f"job {hydra_cfg.job.num}: {stop}", flush=True)
         return _last_numbers(folder)
     except (ConfigError, RunError) as error:
-        told = str(error)
+        reason = str(error)
     except Exception as error:
         traceback.print_exc()
-        told = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
     finally:
         _release()
     _release()  # what the exception referenced until here
-    sweep.note(folder, State.failed, hydra_cfg, told)
-    print(f"error in job {hydra_cfg.job.num}: {told}\nthe other jobs continue", file=sys.stderr)
-    raise JobFailed(told)
+    sweep.note(folder, State.failed, hydra_cfg, reason)
+    print(f"error in job {hydra_cfg.job.num}: {reason}\nthe other jobs continue", file=sys.stderr)
+    raise JobFailed(reason)
 
 
 def _last_numbers(folder: RunFolder) -> dict[str, float]:
@@ -246,10 +246,10 @@ def main() -> None:
     except JobFailed:
         sys.exit(1)  # the error has been printed
     except Exception as error:
-        said = explain(error)
-        if said is None or wants_traceback:
+        message = explain(error)
+        if message is None or wants_traceback:
             raise
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         Pages.close()

@@ -35,7 +35,7 @@ class Purpose(IntEnum):
     OFFSET_VALUE = 14  # and which
     MASK_DROP = 15
     BANK = 16  # which of an image's fixed draws
-    CLASS_PICTURE = 17  # the initial noise of a generated class image
+    CLASS_IMAGE = 17  # the initial noise of a generated class image
     CAPTION = 20  # which of an image's captions
     ASPECT = 21  # which of several aspects an image is cropped to
     SUBSET = 22  # which images of a dataset that contributes only some

@@ -215,9 +215,9 @@ def compose(*overrides: str) -> DictConfig:
         try:
             return hydra_compose("config", overrides=as_hydra_reads(overrides))
         except Exception as error:
-            if (said := explain(error)) is None:
+            if (message := explain(error)) is None:
                 raise
-            raise ConfigError(said) from error
+            raise ConfigError(message) from error
 
 
 def train(cfg: DictConfig, root: Path | str) -> Run:

@@ -89,8 +89,8 @@ def check_installed(cfg: DictConfig) -> None:
         build_optimizer(cfg, {"": nn.Parameter(torch.zeros(2, 2))}, {"": Rate(1.0, True)})
     except Exception as error:  # every library has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        said = f"optimizer.options is {OmegaConf.to_container(cfg.options, resolve=True)}"
-        raise ConfigError(f"{said}, which {cfg._target_} refuses ({reason}); correct it, or see conf/optimizer/") from error
+        prefix = f"optimizer.options is {OmegaConf.to_container(cfg.options, resolve=True)}"
+        raise ConfigError(f"{prefix}, which {cfg._target_} refuses ({reason}); correct it, or see conf/optimizer/") from error
 
 
 def add_lora_plus(name: str, ratio: float) -> float:

@@ -36,8 +36,8 @@ class Pages(Callback):
         Pages.started = Path(config.hydra.sweep.dir).resolve()
         sweep.begin(Pages.started, config)
         print(f"sweep: {Pages.started}", flush=True)
-        for words, told in refused(config):
-            print(f"warning: this job will be refused: {' '.join(words)}\n{told}", file=sys.stderr, flush=True)
+        for words, text in refused(config):
+            print(f"warning: this job will be refused: {' '.join(words)}\n{text}", file=sys.stderr, flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -63,9 +63,9 @@ def refused(config: DictConfig) -> Iterator[tuple[list[str], str]]:
     """Overrides of the jobs whose configurations can't run, and the reasons, before the first job; only for grids."""
     if not config.hydra.sweeper._target_.endswith(BasicSweeper.__name__):
         return
-    said = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
+    lines = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    grid = BasicSweeper.split_arguments(parser.parse_overrides([*said, *config.hydra.overrides.task]), None)
+    grid = BasicSweeper.split_arguments(parser.parse_overrides([*lines, *config.hydra.overrides.task]), None)
     for words in chain.from_iterable(grid):
         cfg = resolve_paths(hydra.compose(config.hydra.job.config_name, overrides=list(words)))
         cfg.resume = None if cfg.resume == AUTO else cfg.resume

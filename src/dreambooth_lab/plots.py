@@ -111,10 +111,10 @@ def forest(caption: str, effects: Sequence[Effect], x: str) -> str:
     names, means = [effect.name for effect in effects], [effect.mean for effect in effects]
     reach = [[abs(end - e.mean) if end == end else 0.0 for e, end in zip(effects, ends, strict=True)]
              for ends in ([e.high for e in effects], [e.low for e in effects])]  # fmt: skip
-    told = [f"{e.mean:+.4g}" + (f" ({e.low:+.4g} to {e.high:+.4g})" if e.low == e.low else "") for e in effects]
+    lines = [f"{e.mean:+.4g}" + (f" ({e.low:+.4g} to {e.high:+.4g})" if e.low == e.low else "") for e in effects]
     figure = go.Figure(
         go.Scatter(
-            x=means, y=list(range(len(names))), mode="markers", marker={"size": 9, "color": COLOURS[0]}, text=told,
+            x=means, y=list(range(len(names))), mode="markers", marker={"size": 9, "color": COLOURS[0]}, text=lines,
             error_x={"type": "data", "array": reach[0], "arrayminus": reach[1], "thickness": 2},
             hovertemplate="%{text}<extra></extra>", showlegend=False,
         )
@@ -181,8 +181,8 @@ def _figure(figure: go.Figure, caption: str, height: int) -> str:
     figure.update_xaxes(title_standoff=6, zeroline=False, automargin=True)
     figure.update_yaxes(title_standoff=6, automargin=True, exponentformat="power")
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG, default_width="100%")
-    told = escape(caption)
-    return f'<figure class="plot" role="img" aria-label="{told}">{drawn}<figcaption>{told}</figcaption></figure>'
+    label = escape(caption)
+    return f'<figure class="plot" role="img" aria-label="{label}">{drawn}<figcaption>{label}</figcaption></figure>'
 
 
 def _text(text: str) -> str:

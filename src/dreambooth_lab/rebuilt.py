@@ -88,8 +88,8 @@ def _read(checkpoint: Path) -> dict[str, Any]:
         kept = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return {name: kept[name] for name in ("state_dict", "callbacks", "optimizer_states")}
     except (RuntimeError, KeyError, TypeError, EOFError, ValueError, UnpicklingError) as error:
-        said = next(iter(str(error).splitlines()), "")
-        raise ConfigError(f"{str(checkpoint)!r} is damaged, or is not a checkpoint of a run ({said})") from error
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"{str(checkpoint)!r} is damaged, or is not a checkpoint of a run ({reason})") from error
 
 
 @torch.no_grad()

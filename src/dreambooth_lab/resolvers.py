@@ -15,7 +15,7 @@ from .sweep import job_folder, sweep_folder
 
 def register() -> None:
     """Register them with OmegaConf; can be called repeatedly."""
-    for name, answer in (("dataset_file_prompt", first_prompt), ("run_folder", new_folder), ("job_folder", job_folder)):
-        OmegaConf.register_new_resolver(name, answer, replace=True)
+    for name, resolver in (("dataset_file_prompt", first_prompt), ("run_folder", new_folder), ("job_folder", job_folder)):
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
     OmegaConf.register_new_resolver("scaled", lambda factor, value: float(f"{factor * value:.3g}"), replace=True)
     OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True, use_cache=True)

@@ -134,10 +134,10 @@ class ModelRollout:
         eps = torch.where(_wide(to_device(rolled_out, x0.device)), implied, batch.eps)
         return NoisedSample(x_t, eps, rolled_out)
 
-    def rollout_steps(self, walk: Tensor, t: Tensor, step: int, grid: Grid) -> Tensor:
+    def rollout_steps(self, draws: Tensor, t: Tensor, step: int, grid: Grid) -> Tensor:
         """Number of steps of each row [B], from its two draws [B 2]."""
-        due = walk[:, 0] < ramp(step, self.cfg.probability, self.cfg.ramp_steps, self.cfg.ramp_shape)
-        wish = 1 + (walk[:, 1] * self.cfg.max_step_offset).floor()
+        due = draws[:, 0] < ramp(step, self.cfg.probability, self.cfg.ramp_steps, self.cfg.ramp_shape)
+        wish = 1 + (draws[:, 1] * self.cfg.max_step_offset).floor()
         room = grid.room(t, self.top)
         return torch.where(due & (t >= self.cfg.min_time), wish.minimum(room), 0.0).long()
 

@@ -26,10 +26,10 @@ from .config import ConfigError, RunError, check, processes
 from .data.module import DreamBoothData
 from .dreambooth import DreamBooth
 from .factory import build_family, build_method, device_of, leads
+from .library_warnings import silence_libraries
 from .models.family import Family
 from .optimizer import check_installed as require_optimizer
 from .profiling.phases import Phases
-from .quiet import quiet_libraries
 from .runfolder import STOPPED_COST, RunFolder
 from .storage import disk
 
@@ -48,7 +48,7 @@ def run(cfg: DictConfig, root: Path, tables: Sequence[Table] = ()) -> dict[str, 
         ConfigError: the files or the machine don't allow the run; nothing has been trained.
         RunError: it can't continue, or was stopped by a signal; all saved files are complete.
     """
-    quiet_libraries()
+    silence_libraries()
     folder = RunFolder(root)
     with folder.locked() if leads() else nullcontext():
         folder.finish_writes()
@@ -84,7 +84,7 @@ def _run(cfg: DictConfig, folder: RunFolder, tables: Sequence[Table]) -> dict[st
     folder.save_cost(phases.cost())
     report.write(folder)
     terminal.show(phases.table())
-    for line in report.ending(folder):
+    for line in report.summary_lines(folder):
         log.info(line)
     log.info("done: %s", folder.report)
     return callbacks.metrics.last

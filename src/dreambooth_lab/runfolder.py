@@ -99,7 +99,7 @@ class RunFolder:
             log.warning("%s is damaged; resuming from an older checkpoint", path)
         raise ConfigError(f"{str(self.root)!r} has no readable checkpoint; start a new run without resume")
 
-    def newest_picture(self, averaged: bool = False) -> Path | None:
+    def newest_image(self, averaged: bool = False) -> Path | None:
         """The first image of the newest validation after step 0; the average's if it exists and is requested."""
         folders = [self.averaged, self.pictures] if averaged else [self.pictures]
         found = [sorted(folder.glob("step_*/00_00.png")) for folder in folders]
@@ -261,8 +261,8 @@ def resume_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             "a resumed run continues bit for bit, so these can't change; leave them out, or start a new run"
             f"{_division(before, [key for key, *_ in refused])}:\n" + "\n".join(lines)
         )
-    if said := set_schedule_length(before, result):
-        log.info(said)
+    if notice := set_schedule_length(before, result):
+        log.info(notice)
     return result
 
 

@@ -94,8 +94,8 @@ def varied(sweep: Path, words: Sequence[str]) -> list[str]:
 
 def begin(sweep: Path, config: DictConfig) -> None:
     """Write the keys that a sweep varies: those of its file, and those of the command line with several values."""
-    said = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    keys = [*(config.hydra.sweeper.get("params") or {}), *(word.key_or_group for word in said if word.is_sweep_override())]
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    keys = [*(config.hydra.sweeper.get("params") or {}), *(word.key_or_group for word in overrides if word.is_sweep_override())]
     sweep.mkdir(parents=True, exist_ok=True)
     durable.write_text(sweep / KEYS, json.dumps(sorted({key.lstrip("+") for key in keys})) + "\n")
 
@@ -108,7 +108,7 @@ def finished(folder: RunFolder) -> dict[str, float] | None:
     return {name: value for _, name, value in folder.read_metrics()}
 
 
-def note(folder: RunFolder, state: State, job: HydraConf, told: str = "") -> None:
+def note(folder: RunFolder, state: State, job: HydraConf, message: str = "") -> None:
     """Write a job's result to its record.
 
     Args:
@@ -116,7 +116,7 @@ def note(folder: RunFolder, state: State, job: HydraConf, told: str = "") -> Non
     """
     folder.root.mkdir(parents=True, exist_ok=True)
     words = varied(folder.root.parent, list(job.overrides.task))
-    made = Job(int(job.job.num), words, state, told)
+    made = Job(int(job.job.num), words, state, message)
     if made != recorded(folder):
         durable.write_text(folder.job, json.dumps(made._asdict(), indent=2) + "\n")
 

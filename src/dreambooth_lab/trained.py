@@ -44,10 +44,10 @@ class TrainedPipeline:
             image: the input of image-to-image models.
         """
         self.pipeline.set_progress_bar_config(disable=True)
-        said = self._prompt_arguments(prompt, negative)
-        said |= self.family.image_arguments(image) if image else self.family.size_arguments(edge, edge)
-        said |= self.family.guidance(guidance)
-        return self.pipeline(num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **said).images
+        arguments = self._prompt_arguments(prompt, negative)
+        arguments |= self.family.image_arguments(image) if image else self.family.size_arguments(edge, edge)
+        arguments |= self.family.guidance(guidance)
+        return self.pipeline(num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **arguments).images
 
     @torch.no_grad()
     def _prompt_arguments(self, prompt: str, negative: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_ai_toolkits_layout_is_taken_at_its_rank_and_told(folders, tmp_path, cap
     assert ours.keys() == theirs.keys()
     for name, parameter in theirs.items():
         assert_close(parameter, ours[name], atol=1e-5, rtol=1e-5)
-    assert f"{len(weights) // 2} layers of" in caplog.text and "say no alpha" in caplog.text
+    assert f"{len(weights) // 2} layers of" in caplog.text and "have no alpha" in caplog.text
 
 
 def test_a_file_with_fused_layers_is_refused_with_a_way_out(tiny_sdxl, tmp_path):

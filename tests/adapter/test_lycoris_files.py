@@ -88,7 +88,7 @@ def test_an_exports_file_and_weights_make_the_same_adapter_again(make, tmp_path)
         ({"algo": "full"}, "adapter=full"),
         ({"algo": "locon", "use_scalar": True}, "folds the scalar"),
         ({"algo": "nonsense"}, "LyCORIS has lora, locon"),
-        ({"algo": "lokr", "linear_dmi": 4}, "'linear_dmi', which LyCORIS' lokr does not know; near: "),
+        ({"algo": "lokr", "linear_dmi": 4}, "'linear_dmi', which LyCORIS' lokr does not know; similar: "),
         ({"apply_preset": {"target_modules": ["Attention"]}}, r"\['target_modules'\] in apply_preset"),
         ({"apply_preset": {"target_module": ["Nothing"]}}, "matches no layer"),
         ({"apply_preset": ["Attention"]}, "which is not of the form"),
@@ -107,7 +107,7 @@ def test_what_is_not_there_or_twice_is_refused(make, tmp_path):
         make(preset="attn")
     with pytest.raises(ConfigError, match=r"leave adapter\.targets out"):
         make(preset="attn-mlp", targets=["to_q"])
-    with pytest.raises(ConfigError, match=r"adapter\.options has 'factr', which LyCORIS' lokr does not know; near: factor"):
+    with pytest.raises(ConfigError, match=r"adapter\.options has 'factr', which LyCORIS' lokr does not know; similar: factor"):
         make(options={"factr": 4})
 
 

@@ -128,10 +128,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
     ("words", "said"),
     [
         (["adapter=lokr", BOTH], "lokr does not support text encoders"),
-        (["adapter.text_encoders=[1,1]"], "number each once, from 1"),
-        (["adapter.text_encoders=[0]"], "number each once, from 1"),
+        (["adapter.text_encoders=[1,1]"], "numbered from 1"),
+        (["adapter.text_encoders=[0]"], "numbered from 1"),
         ([BOTH, "adapter.text_parts=[]"], "adapter.text_parts is empty"),
-        ([BOTH, "model.encoder_dtype=float16"], "whose gradients it loses"),
+        ([BOTH, "model.encoder_dtype=float16"], "whose gradients underflow"),
         ([BOTH, "adapter=dora", "quant.text_encoder_2=int8", "model.encoder_dtype=bfloat16"], "which peft can't mix"),
     ],
 )
@@ -142,7 +142,7 @@ def test_what_cant_work_is_refused(words, said):
 
 
 def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make, small):
-    with pytest.raises(ConfigError, match=r"has \[3\]; of this model's text encoders those that can learn are \[1, 2\]"):
+    with pytest.raises(ConfigError, match=r"has \[3\]; the trainable text encoders of this model are \[1, 2\]"):
         build_family(lab.compose(*small, "adapter.text_encoders=[3]"))
     with pytest.raises(ConfigError, match=r"adapter\.text_parts has \['attn'\]; set adapter.text_parts to some of"):
         make("adapter.text_parts=[attn]")

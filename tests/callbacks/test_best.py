@@ -90,13 +90,13 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best(stopped):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["checkpoint.patience=3"], "checkpoint.patience is 3, but nothing is watched"),
-        (["checkpoint.monitor=loss"], "which is no logged number; they begin with train/"),
+        (["checkpoint.patience=3"], "checkpoint.patience is 3, but nothing is monitored"),
+        (["checkpoint.monitor=loss"], "which is not a logged metric; they start with train/"),
         (["checkpoint.monitor=eval/loss"], "which needs eval pictures"),
         (["checkpoint.monitor=clip/mean"], "which needs eval.clip_model"),
         (["checkpoint.monitor=train/loss", "checkpoint.mode=max"], "a loss; use min"),
-        (["checkpoint.monitor=ema/eval/loss", "eval.path=."], "but only the live weights are looked at"),
-        (["checkpoint.monitor=eval/loss", "eval.path=.", "ema.validation=ema_only"], "but not the live weights are looked at"),
+        (["checkpoint.monitor=ema/eval/loss", "eval.path=."], "but only the live weights are evaluated"),
+        (["checkpoint.monitor=eval/loss", "eval.path=.", "ema.validation=ema_only"], "but not the live weights are evaluated"),
         (["checkpoint.monitor=train/loss_prior", "prior=none", "prior.path=null"], "but prior is none"),
         (["logger=wandb", "logger.loggers.wandb.package=no_such_package"], "pip install no_such_package"),
         (["logger=csv", "logger.loggers.csv._target_=CSVLogger"], "it must name a class"),

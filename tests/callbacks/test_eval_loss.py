@@ -110,7 +110,7 @@ def test_a_step_told_again_replaces_what_was_told(tmp_path):
     ("words", "said"),
     [
         (["eval.path=./nowhere"], "eval.path is './nowhere', which does not exist"),
-        (["eval.path=.", "eval.every_n_steps=0"], "so nobody looks"),
+        (["eval.path=.", "eval.every_n_steps=0"], "so the eval loss is never computed"),
         (["eval.timesteps=0"], "eval.timesteps is 0"),
         (["eval.every_n_epochs=-1"], "eval.every_n_epochs is -1"),
     ],

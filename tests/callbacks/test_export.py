@@ -147,7 +147,7 @@ def test_a_hub_that_refuses_costs_the_run_nothing(hub, small, tmp_path, monkeypa
     monkeypatch.setattr(hub, "create_repo", refuse)
     run(lab.compose(*small, *QUICK, *PUSH), tmp_path / "run")
     folder = lab.load(tmp_path / "run").folder
-    assert folder.report.is_file() and "not pushed to me/sks-dog: 401 for …" in caplog.text and TOKEN not in caplog.text
+    assert folder.report.is_file() and "could not push to me/sks-dog: 401 for …" in caplog.text and TOKEN not in caplog.text
     with safe_open(folder.export / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["steps"] == "2"
 
@@ -168,7 +168,7 @@ def test_a_push_that_cant_work_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["export.name=a/b"], r"export\.name is 'a/b', which is no plain file name"),
+        (["export.name=a/b"], r"export\.name is 'a/b', which is not a plain file name"),
         (["export.formats=[comfyui]"], r"export\.formats is \['comfyui'\]; add diffusers"),
         (["adapter=lokr", "export.formats=[peft]"], r"export\.formats is \['peft'\]; add comfyui or lycoris"),
     ],
@@ -195,7 +195,7 @@ def test_what_is_given_away_names_no_path_of_this_machine(words, small, tiny_sdx
     with safe_open(file, "pt") as opened:
         said = OmegaConf.create(opened.metadata()["config"])
     assert said.model.pretrained == f"local:{tiny_sdxl.name}" and said.optimizer.lr == 1e-2 and "webhook" not in said
-    with pytest.raises(ConfigError, match=r"a folder or file of its maker's; give model=BASE"):
+    with pytest.raises(ConfigError, match=r"a local folder or file of its author; set model=BASE"):
         config_from_header(file, None)
     assert config_from_header(file, str(tiny_sdxl)).model.pretrained == str(tiny_sdxl)
 

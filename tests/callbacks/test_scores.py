@@ -183,7 +183,7 @@ def test_the_report_tells_what_changed(scored):
 def test_what_cannot_work_is_refused(small, tmp_path):
     with pytest.raises(ConfigError, match=r"eval\.clip_model is .*a folder that does not exist"):
         check(lab.compose(*small, "eval.clip_model=./nowhere"))
-    with pytest.raises(ConfigError, match=r"no pictures to score"):
+    with pytest.raises(ConfigError, match=r"no images to score"):
         check(lab.compose(*small, f"eval.dino_model={tmp_path}", "validation.every_n_steps=0"))
     with pytest.raises(ConfigError, match=r"eval\.clip_model is 'nobody/none', which could not be loaded"):
         Clip("nobody/none", "eval.clip_model", CPU, 1)

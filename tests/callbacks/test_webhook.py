@@ -234,7 +234,7 @@ def test_secrets_stay_out_of_the_log(caplog):
         sending = sender(url, token="hush")
         sending.send(message(final=True))
         assert sending.close(3)["mine"]["sent"] == 1
-    assert "does not take messages" in caplog.text and "secret-path" not in caplog.text and "hush" not in caplog.text
+    assert "does not accept messages" in caplog.text and "secret-path" not in caplog.text and "hush" not in caplog.text
 
 
 def test_a_validation_of_20_steps_sends_previews_at_5_10_15_20_and_then_the_pictures(small, tmp_path):
@@ -268,10 +268,10 @@ def test_previews_do_not_touch_training(small, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["preview.enabled=true"], "nobody receives previews"),
-        (["preview.enabled=true", "validation.every_n_steps=0", "webhook=raw"], "nothing is drawn"),
+        (["preview.enabled=true"], "there is no receiver"),
+        (["preview.enabled=true", "validation.every_n_steps=0", "webhook=raw"], "so no images"),
         (["webhook=raw"], "webhook.receivers.raw has no http(s) address"),
-        (["webhook=discord", "validation.every_n_steps=0"], "but no pictures are drawn, and Discord gets no numbers"),
+        (["webhook=discord", "validation.every_n_steps=0"], "but no images are generated, and Discord gets no metrics"),
         (["webhook=raw", "webhook.receivers.raw.url=ftp://x"], "webhook.receivers.raw has no http(s) address"),
         (["webhook=[raw,discord]", "webhook.receivers.raw.url=http://x"], "'DISCORD_WEBHOOK_URL', an environment variable"),
     ],

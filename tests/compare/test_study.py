@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from dreambooth_lab import compare, lab
 from dreambooth_lab.compare import arms, stats
-from dreambooth_lab.compare.told import conclusion
+from dreambooth_lab.compare.conclusions import conclusion
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.runfolder import RunFolder
 from dreambooth_lab.tools.compare import application
@@ -106,7 +106,7 @@ def test_pairing_finds_what_the_spread_of_seeds_hides(page):
     assert row.p_holm < 0.05 < scipy_stats.ttest_ind(table[16], table[4]).pvalue
     text = (page / "compare.html").read_text()
     assert re.search(r"“16” is lower by 0\.\d+ \(95 % interval [^(]*, paired by seed, 3 pairs; p = ", text)
-    assert "no difference can be concluded of “8”" in text
+    assert "no significant difference for “8”" in text
 
 
 def test_holm():
@@ -138,7 +138,7 @@ def test_without_shared_seeds_it_is_welchs_test():
 def test_one_run_an_arm_tells_pictures_or_nothing():
     study = study_of({"a": {0: 1.0}, "b": {0: 2.0}})
     (bare,) = stats.differences(study, ["m"], {})
-    assert bare.pairing == "too few" and "nothing can be concluded" in conclusion("m", [bare])
+    assert bare.pairing == "too few" and "no conclusion is possible" in conclusion("m", [bare])
     (pictures,) = stats.differences(study, ["m"], {("m", "b"): [1.0, 1.1, 0.9, 1.0]})
     assert pictures.n == 4 and "one training seed, so other seeds may differ" in conclusion("m", [pictures])
 
@@ -155,14 +155,14 @@ def test_a_copy_of_a_number_is_told_once():
 
 def test_equal_runs_are_equal():
     (found,) = stats.differences(study_of({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}}), ["m"], {})
-    assert (found.low, found.high, found.p) == (0, 0, 1) and "equal to the last digit in all 2 pairs" in conclusion("m", [found])
+    assert (found.low, found.high, found.p) == (0, 0, 1) and "exactly equal in all 2 pairs" in conclusion("m", [found])
 
 
 def test_what_has_not_ended_is_named_and_not_counted(base, runs, tmp_path):
     save(tmp_path / "half", base, {"eval/loss": [(1, 9.0)]}, ended=False)
     save(tmp_path / "torn", base, {"eval/loss": [(1, 9.0)]}).config.write_text("a: [1")
     study = arms.read([runs, tmp_path])
-    assert study.absent[0] == (str(tmp_path / "half"), "it has not come to its end")
+    assert study.absent[0] == (str(tmp_path / "half"), "it has not finished")
     assert study.absent[1][0] == str(tmp_path / "torn") and "damaged" in study.absent[1][1] and len(study.absent) == 2
     assert sum(len(arm.runs) for arm in study.arms) == 9
     assert compare.write([tmp_path], tmp_path) is None
@@ -181,7 +181,7 @@ def test_pictures_of_one_prompt_and_noise_stand_side_by_side(base, tmp_path):
     assert [strip.arm for strip in row] == ["base model", "4", "8"]
     assert [strip.picture.getpixel((5, 5))[0] for strip in row] == [0, 50, 200]
     text = compare.write([tmp_path], tmp_path).read_text()
-    assert text.count('alt="pictures of') == 3 and "<i>sks" not in text
+    assert text.count('alt="images of') == 3 and "<i>sks" not in text
 
 
 def test_the_page_needs_nothing_else(page):
@@ -207,7 +207,7 @@ def test_what_a_killed_start_took_is_not_known(base, tmp_path):
 
 def test_another_reference(study):
     assert [arm.name for arm in compare.led_by(study, "16").arms] == ["16", "4", "8"]
-    with pytest.raises(ConfigError, match="reference is '7', which names 0 arms; name one of '4', '8', '16'"):
+    with pytest.raises(ConfigError, match="reference is '7', which matches 0 arms; use one of '4', '8', '16'"):
         compare.led_by(study, "7")
 
 
@@ -216,5 +216,5 @@ def test_the_command(runs, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "made" / "compare.html")
     with pytest.raises(ConfigError, match="--out"):
         application([str(runs), str(runs)], standalone_mode=False)
-    with pytest.raises(ConfigError, match="has no run in it"):
+    with pytest.raises(ConfigError, match="contains no run"):
         application([str(tmp_path / "nowhere")], standalone_mode=False)

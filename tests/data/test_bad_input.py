@@ -63,8 +63,8 @@ def frames() -> bytes:
 # file name, its bytes, what is said of it at the scan or at decoding; None: it is used
 PICTURES = [
     ("zero.jpg", b"", "the file is empty"),
-    ("text.png", b"not a picture", "no picture of a known kind"),
-    ("html.jpg", b"<html><body>404</body></html>", "no picture of a known kind"),
+    ("text.png", b"not a picture", "not an image of a known format"),
+    ("html.jpg", b"<html><body>404</body></html>", "not an image of a known format"),
     ("truncated-header.png", png()[:20], "can't be read"),
     ("truncated-body.png", noisy()[: len(noisy()) // 2], "can't be decoded"),
     ("truncated-body.jpg", saved("JPEG", (400, 400), quality=95)[:700], "can't be"),
@@ -227,13 +227,13 @@ SQUARE = (lambda d: (Image.new("L", (50, 50), 255).save(d, "PNG"), d.getvalue())
 
 MASKS = [
     ({"a.webp": WHITE, "sub/b.png": WHITE}, []),
-    ({"a.png": WHITE}, ["sub/b.jpg: has no mask; make sub/b.png"]),
+    ({"a.png": WHITE}, ["sub/b.jpg: has no mask; create sub/b.png"]),
     ({}, ["a.png: has no mask", "sub/b.jpg: has no mask"]),
     ({"a.png": WHITE, "b.png": WHITE}, ["sub/b.jpg: has no mask"]),
     ({"a.png": BLACK, "sub/b.png": WHITE}, ["mask a.png is all black"]),
     ({"a.png": BLACK, "sub/b.png": BLACK}, ["mask a.png is all black", "mask sub/b.png is all black"]),
     ({"a.png": SMALL, "sub/b.png": WHITE}, []),
-    ({"a.png": SQUARE, "sub/b.png": WHITE}, ["mask a.png is 50×50 px, the picture 80×60"]),
+    ({"a.png": SQUARE, "sub/b.png": WHITE}, ["mask a.png is 50×50 px, the image 80×60"]),
     ({"a.png": b"", "sub/b.png": WHITE}, ["a.png: its mask a.png can't be read"]),
     ({"a.png": WHITE[:60], "sub/b.png": WHITE}, ["its mask a.png can't be"]),
     ({"a.jpg": WHITE, "a.bmp": WHITE, "sub/b.png": WHITE}, ["a.png: has 2 masks, a.bmp, a.jpg; keep one"]),
@@ -251,7 +251,7 @@ def test_masks_are_paired_or_all_their_problems_listed(tmp_path, masks, said):
 
 def test_masks_without_pictures_are_listed(tmp_path):
     problems, notices, _ = mask_problems(tmp_path, {"a.png": WHITE, "sub/b.png": WHITE, "c.png": WHITE})
-    assert not problems and notices == ["masks without a picture, left alone: c.png"]
+    assert not problems and notices == ["masks without an image are ignored: c.png"]
 
 
 def test_no_transparency_no_mask(tmp_path):
@@ -272,8 +272,8 @@ ENTRIES = [
     ({"resolution": "1024"}, 'resolution is "1024"; it must be a number, without quotes'),
     ({"resolution": True}, "resolution is true"),
     ({"resolution": -1}, "it must be at least"),
-    ({"resolution": 1}, 'for megapixels say "resolution_type": "area"'),
-    ({"resolution": 1024, "resolution_type": "area"}, 'for pixels say "resolution_type": "pixel_area"'),
+    ({"resolution": 1}, 'for megapixels set "resolution_type": "area"'),
+    ({"resolution": 1024, "resolution_type": "area"}, 'for pixels set "resolution_type": "pixel_area"'),
     ({"resolution_type": "pixels"}, "did you mean 'pixel'?"),
     ({"repeats": 1.5}, "repeats is 1.5; it must be a whole number"),
     ({"repeats": -1}, "repeats is -1; it must be at least 0"),
@@ -283,14 +283,14 @@ ENTRIES = [
     ({"is_regularization_dat": True}, "did you mean 'is_regularization_data'?"),
     ({"instance_data_dir": None}, "it needs instance_data_dir"),
     ({"instance_prompt": None}, 'it needs an "instance_prompt"'),
-    ({"instance_prompt": "a photo of ${oc.env:HOME}"}, "would read as a reference"),
+    ({"instance_prompt": "a photo of ${oc.env:HOME}"}, "would interpret as a reference"),
     ({"instance_prompt": ["a", 3]}, "must be a list of strings"),
     ({"caption_strategy": "text"}, "it must be one of instanceprompt"),
     ({"caption_strategy": "parquet"}, "it needs a caption_column"),
     ({"crop": True, "crop_style": "face"}, "it must be one of center"),
     ({"crop": True, "crop_aspect": "closest"}, 'needs "crop_aspect_buckets"'),
     ({"crop_aspect_buckets": [1, "2"]}, "must be numbers above 0"),
-    ({"maximum_image_size": 512}, "come together"),
+    ({"maximum_image_size": 512}, "must be given together"),
     ({"minimum_image_size": 900, "maximum_image_size": 512, "target_downsample_size": 400}, "is above maximum_image_size"),
     ({"id": None}, "it needs an id"),
     ({"id": "  "}, "it needs an id"),
@@ -300,16 +300,16 @@ ENTRIES = [
     ({"id": 7}, "id is 7; it must be a string"),
     ({"dataset_type": "video"}, "it must be one of image"),
     ({"type": "webshart"}, "it must be one of local"),
-    ({"train_batch_size": 4}, "train_batch_size can't be followed here: all datasets share dataset.batch_size"),
-    ({"start_step": 100}, "start_step can't be followed here"),
+    ({"train_batch_size": 4}, "train_batch_size is not supported here: all datasets share dataset.batch_size"),
+    ({"start_step": 100}, "start_step is not supported here"),
     ({"conditioning_data": "masks"}, "no conditioning entry has that id"),
-    ({"conditioning_data": ["a", "b"]}, "names 2 entries; a picture has one mask"),
+    ({"conditioning_data": ["a", "b"]}, "names 2 entries; an image has one mask"),
     ({"text_embeds": "texts"}, "no text_embeds entry has that id"),
     ({"dataset_type": "conditioning"}, 'it needs "conditioning_type": "mask"'),
     ({"dataset_type": "conditioning", "conditioning_type": "depth"}, "it must be one of mask"),
     ({"instance_data_dir": "{env:NO_SUCH_VARIABLE}/x"}, "{env:NO_SUCH_VARIABLE}, which is not set; export NO_SUCH_VARIABLE="),
     ({"is_regularisation_data": True}, "regularisation data needs a prior: add prior=teacher"),
-    ({"disabled": True}, "no entry has pictures to train on"),
+    ({"disabled": True}, "no entry has images to train on"),
 ]
 
 
@@ -326,8 +326,8 @@ FILES = [
     ('[\n  {"id": "a"\n   "type": "local"}\n]', "line 3, column 4"),
     ("", "line 1, column 1"),
     ("[", "line 1"),
-    ("{}", "holds no list of datasets"),
-    ("[]", "holds no list of datasets"),
+    ("{}", "contains no list of datasets"),
+    ("[]", "contains no list of datasets"),
     ("[1]", "entry 1 is 1; it must be an object"),
     ('[{"id": "a", "id": "b"}]', "key 'id' comes twice"),
     (b"\xff\xfe[]", "is not UTF-8"),
@@ -385,7 +385,7 @@ def test_wrong_rows_of_a_table_are_named(tmp_path):
     done = collect(tmp_path, spec(tmp_path, where=where, captions=Captions(enums.CaptionKind.column)))
     assert [e.picture.name for e in done.entries] == ["a.png"]
     reasons = {r.name: r.reason for r in done.rejected["photos"]}
-    assert len(reasons) == 4 and "leads out of" in reasons["../out.png"] and "listed twice" in reasons["a.png (row 2)"]
+    assert len(reasons) == 4 and "is outside of" in reasons["../out.png"] and "listed twice" in reasons["a.png (row 2)"]
 
 
 def test_the_corpus_is_large_enough():
@@ -398,11 +398,11 @@ def test_sizes_that_a_rule_rejects_are_listed_with_the_rule(tmp_path):
     done = collect(tmp_path, spec(folder, shaping=rules))
     assert [e.picture.name for e in done.entries] == ["03.png"]
     assert [r.reason.split(" < ")[0].split(" > ")[0] for r in done.rejected["photos"]] == [
-        "short edge 20 px", "short edge 20 px", "it would grow 2.13 times"]  # fmt: skip
+        "short edge 20 px", "short edge 20 px", "it would be enlarged 2.13 times"]  # fmt: skip
 
 
 def test_what_would_burst_memory_between_resize_and_crop_is_rejected():
-    assert "20000×3 px is too long and thin" in geometry.reason_against((3, 20_000), Shaping(1024), 32)
+    assert "20000×3 px is too narrow" in geometry.reason_against((3, 20_000), Shaping(1024), 32)
     assert geometry.reason_against((3, 20_000), Shaping(64), 32) is None
     assert geometry.reason_against((6000, 8000), Shaping(1024), 32) is None
 
@@ -420,6 +420,6 @@ def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)])
     os.mkfifo(folder / "pipe.png")
     done = collect(tmp_path, spec(folder))
-    assert [(r.name, r.reason) for r in done.rejected["photos"]] == [("pipe.png", "is no regular file")] and len(
+    assert [(r.name, r.reason) for r in done.rejected["photos"]] == [("pipe.png", "is not a regular file")] and len(
         done.entries
     ) == 1

@@ -38,7 +38,7 @@ def test_they_are_what_the_pipeline_draws_of_the_class_prompt(setting):
     from dreambooth_lab import draw
     from dreambooth_lab.draw import Purpose
 
-    seed = draw.torch_seed(0, 2, Purpose.CLASS_PICTURE)
+    seed = draw.torch_seed(0, 2, Purpose.CLASS_IMAGE)
     text, negative = family.encode_text(["a photo of a dog"]), family.encode_text(["blurry"])
     own = family.generate(text, negative, height=64, width=64, num_inference_steps=2, guidance_scale=5.0,
                           generator=torch.Generator().manual_seed(seed))[0]  # fmt: skip

@@ -92,7 +92,7 @@ def test_a_damaged_profile_is_named_and_the_picture_kept_as_it_is(tmp_path: Path
     for _ in range(2):  # the second scan remembers
         done = Collector(16, tmp_path / "cache").collect([spec])
         (notice,) = done.notices
-        assert notice.startswith("a.png: its colour profile can't be used (") and notice.endswith("are taken as sRGB")
+        assert notice.startswith("a.png: its colour profile can't be used (") and notice.endswith("are interpreted as sRGB")
     assert decode.decode((folder / "a.png").read_bytes())[:, 0, 0].tolist() == [220, 40, 40]
     a, b = done.entries
     assert a.picture.colours and not b.picture.colours

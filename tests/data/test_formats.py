@@ -46,7 +46,7 @@ def test_a_picture_is_known_by_name_or_content(tmp_path, name, kind):
     assert _decode(entry).shape == (3, 30, 40)
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+@pytest.mark.skipif(not features.check("avif"), reason="this version of Pillow can't read AVIF")
 def test_avif_is_read(tmp_path):
     for name in ("a.avif", "unnamed"):
         (tmp_path / name[0]).mkdir()

@@ -171,5 +171,5 @@ def test_a_photo_cut_short_is_rejected_by_name_and_the_rest_train(prepared, phot
 
 def test_a_folder_without_pictures_is_refused(prepared, tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ConfigError, match=r"dataset.path is .* has no usable picture \(no picture files\)"):
+    with pytest.raises(ConfigError, match=r"dataset.path is .* has no usable image \(no image files\)"):
         prepared(f"dataset.path={tmp_path}")

@@ -91,7 +91,7 @@ def test_regularisation_without_a_prior_is_explained(training, tmp_path):
 
 
 def test_the_refiner_sample_has_nothing_to_train_on_and_says_so(training, tmp_path):
-    with pytest.raises(ConfigError, match="no entry has pictures to train on"):
+    with pytest.raises(ConfigError, match="no entry has images to train on"):
         specs(samples.write(tmp_path / "a.json", samples.REFINER, training))
     with_pictures = [samples.entry(training), *json.loads(samples.REFINER)]
     made = plan(config(samples.save(tmp_path / "b.json", *with_pictures)))
@@ -147,26 +147,26 @@ def test_what_has_no_meaning_is_said_once(photos, tmp_path):
         samples.entry(photos, id="b", disabled=True),
     )  # fmt: skip
     assert len(notices) == 3 and any("'b' is disabled" in n for n in notices)
-    assert any(n.startswith("entries 'photos', 'c': vae_batch_size has no meaning here: ") for n in notices)
+    assert any(n.startswith("entries 'photos', 'c': vae_batch_size has no effect here: ") for n in notices)
 
 
 IDLE = [
     ({"maximum_image_size": 96, "target_downsample_size": 8}, "maximum_image_size, target_downsample_size have", "without crop"),
     ({"crop": False, "crop_style": "random", "crop_aspect": "square"}, "crop_aspect, crop_style have", "without crop=true"),
-    ({"crop": True, "crop_aspect_buckets": [1.0]}, "crop_aspect_buckets has", "choose among them"),
+    ({"crop": True, "crop_aspect_buckets": [1.0]}, "crop_aspect_buckets has", "use them"),
     ({"caption_strategy": "filename"}, "instance_prompt has", "prepend_instance_prompt is not set"),
     ({"prepend_instance_prompt": True}, "prepend_instance_prompt has", "is the whole caption"),
-    ({"caption_column": "text"}, "caption_column has", "captions are no column"),
+    ({"caption_column": "text"}, "caption_column has", "not read from a column"),
     ({"csv_file": "x.csv"}, "csv_file has", "only type=csv"),
     ({"parquet": {"path": "x.parquet"}}, "parquet has", "only metadata_backend=parquet"),
-    ({"cache_dir": "x"}, "cache_dir has", "a text_embeds entry says it"),
-    ({"conditioning_type": "mask"}, "conditioning_type has", "holds no masks"),
+    ({"cache_dir": "x"}, "cache_dir has", "a key of text_embeds entries"),
+    ({"conditioning_type": "mask"}, "conditioning_type has", "contains no masks"),
     ({"dataset_type": "eval", "repeats": 9, "is_regularisation_data": True}, "repeats, is_regularisation_data have", "never"),
-    ({"dataset_type": "eval", "conditioning_data": "other"}, "conditioning_data has", "whole pictures"),
+    ({"dataset_type": "eval", "conditioning_data": "other"}, "conditioning_data has", "uses no masks"),
     ({"dataset_type": "conditioning", "conditioning_type": "mask", "instance_prompt": None, "caption_strategy": None},
-     "resolution, resolution_type have", "the very geometry of its picture"),
+     "resolution, resolution_type have", "the same geometry as its image"),
     ({"dataset_type": "text_embeds", "resolution": None, "resolution_type": None, "instance_prompt": None,
-      "caption_strategy": None}, "instance_data_dir has", "has no pictures"),
+      "caption_strategy": None}, "instance_data_dir has", "has no images"),
 ]  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def test_a_key_that_says_nothing_where_it_stands_gives_one_notice(photos, tmp_pa
     other = samples.entry(photos, id="train")
     mask = {"id": "other", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "x"}
     (notice,) = told(tmp_path, other, mask, samples.entry(photos, **change))
-    assert notice.startswith(f"entry 'photos': {keys} no meaning here: ") and why in notice
+    assert notice.startswith(f"entry 'photos': {keys} no effect here: ") and why in notice
 
 
 def test_the_masked_sample_gives_one_notice_for_all_the_masks_geometry(training, tmp_path):
@@ -194,7 +194,7 @@ def test_one_text_cache_serves_all_and_the_others_are_named(photos, tmp_path):
         config(samples.save(tmp_path / "a.json", samples.entry(photos, text_embeds="t0"), texts[0], texts[1] | {"default": True}))
     )
     assert made.texts == "/tmp/1" and len(made.notices) == 2
-    assert made.notices[0].startswith("entry 't0' is left alone") and "text_embeds has no meaning here" in made.notices[1]
+    assert made.notices[0].startswith("entry 't0' is not used") and "text_embeds has no effect here" in made.notices[1]
 
 
 @pytest.mark.parametrize(

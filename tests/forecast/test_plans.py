@@ -87,7 +87,7 @@ def test_without_a_card_there_is_nothing_to_fit(choose):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert choose("memory=none") is None
-    with pytest.raises(ConfigError, match="name its size, such as memory=12gb"):
+    with pytest.raises(ConfigError, match="set a size, such as memory=12gb"):
         choose("memory=auto")
 
 
@@ -106,9 +106,9 @@ def test_the_command_shows_and_saves_what_was_foreseen(small, tmp_path):
     words = [*small, "memory=8gb", "preflight=only"]
     done = call(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "Memory of the device by phase" in done.stdout and "fits" in done.stdout
+    assert "Device memory by phase" in done.stdout and "fits" in done.stdout
     (saved,) = tmp_path.rglob("preflight.txt")
-    assert "Memory of the device by phase" in saved.read_text()
+    assert "Device memory by phase" in saved.read_text()
 
 
 @pytest.mark.slow
@@ -124,5 +124,5 @@ def test_what_cannot_be_counted_stops_only_who_asked_for_a_plan(choose, monkeypa
 
     monkeypatch.setattr(plans, "Forecast", fails)
     assert choose("memory.card_gib=8") is None
-    with pytest.raises(ConfigError, match=r"can't be counted .*NotImplementedError: no kernel\); set memory=none"):
+    with pytest.raises(ConfigError, match=r"can't be estimated .*NotImplementedError: no kernel\); set memory=none"):
         choose("memory=8gb")

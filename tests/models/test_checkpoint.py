@@ -131,7 +131,7 @@ def escaping_shards(folder: Path) -> None:
         (lambda m: shutil.rmtree(m / "tokenizer_2"), "has no folder tokenizer_2"),
         (lambda m: weight_file(m, "text_encoder").unlink(), r"whose text_encoder has no weight files"),
         (lambda m: (m / "model_index.json").write_text("{"), r"can't be read from model_index\.json"),
-        (lambda m: (m / "model_index.json").write_text("[]"), r"model_index\.json that is no JSON object"),
+        (lambda m: (m / "model_index.json").write_text("[]"), r"model_index\.json that is not a JSON object"),
         (lambda m: (m / "model_index.json").write_text("{}"), r"model_index\.json that names no pipeline class"),
         (lambda m: (m / "unet" / "config.json").write_text("{,}"), r"whose unet can't be read from config\.json"),
         (lambda m: (m / "unet" / "config.json").unlink(), r"whose unet lacks config\.json"),
@@ -256,7 +256,7 @@ def test_a_hub_id_that_is_not_whole_in_the_cache_goes_to_the_network(lost, tiny_
     root, asked = hub_cache
     (cache(tiny_sdxl, root) / lost).unlink()
     with pytest.raises(
-        ConfigError, match=r"'owner/name', which is no folder, is not whole .*no route to the hub.*model\.pretrained"
+        ConfigError, match=r"'owner/name', which is not a folder, is not complete .*no route to the hub.*model\.pretrained"
     ):
         Checkpoint("owner/name", None, "auto")
     assert asked == ["owner/name"]

@@ -77,5 +77,5 @@ def test_latents_take_every_number_of_a_vaes_settings():
     z = (x - rule.offset) * rule.scale
     mean, std = (torch.tensor(said[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
     assert_close(z, (x - 0.25 - mean) * 0.5 / std)
-    with pytest.raises(ConfigError, match="x has a Strange, whose latents are not understood here; known: AutoencoderKL"):
+    with pytest.raises(ConfigError, match="x has a Strange, whose latents are not supported; supported: AutoencoderKL"):
         latents.rule({"_class_name": "Strange"}, "x")

@@ -221,18 +221,18 @@ def test_settings_come_from_a_hub_id_without_its_weights(folder, tmp_path, monke
     file = write(folder, tmp_path / "x.safetensors")
     by_id, by_folder = (Checkpoint(str(file), None, None, tmp_path / "c", said) for said in ("owner/name", str(folder)))
     assert by_id.folder == by_folder.folder, "the same settings make the same model"
-    with pytest.raises(ConfigError, match=r"model\.config is 'owner/other', which is no folder and could not be fetched"):
+    with pytest.raises(ConfigError, match=r"model\.config is 'owner/other', which is not a folder and could not be downloaded"):
         Checkpoint(str(file), None, None, tmp_path / "c", "owner/other")
 
 
 def test_what_is_refused(folder, tmp_path):
     file, cache = write(folder, tmp_path / "x.safetensors"), tmp_path / "c"
     for name in ("x.ckpt", "x.pt", "x.bin"):
-        with pytest.raises(ConfigError, match=r"pickles can run code and are never read; take the checkpoint's \.safetensors"):
+        with pytest.raises(ConfigError, match=r"pickles can run code and are never read; use the checkpoint's \.safetensors"):
             Checkpoint(name, None, None)
     with pytest.raises(ConfigError, match=r"model\.config is null; set model\.config to the folder or hub id"):
         Checkpoint(str(file), None, None, cache)
-    with pytest.raises(ConfigError, match="which is not there"):
+    with pytest.raises(ConfigError, match="which does not exist"):
         converted(tmp_path / "y.safetensors", folder, cache)
     with pytest.raises(ConfigError, match=r"whose header has prediction_type 'vv'; set model\.prediction_type"):
         converted(write(folder, tmp_path / "vv.safetensors", metadata={"modelspec.prediction_type": "vv"}), folder, cache)
@@ -244,7 +244,7 @@ def test_what_is_refused(folder, tmp_path):
 
 
 def test_a_file_of_another_size_is_refused_and_leaves_nothing(folder, tmp_path, tiny_sdxl):
-    with pytest.raises(ConfigError, match=r"does not hold a whole StableDiffusionXLPipeline of model\.config's sizes"):
+    with pytest.raises(ConfigError, match=r"does not contain a complete StableDiffusionXLPipeline of model\.config's sizes"):
         converted(write(folder, tmp_path / "x.safetensors"), tiny_sdxl, tmp_path / "c")
     assert list((tmp_path / "c" / "single_files").iterdir()) == []
 
@@ -252,5 +252,5 @@ def test_a_file_of_another_size_is_refused_and_leaves_nothing(folder, tmp_path, 
 def test_what_the_file_lacks_is_not_taken_from_another_model(folder, tmp_path):
     file = write(folder, tmp_path / "x.safetensors")
     save_file({k: v for k, v in load_file(file).items() if not k.startswith("cond_stage_model")}, file)
-    with pytest.raises(ConfigError, match="does not hold a whole StableDiffusionPipeline"):
+    with pytest.raises(ConfigError, match="does not contain a complete StableDiffusionPipeline"):
         converted(file, folder, tmp_path / "c")

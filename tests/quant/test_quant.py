@@ -103,7 +103,7 @@ def test_other_weights_and_damage_are_noticed(tmp_path, caplog):
     for file in (tmp_path / "c").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-8])
     Quantiser({"m": enums.QuantKind.int8}, tmp_path / "c").load("m", where, [])
-    assert len(reads) == 3 and "made again" in caplog.text
+    assert len(reads) == 3 and "quantising again" in caplog.text
 
 
 def test_the_family_says_what_is_left_alone(tiny_sdxl):
@@ -138,7 +138,7 @@ def test_float8_on_an_old_gpu_is_refused(monkeypatch):
 def test_a_run_on_int8_trains_and_its_second_start_reads_the_cache(small, tmp_path):
     need(enums.QuantKind.int8)
     words = [*small, "quant=int8", "quant.text_encoder_2=int8", "validation.every_n_steps=0", f"cache={tmp_path / 'cache'}"]
-    for name, said in (("first", "made in"), ("second", "from the cache")):
+    for name, said in (("first", "quantised in"), ("second", "from the cache")):
         run(lab.compose(*words), tmp_path / name)
         text = " ".join(lab.load(tmp_path / name).folder.preflight.read_text().replace("│", " ").split())
         assert "unet in int8" in text and said in text

@@ -104,7 +104,7 @@ def test_what_a_disk_cannot_hold_is_refused_before_the_work(small, tmp_path, mon
     assert names(tmp_path / "run") == [".lock"], "nothing was written"
     cfg.cache = str(tmp_path / "cache")
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 100)
-    with pytest.raises(ConfigError, match=r"cache/latents lies on a disk with 0 MB free"):
+    with pytest.raises(ConfigError, match=r"cache/latents is on a disk with 0 MB free"):
         run(cfg, tmp_path / "run")
 
 

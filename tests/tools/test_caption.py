@@ -106,11 +106,11 @@ def test_photos_without_a_caption_are_named(album: Path, says: list[str]) -> Non
     Image.new("RGB", (40, 40)).save(album / "sub" / "b.jpg")
     done = call(album)
     assert done.exit_code == 1
-    assert "no caption: a.png: the model said nothing" in done.output and not (album / "a.txt").exists()
+    assert "no caption: a.png: the model returned nothing" in done.output and not (album / "a.txt").exists()
     assert "no caption: c.jpg" in done.output
     assert "no caption: sub/b.png: sub/b.jpg has the same name" in done.output
     (album / "a.txt").write_text(" \n")
-    assert "no caption: a.png: a.txt is there and empty" in call(album).output
+    assert "no caption: a.png: a.txt exists but is empty" in call(album).output
     page = (album.parent / "captions_album.html").read_text()
     assert page.count("no caption: ") == 3 and "a dog" in page
 

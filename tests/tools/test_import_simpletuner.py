@@ -90,8 +90,8 @@ def test_every_option_is_told_and_no_secret_is_shown(config):
     _, became = translate(options, Path())
     left = {one.option: one.note for one in became if one.kind is Kind.left}
     assert {one.option for one in became} == set(options)
-    assert left["loss_tpye"] == "not known here; the nearest known is loss_type"
-    assert left["lr_scheduler"].startswith("'sine' is not built") and left["train_batch_size"] == "'four' is no number"
+    assert left["loss_tpye"] == "unknown option; the most similar known one is loss_type"
+    assert left["lr_scheduler"].startswith("'sine' is not built") and left["train_batch_size"] == "'four' is not a number"
     result = run(config())
     assert "hub_token" in result.output and "very_secret" not in result.output + written(config()).read_text()
 
@@ -125,7 +125,7 @@ def test_whatever_is_mapped_is_a_key_of_this_project():
         ("config.json", "[", "line 1, column 2"),
         ("config.json", "[]", "dataset=simpletuner"),
         ("config.json", "{}", "model_family is not set"),
-        ("config.toml", "a = ", "broken TOML"),
+        ("config.toml", "a = ", "invalid TOML"),
         ("config.env", "rm -rf x", "line 1"),
         ("config.env", "A=$(date)", "none is executed"),
         ("config.env", "A='b", "quotation mark"),
@@ -199,7 +199,7 @@ def test_nothing_is_written_into_the_package(config):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"validation_preview": True}, "nobody receives previews"), ({"data_backend_config": "gone.json"}, "gone.json"),
+    [({"validation_preview": True}, "there is no receiver"), ({"data_backend_config": "gone.json"}, "gone.json"),
      ({"tread_config": {"routes": []}}, "Not supported"), ({"lora_type": "lycoris"}, "lycoris_config.json"),
      ({"data_backend_config": None}, "dataset.path"), ({"max_train_steps": 0, "num_train_epochs": 0}, "trainer.max_steps")],
 )  # fmt: skip
@@ -237,7 +237,7 @@ def test_each_algorithm_of_lycoris_is_taken_or_named(tmp_path, algorithm):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"model_family": "wan"}, "makes video"), ({"model_family": "kolors"}, "not built"), ({"model_family": "xyz"}, "known"),
-     ({"model_family": "flux", "model_flavour": "kontext"}, "edits a picture"), ({"model_flavour": "base-9"}, "base-1.0"),
+     ({"model_family": "flux", "model_flavour": "kontext"}, "edits an input image"), ({"model_flavour": "base-9"}, "base-1.0"),
      ({"model_family": ""}, "model_family is not set"), ({"model_type": ""}, "model_type is not set"),
      ({"model_type": "deepfloyd-stage2-lora"}, "lora and full"), ({"lora_type": "dylora"}, "standard and lycoris"),
      ({"controlnet": True}, "controlnet"), ({"pretrained_model_name_or_path": "x.gguf"}, "GGUF"),

@@ -76,7 +76,7 @@ def test_the_crops_shown_are_those_that_are_encoded(words: list[str], monkeypatc
 
 
 def test_the_page_holds_each_crop_with_its_mask_and_caption(words: list[str], tmp_path: Path) -> None:
-    """A photo, its crop and that under its mask; all in one file that asks for nothing."""
+    """A photo, its crop and that with its mask; all in one file that asks for nothing."""
     result = call(words, tmp_path / "out")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "out" / "look.html").read_text()
@@ -84,8 +84,8 @@ def test_the_page_holds_each_crop_with_its_mask_and_caption(words: list[str], tm
     sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
     assert len(sizes) == 9 and sizes.count((64, 64)) == 4 and (160, 96) in sizes
     assert set(re.findall(r"(?:src|href|url)\W+(\w+)", page)) == {"data"}
-    assert all(f"photo &lt;{i}&gt; of a robot" in page for i in range(3)) and page.count("under its mask") == 2 * 3
-    assert "copies" not in page and "nearly the same" not in page and "blurred?" not in page
+    assert all(f"photo &lt;{i}&gt; of a robot" in page for i in range(3)) and page.count("with its mask") == 2 * 3
+    assert "copies" not in page and "near-duplicates" not in page and "blurred?" not in page
     with Image.open(tmp_path / "out" / "look.png") as drawn:
         assert drawn.height == 3 * (160 + sheet.TITLE + sheet.GAP) + sheet.GAP, "a row a crop"
 
@@ -119,8 +119,8 @@ def test_copies_and_near_copies_are_named(words: list[str], album: Path) -> None
         (album / f"{name}.txt").write_text("a robot")
         (album / "masks" / f"{name}.png").write_bytes((album / "masks" / f"{like}.png").read_bytes())
     (one,) = inspect_datasets(lab.compose(*words), 100).datasets
-    assert one.remarks[0] == "0.png and same.png are copies: the same bytes"
-    assert one.remarks[1].startswith("1.png and near.jpg are nearly the same") and len(one.remarks) == 2
+    assert one.remarks[0] == "0.png and same.png are duplicates: equal bytes"
+    assert one.remarks[1].startswith("1.png and near.jpg are near-duplicates") and len(one.remarks) == 2
 
 
 def test_blurred_small_and_much_cut_photos_are_named(words: list[str], album: Path) -> None:
@@ -132,7 +132,7 @@ def test_blurred_small_and_much_cut_photos_are_named(words: list[str], album: Pa
     said = {seen.picture.name: seen.remarks for seen in one.seen}
     assert said["0.png"] == [f"blurred? variance of the Laplacian {one.seen[0].sharpness:.3g} < 25"]
     assert said["1.png"] == ["small: grows 2.67 times for 64×64"]
-    assert said["2.png"] == ["40% is cut away for 64×64"]
+    assert said["2.png"] == ["40% is removed by the crop to 64×64"]
 
 
 def test_sharpness_is_the_variance_of_the_laplacian() -> None:

@@ -138,7 +138,7 @@ def test_the_threshold_chooses_and_soft_keeps_the_grey(found: np.ndarray) -> Non
 def test_masks_have_the_photos_names_and_upright_sizes(album: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     result = run(album, masks, "--text_input", "robot")  # SimpleTuner's command
-    assert result.exit_code == 0 and "--text_input='robot' is not read by grabcut" in result.output
+    assert result.exit_code == 0 and "--text_input='robot' is not used by grabcut" in result.output
     assert {p.relative_to(masks).as_posix() for p in masks.rglob("*") if p.is_file()} == {"a.b.png", "more/c.png"}
     assert read(masks / "a.b.png").shape == (128, 128) and read(masks / "more" / "c.png").shape == (128, 96)
     truth = np.asarray(subject_photos("car", 1, (128, 96))[0].mask) > 127

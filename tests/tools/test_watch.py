@@ -159,7 +159,7 @@ def test_it_starts_only_with_a_token_and_never_says_it():
     bare = {key: value for key, value in os.environ.items() if key != "DREAMBOOTH_WATCH_TOKEN"}
     for env in (bare, bare | {"DREAMBOOTH_WATCH_TOKEN": "short"}):
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
-        assert done.returncode == 2 and "holds no token" in done.stderr and "short" not in done.stderr
+        assert done.returncode == 2 and "has no token" in done.stderr and "short" not in done.stderr
     running = subprocess.Popen(command, env=bare | {"DREAMBOOTH_WATCH_TOKEN": TOKEN}, stdout=subprocess.PIPE, text=True)
     first = running.stdout.readline()
     running.terminate()

@@ -1,4 +1,4 @@
-"""What learns: small trainable parts inside a frozen denoiser, or its own weights. One file a library."""
+"""The trained weights: adapters inside a frozen denoiser, or its own weights. One file per library."""
 
 from .base import Adapter, ExportWeights, Form, matching_layers, temporarily_replaced
 from .full import Full

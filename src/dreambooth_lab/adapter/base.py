@@ -1,4 +1,4 @@
-"""What every adapter can do, and which layers it sits on."""
+"""The interface of adapters, and the selection of their layers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 class Form(NamedTuple):
     """How an export's files are written."""
 
-    name: str  # of the file for ComfyUI and other programs, without its ending
+    name: str  # of the file for ComfyUI and other programs, without its suffix
     dtype: torch.dtype
-    formats: tuple[enums.Format, ...]  # those that an adapter has are written; the card's code loads the first
+    formats: tuple[enums.Format, ...]  # those supported by the adapter are written; the card's code loads the first
 
 
 class ExportWeights(NamedTuple):
@@ -34,17 +34,17 @@ class ExportWeights(NamedTuple):
 
     part: str  # the denoiser's name in a diffusers pipeline
     weights: Mapping[str, Tensor]  # by parameter name, of the denoiser or of `extra_module`
-    text: Mapping[str, Mapping[str, Tensor]]  # text encoder's name in the pipeline → its own
+    text: Mapping[str, Mapping[str, Tensor]]  # text encoder's name in the pipeline → its weights
     header: Mapping[str, str]  # goes into the safetensors headers
-    kohya: Mapping[str, str]  # part → what kohya's key layout calls it; empty: programs read diffusers' keys
+    kohya: Mapping[str, str]  # part → its prefix in kohya's key layout; empty: programs read diffusers' keys
     form: Form
 
 
-PURPOSES = ("diffusers", "comfyui", "peft", "lycoris", "weights", "settings")  # what an adapter's files can be
+PURPOSES = ("diffusers", "comfyui", "peft", "lycoris", "weights", "settings")  # possible purposes of an adapter's files
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype, file: str) -> dict[str, Tensor]:
-    """Tensors on the CPU in an export's dtype, alphas as they are; all in float32 if it can't hold a number, which is logged."""
+    """Tensors on the CPU in an export's dtype, alphas unchanged; all in float32 if a value doesn't fit, with a log message."""
     kept = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
     made = {
         key: (tensor.to(dtype) if tensor.ndim and tensor.is_floating_point() else tensor).contiguous()
@@ -55,7 +55,7 @@ def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype, file: str) -> dic
         return made
     largest = kept[lost].abs().max().item()
     log.warning(
-        "%s is written in float32: %s has %.4g, beyond %s's %.4g; export.dtype=bfloat16 holds it", file, lost, largest,
+        "%s is written in float32: %s has %.4g, above %s's maximum %.4g; it fits with export.dtype=bfloat16", file, lost, largest,
         str(dtype).removeprefix("torch."), torch.finfo(dtype).max,
     )  # fmt: skip
     return {key: tensor.float().contiguous() for key, tensor in kept.items()}
@@ -79,8 +79,8 @@ class Adapter(ABC):
     """
 
     model: nn.Module
-    unread: Collection[str] = ()  # programs that read no file of this adapter, though they read a LoRA's
-    kind: ClassVar[str] = "lora"  # ModelSpec's: what the file is to its architecture; "" for the model itself
+    unread: Collection[str] = ()  # programs that can't read this adapter's files, though they read LoRAs
+    kind: ClassVar[str] = "lora"  # ModelSpec's kind of the file; "" for a whole model
 
     def __init__(
         self, rank: int, alpha: float, dropout: float, parts: Sequence[str], targets: Sequence[str], algorithm: str = "lora",
@@ -164,12 +164,12 @@ class Adapter(ABC):
 
     def check_unused_rules(self, layers: Sequence[str]) -> None:
         """Raise a ConfigError for a rule of `blocks` that applies to no layer: none matches, or earlier rules do."""
-        took = [self.rule(layer) for layer in layers]
+        applied = [self.rule(layer) for layer in layers]
         for block in self.blocks:
-            if not any(rule is block for rule in took):
+            if not any(rule is block for rule in applied):
                 some = ", ".join(layers[:: max(len(layers) // 3, 1)][:3])
                 raise ConfigError(
-                    f"adapter.blocks has match {block['match']!r}, which decides for no adapted layer, such as {some}"
+                    f"adapter.blocks has match {block['match']!r}, which applies to no adapted layer, such as {some}"
                 )
 
     def ranks(self, layers: Sequence[str], part: str = "") -> dict[str, int]:
@@ -232,7 +232,7 @@ def matching_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
         if not found:
             tails = sorted({".".join(name.split(".")[-target.count(".") - 1 :]) for name in names})
             near = difflib.get_close_matches(target, tails, n=3, cutoff=0.3) or tails[:8]
-            raise ConfigError(f"adapter target {target!r} matches no layer of the model; near: {', '.join(near)}")
+            raise ConfigError(f"adapter target {target!r} matches no layer of the model; similar: {', '.join(near)}")
     return sorted({name for found in hits.values() for name in found})
 
 
@@ -248,4 +248,4 @@ def refuse_unknown(options: Mapping[str, Any], known: Sequence[str], who: str) -
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=3, cutoff=0.3)
-            raise ConfigError(f"adapter.options has {option!r}, which {who} does not know; near: {', '.join(near) or 'none'}")
+            raise ConfigError(f"adapter.options has {option!r}, which {who} does not know; similar: {', '.join(near) or 'none'}")

@@ -1,4 +1,4 @@
-"""Low-rank updates alpha / rank · B A by their factors: norms, cuts and sums without the full matrix."""
+"""Low-rank updates alpha / rank · B A as factors: norms, truncations and sums without the full matrix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def flat(layer: Factors) -> tuple[Tensor, Tensor]:
 
 
 def folded(layer: Factors) -> Factors:
-    """The same update with alpha = r, which is what readers take that find no alpha; float32 where the scale isn't 1."""
+    """The same update with alpha = r, the default of readers that find no alpha; float32 if the scale isn't 1."""
     if layer.scale == 1:
         return layer
     return Factors(layer.down, (layer.up.double() * layer.scale).float(), float(layer.rank))
@@ -65,11 +65,11 @@ def decomposed(layer: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cut(layer: Factors, rank: int | None = None, keep: float | None = None) -> tuple[Factors, float]:
-    """The nearest update of a lower rank (Eckart and Young 1936), and the squared distance that the singular values foretell.
+    """The nearest update of a lower rank (Eckart and Young 1936), and the squared distance by the singular values.
 
     Args:
         rank: at most this.
-        keep: instead: the lowest rank that keeps this share of the squared norm, in (0, 1].
+        keep: instead: the lowest rank with at least this share of the squared norm, in (0, 1].
     """
     u, s, v = decomposed(layer)
     squares = s.square()
@@ -84,10 +84,10 @@ def cut(layer: Factors, rank: int | None = None, keep: float | None = None) -> t
 
 
 def merged(files: Sequence[Parts], weights: Sequence[float]) -> dict[str, dict[str, Factors]]:
-    """Σ weight · update, exactly: the factors side by side, ranks added.
+    """Σ weight · update, exactly: concatenated factors, so the ranks add up.
 
     Raises:
-        ConfigError: two files have a layer in different sizes.
+        ConfigError: a layer has different sizes in two files.
     """
     found: dict[str, dict[str, Factors]] = {}
     for parts, weight in zip(files, weights, strict=True):

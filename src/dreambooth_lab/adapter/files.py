@@ -1,4 +1,4 @@
-"""Files of LoRAs, read whatever layout they have: diffusers', kohya's sd-scripts', peft's folders, ai-toolkit's and ComfyUI's."""
+"""Read LoRA files in any layout: diffusers', kohya's sd-scripts', peft's folders, ai-toolkit's and ComfyUI's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .factors import Factors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CLIP = "text_model."  # begins names of CLIP's text encoders in files; transformers 5 dropped it from one class
+CLIP = "text_model."  # prefix of CLIP's layer names in files; transformers 5 removed it from one class
 PREFIXES = {
     "lora_unet": "unet", "lora_transformer": "transformer", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2",
     "lora_te": "text_encoder", "lycoris": "unet",
 }  # fmt: skip
-SAID = "lora_adapter_metadata"  # where diffusers keeps peft's settings, in a file's header
+SAID = "lora_adapter_metadata"  # the header field with peft's settings in diffusers' files
 ENDS = {
     "lora_A": "down", "lora_B": "up", "lora.down": "down", "lora.up": "up", "lora_down": "down", "lora_up": "up",
     "lora_linear_layer.down": "down", "lora_linear_layer.up": "up",
@@ -38,19 +38,19 @@ class File(NamedTuple):
     """A LoRA's file."""
 
     layout: str  # diffusers, kohya, peft or comfyui
-    parts: dict[str, dict[str, Factors]]  # part of a pipeline → layer, as diffusers' files name it → its update
+    parts: dict[str, dict[str, Factors]]  # part of a pipeline → layer, named as in diffusers' files → its update
     header: dict[str, str]
-    assumed: int  # layers that say no alpha, so that it is their rank
+    assumed: int  # number of layers without alpha, where alpha is the rank
 
 
 def read(path: Path) -> File:
     """A file, a peft folder (text encoders in folders within), or the folder of an export.
 
     Raises:
-        ConfigError: it is no LoRA in safetensors.
+        ConfigError: it is not a LoRA in safetensors.
     """
     if not path.exists():
-        raise ConfigError(f"{str(path)!r} is no file or folder here; give the path of a LoRA")
+        raise ConfigError(f"{str(path)!r} does not exist; give the path of a LoRA")
     if not path.is_dir():
         return _peft([path.parent]) if path.name == PEFT_FILE else _file(path)
     if (path / PEFT_FILE).is_file():
@@ -60,7 +60,9 @@ def read(path: Path) -> File:
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return _file(files[0])
-    raise ConfigError(f"{str(path)!r} holds {len(files)} safetensors files and no {PEFT_FILE} or {DIFFUSERS_FILE}; name one file")
+    raise ConfigError(
+        f"{str(path)!r} holds {len(files)} safetensors files and no {PEFT_FILE} or {DIFFUSERS_FILE}; give the path of one file"
+    )
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -79,37 +81,37 @@ def _file(path: Path) -> File:
     tensors, header = _open(path)
     layout = _layout(tensors)
     pairs, alphas = _pairs(tensors, path)
-    said = _settings(header)
+    settings = _settings(header)
     parts: dict[str, dict[str, Factors]] = {}
     assumed = 0
     for key, pair in pairs.items():
         part, layer = _place(key, layout)
         alpha = alphas.get(key)
         if alpha is None:
-            alpha = _alpha(said.get(part, {}), layer, pair["down"].shape[0])
-            assumed += part not in said
+            alpha = _alpha(settings.get(part, {}), layer, pair["down"].shape[0])
+            assumed += part not in settings
         parts.setdefault(part, {})[layer] = Factors(pair["down"], pair["up"], alpha)
     return File(layout, parts, header, assumed)
 
 
 def _pairs(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """Layer as the file names it → its two factors, and → its alpha."""
+    """Layer, by its name in the file → its two factors, and → its alpha."""
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
         if other := next((name for mark, name in OTHERS.items() if mark in key), None):
-            raise ConfigError(f"{str(path)!r} is {other} ({key}); these tools read plain LoRAs, B A with an alpha")
+            raise ConfigError(f"{str(path)!r} is {other} ({key}); these tools read only plain LoRAs, B A with an alpha")
         if key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha")] = float(tensor)
         elif found := KEY.fullmatch(key):
             pairs.setdefault(found["layer"], {})[ENDS[found["end"]]] = tensor
         else:
             raise ConfigError(
-                f"{str(path)!r} is no LoRA: it has {key}; give a file whose keys end with lora_A, lora_down or alike"
+                f"{str(path)!r} is not a LoRA: it has {key}; give a file whose keys end with lora_A, lora_down or similar"
             )
     lone = [layer for layer, pair in pairs.items() if len(pair) < 2]
     if lone or not pairs:
-        raise ConfigError(f"{str(path)!r} is no whole LoRA: {lone[0] + ' lacks a factor' if lone else 'it is empty'}")
+        raise ConfigError(f"{str(path)!r} is not a complete LoRA: {lone[0] + ' lacks a factor' if lone else 'it is empty'}")
     for layer, pair in pairs.items():
         if pair["down"].shape[0] != pair["up"].shape[1]:
             raise ConfigError(f"{str(path)!r} is damaged: {layer} has ranks {pair['down'].shape[0]} and {pair['up'].shape[1]}")
@@ -124,11 +126,11 @@ def _layout(keys: Mapping[str, Tensor]) -> str:
 
 
 def _place(key: str, layout: str) -> tuple[str, str]:
-    """A file's name of a layer → its part and its name there."""
+    """A layer's name in a file → its part and its name there."""
     if layout == "kohya":
         prefix = next((prefix for prefix in PREFIXES if key.startswith(f"{prefix}_")), None)
         if prefix is None:
-            raise ConfigError(f"{key} begins with none of {sorted(PREFIXES)}, the parts that kohya's layout has")
+            raise ConfigError(f"{key} starts with none of {sorted(PREFIXES)}, the parts of kohya's layout")
         name = key.removeprefix(f"{prefix}_")
         return denoiser(name) if PREFIXES[prefix] == "unet" else PREFIXES[prefix], kohya.dotted(name)
     part, _, layer = key.partition(".")
@@ -139,12 +141,12 @@ def _place(key: str, layout: str) -> tuple[str, str]:
 
 
 def _processed(found: re.Match[str]) -> str:
-    """How diffusers' older files named attention's layers."""
+    """Convert the attention layer names of diffusers' older files."""
     return ".to_out.0" if found[1] == "to_out" else f".{found[1]}"
 
 
 def denoiser(layer: str) -> str:
-    """What a pipeline calls the denoiser that has a layer."""
+    """The pipeline's name of the denoiser that has a layer."""
     return (
         "unet"
         if re.match(r"(down|up|input|output|middle|mid)_block|conv_|time_emb|add_emb|label_|out_", layer)
@@ -159,7 +161,7 @@ def block_of(layer: str) -> str:
 
 
 def text_name(layer: str) -> str:
-    """A layer of CLIP as files have it, whose class lost `text_model` in transformers 5."""
+    """The name of a CLIP layer in files; its class lost `text_model` in transformers 5."""
     return f"{CLIP}{layer}" if layer.startswith("encoder.layers.") else layer
 
 
@@ -172,18 +174,18 @@ def _settings(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _alpha(said: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Alpha that gives a layer its scale, under peft's settings."""
+def _alpha(values: Mapping[str, Any], layer: str, rank: int) -> float:
+    """The alpha of a layer's scale, by peft's settings."""
     from peft.utils.other import get_pattern_key
 
-    patterns = said.get("alpha_pattern") or {}
+    patterns = values.get("alpha_pattern") or {}
     alphas = dict(patterns) | {f"{CLIP}{key}": value for key, value in patterns.items()}
-    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), said.get("lora_alpha", rank)))
-    return alpha * rank**0.5 if said.get("use_rslora") else alpha
+    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), values.get("lora_alpha", rank)))
+    return alpha * rank**0.5 if values.get("use_rslora") else alpha
 
 
 def _peft(folders: list[Path]) -> File:
-    """The denoiser's folder, or a text encoder's, and those within."""
+    """Read the denoiser's folder, or a text encoder's, and subfolders."""
     parts: dict[str, dict[str, Factors]] = {}
     header: dict[str, str] = {}
     assumed = 0
@@ -191,7 +193,7 @@ def _peft(folders: list[Path]) -> File:
         tensors, own = _open(folder / PEFT_FILE)
         header |= own
         known = (folder / PEFT_CONFIG).is_file()
-        said = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")) if known else {}
+        values = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")) if known else {}
         pairs, alphas = _pairs(
             {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}, folder / PEFT_FILE
         )
@@ -201,6 +203,6 @@ def _peft(folders: list[Path]) -> File:
             part = part if name.startswith(CLIP) else denoiser(name)
             alpha = alphas.get(layer)
             assumed += alpha is None and not known
-            alpha = _alpha(said, layer, pair["down"].shape[0]) if alpha is None else alpha
+            alpha = _alpha(values, layer, pair["down"].shape[0]) if alpha is None else alpha
             parts.setdefault(part, {})[name] = Factors(pair["down"], pair["up"], alpha)
     return File("peft", parts, header, assumed)

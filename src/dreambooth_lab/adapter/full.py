@@ -1,4 +1,4 @@
-"""Full-rank training: the model's own weights learn."""
+"""Full fine-tuning of the model's own weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .base import Adapter, ExportWeights, Form, read_weights, rounded, temporari
 
 
 class Full(Adapter):
-    """Every weight of the model learns, or those of the chosen layers. A frozen copy of them stays beside the model, so that the
-    base model can still be asked exactly."""
+    """Trains every weight of the model, or those of the chosen layers. A frozen copy of them is kept, so that the
+    base model's predictions remain exact."""
 
     kind: ClassVar[str] = ""
 
@@ -67,7 +67,7 @@ trained = type(pipeline.{part}).from_pretrained(export, subfolder="{part}", torc
 pipeline.register_modules({part}=trained.to(pipeline.{part}.device))"""
 
     def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
-        """The whole denoiser as diffusers' `from_pretrained` reads it, in `PART/`."""
+        """Write the whole denoiser to `PART/`, for diffusers' `from_pretrained`."""
         model: nn.Module = self.model
         save = model.save_pretrained
         assert callable(save)

@@ -1,5 +1,5 @@
-"""The key layout of kohya's sd-scripts: written with diffusers' names of the blocks, as ComfyUI and A1111 read it; read with
-those and with SDXL's original ones, which sd-scripts writes."""
+"""The key layout of kohya's sd-scripts. It is written with diffusers' block names, as ComfyUI and A1111 read it. It is read with
+these names and with SDXL's original ones, which sd-scripts writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = {
     "conv_depth", "conv_inverted", "conv_point", "double_stream_modulation_img", "double_stream_modulation_txt",
     "encoder_hid_proj", "in_proj", "linear_3", "linear_in", "linear_out", "patch_embed", "pos_embed",
     "single_stream_modulation", "t_embedder", "time_caption_embed", "time_embed", "time_guidance_embed", "to_qkv_mlp_proj",
-}  # parts of diffusers' and transformers' layer names with an underscore of their own  # fmt: skip
+}  # components of diffusers' and transformers' layer names that contain an underscore  # fmt: skip
 LONGEST = max(word.count("_") + 1 for word in WORDS)
 RESNET = {
     "in_layers_2": "conv1", "emb_layers_1": "time_emb_proj", "out_layers_3": "conv2", "skip_connection": "conv_shortcut",
@@ -38,12 +38,12 @@ ENDS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 def convert(prefix: str, layers: Mapping[str, Tensor], alphas: Mapping[str, float], alpha: float) -> dict[str, Tensor]:
     """peft's keys (`a.b.to_q.lora_A.weight`) → kohya's (`lora_unet_a_b_to_q.lora_down.weight`), an `alpha` for each layer, since
-    tools apply alpha / rank. The same alpha for all: diffusers 0.42 misplaces them where they differ.
+    tools apply alpha / rank. All have the same alpha: diffusers 0.42 assigns differing ones to wrong layers.
 
     Args:
-        prefix: what the layout calls the model: lora_unet, lora_te1, …
-        alphas: layer → alpha that its factors have.
-        alpha: the one that is written; B makes up for the difference.
+        prefix: of the model in this layout: lora_unet, lora_te1, …
+        alphas: layer → alpha of its factors.
+        alpha: the written one; B is scaled accordingly.
     """
     converted = {}
     for key, tensor in layers.items():
@@ -56,7 +56,7 @@ def convert(prefix: str, layers: Mapping[str, Tensor], alphas: Mapping[str, floa
 
 
 def header(rank: int, alpha: float) -> dict[str, str]:
-    """What kohya's tools look for in a file's header."""
+    """Header fields that kohya's tools read."""
     return {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
 
 

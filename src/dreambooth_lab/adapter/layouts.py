@@ -1,4 +1,4 @@
-"""LoRAs written in the layouts that programs read, the scale folded into B, so that no reader can take another."""
+"""Write LoRAs in the layouts of other programs, with the scale folded into B, so that every reader uses the same scale."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FUSED = (
     "double_blocks",
     "single_blocks",
     "joint_blocks",
-)  # of the makers' own layouts, where one matrix is several of diffusers' layers
+)  # of the original layouts, where one matrix is several of diffusers' layers
 KOHYA = {"unet": "lora_unet", "transformer": "lora_transformer", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
@@ -40,8 +40,8 @@ def write(layout: str, path: Path, parts: Parts, header: Mapping[str, str], dtyp
 
     Args:
         layout: diffusers, kohya (each a file) or peft (a folder).
-        parts: names as `files.read` gives them.
-        header: of the file that it was; what no longer holds is left out.
+        parts: names as from `files.read`.
+        header: of the original file; outdated fields are removed.
         dtype: None: each tensor's own.
 
     Raises:
@@ -59,7 +59,7 @@ def write(layout: str, path: Path, parts: Parts, header: Mapping[str, str], dtyp
 
 
 def diffusers_weights(parts: Parts) -> dict[str, Tensor]:
-    """What a diffusers pipeline's `load_lora_weights` takes, float32."""
+    """The input of a diffusers pipeline's `load_lora_weights`, float32."""
     _check("diffusers", parts)
     ready = {
         part: {name: _cast(folded(layer), layer, torch.float32) for name, layer in own.items()} for part, own in parts.items()
@@ -68,11 +68,11 @@ def diffusers_weights(parts: Parts) -> dict[str, Tensor]:
 
 
 def refuse_fused(parts: Parts) -> None:
-    """Raise a ConfigError for a file whose layers are each several of diffusers', as sd-scripts writes FLUX."""
+    """Raise a ConfigError for a file whose layers each correspond to several of diffusers', as sd-scripts writes FLUX."""
     for part, layers in parts.items():
         if fused := next((name for name in layers if name.startswith(FUSED)), None):
             raise ConfigError(
-                f"{part} has the layer {fused}, as the model's makers name it, where diffusers has several layers; load the file "
+                f"{part} has the layer {fused} of the original model, which is several layers in diffusers; load the file "
                 "with diffusers' load_lora_weights and write it with save_lora_weights first"
             )
 
@@ -88,19 +88,19 @@ def _cast(layer: Factors, before: Factors, dtype: torch.dtype | None) -> Factors
     down, up = layer.down.to(dtype or before.down.dtype), layer.up.to(dtype or before.up.dtype)
     if not (down.isfinite().all() and up.isfinite().all()):
         raise ConfigError(
-            f"--dtype {str(down.dtype).removeprefix('torch.')}: a layer's numbers don't fit in it; use bfloat16 or float32"
+            f"--dtype {str(down.dtype).removeprefix('torch.')}: a layer's values don't fit in it; use bfloat16 or float32"
         )
     return Factors(down.contiguous(), up.contiguous(), layer.alpha)
 
 
 def _diffusers(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {f"{part}.{key}": tensor for part, layers in parts.items() for key, tensor in _keys(layers).items()}
-    said = {f"{part}.{key}": value for part, layers in parts.items() for key, value in _settings(layers).items()}
-    return tensors, {SAID: json.dumps(said, sort_keys=True)}
+    values = {f"{part}.{key}": value for part, layers in parts.items() for key, value in _settings(layers).items()}
+    return tensors, {SAID: json.dumps(values, sort_keys=True)}
 
 
 def _kohya(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One alpha in all layers, the commonest rank: diffusers 0.42 misplaces the alphas of this layout where they differ."""
+    """One alpha for all layers, the most common rank: diffusers 0.42 assigns differing alphas of this layout to wrong layers."""
     tensors: dict[str, Tensor] = {}
     rank = _common({(part, name): layer for part, layers in parts.items() for name, layer in layers.items()})
     alone = "unet" in parts and "text_encoder_2" not in parts and not _is_large(parts["unet"])
@@ -112,7 +112,7 @@ def _kohya(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _is_large(unet: Mapping[str, Factors]) -> bool:
-    """Is it SDXL's, whose text encoders are `te1` and `te2`? It has several transformer blocks in a place."""
+    """Whether it is SDXL's, with text encoders `te1` and `te2`: it has several transformer blocks per attention."""
     return any(".transformer_blocks.1." in name for name in unet)
 
 
@@ -126,17 +126,17 @@ def _common(layers: Mapping[Any, Factors]) -> int:
 
 
 def _settings(layers: Mapping[str, Factors]) -> dict[str, Any]:
-    """peft's settings. Its patterns fit endings, so CLIP's names without `text_model` fit every version of its classes."""
+    """peft's settings. Its patterns match suffixes, so CLIP's names without `text_model` match every version of its classes."""
     rank, layers = _common(layers), {name.removeprefix(CLIP): layer for name, layer in layers.items()}
     others = {name: layer.rank for name, layer in layers.items() if layer.rank != rank}
     return {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(layers)}
 
 
 def _write_peft(path: Path, parts: Parts, header: Mapping[str, str]) -> None:
-    """The denoiser's folder, a text encoder's within; CLIP's names as transformers 5 has them, so of CLIPTextModel without
-    `text_model`, which SD3's first encoder is not."""
+    """The denoiser's folder, with text encoders' folders inside; CLIP's names as in transformers 5, that is without
+    `text_model` for CLIPTextModel, which SD3's first encoder is not."""
     if (path / "..").resolve() == path.resolve() or (path.exists() and not (path / PEFT_FILE).is_file() and any(path.iterdir())):
-        raise ConfigError(f"--output {str(path)!r} is a folder that holds something else; name a new one")
+        raise ConfigError(f"--output {str(path)!r} is a folder with other contents; choose a new one")
     path.parent.mkdir(parents=True, exist_ok=True)
     bare = not {"transformer", "text_encoder_2"} <= parts.keys()
     with atomic_folder(path) as made:
@@ -147,5 +147,5 @@ def _write_peft(path: Path, parts: Parts, header: Mapping[str, str]) -> None:
             inside.mkdir(exist_ok=True)
             keys = {f"base_model.model.{key}": tensor for key, tensor in _keys(named).items()}
             save_file(keys, inside / PEFT_FILE, dict(header))
-            said = {"peft_type": "LORA"} | _settings(named)
-            (inside / PEFT_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            values = {"peft_type": "LORA"} | _settings(named)
+            (inside / PEFT_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -20,15 +20,15 @@ from .base import Adapter, ExportWeights, Form, full_name, matching_layers, read
 from .files import CLIP, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, SAID, read
 from .layouts import refuse_fused
 
-OPTIONS = ("use_rslora", "init_lora_weights")  # of peft's LoraConfig: what leaves the base alone and exports whole
+OPTIONS = ("use_rslora", "init_lora_weights")  # options of peft's LoraConfig that don't change the base and can be exported
 NAME = "default"  # the one adapter of a run, as diffusers' loader calls it
 PEFT_FOLDER = "peft"
 log = logging.getLogger(__name__)
 
 
 class LoRA(Adapter):
-    """Low-rank update W + (alpha / rank) B A (Hu et al. 2022), `algorithm` lora; or its direction with a learned length for each
-    output (Liu et al. 2024), `algorithm` dora; through peft."""
+    """Low-rank update W + (alpha / rank) B A (Hu et al. 2022), `algorithm` lora; or its direction with a trained magnitude for
+    each output (Liu et al. 2024), `algorithm` dora; through peft."""
 
     def attach(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         self.model, self.text = model, dict[str, nn.Module]()
@@ -81,27 +81,29 @@ class LoRA(Adapter):
             wrong += [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]
         if wrong:
             raise ConfigError(
-                f"adapter.init_from is {str(path)!r}, which does not fit in {len(wrong)} weights ({', '.join(wrong[:3])}); use "
+                f"adapter.init_from is {str(path)!r}, where {len(wrong)} weights do not match ({', '.join(wrong[:3])}); use "
                 "the same adapter, rank, targets and text encoders"
             )
 
     def _check_alpha(self, path: Path) -> None:
-        """The same weights under another alpha are another update."""
+        """Refuse another alpha: the same weights with another alpha are another update."""
         with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get(SAID, "{}"))
-        others = {value for key, value in said.items() if key.endswith(".lora_alpha")} - {self.alpha}
+            metadata = json.loads((file.metadata() or {}).get(SAID, "{}"))
+        others = {value for key, value in metadata.items() if key.endswith(".lora_alpha")} - {self.alpha}
         if others:
             raise ConfigError(f"adapter.init_from is {str(path)!r} with alpha {others.pop():g}; set adapter.alpha to it")
 
     def _rescaled(self, path: Path) -> dict[str, Tensor]:
-        """Weights of a file in any layout, with B scaled so that the update is the file's under this run's alpha."""
+        """Weights of a file in any layout, with B scaled so that the update is the same with this run's alpha."""
         try:
             found = read(path)
             refuse_fused(found.parts)
         except ConfigError as error:
             raise ConfigError(f"adapter.init_from can't be used: {error}") from error
         if found.assumed:
-            log.warning("adapter.init_from: %d layers of %s say no alpha; taken as their rank, a scale of 1", found.assumed, path)
+            log.warning(
+                "adapter.init_from: %d layers of %s have no alpha; alpha = rank is assumed, a scale of 1", found.assumed, path
+            )
         saved = dict[str, Tensor]()
         for part, layers in found.parts.items():
             model = self.text.get(part, self.model)
@@ -123,7 +125,7 @@ class LoRA(Adapter):
             pipeline.load_lora_weights(path)
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{str(path)!r} is no LoRA that diffusers can put on this model: {reason}") from error
+            raise ConfigError(f"{str(path)!r} is not a LoRA that diffusers can load into this model: {reason}") from error
 
     def set_scale(self, pipeline: Any, strength: float) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -162,10 +164,10 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
 
     def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
         """`pytorch_lora_weights.safetensors` (diffusers), `peft/` (a folder in it for each text encoder), and for LoRA
-        `NAME.safetensors` (ComfyUI, A1111 …). A LoRA's scale is folded into B, so that alpha is the rank to every reader.
+        `NAME.safetensors` (ComfyUI, A1111 …). A LoRA's scale is folded into B, so that alpha equals the rank for every reader.
 
-        DoRA gets no file for other programs, because who reads one computes something else: diffusers 0.42 drops the lengths of
-        kohya's layout, ComfyUI divides by |W| rather than |W + B A|, A1111 takes lengths of inputs.
+        DoRA gets no file for other programs, because they compute something else: diffusers 0.42 drops the magnitudes of
+        kohya's layout, ComfyUI divides by |W| instead of |W + B A|, A1111 uses magnitudes of inputs.
         """
         models = {weights_to_export.part: (self.model, weights_to_export.weights)}
         models |= {part: (encoder, weights_to_export.text[part]) for part, encoder in self.text.items()}
@@ -173,31 +175,31 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
         written = {part: self._written(model, weights) for part, (model, weights) in models.items()}
         inside = {part: _named(layers) if part in self.text else layers for part, (layers, _) in written.items()}
         if enums.Format.diffusers in form.formats:
-            said = {f"{part}.{key}": value for part, (_, own) in written.items() for key, value in own.items()}
-            _save(folder / DIFFUSERS_FILE, _keyed(inside), form, header | {SAID: json.dumps(said, sort_keys=True)})
+            values = {f"{part}.{key}": value for part, (_, own) in written.items() for key, value in own.items()}
+            _save(folder / DIFFUSERS_FILE, _keyed(inside), form, header | {SAID: json.dumps(values, sort_keys=True)})
             files[Path(DIFFUSERS_FILE)] = "diffusers"
         if enums.Format.comfyui in form.formats and self.algorithm == "lora":
             more = kohya.header(self.rank, self.rank)
             _save(folder / f"{form.name}.safetensors", self._for_programs(inside, weights_to_export), form, header | more)
             files[Path(f"{form.name}.safetensors")] = "comfyui"
         if enums.Format.peft in form.formats:
-            for part, (layers, said) in written.items():
-                _write_peft(folder / PEFT_FOLDER / (part if part in self.text else ""), layers, said, form, header)
+            for part, (layers, values) in written.items():
+                _write_peft(folder / PEFT_FOLDER / (part if part in self.text else ""), layers, values, form, header)
             files[Path(PEFT_FOLDER)] = "peft"
         return files
 
     def _written(self, model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights in peft's key layout, and peft's settings; of a LoRA with its scale in B."""
-        layers, said = _layers(model, weights), _metadata(model)
+        """Weights in peft's key layout, and peft's settings; for a LoRA with its scale in B."""
+        layers, metadata = _layers(model, weights), _metadata(model)
         if self.algorithm != "lora":
-            return layers, said
+            return layers, metadata
         scales = _scales(model)
         folded = {key: tensor * scales[self.layer_of(key)] if ".lora_B." in key else tensor for key, tensor in layers.items()}
-        alphas = {"lora_alpha": said["r"], "alpha_pattern": said["rank_pattern"], "use_rslora": False}
-        return folded, said | alphas
+        alphas = {"lora_alpha": metadata["r"], "alpha_pattern": metadata["rank_pattern"], "use_rslora": False}
+        return folded, metadata | alphas
 
     def _for_programs(self, parts: Mapping[str, Mapping[str, Tensor]], weights_to_export: ExportWeights) -> dict[str, Tensor]:
-        """kohya's keys where the family has them, with one alpha, this adapter's rank; else diffusers'."""
+        """kohya's keys if the family has them, with one alpha, this adapter's rank; else diffusers' keys."""
         if not weights_to_export.kohya:
             return _keyed(parts)
         made = dict[str, Tensor]()
@@ -208,17 +210,17 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
         return made
 
 
-LENGTHS = ".lora_magnitude_vector"  # DoRA's, which transformers looks for by the name of the parameter in them
+LENGTHS = ".lora_magnitude_vector"  # DoRA's; transformers expects the name of the parameter in them
 
 
 def _saved(name: str) -> str:
-    """Name of a text encoder's layer or parameter as diffusers' file has it, whatever version of transformers reads it."""
+    """The name of a text encoder's layer or parameter in diffusers' files, for any version of transformers."""
     name = name + ".weight" if name.endswith(LENGTHS) else name
     return name if name.startswith(CLIP) else CLIP + name
 
 
 def _live(name: str, model: nn.Module) -> str:
-    """And back, as this model has it."""
+    """The inverse: the name in this model."""
     name = name.removesuffix(".weight") if name.endswith(LENGTHS + ".weight") else name
     has = any(own.startswith(CLIP) for own, _ in model.named_modules())
     return name if has else name.removeprefix(CLIP)
@@ -233,7 +235,7 @@ def _layers(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _metadata(model: Any) -> dict[str, Any]:
-    """Rank, alpha and targets as peft writes them; without these a loader assumes alpha = rank."""
+    """Rank, alpha and targets in peft's format; without them a loader assumes alpha = rank."""
     return {key: sorted(v) if isinstance(v, set) else v for key, v in model.peft_config[NAME].to_dict().items()}
 
 
@@ -243,7 +245,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], form: Form, header: Mapping
 
 
 def _keyed(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Keys that begin with their part, as diffusers has them."""
+    """Keys prefixed with their part, as in diffusers."""
     return {f"{part}.{name}": tensor for part, layers in parts.items() for name, tensor in layers.items()}
 
 
@@ -252,14 +254,14 @@ def _named(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_peft(
-    folder: Path, layers: Mapping[str, Tensor], said: Mapping[str, Any], form: Form, header: Mapping[str, str]
+    folder: Path, layers: Mapping[str, Tensor], values: Mapping[str, Any], form: Form, header: Mapping[str, str]
 ) -> None:  # fmt: skip
     _save(folder / PEFT_FILE, {f"base_model.model.{name}": tensor for name, tensor in layers.items()}, form, header)
-    (folder / PEFT_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / PEFT_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _scales(model: nn.Module) -> dict[str, float]:
-    """Layer → what its update B A is multiplied by, whatever option (rslora …) made it."""
+    """Layer → the factor of its update B A, with any option (rslora …)."""
     from peft.tuners.lora import LoraLayer
 
     return {name: layer.scaling[NAME] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}

@@ -1,11 +1,12 @@
 """LoRA's branch in the base's own dtype.
 
-The factors A and B that learn are float32. Beside a base of fewer bits peft's branch runs in float32: it keeps a second copy of
-every input for backward and moves twice the bytes, for a precision that the base's rounding has lost already. A layer computes
+The trained factors A and B are float32. With a base of lower precision, peft's branch runs in float32: it saves a second copy of
+every input for backward and moves twice the bytes, for a precision that the base's rounding has already lost. Here a layer
+computes
     y = W x + s B (A x)
 
-with A and B rounded to the base's dtype once after each change, and the update added by the same matrix product that makes it, so
-that backward keeps of a layer its input, which the layers that share it have in common, and A x.
+with A and B rounded to the base's dtype once after each change, and the update added by the matrix product that computes it.
+Backward saves only the layer's input, which is shared between layers with the same input, and A x.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-ROUNDED, LENGTHS = "_rounded", "_lengths"  # names under which a layer keeps what is made of its factors; not saved
+ROUNDED, LENGTHS = "_rounded", "_lengths"  # attributes for tensors derived from a layer's factors; not saved
 T = TypeVar("T")
-_steps = [0]  # of all optimisers: fused and 8-bit ones change a parameter without a change of its version
+_steps = [0]  # counts the steps of all optimisers: fused and 8-bit ones don't increment a parameter's version
 
 
 def _count(*_: Any) -> None:
@@ -33,14 +34,14 @@ register_optimizer_step_post_hook(_count)
 
 
 class LowPrecision(LoraVariant):
-    """Takes the place of peft's own branch, which a float32 base keeps, to the bit."""
+    """Replaces peft's branch; with a float32 base peft's own branch is used, bit for bit."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """
         Args:
             x: the layer's input [… in], or [B C H W].
-            result: W x [… out] or [B C' H' W'], in the dtype that the branch takes.
+            result: W x [… out] or [B C' H' W'], in the branch's dtype.
         """
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scale = module.lora_dropout[active_adapter], module.scaling[active_adapter]
@@ -51,9 +52,9 @@ class LowPrecision(LoraVariant):
 
 
 class LowPrecisionDora:
-    """The same for DoRA, which multiplies W + s B A by m / |W + s B A|, a number for each output. Mixed with peft's own class,
-    which a float32 base and dropout keep. The lengths |W + s B A|, for which peft makes the whole matrix in every forward, are
-    made once until a factor changes; as in peft's, nothing flows back through them."""
+    """The same for DoRA, which multiplies W + s B A by m / |W + s B A|, one factor per output. Mixed with peft's own class,
+    which is used with a float32 base and with dropout. The norms |W + s B A|, for which peft builds the whole matrix in every
+    forward, are computed once until a factor changes; as in peft, no gradient flows through them."""
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
@@ -81,7 +82,7 @@ def _added(down: nn.Module, x: Tensor, result: Tensor, a: Tensor, b: Tensor, sca
 
 
 def use(model: nn.Module, adapter: str) -> None:
-    """Let every LoRA layer of a model take this branch."""
+    """Make every LoRA layer of a model use this branch."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
             own = layer.lora_variant.get(adapter)
@@ -91,7 +92,7 @@ def use(model: nn.Module, adapter: str) -> None:
 
 
 def rounded(layer: nn.Module, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and B in a dtype, differentiable as often as asked."""
+    """A and B in a dtype, differentiable repeatedly."""
     return _kept(layer, ROUNDED, (a, b), dtype, lambda: (a.to(dtype), b.to(dtype)))
 
 
@@ -107,8 +108,8 @@ def lengths(layer: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _kept(layer: nn.Module, name: str, factors: tuple[Tensor, Tensor], other: object, make: Callable[[], T]) -> T:
-    """What is made of the factors and something else; once for all forwards until one of them changes."""
-    if torch.compiler.is_compiling():  # which joins the making to what follows
+    """Cache a result computed from the factors until one of them changes."""
+    if torch.compiler.is_compiling():  # the compiler fuses the computation with what follows
         return make()
     state = (other, _steps[0], *((factor.untyped_storage()._cdata, factor._version) for factor in factors))
     kept = layer.__dict__.get(name)

@@ -1,4 +1,4 @@
-"""LoCon, LoHa, LoKr and their kin (Yeh et al. 2024). The only module that imports lycoris."""
+"""LoCon, LoHa, LoKr and other LyCORIS adapters (Yeh et al. 2024). The only module that imports lycoris."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .base import Adapter, ExportWeights, Form, read_weights, refuse_unknown, ro
 from .files import PREFIXES
 
 FILE, CONFIG_FILE, PREFIX = "lycoris.safetensors", "lycoris_config.json", "lycoris"
-BETWEEN = ":"  # parameter names may hold no dot
+BETWEEN = ":"  # parameter names may not contain a dot
 SPELLING = {"linear_dim": "lora_dim", "linear_alpha": "alpha", "conv_dim": "conv_lora_dim", "dora_wd": "weight_decompose",
             "wd_on_output": "wd_on_out", "algo": "network_module"}  # fmt: skip
 BARE: dict[str, Any] = {
     "enable_conv": True, "target_module": [], "target_name": [], "module_algo_map": {}, "name_algo_map": {},
     "lora_prefix": PREFIX, "use_fnmatch": False, "exclude_name": [],
 }  # fmt: skip
-ATTENTION_AND_FEED_FORWARD = {"target_module": ["Attention", "FeedForward"]}  # of a file that names nothing
-BY_FACTORS = ("locon", "loha", "kron")  # names of its modules that compute their update of an output, equal but for rounding
+ATTENTION_AND_FEED_FORWARD = {"target_module": ["Attention", "FeedForward"]}  # for a file without targets
+BY_FACTORS = ("locon", "loha", "kron")  # modules that compute their update of an output from factors, equal except for rounding
 _lock = threading.Lock()
 
 
 class ExtraModule(nn.Module):
-    """A network's parameters under names of their own. The network itself writes a folded form into state dicts, which can't be
-    resumed from; these are the raw ones. Training and evaluation mode pass through."""
+    """A network's raw parameters under separate names. The network itself writes a folded form into state dicts, which can't be
+    resumed from. Training and evaluation mode are passed on."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -59,21 +59,21 @@ class Lycoris(Adapter):
     def attach(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         from lycoris import LycorisNetwork
 
-        logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # importing it sets another
+        logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # the import changes the level
         names = {module: name for name, module in model.named_modules()}
         self.model = model
         arguments, preset = self._arguments(), self._choice(model, target_modules)
-        self.said = {_library_options(key): value for key, value in arguments.items()} | {"apply_preset": preset}
+        self.settings = {_library_options(key): value for key, value in arguments.items()} | {"apply_preset": preset}
         _refuse_unknown_layers(arguments, preset)
         if any(_is_quantised(layer) for layer in model.modules()):
-            arguments["bypass_mode"] = True  # W itself is not at hand: add the update's output instead
+            arguments["bypass_mode"] = True  # W is quantised: add the update's output instead
         with _lock, torch.random.fork_rng(devices=[]):  # presets are globals of the library's class
             torch.manual_seed(seed)
             LycorisNetwork.apply_preset(preset)
             self.network = _network(set(names.values()))(model, warn_on_unmatched=False, **arguments)
         if not self.network.loras:
             raise ConfigError(
-                f"adapter.preset {self.preset!r} matches no layer of the model; LyCORIS names classes of layers there"
+                f"adapter.preset {self.preset!r} matches no layer of the model; LyCORIS presets name classes of layers"
             )
         for lora in self.network.loras:
             lora.bypass_mode = _adds_outputs(lora)
@@ -83,15 +83,15 @@ class Lycoris(Adapter):
         return sorted(self.named.values())
 
     def _arguments(self) -> dict[str, Any]:
-        """The library's, from our keys, or from a file of its own in their place."""
-        said: dict[str, Any] = {"algo": self.algorithm, "linear_dim": self.rank, "linear_alpha": self.alpha}
-        said |= read_lycoris_file(str(self.preset)) if self._has_file else {"dropout": self.dropout, **self.options}
-        said.pop("apply_preset", None)
-        arguments = {SPELLING.get(key, key): value for key, value in said.items()}
+        """The library's arguments, from our keys or from a LyCORIS file."""
+        values: dict[str, Any] = {"algo": self.algorithm, "linear_dim": self.rank, "linear_alpha": self.alpha}
+        values |= read_lycoris_file(str(self.preset)) if self._has_file else {"dropout": self.dropout, **self.options}
+        values.pop("apply_preset", None)
+        arguments = {SPELLING.get(key, key): value for key, value in values.items()}
         return {"conv_lora_dim": arguments["lora_dim"], "conv_alpha": arguments["alpha"]} | arguments
 
     def _choice(self, model: nn.Module, target_modules: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-        """Which layers, as the library's presets say it; every key, since it keeps what the last one said."""
+        """The target layers as a preset of the library; with every key, since it keeps those of the last preset."""
         if self._has_file:
             return BARE | read_lycoris_file(str(self.preset)).get("apply_preset", ATTENTION_AND_FEED_FORWARD)
         if self.preset:
@@ -119,7 +119,7 @@ class Lycoris(Adapter):
         absent = [name for name, p in mine.items() if name not in saved or saved[name].shape != p.shape]
         if absent:
             raise ConfigError(
-                f"adapter.init_from is {str(path)!r}, which does not fit in {len(absent)} weights ({', '.join(absent[:3])}); "
+                f"adapter.init_from is {str(path)!r}, where {len(absent)} weights do not match ({', '.join(absent[:3])}); "
                 "use the same adapter, rank, options and targets"
             )
         for name, parameter in mine.items():
@@ -132,14 +132,14 @@ class Lycoris(Adapter):
         return self.named[parameter.split(BETWEEN)[0]]
 
     def set_scale(self, pipeline: Any, strength: float) -> None:
-        trained = self.said.get("multiplier", 1.0)
+        trained = self.settings.get("multiplier", 1.0)
         for layer in self.network.loras:
             layer.org_module[0].forward = layer.forward if strength else layer.org_forward
         self.network.set_multiplier(strength * trained)
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        for layer in self.network.loras:  # a multiplier of 0 is not the base model under weight decomposition
+        for layer in self.network.loras:  # a multiplier of 0 is not the base model with weight decomposition
             layer.org_module[0].forward = layer.org_forward
         try:
             yield
@@ -161,15 +161,15 @@ network.to(pipeline.{part}.device, pipeline.{part}.dtype)
 network.apply_to()"""
 
     def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
-        """`NAME.safetensors` (ComfyUI, A1111 …), its keys beginning as kohya's layout calls the denoiser, where it has a name for
-        it; `lycoris.safetensors` with the library's own keys (SimpleTuner); and the `lycoris_config.json` they were made with."""
+        """`NAME.safetensors` (ComfyUI, A1111 …), with the denoiser's prefix in kohya's layout if it has
+        one; `lycoris.safetensors` with the library's own keys (SimpleTuner); and their `lycoris_config.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         own = {name.replace(".", BETWEEN): p for name, p in self.network.named_parameters()}
         with temporarily_replaced(own, weights_to_export.weights):
             state = {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
         form, files = weights_to_export.form, {Path(CONFIG_FILE): "settings"}
-        said = {str(key): value for key, value in self.said.items()}
-        header = {"format": "pt", "lycoris_config": json.dumps(said), **weights_to_export.header, **self._for_sd_scripts()}
+        values = {str(key): value for key, value in self.settings.items()}
+        header = {"format": "pt", "lycoris_config": json.dumps(values), **weights_to_export.header, **self._for_sd_scripts()}
         for wanted, name, prefix in (
             (enums.Format.comfyui, f"{form.name}.safetensors", weights_to_export.kohya.get(weights_to_export.part, PREFIX)),
             (enums.Format.lycoris, FILE, PREFIX),
@@ -178,13 +178,13 @@ network.apply_to()"""
                 named = {prefix + key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
                 save_file(rounded(named, form.dtype, name), folder / name, header)
                 files[Path(name)] = wanted.value
-        (folder / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         return files
 
     def _for_sd_scripts(self) -> dict[str, str]:
-        """Header fields by which sd-scripts' tools and A1111 say what a file is."""
-        named = {key: self.said[key] for key in ("linear_dim", "linear_alpha") if key in self.said}
-        rest = {key: str(value) for key, value in self.said.items() if key not in (*named, "apply_preset")}
+        """Header fields by which sd-scripts' tools and A1111 describe a file."""
+        named = {key: self.settings[key] for key in ("linear_dim", "linear_alpha") if key in self.settings}
+        rest = {key: str(value) for key, value in self.settings.items() if key not in (*named, "apply_preset")}
         return {
             "ss_network_module": "lycoris.kohya",
             "ss_network_dim": str(named.get("linear_dim")),
@@ -202,15 +202,15 @@ def _file_of(path: Path) -> Path:
 
 
 def _library_keys(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of any file of an export as the library's network has them."""
+    """Keys of any exported file, converted to those of the library's network."""
     prefixes = re.compile("|".join(f"^{re.escape(prefix)}_" for prefix in PREFIXES))
     return {prefixes.sub(f"{PREFIX}_", key): tensor for key, tensor in saved.items()}
 
 
 def _network(names: set[str]) -> type[Any]:
-    """The library's network, which matches every target to every layer by a regular expression. Python keeps 512 of them
-    compiled: with more targets each match compiles its own again, a million times for SDXL. Here a target that is a layer's
-    name is compared, and any other is compiled once.
+    """The library's network with faster matching. The library matches every target to every layer by a regular expression. Python
+    caches 512 compiled ones, so with more targets each match compiles again, a million times for SDXL. Here a target that is a
+    layer's name is compared, and any other is compiled once.
 
     Args:
         names: of all layers of the model.
@@ -229,8 +229,8 @@ def _network(names: set[str]) -> type[Any]:
 
 
 def _adds_outputs(lora: Any) -> bool:
-    """Can W x + (ΔW x) by ΔW's factors take the place of (W + ΔW) x, which keeps each ΔW for backward and rounds W + ΔW to the
-    dtype of W? What the configuration or the library itself says goes first."""
+    """Whether W x + (ΔW x) by ΔW's factors can replace (W + ΔW) x, which saves each ΔW for backward and rounds W + ΔW to the
+    dtype of W. The configuration and the library's own setting take precedence."""
     if lora.bypass_mode is not None or lora.name not in BY_FACTORS:
         return bool(lora.bypass_mode)
     layer = lora.org_module[0]
@@ -238,12 +238,12 @@ def _adds_outputs(lora: Any) -> bool:
 
 
 def _library_options(key: str) -> str:
-    """An argument of the library as its files spell it."""
+    """An argument of the library, spelled as in its files."""
     return next((spelled for spelled, own in SPELLING.items() if own == key), key)
 
 
 def _refuse_unknown_layers(arguments: Mapping[str, Any], preset: Mapping[str, Any]) -> None:
-    """Raise a ConfigError for what the library or the algorithm would not know, or would drop."""
+    """Raise a ConfigError for settings that the library or the algorithm does not know or would drop."""
     from lycoris import LycorisNetwork
     from lycoris.wrapper import network_module_dict
 
@@ -253,7 +253,7 @@ def _refuse_unknown_layers(arguments: Mapping[str, Any], preset: Mapping[str, An
     known = {*inspect.signature(LycorisNetwork).parameters, *inspect.signature(network_module_dict[algorithm]).parameters}
     refuse_unknown(arguments, sorted(known - {"kwargs"}), f"LyCORIS' {algorithm}")
     if strange := preset.keys() - BARE.keys():
-        raise ConfigError(f"adapter.preset has {sorted(strange)} in apply_preset; LyCORIS knows {sorted(BARE)}")
+        raise ConfigError(f"adapter.preset has {sorted(strange)} in apply_preset; LyCORIS accepts {sorted(BARE)}")
 
 
 def _named(preset: str) -> dict[str, Any]:
@@ -262,9 +262,9 @@ def _named(preset: str) -> dict[str, Any]:
 
     if preset not in PRESET:
         raise ConfigError(f"adapter.preset is {preset!r}; give a lycoris_config.json, or one of {', '.join(PRESET)}")
-    said: Mapping[str, Any] = PRESET[preset]
+    preset_values: Mapping[str, Any] = PRESET[preset]
     keys = {"unet_target_module": "target_module", "unet_target_name": "target_name"}
-    renamed = {keys.get(key, key): value for key, value in said.items()}
+    renamed = {keys.get(key, key): value for key, value in preset_values.items()}
     return {key: value for key, value in renamed.items() if key in BARE}
 
 

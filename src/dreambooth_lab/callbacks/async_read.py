@@ -1,4 +1,4 @@
-"""Numbers of a step, read while the device goes on with what was queued after them."""
+"""Read values of a step while the device continues with queued work."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Event = torch.cuda.Event | None  # a place in the device's queue; None on a device that has none
+Event = torch.cuda.Event | None  # a position in the device's queue; None on a device without queue
 
 
 def record_event(value: Tensor) -> Event:
-    """The place in its device's queue where a value, just asked for, is there."""
+    """The position in the device's queue at which a value, just enqueued, is ready."""
     if not value.is_cuda:
         return None
     made = torch.cuda.Event()
@@ -20,7 +20,7 @@ def record_event(value: Tensor) -> Event:
 
 
 def read(values: Sequence[Tensor], since: Event) -> Tensor:
-    """Numbers [] in one tensor on the CPU. Waits for the mark alone: reading in the queue itself would wait for its end."""
+    """Scalars [] in one tensor on the CPU. Waits only for the event: a normal read would wait for the end of the queue."""
     if since is None:
         return torch.stack(list(values)).cpu()
     aside = torch.cuda.Stream(values[0].device)

@@ -1,4 +1,4 @@
-"""Everything that watches a run, built from its configuration: callbacks in their order, and loggers."""
+"""Builds a run's callbacks, in their order, and loggers from its configuration."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def build_callbacks(
     leads: bool,
     lost: Callable[[int], str | None] | None = None,
 ) -> Callbacks:
-    """What logs comes before what reads the logged; checkpoints are last, when all are up to date. Of several ranks the first
-    alone writes; all share the work of the images and of the eval loss.
+    """Callbacks that log come before those that read the logs; checkpoints are last, when all states are up to date. Only the
+    first rank writes; all ranks share the work of the images and of the eval loss.
 
     Args:
-        step: of the checkpoint that the run goes on from; 0 for a new one.
+        step: of the checkpoint that the run resumes from; 0 for a new run.
         leads: whether this is the first rank.
         lost: step → why the run need not go on, or None; only in a race (`sweep.race`).
     """
     metrics = StepMetrics(cfg.trainer.log_every_n_steps)
-    kept = step or -1  # a run that begins anew tells of its step 0 again
+    kept = step or -1  # a run that starts again writes its step 0 again
     metrics_file, sender = (MetricsFile(folder, kept), build_sender(cfg)) if leads else (None, None)
     ema = Ema(cfg.ema.decay, cfg.ema.update_interval, cfg.ema.device) if cfg.ema.enabled else None
     weights, export = EvalWeights(ema, cfg.ema.validation), Export(cfg, folder, ema, data.tags()) if leads else None
@@ -87,20 +87,20 @@ def build_callbacks(
 
 
 def time_left(cfg: DictConfig, data: DreamBoothData) -> TimeLeft:
-    """Counts the looks that are to come, under the names of their phases."""
+    """The schedules of future evaluations, by the names of their phases."""
     watched = {"pictures": cfg.validation} | ({"eval loss": cfg.eval} if data.held_out else {})
     due = {phase: interval(cfg, node, data) for phase, node in watched.items() if node.every_n_steps or node.every_n_epochs}
     return TimeLeft(due, cfg.trainer.max_steps)
 
 
 def interval(cfg: DictConfig, node: DictConfig, data: DreamBoothData) -> Interval:
-    """When `node.every_n_steps` and `node.every_n_epochs` say."""
+    """The schedule of `node.every_n_steps` and `node.every_n_epochs`."""
     epoch = data.schedule.batches_per_epoch / cfg.trainer.accumulate_grad_batches
     return Interval(node.every_n_steps, node.every_n_epochs, epoch, cfg.trainer.max_steps)
 
 
 def evaluations(cfg: DictConfig, node: DictConfig, data: DreamBoothData) -> int:
-    """How often the interval comes up in the run, its begin and end included."""
+    """How often the interval occurs in the run, including its start and end."""
     if not (node.every_n_steps or node.every_n_epochs):
         return 0
     due = interval(cfg, node, data).due
@@ -108,7 +108,7 @@ def evaluations(cfg: DictConfig, node: DictConfig, data: DreamBoothData) -> int:
 
 
 def build_eval_loss(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, weights: EvalWeights) -> EvalLoss | None:
-    """The evaluation batches of the eval datasets, if there are any, in batches of training's size, which are known to fit."""
+    """The eval batches of the eval datasets, if there are any, with the training batch size, which is known to fit."""
     batches = eval_batches(data, cfg.eval.timesteps, cfg.dataset.batch_size)
     return EvalLoss(interval(cfg, cfg.eval, data), batches, folder, weights) if batches else None
 
@@ -122,30 +122,32 @@ def build_validation(
     sender: Sender | None,
     leads: bool,
 ) -> Validation | None:
-    """Pictures while it trains, and their way to the webhooks if there are any."""
+    """Validation images, and their webhooks if there are any."""
     node = cfg.validation
     if not (node.every_n_steps or node.every_n_epochs):
         return None
     if cfg.preview.enabled:
-        family.preview(torch.zeros(1, family.channels, 8, 8))  # what can't be decoded is refused now, not at the first picture
+        family.preview(torch.zeros(1, family.channels, 8, 8))  # a missing decoder is refused now, not at the first image
     previews = Previews(cfg.preview, sender, family, folder.root.name) if sender else None
     scores = build_scores(cfg, folder, data, family.device) if leads else None
     return Validation(interval(cfg, node, data), node, data, folder, weights, previews, scores)
 
 
 def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, device: torch.device) -> Scores | None:
-    """The judges that the configuration names, if any; between looks they are off the device."""
+    """The configured feature extractors, if any; between evaluations they are off the device."""
     make = {"device": device, "batch_size": cfg.eval.batch_size}
     clip = Clip(cfg.eval.clip_model, "eval.clip_model", **make) if cfg.eval.clip_model else None
     dino = Dino(cfg.eval.dino_model, "eval.dino_model", **make) if cfg.eval.dino_model else None
     masked, photos = MaskedDino(dino) if dino else None, data.photos()
     made = {"clip_i": clip, "dino": dino, "dino_masked": masked}
-    judges = {name: judge for name, judge in made.items() if judge}
-    if not judges:
+    extractors = {name: extractor for name, extractor in made.items() if extractor}
+    if not extractors:
         return None
     if masked and (share := masked.under_masks(photos)) is not None:
-        log.info("dino_masked: of the patches it looks at in the photos, %.0f %% lie under their masks", 100 * share)
-    return Scores(folder, clip, judges, photos, Subject(cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token))
+        log.info("dino_masked: %.0f %% of its foreground patches in the photos are inside the masks", 100 * share)
+    return Scores(
+        folder, clip, extractors, photos, Subject(cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token)
+    )
 
 
 def build_sender(cfg: DictConfig) -> Sender | None:
@@ -154,10 +156,10 @@ def build_sender(cfg: DictConfig) -> Sender | None:
 
 
 def build_loggers(cfg: DictConfig, folder: RunFolder, step: int) -> list[Logger]:
-    """Lightning's loggers that the configuration names."""
+    """The configured Lightning loggers."""
     places = {"{folder}": str(folder.root), "{run}": folder.root.name, "{next_step}": step + 1}
     made = []
-    for said in cfg.logger.loggers.values():
-        options = {str(key): places.get(value, value) if isinstance(value, str) else value for key, value in said.options.items()}
-        made.append(get_class(said._target_)(**options))
+    for text in cfg.logger.loggers.values():
+        options = {str(key): places.get(value, value) if isinstance(value, str) else value for key, value in text.options.items()}
+        made.append(get_class(text._target_)(**options))
     return made

@@ -17,13 +17,16 @@ from .card_files import programs, table, word_usage
 from .header import public
 from .scores import changes, read_scores
 
-HEADERS = {  # what the safetensors files say of the run
-    enums.Metadata.full: " The headers of the safetensors files hold the whole\nconfiguration.",
-    enums.Metadata.public: " The headers of the safetensors files hold the\n"
-    "configuration, less paths and accounts of who made it.",
+HEADERS = {  # the metadata of the safetensors files
+    enums.Metadata.full: " The headers of the safetensors files contain the whole\nconfiguration.",
+    enums.Metadata.public: " The headers of the safetensors files contain the\nconfiguration, without local paths and accounts.",
     enums.Metadata.none: "",
 }
-CHANGES = {"nf4": "65 %", "int4": "22 %", "int8": "1.4 %"}  # a LoRA's effect on the full base, by what it was trained on
+CHANGES = {
+    "nf4": "65 %",
+    "int4": "22 %",
+    "int8": "1.4 %",
+}  # change of a LoRA's effect on the full base, by the quantisation it was trained with
 HERE = "."  # the folder of the card
 BASE, TRAINED = "pictures_base.png", "pictures.png"
 
@@ -32,26 +35,26 @@ def card(
     cfg: DictConfig, run: RunFolder, folder: Path, place: Path, step: int, adapter: Adapter, family: Family, form: Form,
     files: Mapping[Path, str], word: str | None, why: str,
 ) -> str:  # fmt: skip
-    """README.md in the hub's form: base model, prompt, how to load it, what each file is for, pictures and numbers. Pictures are
+    """README.md in the hub's format: base model, prompt, how to load it, what each file is for, images and metrics. Images are
     copied beside it.
 
     Args:
-        folder: where the files are now.
-        place: where they will be.
-        files: relative to the folder → what they are.
-        word: the token whose embedding was learned, or None.
-        why: this step's weights are kept, if they are not the last.
+        folder: the current folder of the files.
+        place: their final folder.
+        files: relative to the folder → their purpose.
+        word: the token whose embedding was trained, or None.
+        why: the reason why this step was exported, if it is not the last.
     """
     averaged = folder.name == "ema"
     model = cfg.model if cfg.export.metadata is enums.Metadata.full else public(cfg).model
     base = model.pretrained
     code = _place(cfg, place, averaged, cfg.export.push_to_hub and not why)
     if base.startswith(LOCAL):
-        code += f"# the base is a folder of its maker's: put the path of {base.removeprefix(LOCAL)!r} on your disk in its place\n"
+        code += f"# the base model is a local folder: replace {base.removeprefix(LOCAL)!r} by its path on your machine\n"
     code += family.loading(base, model.config) + "\n" + adapter.usage(family.denoiser_part, form, family.kohya)
     code += "\n" + family.token_usage(word) if word else ""
     readers = [program for program in family.programs if program not in adapter.unread]
-    shown = _pictures(cfg, run, folder)
+    shown = _images(cfg, run, folder)
     embedding = next((path for path, kind in files.items() if kind == "embedding"), None)
     return f"""---
 {_front_matter(cfg)}
@@ -69,25 +72,25 @@ pipeline({json.dumps(cfg.dataset.instance_prompt, ensure_ascii=False)}).images[0
 
 {table(folder, files, family, readers)}
 {programs(files, readers, form.name)}{word_usage(word, embedding, family.programs) if word and embedding else ""}{_base_note(cfg)}
-## Pictures
+## Images
 
 {shown}
-## Numbers
+## Metrics
 
-{_numbers(run)}"""
+{_metrics(run)}"""
 
 
 def _base_note(cfg: DictConfig) -> str:
-    """What a base in fewer bits means for who puts the update on another."""
+    """A note on the quantised base, for use of the update with another base."""
     kind = cfg.quant.kind.value
     if kind == "none":
         return ""
-    measured = f" In one measurement it changed by {CHANGES[kind]} of itself." if kind in CHANGES else ""
+    measured = f" In one measurement it changed by {CHANGES[kind]}." if kind in CHANGES else ""
     return f"""
 ## The base
 
-The base was kept in {kind} while this was trained, and the pictures are drawn on that. On the base in full precision the update's
-effect differs.{measured} Load the base in {kind} to get what is shown here.
+The base model was quantised to {kind} during training and for the images shown here. With the base in full precision the update's
+effect differs.{measured} Load the base in {kind} to reproduce the images.
 """
 
 
@@ -98,7 +101,7 @@ def usage(folder: Path) -> str:
 
 
 def _place(cfg: DictConfig, place: Path, averaged: bool, pushed: bool) -> str:
-    """Code that says where the export is: on the hub, or where the run leaves it."""
+    """Code that sets the location of the export: on the hub, or in the run's folder."""
     if pushed:
         below = ' + "/ema"' if averaged else ""
         return f'from huggingface_hub import snapshot_download\nexport = snapshot_download("{cfg.export.repo}"){below}\n'
@@ -111,7 +114,8 @@ def _what(cfg: DictConfig, base_model: str, step: int, averaged: bool) -> str:
     rows = cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches
     return (
         f"{'Averaged weights (EMA) of ' if averaged else ''}{_algorithm(cfg)} on {base_model.removeprefix(LOCAL)} in {base}: "
-        f"{step:,} optimiser steps of {rows} rows at rate {cfg.optimizer.lr:g}, prior {cfg.prior.kind.value}, seed {cfg.seed}."
+        f"{step:,} optimiser steps of {rows} rows, learning rate {cfg.optimizer.lr:g}, prior {cfg.prior.kind.value}, "
+        f"seed {cfg.seed}."
     )
 
 
@@ -122,27 +126,27 @@ def _algorithm(cfg: DictConfig) -> str:
 
 
 def _front_matter(cfg: DictConfig) -> str:
-    """JSON is YAML; a folder of this machine is no model of the hub's."""
+    """JSON is valid YAML; a local folder is not a model of the hub."""
     is_local = Path(cfg.model.pretrained).expanduser().exists()
-    said = {} if is_local else {"base_model": cfg.model.pretrained}
-    said |= {
+    values = {} if is_local else {"base_model": cfg.model.pretrained}
+    values |= {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "instance_prompt": cfg.dataset.instance_prompt,
         "tags": ["dreambooth", cfg.adapter.algorithm, "text-to-image", "diffusers"],
     }
-    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in said.items())
+    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
 
 
-def _pictures(cfg: DictConfig, run: RunFolder, folder: Path) -> str:
+def _images(cfg: DictConfig, run: RunFolder, folder: Path) -> str:
     grids = sorted(run.pictures.glob("step_*.png"))
     if not grids:
-        return "None were made.\n"
+        return "There are no validation images.\n"
     shutil.copyfile(grids[0], folder / BASE)
     shutil.copyfile(grids[-1], folder / TRAINED)
     prompts = "\n".join(f"- {prompt}" for prompt in cfg.validation.prompts)
     first, last = (int(grid.stem.removeprefix("step_")) for grid in (grids[0], grids[-1]))
-    return f"""Rows from above:
+    return f"""Rows from top to bottom:
 
 {prompts}
 
@@ -156,12 +160,12 @@ Step {first:,}, from the same noise:
 """
 
 
-def _numbers(run: RunFolder) -> str:
+def _metrics(run: RunFolder) -> str:
     last = {name: (step, value) for step, name, value in run.read_metrics()}
     rows = "\n".join(f"| {name} | {value:.6g} | {step:,} |" for name, (step, value) in sorted(last.items()))
     scored = "\n".join(
         f"| {c.metric} | {c.first:.3f} | {c.last:.3f} | {c.low:+.3f} to {c.high:+.3f} |" for c in changes(read_scores(run))
     )
-    table = f"| what | last value | at step |\n|---|---|---|\n{rows}\n"
+    table = f"| metric | last value | at step |\n|---|---|---|\n{rows}\n"
     head = "\n| score | base model | trained | change, 95 % |\n|---|---|---|---|\n"
     return table + (head + scored + "\n" if scored else "")

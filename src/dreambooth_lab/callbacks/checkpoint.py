@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on bit for bit: what learns, the optimiser, the averages, the place in the data."""
+"""Checkpoints for bit-exact resuming: trainable weights, optimiser, EMA, position in the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, and puts it there when its bytes are on the disk and can be read back."""
+    """Writes a checkpoint atomically, after syncing it to the disk and verifying it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
@@ -33,17 +33,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, part)
             if not durable.is_complete_archive(part):
-                raise RunError(f"{target} can't be read back as it was written; the disk is full or failing")
+                raise RunError(f"{target} can't be read back correctly; the disk is full or failing")
             durable.replace_file(part, target)
         finally:
             part.unlink(missing_ok=True)
 
 
 class Checkpoints(Callback):
-    """Saves every n optimiser steps and at the last one. Comes after all that has a state, so that it is up to date.
+    """Saves every n optimiser steps and at the last one. Must come after all callbacks with a state, so that it is up to date.
 
     Args:
-        keep: how many of the newest stay; None: all.
+        keep: how many of the newest are kept; None: all.
     """
 
     def __init__(self, folder: RunFolder, every_n_steps: int, keep: int | None):
@@ -61,7 +61,7 @@ class Checkpoints(Callback):
         self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, module: LightningModule) -> None:
-        """The present state; older ones go when it is whole."""
+        """Save the current state; older checkpoints are removed when it is complete."""
         assert isinstance(module, DreamBooth)
         require_finite(module.trainable_parameters(), trainer.global_step)
         self.step = trainer.global_step
@@ -72,21 +72,21 @@ class Checkpoints(Callback):
 
 
 class Best(Callback):
-    """Keeps the checkpoint and the export of the step at which a logged number was best, and stops when it no longer improves.
+    """Keeps the checkpoint and the export of the step at which a logged metric was best, and stops when it no longer improves.
 
-    The base model's value (step 0) is no candidate: there is nothing to keep of it. Of equal values the first is kept.
+    The base model's value (step 0) is not a candidate, since there is nothing to save. Among equal values the first one is kept.
 
     Args:
         cfg: `monitor`, `mode`, `patience`.
-        numbers: the newest value of everything logged; what logs comes before this callback. None on all ranks but the first,
-            which tells them.
+        numbers: the newest value of every metric; callbacks that log must come before this one. None on all ranks but the first,
+            which broadcasts the decision.
         export: None on all ranks but the first.
     """
 
     def __init__(self, cfg: DictConfig, folder: RunFolder, metrics: MetricsFile | None, export: Export | None):
         self.monitor, self.mode, self.patience = cfg.monitor, cfg.mode, cfg.patience
         self.folder, self.metrics, self.export = folder, metrics, export
-        self.value: float | None = None  # the best yet
+        self.value: float | None = None  # the best so far
         self.seen = 0  # step of the newest value
         self.worse = 0  # values since the best one
 
@@ -95,7 +95,7 @@ class Best(Callback):
         known = sorted({*NAMES.values(), "train/lr", *logged})
         if self.monitor not in known:
             near = get_close_matches(self.monitor, known, n=3)
-            way_out = f"near: {', '.join(near)}" if near else f"it logs {', '.join(known)}"
+            way_out = f"similar: {', '.join(near)}" if near else f"it logs {', '.join(known)}"
             raise ConfigError(f"checkpoint.monitor is {self.monitor!r}, which this run does not log; {way_out}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -134,5 +134,5 @@ class Best(Callback):
         return {"monitor": self.monitor, "mode": self.mode.value, "value": self.value, "seen": self.seen, "worse": self.worse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if (state["monitor"], state["mode"]) == (self.monitor, self.mode.value):  # else another number is looked at from now on
+        if (state["monitor"], state["mode"]) == (self.monitor, self.mode.value):  # else another metric is monitored from now on
             self.value, self.seen, self.worse = state["value"], state["seen"], state["worse"]

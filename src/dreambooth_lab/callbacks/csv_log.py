@@ -1,4 +1,4 @@
-"""Tables that grow while a run goes on."""
+"""CSV files that are appended to during a run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class CsvLog:
     """A CSV file of one kind of record, a NamedTuple whose first field is the optimiser step.
 
     Args:
-        path: of the file, made with the first record.
-        record: the NamedTuple; its annotations (int, float, str) say how a cell is read.
+        path: of the file, created with the first record.
+        record: the NamedTuple; its annotations (int, float, str) define how cells are parsed.
     """
 
     def __init__(self, path: Path, record: type[Any]):
@@ -28,12 +28,12 @@ class CsvLog:
         return [self.record(*(kind(cell) for kind, cell in zip(self.kinds, line, strict=True))) for line in lines]
 
     def add(self, step: int, records: Sequence[Any]) -> None:
-        """Append a step's records; those told before a resume of this step and later ones give way."""
+        """Append a step's records; earlier records of this and later steps (from before a resume) are replaced."""
         older = [record for record in self.read() if record[0] < step]
         self._write([*older, *records])
 
     def _write(self, records: Sequence[Any]) -> None:
-        """Whole or not at all."""
+        """Write atomically."""
         aside = self.path.with_suffix(".part")
         with aside.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.record._fields, *records])

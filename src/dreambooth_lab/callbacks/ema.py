@@ -1,4 +1,4 @@
-"""An exponential moving average of what learns (Polyak averaging)."""
+"""An exponential moving average of the trainable weights (Polyak averaging)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..dreambooth import DreamBooth
 class Ema(Callback):
     """θ̄ ← d θ̄ + (1 - d) θ over the trainable parameters only, in float32, on its own device.
 
-    From a CUDA device to the CPU the weights travel into page-locked memory while the next step is computed, and are added when
-    they are next needed; the accelerator holds nothing of the average.
+    From a CUDA device to the CPU the weights are copied to page-locked memory while the next step is computed, and are added at
+    the next use; the average takes no device memory.
 
     Args:
         decay: d per optimiser step, once warmed up; at step s it is min(d, (1+s)/(10+s)).
@@ -31,9 +31,9 @@ class Ema(Callback):
     def __init__(self, decay: float, update_interval: int, device: str):
         self.decay, self.interval, self.device = decay, update_interval, torch.device(device)
         self.shadow: dict[str, Tensor] = {}
-        self.staged: dict[str, Tensor] = {}  # weights on their way
-        self.arrival: torch.cuda.Event | None = None  # when they are all there
-        self.share: float | None = None  # 1 - d with which they will be added; None: nothing is on its way
+        self.staged: dict[str, Tensor] = {}  # weights being copied
+        self.arrival: torch.cuda.Event | None = None  # when the copy is complete
+        self.share: float | None = None  # 1 - d for adding them; None: no copy is pending
         self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,20 +56,20 @@ class Ema(Callback):
             self.average()
 
     def _send(self, learning: Mapping[str, Tensor]) -> torch.cuda.Event | None:
-        """Bring the weights to the average's device; None if they are there at once."""
+        """Copy the weights to the average's device; None if the copy is synchronous."""
         if self.device.type == "cuda" or not all(learning[name].is_cuda for name in self.shadow):
             self.staged = {name: learning[name].detach().to(self.device, torch.float32) for name in self.shadow}
             return None
         if not self.staged:
             self.staged = {name: torch.empty_like(p, device="cpu", pin_memory=True) for name, p in learning.items()}
         for name, buffer in self.staged.items():
-            buffer.copy_(learning[name].detach(), non_blocking=True)  # in the stream's order: before the next step's update
+            buffer.copy_(learning[name].detach(), non_blocking=True)  # in the order of the stream: before the next step's update
         arrival = torch.cuda.Event()
         arrival.record()
         return arrival
 
     def average(self) -> dict[str, Tensor]:
-        """θ̄ by parameter name, with all that was on its way."""
+        """θ̄ by parameter name, including pending copies."""
         if self.share is not None:
             if self.arrival:
                 self.arrival.synchronize()
@@ -86,16 +86,16 @@ class Ema(Callback):
         self.step = state["step"]
 
 
-LIVE, EMA = "live", "ema"  # whose weights a picture or a number is of
-PREFIX = {LIVE: "", EMA: "ema/"}  # of the names of numbers
+LIVE, EMA = "live", "ema"  # the weights of an image or a metric
+PREFIX = {LIVE: "", EMA: "ema/"}  # of the names of metrics
 KINDS = {enums.EmaValidation.none: (LIVE,), enums.EmaValidation.ema_only: (EMA,), enums.EmaValidation.comparison: (LIVE, EMA)}
 
 
 class EvalWeights:
-    """Whose weights are looked at: those that train, their average, or both.
+    """The weights to evaluate: the live ones, their average, or both.
 
     Args:
-        ema: the run's average; None leaves only those that train.
+        ema: the run's average; None: only the live weights.
     """
 
     def __init__(self, ema: Ema | None, validation: enums.EmaValidation):
@@ -103,12 +103,12 @@ class EvalWeights:
         self.kinds = KINDS[validation] if ema else (LIVE,)
 
     def at_step(self, step: int) -> list[tuple[str, tuple[str, ...]]]:
-        """Weights to look at, each with those that what is seen holds for: at step 0 all are the base model."""
+        """The weights to evaluate, each with all weights for which the result holds: at step 0 all equal the base model."""
         return [(LIVE, self.kinds)] if step == 0 else [(kind, (kind,)) for kind in self.kinds]
 
     @contextmanager
     def __call__(self, module: DreamBooth, kind: str) -> Iterator[None]:
-        """Inside, the module has these weights."""
+        """A context in which the module has these weights."""
         with (
             temporarily_replaced(module.trainable_parameters(), self.ema.average()) if self.ema and kind == EMA else nullcontext()
         ):

@@ -1,12 +1,12 @@
-"""The stable eval loss: how well pictures that are never trained on are denoised. Its minimum is where overfitting starts.
+"""The eval loss: the denoising error on images that are never trained on. Overfitting starts at its minimum.
 
     eval/loss           mean over all rows
     eval/loss_DATASET   … over those of one dataset
-    eval/loss_tT        … over those at one time T, named before the model's time shift
+    eval/loss_tT        … over those at one timestep T, named before the model's time shift
 
-The plain squared error of the network's prediction, without training weights, masks, dropout or rollout, at fixed times under
-fixed noise: two evaluations of the same weights give the same bits. Numbers of the averaged weights begin with ema/. Every row
-is kept in eval.csv, so that changes can be compared row by row.
+The plain squared error of the network's prediction, without training weights, masks, dropout or rollout, at fixed timesteps with
+fixed noise: two evaluations of the same weights give the same bits. Metrics of the averaged weights start with ema/. Every row
+is written to eval.csv, so that changes can be compared row by row.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class EvalRow(NamedTuple):
     picture: str
     t: float
     loss: float
-    stratum: float  # t before the model's time shift, which depends on a picture's size
+    stratum: float  # t before the model's time shift, which depends on the image size
 
 
 class EvalLoss(Periodic):
-    """Asks the evaluation batches at step 0, which is the base model's reference, and whenever the interval says."""
+    """Evaluates the eval batches at step 0 (the base model, as reference) and at every interval."""
 
     def __init__(self, interval: Interval, eval_batches: Sequence[EvalBatch], folder: RunFolder, weights: EvalWeights):
         super().__init__(interval)
@@ -63,7 +63,7 @@ class EvalLoss(Periodic):
             self.table.add(step, rows)
 
     def _evaluate_all(self, step: int, trainer: Trainer, module: DreamBooth) -> list[EvalRow]:
-        """Every exam once, the ranks in turn; all ranks know all answers, in the order of the evaluation batches."""
+        """Every eval batch once, divided over the ranks; all ranks get all rows, in the order of the eval batches."""
         own = {
             i: evaluate(self.eval_batches[i], step, module)
             for i in range(trainer.global_rank, len(self.eval_batches), trainer.world_size)
@@ -77,7 +77,7 @@ class EvalLoss(Periodic):
 
 @torch.no_grad()
 def evaluate(eval_batch: EvalBatch, step: int, module: DreamBooth) -> list[EvalRow]:
-    """The error of each row with the module's present weights."""
+    """The error of each row with the module's current weights."""
     batch = move_data_to_device(eval_batch.batch, module.family.device)
     low, high = module.family.times
     x0, stratum = batch.latents(), low + (high - low) * batch.u
@@ -90,7 +90,7 @@ def evaluate(eval_batch: EvalBatch, step: int, module: DreamBooth) -> list[EvalR
 
 
 def summary(rows: Sequence[EvalRow]) -> dict[str, float]:
-    """Means under the names that are logged."""
+    """Means with the logged names."""
     values: dict[str, list[float]] = {}
     for row in rows:
         for name in ("eval/loss", f"eval/loss_{row.dataset}", f"eval/loss_t{row.stratum:.3f}"):

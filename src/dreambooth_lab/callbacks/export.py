@@ -1,4 +1,4 @@
-"""What was trained, in the forms other tools load."""
+"""Exports the trained weights in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .hub import push
 
 
 class Export(Callback):
-    """At every checkpoint and when training ends: `export/` with the adapter's files, `embeddings/WORD.safetensors` if the token
-    was learned, a model card that says what each file is for, and the averaged ones in `export/ema/`. The folder is replaced as a
-    whole.
+    """At every checkpoint and when training ends, writes `export/` with the adapter's files, `embeddings/WORD.safetensors` if the
+    token was trained, a model card that says what each file is for, and the averaged weights in `export/ema/`. The folder is
+    replaced atomically.
 
     Args:
         ema: the run's average, or None.
-        tags: dataset → part of a caption → how many pictures it is said of.
+        tags: dataset → part of a caption → number of images with it.
     """
 
     def __init__(self, cfg: DictConfig, folder: RunFolder, ema: Ema | None, tags: Mapping[str, Mapping[str, int]]):
@@ -56,20 +56,20 @@ class Export(Callback):
             push(self.cfg.export, self.folder.export, f"{self.cfg.dataset.instance_prompt}: {trainer.global_step} steps")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.trains:  # it was killed after its last checkpoint: no step was left, so Lightning neither began nor ended
+        if not self.trains:  # it was killed after its last checkpoint: no step is left, so Lightning calls no hooks
             self.on_train_end(trainer, pl_module)
 
     def write(self, module: LightningModule, step: int, target: Path, why: str = "") -> None:
-        """Put the module's present weights into a folder, in place of what is there.
+        """Export the module's current weights to a folder, which is replaced.
 
         Args:
-            why: this step's are kept, for the card.
+            why: the reason why this step is exported, for the card.
         """
         assert isinstance(module, DreamBooth)
         was_training = module.training
         module.eval()
         learned: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.average()} if self.ema else {}
-        learned["."] = module.trainable_parameters()  # last: its page lists the average's folder
+        learned["."] = module.trainable_parameters()  # last: its card lists the folder of the average
         with durable.atomic_folder(target) as made:
             for name, weights in learned.items():
                 require_finite(weights, step)
@@ -79,23 +79,23 @@ class Export(Callback):
     def _write_one(
         self, folder: Path, place: Path, module: DreamBooth, weights: Mapping[str, Tensor], step: int, why: str
     ) -> None:  # fmt: skip
-        """Into `folder`, which becomes `place` when all is there."""
+        """Write into `folder`, which is moved to `place` when complete."""
         family, adapter, owned = module.family, module.adapter, module.by_owner(weights)
         averaged = folder.name == "ema"
         form = export_form(self.cfg, family, averaged)
         folder.mkdir(parents=True, exist_ok=True)
         word = module.text.token.word if module.text and module.text.token else None
         token, own = owned.pop(TOKEN, None), owned.pop(family.denoiser_part)
-        said = Described(
-            form.name, family.spec, adapter.kind, family.path.prediction, self.tags, self.folder.newest_picture(averaged), step,
+        described = Described(
+            form.name, family.spec, adapter.kind, family.path.prediction, self.tags, self.folder.newest_image(averaged), step,
             _digest(weights),
         )  # fmt: skip
         files = adapter.export(
-            folder, ExportWeights(family.denoiser_part, own, owned, header(self.cfg, said), family.kohya, form)
+            folder, ExportWeights(family.denoiser_part, own, owned, header(self.cfg, described), family.kohya, form)
         )
         if token and word:
-            told = header(self.cfg, said._replace(kind="textual-inversion", name=word))
-            files[family.save_token(folder, word, list(token.values()), told)] = "embedding"
+            header_fields = header(self.cfg, described._replace(kind="textual-inversion", name=word))
+            files[family.save_token(folder, word, list(token.values()), header_fields)] = "embedding"
         text = card(self.cfg, self.folder, folder, place, step, adapter, family, form, files, word, why)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if self.cfg.export.metadata is not enums.Metadata.full:
@@ -104,7 +104,7 @@ class Export(Callback):
 
 
 def export_form(cfg: DictConfig, family: Family, averaged: bool = False) -> Form:
-    """How the files of a run's export are written. A file that no other program reads is left out, and a pipeline without a LoRA
+    """The format of a run's exported files. A file that no other program reads is omitted, and a pipeline without a LoRA
     loader gets peft's folder."""
     formats = list(cfg.export.formats)
     lora = cfg.adapter.algorithm in ("lora", "dora")

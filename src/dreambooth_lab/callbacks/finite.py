@@ -1,4 +1,4 @@
-"""A run that diverges stops at the first step whose loss or gradient is not finite, and keeps what was saved before."""
+"""Stops a diverged run at the first step with a non-finite loss or gradient; files saved before are kept."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WAY_OUT = "lower optimizer.lr, or set trainer.gradient_clip_norm"
 
 
 class Finite(Callback):
-    """Looks at the loss of every micro-batch and the gradient of every optimiser step.
+    """Checks the loss of every micro-batch and the gradient of every optimiser step.
 
-    On a CPU, or where steps may be skipped, the step is looked at before it is taken. On an accelerator, which would have to be
-    waited for, it is looked at when the next one is due, beside what is queued by then: the weights in memory are lost then,
-    those on the disk are not, since nothing is saved that is not finite. That is the one number read in every step: to read it
-    later would be to take further steps with weights that are lost.
+    On a CPU, or if steps may be skipped, a step is checked before it is applied. On an accelerator this would require a
+    synchronisation, so it is checked before the next step, while queued work runs. Then the weights in memory are lost,
+    but not those on the disk, since non-finite weights are never saved. This is the only value that is read in every step;
+    reading it later would continue training with lost weights.
 
     Args:
         allowed: how many steps may be skipped.
@@ -36,8 +36,10 @@ class Finite(Callback):
     def __init__(self, allowed: int):
         self.allowed, self.skipped = allowed, 0
         self.captions: list[str] = []  # of the optimiser step
-        self.bad: Tensor | None = None  # [], whether something of the present step is not finite
-        self.before: tuple[Tensor, Event, int, list[str]] | None = None  # the same of the step before, its number and captions
+        self.bad: Tensor | None = None  # [], whether a value of the current step is not finite
+        self.before: tuple[Tensor, Event, int, list[str]] | None = (
+            None  # the same for the previous step, with its number and captions
+        )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self.captions += batch.captions
@@ -53,7 +55,7 @@ class Finite(Callback):
         self.bad, self.captions = None, []
         if self.allowed or not now[0].is_cuda:
             if self._is_bad(*now):
-                optimizer.zero_grad()  # a parameter without a gradient is left as it is
+                optimizer.zero_grad()  # a parameter without a gradient is not changed
             return
         if self.before:
             self._is_bad(*self.before)
@@ -66,16 +68,16 @@ class Finite(Callback):
     def _is_bad(self, bad: Tensor, known: Event, step: int, captions: Iterable[str]) -> bool:
         """
         Raises:
-            RunError: it is, and no more steps may be skipped.
+            RunError: the step is not finite, and no more steps may be skipped.
         """
         if not read([bad], known).item():
             return False
-        said = f"the loss or the gradient of step {step} is not finite (captions: {'; '.join(sorted(set(captions)))})"
+        prefix = f"the loss or the gradient of step {step} is not finite (captions: {'; '.join(sorted(set(captions)))})"
         self.skipped += 1
         if self.skipped > self.allowed:
             allowed = f", and trainer.skip_nonfinite_steps={self.allowed} were skipped before" if self.allowed else ""
-            raise RunError(f"{said}{allowed}; the checkpoint and export saved before it are kept; {WAY_OUT}")
-        log.warning("%s; skipped, %d of at most %d", said, self.skipped, self.allowed)
+            raise RunError(f"{prefix}{allowed}; the earlier checkpoint and export are kept; {WAY_OUT}")
+        log.warning("%s; skipped, %d of at most %d", prefix, self.skipped, self.allowed)
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class Finite(Callback):
 
 
 class UnchangedWeights(Callback):
-    """Says so if training has changed no weight by the first time that it is saved."""
+    """Warns if training has changed no weight by the first save."""
 
     def __init__(self, every_n_steps: int):
         self.every_n_steps = every_n_steps
@@ -102,7 +104,7 @@ class UnchangedWeights(Callback):
         if self.start is None or step == 0 or (step % self.every_n_steps and step != trainer.max_steps):
             return
         if torch.equal(self.start, _norms(pl_module.trainable_parameters())):
-            log.warning("nothing was learned in %d steps: no weight has changed; raise optimizer.lr", step)
+            log.warning("no weight has changed in %d steps; raise optimizer.lr", step)
         self.start = None
 
 
@@ -115,7 +117,7 @@ def require_finite(learning: Mapping[str, Tensor], step: int) -> None:
     norms = _norms(learning)
     if not norms.isfinite().all():
         name = list(learning)[int((~norms.isfinite()).nonzero()[0])]
-        raise RunError(f"the weights after step {step} are not finite ({name}); what was saved before is kept; {WAY_OUT}")
+        raise RunError(f"the weights after step {step} are not finite ({name}); earlier files are kept; {WAY_OUT}")
 
 
 def _norms(learning: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an export says of its making: everything, what others may know, or nothing (`export.metadata`)."""
+"""Metadata in the headers of exported files: full, public or none (`export.metadata`)."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .. import __version__
 from ..config import LOCAL, PLACES, enums, saved
 from ..models.family import Spec
 
-AWAY = ("webhook", "logger")  # groups that decide nothing, and whose addresses and accounts are the user's own
+AWAY = ("webhook", "logger")  # groups without influence on the result, with private addresses and accounts
 THUMBNAIL = 256  # px, the longer side
 
 
 class Described(NamedTuple):
-    """What a header says of, besides the configuration."""
+    """Data of a header besides the configuration."""
 
-    name: str  # as other programs show it
-    spec: Spec  # what they call the base model
-    kind: str  # what the files are to it: lora, textual-inversion; "": a model
+    name: str  # the name shown by other programs
+    spec: Spec  # their names of the base model
+    kind: str  # the kind of the files: lora, textual-inversion; "": a model
     prediction: enums.Prediction | None
-    tags: Mapping[str, Mapping[str, int]]  # dataset → tag → pictures
+    tags: Mapping[str, Mapping[str, int]]  # dataset → tag → number of images
     thumbnail: Path | None
     step: int
     digest: str
 
 
 def header(cfg: DictConfig, export: Described) -> dict[str, str]:
-    """For every safetensors file of an export. With `export.metadata=none` only that by which programs sort it."""
+    """The header of an export's safetensors files. With `export.metadata=none` only the fields by which programs list it."""
     if cfg.export.metadata is enums.Metadata.none:
         return _sorting(export)
     shown = public(cfg)
@@ -56,7 +56,7 @@ def header(cfg: DictConfig, export: Described) -> dict[str, str]:
 
 def _sorting(export: Described) -> dict[str, str]:
     """Fields by which A1111 (`ss_`: sd-scripts') and Forge (`modelspec.`: Stability's ModelSpec 1.0.1) list a file under its base
-    model, and by which they call it; A1111 hides one without them."""
+    model, and its displayed name; A1111 hides files without them."""
     spec = export.spec
     made = {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": spec.implementation, "ss_output_name": export.name}
     if spec.architecture:
@@ -67,7 +67,7 @@ def _sorting(export: Described) -> dict[str, str]:
 
 
 def _shown(cfg: DictConfig, export: Described, base: str) -> dict[str, str]:
-    """Fields that these programs show."""
+    """Fields that these programs display."""
     edge, prompt = cfg.model.resolution, cfg.dataset.instance_prompt
     made = {
         "modelspec.title": export.name,
@@ -88,7 +88,7 @@ def _shown(cfg: DictConfig, export: Described, base: str) -> dict[str, str]:
 
 
 def thumbnail(picture: Path) -> str:
-    """A picture as a small JPEG in a data URI."""
+    """An image as a small JPEG in a data URI."""
     stream = io.BytesIO()
     with Image.open(picture) as opened:
         small = opened.convert("RGB")
@@ -98,13 +98,13 @@ def thumbnail(picture: Path) -> str:
 
 
 def public(cfg: DictConfig) -> DictConfig:
-    """What of a configuration is given away: without webhooks; unless all is, also without loggers, accounts and local paths."""
-    told: Any = OmegaConf.to_container(cfg, resolve=True)
-    del told["webhook"]
+    """The published part of a configuration: without webhooks; unless full, also without loggers, accounts and local paths."""
+    published: Any = OmegaConf.to_container(cfg, resolve=True)
+    del published["webhook"]
     if cfg.export.metadata is not enums.Metadata.full:
-        told = {group: _nameless(group, value) for group, value in told.items() if group not in AWAY}
-        told["export"] |= {"push_to_hub": False, "repo": None}
-    made = OmegaConf.create(saved.literal(told))
+        published = {group: _nameless(group, value) for group, value in published.items() if group not in AWAY}
+        published["export"] |= {"push_to_hub": False, "repo": None}
+    made = OmegaConf.create(saved.literal(published))
     assert isinstance(made, DictConfig)
     return made
 
@@ -118,8 +118,8 @@ def _nameless(key: str, value: Any) -> Any:
 
 
 def place(text: str, key: str) -> str:
-    """A text that is a path of this machine as its last component, marked as local where a model or preset is read from it;
-    a URL without its user and query; anything else as it is."""
+    """A local path is shortened to its last component, and marked as local if a model or preset is read from it;
+    a URL loses its user and query; other values are unchanged."""
     if "://" in text and not text.startswith("file://"):
         parts = urlsplit(text)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) if " " not in text else text
@@ -134,19 +134,19 @@ def place(text: str, key: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container without accounts
+    except (OSError, KeyError):  # a container without user accounts
         return ""
 
 
 def strip(folder: Path) -> None:
-    """Take paths of this machine out of the settings that libraries wrote into an export (`_name_or_path` and its kin)."""
+    """Remove local paths from the settings that libraries wrote into an export (`_name_or_path` and similar keys)."""
     for file in folder.rglob("*.json"):
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
             continue
         kept = {
             name: place(value, "model.pretrained") if isinstance(value, str) and name.endswith("name_or_path") else value
-            for name, value in said.items()
+            for name, value in settings.items()
         }
-        if kept != said:
+        if kept != settings:
             file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The export on the Hugging Face hub."""
+"""Upload of the export to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def push(cfg: DictConfig, folder: Path, message: str) -> None:
-    """Upload a folder as it is; what goes wrong is said and costs the run nothing.
+    """Upload a folder; errors are logged and don't stop the run.
 
     Args:
         cfg: the `export` group.
@@ -26,6 +26,8 @@ def push(cfg: DictConfig, folder: Path, message: str) -> None:
         done = api.upload_folder(repo_id=cfg.repo, folder_path=folder, commit_message=message)
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = str(error).replace(token, "…").strip() or type(error).__name__
-        log.error("not pushed to %s: %s; the export is in %s, try: hf upload %s %s", cfg.repo, reason, folder, cfg.repo, folder)
+        log.error(
+            "could not push to %s: %s; the export is in %s, try: hf upload %s %s", cfg.repo, reason, folder, cfg.repo, folder
+        )
         return
     log.info("pushed to %s", done.commit_url)

@@ -1,4 +1,4 @@
-"""Sheets of pictures, on disk and in loggers."""
+"""Image grids, on disk and in loggers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Rows = Sequence[Sequence[Image.Image]]
 
 
 def save(folder: Path, step: int, rows: Rows) -> Image.Image:
-    """Every picture by itself, and the grid, which is returned."""
+    """Save every image and the grid, which is returned."""
     for i, row in enumerate(rows):
         save_row(folder, step, i, row)
     return save_grid(folder, step, rows)
 
 
 def save_row(folder: Path, step: int, prompt: int, row: Sequence[Image.Image]) -> list[Path]:
-    """A prompt's pictures as step_N/PROMPT_IMAGE.png."""
+    """Save a prompt's images as step_N/PROMPT_IMAGE.png."""
     own = folder / f"step_{step:07d}"
     own.mkdir(parents=True, exist_ok=True)
     paths = [own / f"{prompt:02d}_{image:02d}.png" for image in range(len(row))]
@@ -31,14 +31,14 @@ def save_row(folder: Path, step: int, prompt: int, row: Sequence[Image.Image]) -
 
 
 def save_grid(folder: Path, step: int, rows: Rows) -> Image.Image:
-    """All of a step's pictures as step_N.png, a row a prompt."""
+    """Save all of a step's images as step_N.png, one row per prompt."""
     sheet = grid(rows)
     sheet.save(folder / f"step_{step:07d}.png")
     return sheet
 
 
 def grid(rows: Rows) -> Image.Image:
-    """Pictures of one size, edge to edge."""
+    """A grid of images of one size, without gaps."""
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
     for i, row in enumerate(rows):
@@ -48,7 +48,7 @@ def grid(rows: Rows) -> Image.Image:
 
 
 def beside(sheets: Sequence[Image.Image], rows: int) -> Image.Image:
-    """Grids of equally many rows from left to right, a gap of an eighth of a row between them."""
+    """Grids with the same number of rows from left to right, with a gap of an eighth of a row."""
     gap = sheets[0].height // rows // 8
     whole = Image.new("RGB", (sum(s.width + gap for s in sheets) - gap, sheets[0].height), "white")
     left = 0
@@ -59,7 +59,7 @@ def beside(sheets: Sequence[Image.Image], rows: int) -> Image.Image:
 
 
 def show(loggers: Iterable[Logger], name: str, sheet: Image.Image, step: int) -> None:
-    """To the loggers that take pictures."""
+    """Log to the loggers that accept images."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, np.asarray(sheet), step, dataformats="HWC")

@@ -1,4 +1,4 @@
-"""Ctrl-C and a machine that is taken away: the run saves where it is, and says how it goes on."""
+"""Ctrl-C and termination signals: the run saves its state and prints how to resume."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..runfolder import RunFolder
 from .checkpoint import Checkpoints
 from .export import Export
 
-# SIGUSR1 and SIGUSR2: what `sbatch --signal=USR1@120` and its kin send before the time is up.
+# SIGUSR1 and SIGUSR2: sent by `sbatch --signal=USR1@120` and similar options before the time limit.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGBREAK")
 
 
 class Interruption(Callback):
-    """The first signal lets the optimiser step that is going on end, then saves and exports; a second one stops at once.
+    """After the first signal, finishes the current optimiser step, saves and exports; a second one stops at once.
 
-    Comes last of the callbacks. Signals that the process was started to ignore stay ignored.
+    Must be the last callback. Signals that were ignored at the start of the process remain ignored.
 
     Args:
         export: None on all ranks but the first.
@@ -28,8 +28,8 @@ class Interruption(Callback):
 
     def __init__(self, folder: RunFolder, checkpoints: Checkpoints, export: Export | None):
         self.folder, self.checkpoints, self.export = folder, checkpoints, export
-        self.asked = 0  # number of the signal
-        self.handlers: dict[int, Any] = {}  # those before ours
+        self.signal = 0  # number of the signal
+        self.handlers: dict[int, Any] = {}  # the previous handlers
         self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,21 +41,21 @@ class Interruption(Callback):
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.signal:
             raise KeyboardInterrupt
-        self.asked = number
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more stops at once", flush=True)
+        self.signal = number
+        print(f"\n{signal.Signals(number).name}: saving after this step; a second signal stops at once", flush=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self.step:  # in mid-accumulation
+        if step == self.step:  # in the middle of gradient accumulation
             return
         self.step = step
-        if not trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+        if not trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
             return
         self.save(trainer, pl_module)
-        raise Interrupted(f"stopped at step {step} and saved; go on with: python -m dreambooth_lab resume={self.folder.root}",
-                          self.asked or signal.SIGTERM)  # fmt: skip
+        raise Interrupted(f"stopped at step {step} and saved; resume with: python -m dreambooth_lab resume={self.folder.root}",
+                          self.signal or signal.SIGTERM)  # fmt: skip
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The checkpoint and the export of this step, unless they are there."""

@@ -1,4 +1,4 @@
-"""What webhooks carry: a picture, or some numbers; and how each kind of receiver is told."""
+"""Messages of webhooks: an image or metrics, and their format for each kind of receiver."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PREVIEW_TRIES = 2
 
 @dataclass(frozen=True)
 class Message:
-    """One picture and what it is."""
+    """One image with its metadata."""
 
-    picture: Image.Image | Path  # a final one lies on disk, so that what waits takes no memory
+    picture: Image.Image | Path  # a final one is a file, so that queued ones take no memory
     facts: dict[str, Any]  # prompt, sampler_step, total_steps, training_step, weights, seed, image_index, run
     final: bool
-    kind: ClassVar[str] = ""  # begins the names of its counts
+    kind: ClassVar[str] = ""  # prefix of the names of its counts
     size: ClassVar[int] = 1
 
     @property
@@ -34,7 +34,7 @@ class Message:
     def png(self) -> bytes:
         """
         Raises:
-            OSError: the file is gone.
+            OSError: the file no longer exists.
         """
         if isinstance(self.picture, Path):
             return self.picture.read_bytes()
@@ -43,12 +43,12 @@ class Message:
         return buffer.getvalue()
 
 
-Line = tuple[int, str, float | None]  # optimiser step, name, value; None where it is no number
+Line = tuple[int, str, float | None]  # optimiser step, name, value; None if it is not finite
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Some logged numbers of a run."""
+    """Some logged metrics of a run."""
 
     run: str
     lines: tuple[Line, ...]
@@ -61,7 +61,7 @@ class Metrics:
 
 
 def raw_request(message: Message) -> dict[str, Any]:
-    """Arguments of an HTTP POST: JSON with the picture as base64 PNG."""
+    """Arguments of an HTTP POST: JSON with the image as base64 PNG."""
     kind = "image" if message.final else "preview"
     return {"json": {"type": kind, **message.facts, "image": base64.b64encode(message.png()).decode()}}
 
@@ -72,7 +72,7 @@ def metrics_request(numbers: Metrics) -> dict[str, Any]:
 
 
 def discord_request(message: Message) -> dict[str, Any]:
-    """Arguments of an HTTP POST: Discord's multipart form. Mentions in prompts ping nobody."""
+    """Arguments of an HTTP POST: Discord's multipart form. Mentions in prompts notify nobody."""
     f = message.facts
     text = f"**{f['run']}** step {f['training_step']}, {f['sampler_step']}/{f['total_steps']}: {f['prompt']}"
     payload = {"content": text[:2000], "allowed_mentions": {"parse": []}}

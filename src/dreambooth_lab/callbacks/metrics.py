@@ -1,4 +1,4 @@
-"""Numbers of every optimiser step: computed once, written to metrics.csv and to the other loggers, shown in the bar."""
+"""Metrics of every optimiser step: computed once, written to metrics.csv and the other loggers, shown in the bar."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMES = {"total": "train/loss", "instance": "train/loss_instance", "prior": "tra
 
 
 def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
-    """To every logger of the run."""
+    """Log to every logger of the run."""
     for logger in trainer.loggers:
         logger.log_metrics(values, step)
 
 
 class StepMetrics(Callback):
-    """Means over the micro-batches and ranks of an optimiser step, logged under the number of steps done: of the loss as it is
-    minimised, and of the errors of the instance rows and of the class rows that the step has, where it has some.
+    """Means over the micro-batches and ranks of an optimiser step, logged with the number of finished steps: of the minimised
+    loss, and of the errors of the step's instance rows and class rows, if it has any.
 
     Args:
         every_n_steps: write every n-th step; the values of the others are not read from the device.
@@ -34,11 +34,11 @@ class StepMetrics(Callback):
 
     def __init__(self, every_n_steps: int):
         self.every_n_steps = every_n_steps
-        self.parts: dict[str, list[tuple[Tensor, int]]] = {}  # values, and of how many rows
+        self.parts: dict[str, list[tuple[Tensor, int]]] = {}  # values, and their numbers of rows
         self.last: dict[str, float] = {}
         self.step = 0
-        self.rate = 0.0  # of the newest step
-        self.known: Event = None  # where the newest micro-batch's values are there
+        self.rate = 0.0  # learning rate of the newest step
+        self.known: Event = None  # when the newest micro-batch's values are ready
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
@@ -47,7 +47,7 @@ class StepMetrics(Callback):
         self.known = record_event(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.rate = float(optimizer.param_groups[0]["lr"])  # at the end of the batch it is the next step's already
+        self.rate = float(optimizer.param_groups[0]["lr"])  # at the end of the batch it is already the next step's
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         rows = {"total": 1, "instance": len(batch.instance_rows), "prior": len(batch.class_rows)}
@@ -63,7 +63,7 @@ class StepMetrics(Callback):
         self.parts = {}
 
     def _means(self, trainer: Trainer) -> dict[str, float]:
-        """Over all rows of the step, on all ranks; what has no row there has no value."""
+        """Means over all rows of the step, on all ranks; a term without rows has no value."""
         sums = torch.zeros(len(NAMES), 2, dtype=torch.float64)  # sum, rows
         for own, name in zip(sums, NAMES, strict=True):
             if parts := self.parts.get(name):
@@ -77,11 +77,11 @@ class StepMetrics(Callback):
 
 
 class MetricsFile(Logger):
-    """metrics.csv, one line a value (step, name, value), floats exact; appended and flushed, so a killed run keeps all.
+    """metrics.csv, one line per value (step, name, value), exact floats; appended and flushed, so a killed run loses nothing.
 
     Args:
         folder: the run's.
-        keep_to: last step whose lines stay, for a run taken up from an older checkpoint.
+        keep_to: last step whose lines are kept, for a run resumed from an older checkpoint.
     """
 
     def __init__(self, folder: RunFolder, keep_to: int):
@@ -92,7 +92,7 @@ class MetricsFile(Logger):
         self.writer.writerow(METRICS_HEADER)
         self.writer.writerows((step, name, repr(value)) for step, name, value in old)
         self.file.flush()
-        self.newest = {name: (step, value) for step, name, value in old}  # of every number
+        self.newest = {name: (step, value) for step, name, value in old}  # of every metric
 
     name = "metrics"
     version = 0

@@ -1,4 +1,4 @@
-"""What all looks at the model have in common: when they come, and that training does not notice them."""
+"""Base class of periodic evaluations: their schedule, and the isolation from training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Interval(NamedTuple):
-    """Every n optimiser steps, every x epochs (0.5: twice an epoch), and at the last step; 0 leaves either out."""
+    """Every n optimiser steps, every x epochs (0.5: twice per epoch), and at the last step; 0 disables either."""
 
     every_n_steps: int
     every_n_epochs: float
@@ -28,14 +28,14 @@ class Interval(NamedTuple):
         return by_steps or step == self.last or self._periods_passed(step) > self._periods_passed(step - 1)
 
     def _periods_passed(self, step: int) -> int:
-        """How often the share of an epoch has gone by."""
+        """How many times this fraction of an epoch has passed."""
         return floor(step / (self.every_n_epochs * self.steps_per_epoch) + 1e-9) if self.every_n_epochs else 0
 
 
 class Periodic(Callback):
-    """Looks at the base model (step 0), when the interval says, and at the end, which an early stop may bring sooner.
+    """Evaluates the base model (step 0), at every interval, and at the end, also after early stopping.
 
-    Inside `evaluate` there is no dropout and no gradient; afterwards mode, optimiser and torch's generators are as before.
+    Inside `evaluate` there is no dropout and no gradient; afterwards mode, optimiser and torch's generators are restored.
     """
 
     def __init__(self, interval: Interval):
@@ -44,7 +44,7 @@ class Periodic(Callback):
 
     @abstractmethod
     def evaluate(self, step: int, trainer: Trainer, module: DreamBooth) -> None:
-        """Look at the weights after `step` optimiser steps."""
+        """Evaluate the weights after `step` optimiser steps."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
@@ -71,10 +71,10 @@ class Periodic(Callback):
         self.evaluated = step
 
     def _try(self, step: int, trainer: Trainer, module: DreamBooth) -> None:
-        """A look that fails costs what it would have shown, not what was trained; at the base model nothing is lost yet."""
+        """A failed evaluation doesn't stop the training, except at step 0, where no training is lost."""
         try:
             self.evaluate(step, trainer, module)
         except (OSError, RuntimeError) as error:
             if step == 0:
                 raise
-            log.exception("%s failed at step %d (%s); training goes on", type(self).__name__, step, error)
+            log.exception("%s failed at step %d (%s); training continues", type(self).__name__, step, error)

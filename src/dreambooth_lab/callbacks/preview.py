@@ -1,4 +1,4 @@
-"""What goes to the webhooks: validation pictures, while they form and when they are done, and the numbers."""
+"""What is sent to webhooks: validation images, during sampling and when they are done, and metrics."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ from .webhook import Sender
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 15.0  # seconds that deliveries may take once the run has ended
+PATIENCE = 15.0  # time limit of deliveries after the end of the run, seconds
 
 
 class Previews:
-    """Knows what a picture is a picture of, and hands it to the sender.
+    """Adds the metadata of images and passes them to the sender.
 
     Args:
-        run: name of the run, sent along.
+        run: name of the run, part of every message.
     """
 
     def __init__(self, cfg: PreviewConfig, sender: Sender, family: Family, run: str):
         self.cfg, self.sender, self.family, self.name = cfg, sender, family, run
 
     def on_step(self, facts: dict[str, Any], seeds: Sequence[int], first: int = 0) -> OnStep | None:
-        """What sampling should call; None when previews are off.
+        """The function that sampling calls; None when previews are off.
 
         Args:
             facts: prompt, training_step, total_steps.
-            seeds: of the pictures, in order.
-            first: number of the first of them.
+            seeds: of the images, in order.
+            first: index of the first one.
         """
         if not self.cfg.enabled:
             return None
 
         def show(step: int, latents: Tensor) -> None:
             if step % self.cfg.every_n_steps == 0:
-                shown = _pictures(self.family.preview(latents))
+                shown = _images(self.family.preview(latents))
                 self._send(shown, facts | {"sampler_step": step}, seeds, first=first, final=False)
 
         return show
 
     def done(self, pictures: Sequence[Path], facts: dict[str, Any], seeds: Sequence[int]) -> None:
-        """Send the files of finished pictures."""
+        """Send the files of finished images."""
         self._send(pictures, facts | {"sampler_step": facts["total_steps"]}, seeds, first=0, final=True)
 
     def _send(
@@ -65,10 +65,10 @@ class Previews:
 
 
 class WebhookLogger(Logger):
-    """A run's numbers, as they are logged.
+    """Sends a run's metrics as they are logged.
 
     Args:
-        run: name of the run, sent along.
+        run: name of the run, part of every message.
     """
 
     name, version = "webhook", 0
@@ -81,11 +81,11 @@ class WebhookLogger(Logger):
         self.sender.send_metrics(self.run, step or 0, metrics)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nobody is told."""
+        """Hyperparameters are not sent."""
 
 
 class CloseWebhooks(Callback):
-    """Waits a little, when all is over, for what is on its way, and says what became of it. Comes after all that sends."""
+    """Waits briefly for queued messages at the end, and logs the counts. Must come after all callbacks that send."""
 
     def __init__(self, sender: Sender):
         self.sender = sender
@@ -101,6 +101,6 @@ class CloseWebhooks(Callback):
             log.info("webhook %s: %s", receiver, ", ".join(f"{n} {what}" for what, n in counts.items()))
 
 
-def _pictures(pixels: Tensor) -> list[Image.Image]:
+def _images(pixels: Tensor) -> list[Image.Image]:
     bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in bytes_]

@@ -23,35 +23,38 @@ from .periodic import Interval
 
 log = logging.getLogger(__name__)
 
-WIDE, NARROW = 110, 75  # characters of a terminal under which the bar says less
-FIRST = 3  # steps that no time is measured on: kernels are chosen and compiled
+WIDE, NARROW = 110, 75  # terminal widths below which the bar shows less
+FIRST = 3  # steps without time measurement: kernels are chosen and compiled
 LOG_EVERY = 60.0  # seconds between two lines in a log file
 
 
 class TimeLeft:
-    """How long a run will take, from the steps and looks that it has behind it.
+    """The remaining time of a run, from the finished steps and evaluations.
 
     Args:
-        looks: phase → when its looks come; a look takes what those behind it took on average.
+        evaluations: phase → schedule of its evaluations; a future evaluation takes the average time of the past ones.
     """
 
-    def __init__(self, looks: Mapping[str, Interval], last: int):
+    def __init__(self, evaluations: Mapping[str, Interval], last: int):
         every = range(1, last + 1)
-        self.last, self.looks = last, {phase: [step for step in every if when.due(step)] for phase, when in looks.items()}
+        self.last, self.evaluations = (
+            last,
+            {phase: [step for step in every if when.due(step)] for phase, when in evaluations.items()},
+        )
         self.start = self.since = 0
         self.began, self.took_before, self.measuring = 0.0, 0.0, False
 
     def begin(self, step: int, now: float) -> None:
-        """Training begins behind so many steps."""
+        """Training starts after this many steps."""
         self.start, self.since, self.began, self.measuring = step, step, now, False
 
-    def seconds(self, step: int, now: float, took: Mapping[str, float]) -> float | None:
-        """From now to the end; None while too little is known.
+    def seconds(self, step: int, now: float, elapsed: Mapping[str, float]) -> float | None:
+        """Seconds until the end; None while too few steps are measured.
 
         Args:
-            took: phase → seconds so far, which are not the steps'.
+            elapsed: phase → seconds so far, not part of the steps' time.
         """
-        aside = sum(took.values())
+        aside = sum(elapsed.values())
         if not self.measuring:
             if step - self.start >= FIRST:
                 self.since, self.began, self.took_before, self.measuring = step, now, aside, True
@@ -59,28 +62,30 @@ class TimeLeft:
         if step <= self.since:
             return None
         a_step = (now - self.began - (aside - self.took_before)) / (step - self.since)
-        return (self.last - step) * a_step + sum(self._looks(phase, step, took.get(phase, 0.0)) for phase in self.looks)
+        return (self.last - step) * a_step + sum(
+            self._evaluation_time(phase, step, elapsed.get(phase, 0.0)) for phase in self.evaluations
+        )
 
-    def _looks(self, phase: str, step: int, took: float) -> float:
-        """Seconds of the looks that are to come, this step's among them, if one is behind it: the base model's, or one since."""
-        due = self.looks[phase]
+    def _evaluation_time(self, phase: str, step: int, elapsed: float) -> float:
+        """Seconds of the future evaluations, including this step's; 0 before the first one."""
+        due = self.evaluations[phase]
         done = max(bisect_left(due, step) - bisect_right(due, self.start), 0) + (self.start == 0)
-        return (len(due) - bisect_left(due, step)) * took / done if done else 0.0
+        return (len(due) - bisect_left(due, step)) * elapsed / done if done else 0.0
 
 
 class Bar(Callback):
-    """Optimiser steps with loss, steps and samples a second over the last seconds, the share of the device's peak where that is
-    known, memory and time left; as narrow as the terminal. Where the output is no terminal, a line a minute.
+    """Progress bar: optimiser steps with loss, recent steps and samples per second, the share of the device's peak FLOP/s if
+    known, memory and time left, fitted to the width of the terminal. If the output is not a terminal, one line per minute.
 
     Args:
         metrics: placed before this callback; its newest values are shown.
         rows: of an optimiser step.
-        left: tells the time.
+        left: estimates the remaining time.
     """
 
     def __init__(self, metrics: StepMetrics, data: DreamBoothData, rows: int, left: TimeLeft):
         self.metrics, self.data, self.rows, self.left = metrics, data, rows, left
-        self.step_share = 0.0  # of the device's peak, at one step a second; 0: not known
+        self.step_share = 0.0  # of the device's peak FLOP/s, at one step per second; 0: unknown
         self.console = console()
         columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")]
         if self.console.width < NARROW:
@@ -101,27 +106,29 @@ class Bar(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         now, step = time.monotonic(), trainer.global_step
-        left = self.left.seconds(step, now, _took(trainer, self.left.looks))
+        left = self.left.seconds(step, now, _elapsed(trainer, self.left.evaluations))
         every = 1 if self.console.is_terminal else LOG_EVERY
         if left is not None and not self.estimated and now - self.left.began >= 1:
             self._estimate(step, left)
         elif now - self.since < every and step < trainer.max_steps:
             return
         rate = (step - self.shown) / max(now - self.since, 1e-9)
-        told = self.status(rate, pl_module.device, left)
+        status = self.status(rate, pl_module.device, left)
         if self.console.is_terminal:
-            self.bar.update(self.task, completed=step, told=told)
+            self.bar.update(self.task, completed=step, status=status)
         else:
-            log.info("step %d of %d  %s", step, trainer.max_steps, told)
+            log.info("step %d of %d  %s", step, trainer.max_steps, status)
         self.shown, self.since = step, now
 
     def _estimate(self, step: int, left: float) -> None:
-        """Once, when the first steps have told how long the others take."""
+        """Print the estimated duration once, after the first steps."""
         self.estimated = True
-        self.bar.console.print(f"about {span(left)} to go, as steps {self.left.since + 1} to {step} and the pictures so far went")
+        self.bar.console.print(
+            f"about {span(left)} to go, estimated from steps {self.left.since + 1} to {step} and the images so far"
+        )
 
     def status(self, rate: float, device: torch.device, left: float | None = None) -> str:
-        """The newest loss and the pace, at `rate` steps a second; less of it in a narrow terminal."""
+        """The newest loss and the speed, at `rate` steps per second; shortened in a narrow terminal."""
         loss = f"loss {self.metrics.last.get('train/loss', float('nan')):.4f}"
         share = f"{self.step_share * rate:.0%} of peak" if self.step_share else ""
         parts = [loss, f"{rate:.2f} steps/s", f"{_memory(device) / 2**30:.1f} GiB"]
@@ -136,7 +143,7 @@ class Bar(Callback):
         self.bar.stop()
 
 
-def _took(trainer: Trainer, phases: Collection[str]) -> dict[str, float]:
+def _elapsed(trainer: Trainer, phases: Collection[str]) -> dict[str, float]:
     """Phase → seconds so far."""
     profiler = getattr(trainer, "profiler", None)
     of = profiler.of if isinstance(profiler, Phases) else {}
@@ -144,5 +151,5 @@ def _took(trainer: Trainer, phases: Collection[str]) -> dict[str, float]:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes held on the training device: the allocator's on CUDA, the process's own on the CPU."""
+    """Bytes used on the training device: the allocator's on CUDA, the process's on the CPU."""
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss

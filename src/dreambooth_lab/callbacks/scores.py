@@ -1,15 +1,15 @@
-"""What the validation pictures are worth: CLIP score, the DreamBooth paper's metrics (Ruiz et al. 2023, §4.2, §5.3), diversity.
+"""Scores of the validation images: CLIP score, the DreamBooth paper's metrics (Ruiz et al. 2023, §4.2, §5.3), diversity.
 
-Cosine similarities on a 0–1 scale, every one also kept per picture in scores.csv, so that changes against step 0 can be
-compared picture by picture (same prompt, same noise).
+Cosine similarities on a 0–1 scale. Each is also written per image to scores.csv, so that changes from step 0 can be
+compared image by image (same prompt, same noise).
 
-    clip/mean …        CLIP-T: each picture with its own prompt; mean, min, max, std over all pictures
-    subject/…          pictures of prompts with the rare word, with the mean of the subject's photos: clip_i, dino, dino_masked
+    clip/mean …        CLIP-T: each image with its own prompt; mean, min, max, std over all images
+    subject/…          images of prompts with the rare word, with the mean of the subject's photos: clip_i, dino, dino_masked
     class/pres_…       the same for prompts of the class without the rare word: how far the class has become the subject
-    class/diversity_…  1 - mean cosine among the embeddings of the pictures of one such prompt: falls when the class collapses
+    class/diversity_…  1 - mean cosine among the embeddings of the images of one such prompt: falls when the class collapses
 
-Diversity is not the paper's DIV, which is the mean LPIPS distance among pictures of one subject and prompt, on another scale:
-LPIPS needs a network's weights, and no library that is used here loads them from a folder.
+Diversity is not the paper's DIV, which is the mean LPIPS distance among images of one subject and prompt, on another scale:
+LPIPS needs a network's weights, and none of the libraries used here loads them from a folder.
 """
 
 from __future__ import annotations
@@ -42,35 +42,36 @@ class Score(NamedTuple):
 
 
 class Scores:
-    """Scores one step's pictures.
+    """Scores one step's images.
 
     Args:
-        clip: also scores against prompts; None leaves those out.
-        judges: name → network, that compare pictures with the photos.
+        clip: for the scores with prompts; None omits them.
+        extractors: name → feature extractor for comparing images with the photos.
         photos: the subject's.
-        subject: tells which validation prompts are about the subject, and which about its class.
+        subject: classifies validation prompts as being about the subject or its class.
     """
 
     def __init__(
-        self, folder: RunFolder, clip: Clip | None, judges: Mapping[str, FeatureExtractor | MaskedDino], photos: Sequence[Photo],
+        self, folder: RunFolder, clip: Clip | None, extractors: Mapping[str, FeatureExtractor | MaskedDino],
+        photos: Sequence[Photo],
         subject: Subject,
     ):  # fmt: skip
-        self.table, self.clip, self.judges = CsvLog(folder.scores, Score), clip, judges
-        self.photos = {name: judge.embed_photos(photos) for name, judge in judges.items()}
+        self.table, self.clip, self.extractors = CsvLog(folder.scores, Score), clip, extractors
+        self.photos = {name: extractor.embed_photos(photos) for name, extractor in extractors.items()}
         self.subject = subject
         if not subject.rare:
-            told = "only validation prompts that hold the whole instance prompt are scored as the subject"
-            log.warning("the rare word is not clear, so %s; set adapter.token to it, or dataset.class_prompt", told)
+            message = "only validation prompts that contain the whole instance prompt are scored as the subject"
+            log.warning("the rare word can't be identified, so %s; set adapter.token to it, or dataset.class_prompt", message)
 
     def __call__(self, prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> list[Score]:
-        """Score pictures, a row a prompt; whose they are is for the caller to fill in."""
+        """Score images, one row per prompt; the caller fills in the weights."""
         with ExitStack() as there:
-            for judge in self.judges.values():
-                there.enter_context(judge.on_device())
+            for extractor in self.extractors.values():
+                there.enter_context(extractor.on_device())
             return [score for prompt, row in zip(prompts, rows, strict=True) for score in self._score(prompt, row)]
 
     def _score(self, prompt: str, row: Sequence[Image.Image]) -> Iterator[Score]:
-        seen = {name: judge.embed(row) for name, judge in self.judges.items()}
+        seen = {name: extractor.embed(row) for name, extractor in self.extractors.items()}
         if self.clip:
             fits = (seen["clip_i"] @ self.clip.embed_texts([prompt]).T)[:, 0]
             yield from _scores("clip_t", prompt, fits.tolist())
@@ -88,7 +89,7 @@ def _scores(metric: str, prompt: str, values: Sequence[float]) -> Iterator[Score
 
 
 def _apart(vectors: Tensor) -> list[float]:
-    """1 - mean cosine of each row with the others [N]; nothing to compare gives nothing."""
+    """1 - mean cosine of each row with the others [N]; empty for a single row."""
     n = len(vectors)
     return (1 - ((vectors @ vectors.T).sum(1) - 1) / (n - 1)).tolist() if n > 1 else []
 
@@ -98,7 +99,7 @@ def read_scores(folder: RunFolder) -> list[Score]:
 
 
 def summary(scores: Sequence[Score]) -> dict[str, float]:
-    """Means by metric, under the names that are logged."""
+    """Means by metric, with the logged names."""
     values: dict[str, list[float]] = {}
     for score in scores:
         values.setdefault(score.metric, []).append(score.value)
@@ -125,7 +126,7 @@ def changes(scores: Sequence[Score], weights: str = "live", step: int | None = N
     """Per metric, paired by prompt and picture: the same noise before and after.
 
     Args:
-        weights: whose pictures: live or ema.
+        weights: of the images: live or ema.
         step: the later one; None: the last.
     """
     mine = [score for score in scores if score.weights == weights]
@@ -144,11 +145,11 @@ def changes(scores: Sequence[Score], weights: str = "live", step: int | None = N
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean, by Student's t; not a number for fewer than three values."""
+    """95 % interval of the mean, by Student's t; NaN for fewer than three values."""
     n = len(values)
     if n < 3:
         return float("nan"), float("nan")
-    from scipy import stats  # half a second, for those who score
+    from scipy import stats  # takes half a second, so only if needed
 
     half = float(stats.t.ppf(0.975, n - 1)) * stdev(values) / n**0.5
     return fmean(values) - half, fmean(values) + half

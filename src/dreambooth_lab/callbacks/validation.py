@@ -1,4 +1,4 @@
-"""Pictures while it trains: the family's own diffusers pipeline, fixed seeds, the base model first."""
+"""Validation images during training, by the family's own diffusers pipeline with fixed seeds, first of the base model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .periodic import Interval, Periodic
 from .preview import Previews
 from .scores import Score, Scores, summary
 
-Drawn = dict[int, list[Image.Image]]  # number of the prompt → its images
+Drawn = dict[int, list[Image.Image]]  # index of the prompt → its images
 
 
 class Validation(Periodic):
-    """Draws every prompt with the live weights, their average, or both.
+    """Generates images for every prompt with the live weights, their average, or both.
 
-    Picture i of a prompt starts from the same noise at every step, so differences are the training's.
+    Image i of a prompt starts from the same noise at every step, so differences come from training.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Validation(Periodic):
             self._compare(step, trainer)
 
     def _draw_all(self, step: int, kind: str, folder: Path, trainer: Trainer, module: DreamBooth) -> Rows:
-        """Every prompt's images, the ranks in turn; the first rank gets and saves all, the others know their own."""
+        """Every prompt's images, divided over the ranks; the first rank gets and saves all, the others have only their own."""
         own: dict[int, list[Image.Image]] = {}
         failed: Exception | None = None
         try:
@@ -70,7 +70,7 @@ class Validation(Periodic):
                 own[number] = self._draw(module, number, step, kind)
                 if trainer.is_global_zero:
                     self._keep(number, own[number], step, kind, folder)
-        except (OSError, RuntimeError) as error:  # told after the others have sent theirs, or they would wait for this rank
+        except (OSError, RuntimeError) as error:  # raised after the gather, or the other ranks would wait for this one
             failed = error
         whole, broken = gathered(own, str(failed) if failed else "", trainer)
         if failed or broken:
@@ -80,7 +80,7 @@ class Validation(Periodic):
         return list(whole.values())
 
     def _compare(self, step: int, trainer: Trainer) -> None:
-        """The base model's pictures, the live weights', the average's."""
+        """A grid of the images of the base model, the live weights and the average."""
         name = f"step_{step:07d}.png"
         paths = (self.folder.base, self.folder.pictures / name, self.folder.averaged / name)
         sheet = image_grids.beside([Image.open(path) for path in paths], len(self.cfg.prompts))
@@ -89,7 +89,7 @@ class Validation(Periodic):
         image_grids.show(trainer.loggers, "pictures/base_live_ema", sheet, step)
 
     def _photos(self, module: DreamBooth, n: int) -> list[Image.Image]:
-        """What pictures begin from, in families that refine: the subject's photos in turn."""
+        """The initial images of image-to-image families: the subject's photos in turn."""
         own = [photo.image for photo in self.data.photos()] if module.family.needs_image else []
         return [own[i % len(own)] for i in range(n)] if own else []
 
@@ -130,7 +130,7 @@ class Validation(Periodic):
 
 
 def gathered(own: Drawn, failed: str, trainer: Trainer) -> tuple[Drawn, str]:
-    """On the first rank what all ranks have drawn, elsewhere what this one has; and what went wrong on any."""
+    """On the first rank the images of all ranks, elsewhere those of this rank; and the errors of all."""
     if trainer.world_size == 1:
         return own, failed
     parts: list[tuple[Drawn, str]] = [(own, failed)] * trainer.world_size
@@ -138,4 +138,4 @@ def gathered(own: Drawn, failed: str, trainer: Trainer) -> tuple[Drawn, str]:
     if not trainer.is_global_zero:
         return {}, failed
     whole = {number: images for drawn, _ in parts for number, images in drawn.items()}
-    return dict(sorted(whole.items())), "; ".join(told for _, told in parts if told)
+    return dict(sorted(whole.items())), "; ".join(text for _, text in parts if text)

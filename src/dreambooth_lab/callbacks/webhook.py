@@ -1,9 +1,9 @@
-"""Telling other programs, without ever waiting for them.
+"""Webhooks that never block training.
 
-Each receiver has its own thread and its own bounded queues. Previews give way: the oldest is dropped when the queue is full.
-Pictures that are final are kept, as files, and tried again, with growing pauses, until they are delivered or the run has ended
-and the patience for that is over. Numbers travel together, once a second at most, are tried once, and the oldest give way. Every
-outcome is counted.
+Each receiver has its own thread and its own bounded queues. When the queue of previews is full, the oldest is dropped.
+Final images are files, and are retried with increasing pauses until they are delivered, or until the time limit after the end of
+the run. Metrics are sent together, at most once per second, without retries; when their queue is full, the oldest are dropped.
+Every outcome is counted.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from .messages import REQUESTS, Line, Message, Metrics, metrics_request
 
 log = logging.getLogger(__name__)
 for _talker in ("httpx", "httpcore"):
-    logging.getLogger(_talker).setLevel(logging.WARNING)  # they log every address, and a webhook's address can be its secret
+    logging.getLogger(_talker).setLevel(logging.WARNING)  # they log every address, and a webhook's address can be secret
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)  # seconds
 PREVIEWS_WAITING = 8  # per receiver
 METRICS_WAITING = 2000  # per receiver
-METRICS_EVERY = 1.0  # seconds between two letters of numbers
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next try; the last repeats
-LAST_PAUSE = 0.5  # seconds at most, once the run has ended
+METRICS_EVERY = 1.0  # seconds between two messages of metrics
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next retry; the last repeats
+LAST_PAUSE = 0.5  # maximum pause after the end of the run, seconds
 OUTCOMES = ("sent", "retried", "dropped", "numbers sent", "numbers dropped")
 
 
 class Receiver(threading.Thread):
-    """Delivers to one address, in order, from a thread of its own.
+    """Delivers to one address, in order, in its own thread.
 
     Args:
         name: as in the configuration.
-        kind: raw receivers get numbers too.
+        kind: raw receivers get metrics too.
         url: http(s) address; never logged.
         token: sent as a bearer token, or None.
     """
@@ -51,14 +51,14 @@ class Receiver(threading.Thread):
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.previews: deque[Message] = deque()
         self.finals: deque[Message] = deque()
-        self.metrics: deque[tuple[str, Line]] = deque()  # with their run
-        self.metrics_due = 0.0  # monotonic time before which no letter of numbers leaves
+        self.metrics: deque[tuple[str, Line]] = deque()  # each with its run
+        self.metrics_due = 0.0  # monotonic time before which no metrics are sent
         self.counts: Counter[str] = Counter()
         self.wake = threading.Condition()
-        self.deadline: float | None = None  # monotonic time after which nothing is tried any more
+        self.deadline: float | None = None  # monotonic time after which nothing is sent
 
     def put(self, message: Message) -> None:
-        """Take a message over; returns at once."""
+        """Queue a message; returns immediately."""
         with self.wake:
             if message.final:
                 self.finals.append(message)
@@ -70,7 +70,7 @@ class Receiver(threading.Thread):
             self.wake.notify()
 
     def put_metrics(self, run: str, lines: list[Line]) -> None:
-        """Take numbers over; returns at once."""
+        """Queue metrics; returns immediately."""
         with self.wake:
             idle = not self.metrics
             self.metrics.extend((run, line) for line in lines)
@@ -81,7 +81,7 @@ class Receiver(threading.Thread):
                 self.wake.notify()
 
     def close(self, patience: float) -> None:
-        """No more messages come; what waits may take `patience` seconds more."""
+        """Accept no more messages; queued ones are sent for at most `patience` seconds."""
         with self.wake:
             self.deadline = time.monotonic() + patience
             self.wake.notify()
@@ -92,7 +92,7 @@ class Receiver(threading.Thread):
                 self._deliver(client, message)
 
     def _next(self) -> Message | Metrics | None:
-        """What is to be delivered next, final pictures first; None when closed and empty, or out of time."""
+        """The next message, final images first; None when closed and empty, or after the deadline."""
         with self.wake:
             while not self._late():
                 if self.finals or self.previews:
@@ -108,7 +108,7 @@ class Receiver(threading.Thread):
             return None
 
     def _metrics_message(self) -> Metrics:
-        """All waiting numbers of the oldest one's run."""
+        """All queued metrics of the oldest one's run."""
         run = self.metrics[0][0]
         lines = tuple(line for name, line in self.metrics if name == run)
         self.metrics = deque(item for item in self.metrics if item[0] != run)
@@ -123,7 +123,7 @@ class Receiver(threading.Thread):
             arguments = metrics_request(message) if isinstance(message, Metrics) else self.request(message)
         except OSError:
             self.counts[f"{message.kind}dropped"] += message.size
-            log.warning("webhook %s: a picture is gone from the run's folder before it was sent", self.label)
+            log.warning("webhook %s: an image was removed from the run's folder before it was sent", self.label)
             return
         tries = 0
         while True:
@@ -133,7 +133,7 @@ class Receiver(threading.Thread):
                 return
             tries += 1
             if not self.counts["failed"]:
-                log.warning("webhook %s does not take messages; trying again while the run goes on", self.label)
+                log.warning("webhook %s does not accept messages; retrying while the run continues", self.label)
             self.counts["failed"] += 1
             if self._late() or tries >= message.tries:
                 self.counts[f"{message.kind}dropped"] += message.size
@@ -142,7 +142,7 @@ class Receiver(threading.Thread):
             self._rest(pause)
 
     def _rest(self, pause: float) -> None:
-        """Wait before the next try; the run's end cuts a pause short once, and makes those after it shorter."""
+        """Wait before the next retry; the end of the run interrupts one pause, and shortens the later ones."""
         with self.wake:
             if self.deadline is None:
                 self.wake.wait_for(lambda: self.deadline is not None, timeout=pause)
@@ -150,7 +150,7 @@ class Receiver(threading.Thread):
                 self.wake.wait(max(min(pause, LAST_PAUSE, self.deadline - time.monotonic()), 0.01))
 
     def _post(self, client: httpx.Client, arguments: dict[str, Any], tries: int) -> float | None:
-        """None when delivered, else seconds to wait. The answer's body is never read: only its status matters."""
+        """None when delivered, else seconds to wait. The body of the response is never read, only the status."""
         pause = PAUSES[min(tries, len(PAUSES) - 1)]
         try:
             with client.stream("POST", self.url, **arguments) as response:
@@ -172,19 +172,19 @@ class Sender:
             receiver.start()
 
     def send(self, message: Message) -> None:
-        """Hand a message to every receiver; returns at once, raises nothing."""
+        """Send a message to every receiver; returns immediately, raises nothing."""
         for receiver in self.receivers:
             receiver.put(message)
 
     def send_metrics(self, run: str, step: int, values: dict[str, float]) -> None:
-        """Hand logged numbers to every receiver that wants them; returns at once, raises nothing."""
+        """Send logged metrics to every receiver that accepts them; returns immediately, raises nothing."""
         lines: list[Line] = [(step, name, value if math.isfinite(value) else None) for name, value in values.items()]
         for receiver in self.receivers:
             if receiver.wants_metrics:
                 receiver.put_metrics(run, lines)
 
     def close(self, patience: float) -> dict[str, dict[str, int]]:
-        """Let what waits be delivered for at most `patience` seconds; receiver → its counts by `OUTCOMES`."""
+        """Deliver queued messages for at most `patience` seconds; receiver → its counts by `OUTCOMES`."""
         for receiver in self.receivers:
             receiver.close(patience)
         for receiver in self.receivers:
@@ -193,7 +193,7 @@ class Sender:
 
 
 def build_receiver(name: str, cfg: ReceiverConfig) -> Receiver:
-    """A receiver with its secrets read from the environment; `check` has seen that they are there."""
+    """A receiver with its secrets read from the environment; `check` has verified that they exist."""
     url = os.environ[cfg.url_env] if cfg.url_env else cfg.url
     assert url is not None
     return Receiver(name, cfg.kind, url, os.environ[cfg.token_env] if cfg.token_env else None)

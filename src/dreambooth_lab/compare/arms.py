@@ -179,18 +179,18 @@ def aside(key: str) -> bool:
 
 def _names(firsts: Sequence[Run], differ: Sequence[str]) -> list[str]:
     """A name for each arm: what a sweep set, or the values of the fewest and shortest keys that distinguish the arms."""
-    told = [_set(run.job.words) if run.job else {} for run in firsts]
-    if not all(told) or len({repr(one) for one in told}) < len(told):
-        told = [{key: str(run.values.get(key)) for key in _telling(firsts, differ)} for run in firsts]
-    if all(len(one) == 1 for one in told):
-        return [str(next(iter(one.values()))) for one in told]
-    return [", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in one.items()) or "all runs" for one in told]
+    lines = [_set(run.job.words) if run.job else {} for run in firsts]
+    if not all(lines) or len({repr(one) for one in lines}) < len(lines):
+        lines = [{key: str(run.values.get(key)) for key in _telling(firsts, differ)} for run in firsts]
+    if all(len(one) == 1 for one in lines):
+        return [str(next(iter(one.values()))) for one in lines]
+    return [", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in one.items()) or "all runs" for one in lines]
 
 
 def _set(words: Sequence[str]) -> Values:
     """Key → value of a job's overrides, except the seed."""
-    said = (word.lstrip("+~").partition("=") for word in words)
-    return {key: value.strip("\"'") for key, _, value in said if key != SEED}
+    pairs = (word.lstrip("+~").partition("=") for word in words)
+    return {key: value.strip("\"'") for key, _, value in pairs if key != SEED}
 
 
 def _telling(firsts: Sequence[Run], differ: Sequence[str]) -> list[str]:

@@ -12,8 +12,8 @@ from ..page import picture
 from ..plots import THEME, script
 from . import figures, shared
 from .arms import TRAIN_LOSS, Arm, Study
+from .conclusions import Part, lead, parts
 from .stats import Difference, Estimate, at_end, estimate, results
-from .told import Part, lead, parts
 
 STYLE = """h2{font-size:1.15em;margin-top:2em}figure{margin:.6em 0}
 .wide{overflow-x:auto}table{border-collapse:collapse;overflow-wrap:normal}
@@ -30,15 +30,15 @@ DRAWS = ("dataset.", "prior.", "trainer.accumulate_grad_batches", "objective.") 
 def document(title: str, study: Study, found: Sequence[Difference]) -> str:
     """The whole page as HTML."""
     chosen = results(study)
-    told = {metric: [one for one in found if one.metric == metric] for metric in chosen}
+    values = {metric: [one for one in found if one.metric == metric] for metric in chosen}
     body = (
         _summary(study)
-        + f"<h2>What can be concluded</h2>{_conclusions(study, told)}"
+        + f"<h2>What can be concluded</h2>{_conclusions(study, values)}"
         + f"<h2>What differs</h2>{_differing(study)}"
-        + f"<h2>Differences</h2>{_effects(told)}"
+        + f"<h2>Differences</h2>{_effects(values)}"
         + f"<h2>Final metrics</h2>{_means(study, chosen)}"
         + f"<h2>Curves</h2>{_curves(study, chosen)}"
-        + f"<h2>Images</h2>{_pictures(study)}"
+        + f"<h2>Images</h2>{_images(study)}"
         + f"<h2>Cost</h2>{_cost(study)}"
         + f"<h2>Runs</h2>{_runs(study)}"
         + THEME
@@ -53,24 +53,24 @@ def _summary(study: Study) -> str:
     return f"<p>{text}</p>" + (f'<p class="bad">Not compared:</p><ul>{bad}</ul>' if bad else "")
 
 
-def _conclusions(study: Study, told: dict[str, list[Difference]]) -> str:
+def _conclusions(study: Study, values: dict[str, list[Difference]]) -> str:
     if len(study.arms) < 2:
         return "<p>There is only one arm, so nothing is compared; means and intervals are below.</p>"
-    items = "".join(f"<li>{escape(lead(metric, found))}{_parts(found)}</li>" for metric, found in told.items())
-    tests = sum(one.p == one.p for found in told.values() for one in found)
+    items = "".join(f"<li>{escape(lead(metric, found))}{_parts(found)}</li>" for metric, found in values.items())
+    tests = sum(one.p == one.p for found in values.values() for one in found)
     each = len(study.arms) - 1
     many = f"the {each} comparisons" if each > 1 else "the one comparison"
     note = (
         f"Two-sided t-tests at 5 %, with Holm's correction over {many} of each metric. If the arms do not differ, each of the "
-        f"{len(told)} metrics still has a 5 % chance of a false positive. If a finding is not significant with all "
+        f"{len(values)} metrics still has a 5 % chance of a false positive. If a finding is not significant with all "
         f"{tests} comparisons corrected together, its sentence says so. Intervals from few seeds assume a normal distribution."
     )
     return f"<ul>{items}</ul><p><small>{note} {_pairing(study)}</small></p>"
 
 
 def _parts(found: Sequence[Difference]) -> str:
-    said = parts(found) or [Part("no other arm has this metric", False)]
-    items = "".join(f"<li{' class=sure' * part.sure}>{escape(part.text)}</li>" for part in said)
+    shown = parts(found) or [Part("no other arm has this metric", False)]
+    items = "".join(f"<li{' class=sure' * part.sure}>{escape(part.text)}</li>" for part in shown)
     return f"<ul>{items}</ul>"
 
 
@@ -106,8 +106,8 @@ def _differing(study: Study) -> str:
     return _table(head, rows)
 
 
-def _effects(told: dict[str, list[Difference]]) -> str:
-    made = "".join(figures.effects(metric, found) for metric, found in told.items() if found)
+def _effects(values: dict[str, list[Difference]]) -> str:
+    made = "".join(figures.effects(metric, found) for metric, found in values.items() if found)
     return f'<div class="few">{made}</div>' if made else "<p>None.</p>"
 
 
@@ -130,12 +130,12 @@ def _estimates(study: Study, metrics: Sequence[str]) -> str:
     return _table(head, rows)
 
 
-def _estimate(told: Estimate) -> str:
-    if not told.n:
+def _estimate(estimated: Estimate) -> str:
+    if not estimated.n:
         return "–"
-    if isnan(told.low):
-        return f"{told.mean:.4g}<br><small>one run</small>"
-    return f"{told.mean:.4g}<br><small>{told.low:.4g} to {told.high:.4g}</small>"
+    if isnan(estimated.low):
+        return f"{estimated.mean:.4g}<br><small>one run</small>"
+    return f"{estimated.mean:.4g}<br><small>{estimated.low:.4g} to {estimated.high:.4g}</small>"
 
 
 def _curves(study: Study, chosen: Sequence[str]) -> str:
@@ -143,7 +143,7 @@ def _curves(study: Study, chosen: Sequence[str]) -> str:
     return f'<div class="few">{made}</div>' if made else "<p>No metric was logged more than once.</p>"
 
 
-def _pictures(study: Study) -> str:
+def _images(study: Study) -> str:
     """Images of the same prompt and noise side by side; the first seed is expanded, the others are folded."""
     note = "Each strip has the images of one prompt. The n-th image of every strip starts from the same noise."
     parts = []
@@ -158,25 +158,25 @@ def _pictures(study: Study) -> str:
 def _strips(row: Sequence[shared.Strip]) -> str:
     made = ""
     for strip in row:
-        said = f"{strip.arm}, step {strip.step:,}" + (f": {strip.prompt}" if strip.prompt != row[0].prompt else "")
+        message = f"{strip.arm}, step {strip.step:,}" + (f": {strip.prompt}" if strip.prompt != row[0].prompt else "")
         alt = f"images of “{strip.prompt}” by {strip.arm} at step {strip.step}"
-        made += f"<figure>{picture(strip.picture, alt)}<figcaption>{escape(said)}</figcaption></figure>"
+        made += f"<figure>{picture(strip.picture, alt)}<figcaption>{escape(message)}</figcaption></figure>"
     return f'<div class="strips">{made}</div>'
 
 
 def _cost(study: Study) -> str:
     head = "<tr><th></th><th>seconds per run, mean</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
-    rows = "".join(f"<tr><th>{escape(arm.name)}</th>{_took(arm)}</tr>" for arm in study.arms)
+    rows = "".join(f"<tr><th>{escape(arm.name)}</th>{_cost_cells(arm)}</tr>" for arm in study.arms)
     note = "Wall time of all phases. Jobs in one process share its peak: the largest resident size so far. "
-    note += "≥: a run was killed and resumed; what it took before is not known."
+    note += "≥: a run was killed and resumed; its time before is unknown."
     return f"{_table(head, rows)}<p><small>{note}</small></p>"
 
 
-def _took(arm: Arm) -> str:
-    took = [run.cost() for run in arm.runs.values()]
-    device = max(cost["device_peak_mib"] for cost in took)
-    least = "≥ " if any(cost["killed_starts"] for cost in took) else ""
-    seconds, process = fmean(cost["seconds"] for cost in took), max(cost["process_peak_mib"] for cost in took)
+def _cost_cells(arm: Arm) -> str:
+    costs = [run.cost() for run in arm.runs.values()]
+    device = max(cost["device_peak_mib"] for cost in costs)
+    least = "≥ " if any(cost["killed_starts"] for cost in costs) else ""
+    seconds, process = fmean(cost["seconds"] for cost in costs), max(cost["process_peak_mib"] for cost in costs)
     return f"<td>{least}{seconds:,.1f}</td><td>{process:,.0f}</td><td>{f'{device:,.0f}' if device else '–'}</td>"
 
 
@@ -188,8 +188,8 @@ def _runs(study: Study) -> str:
         for arm in study.arms
         for seed, run in arm.runs.items()
     )
-    said = "repeats an arm's configuration and seed; a newer run is used"
-    twice = "".join(f"<p>{escape(name)} {said}.</p>" for name in study.repeated)
+    prefix = "repeats an arm's configuration and seed; a newer run is used"
+    twice = "".join(f"<p>{escape(name)} {prefix}.</p>" for name in study.repeated)
     return f"<details><summary>all</summary>{_table(head, rows)}{twice}</details>"
 
 

@@ -31,9 +31,9 @@ def _mean(arm: Arm, metric: str, place: int) -> Line | None:
         return None
     steps = sorted(set.intersection(*(set(one) for one in series)))
     steps = steps[:: max(len(steps) // MOST, 1)]
-    told = [estimate([one[step] for one in series]) for step in steps]
-    band = ([one.low for one in told], [one.high for one in told]) if len(series) > 1 else None
-    return Line([(step, one.mean) for step, one in zip(steps, told, strict=True)], arm.name, place, band=band)
+    lines = [estimate([one[step] for one in series]) for step in steps]
+    band = ([one.low for one in lines], [one.high for one in lines]) if len(series) > 1 else None
+    return Line([(step, one.mean) for step, one in zip(steps, lines, strict=True)], arm.name, place, band=band)
 
 
 def _series(run: Run, metric: str) -> Series:

@@ -61,8 +61,8 @@ def results(study: Study) -> list[str]:
     the loss and the instance rows' loss without class rows, one is used."""
     chosen: list[str] = []
     for metric in study.metrics:
-        told = metric in NOT_JUDGED or metric.removeprefix("ema/").startswith(PARTS)
-        if not told and not any(_same(study, metric, other) for other in chosen):
+        excluded = metric in NOT_JUDGED or metric.removeprefix("ema/").startswith(PARTS)
+        if not excluded and not any(_same(study, metric, other) for other in chosen):
             chosen.append(metric)
     return chosen
 

@@ -1,6 +1,6 @@
-"""What a run may say: the typed schema of `conf/`, and `check`, which reports every problem at once.
+"""The configuration: the typed schema of `conf/`, and `check`, which reports all problems together.
 
-Python says what is legal, YAML says what is chosen. Nothing here imports torch: `--help`, `--cfg job` and every refusal come in
+Python defines the legal values, YAML the chosen ones. Nothing here imports torch, so `--help`, `--cfg job` and errors take
 well under a second.
 """
 

@@ -1,4 +1,4 @@
-"""Problems of what learns, and inside what: adapter and quant."""
+"""Checks of the trained weights and the base: adapter and quant."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .reader import Reader, installed
 QUANTO = (enums.QuantKind.int8, enums.QuantKind.int4, enums.QuantKind.int2, enums.QuantKind.fp8)
 PEFT, ON_QUANTISED = ("lora", "dora"), ("lora", "dora", "locon", "loha", "lokr")
 ON_LYCORIS = ("lora", "locon", "loha", "lokr", "glora", "diag-oft", "boft")
-ON_ALL_AT_ONCE = ("prodigyopt", "schedulefree")  # libraries whose optimisers keep more than a state for each weight
+ON_ALL_AT_ONCE = ("prodigyopt", "schedulefree")  # libraries whose optimisers have more than a state per weight
 NOT_LYCORIS = {
-    "full": "takes the base's weights away for: use adapter=full",
+    "full": "implements by removing the base's weights; use adapter=full",
     "dylora": "can't load again",
     "ia3": "can't load again",
-    "tlora": "can't put on padded convolutions",
+    "tlora": "can't apply to padded convolutions",
 }
 
 
@@ -33,16 +33,16 @@ def problems(read: Reader) -> Iterator[str | None]:
 
 
 def _adapter_problems(read: Reader) -> Iterator[str | None]:
-    """Pairs that can't work, each with its reason: what the libraries would do instead is fail late, or something else."""
+    """Combinations that can't work, each with its reason; the libraries would fail late, or compute something else."""
     algorithm, target = read("adapter.algorithm"), str(read("adapter._target_"))
     options = dict(read("adapter.options") or {})
     if target.endswith(".Lycoris") and str(read("adapter.preset")).endswith(SUFFIX):
         try:
-            said = read_lycoris_file(read("adapter.preset"))
+            lycoris_config = read_lycoris_file(read("adapter.preset"))
         except ValueError as error:
             yield f"adapter.preset is {read('adapter.preset')!r}, {error}"
             return
-        options, algorithm = said, said.get("algo", algorithm)
+        options, algorithm = lycoris_config, lycoris_config.get("algo", algorithm)
     decomposed = algorithm == "dora" or options.get("use_dora") or options.get("dora_wd") or options.get("weight_decompose")
     low, kind = read("model.dtype") not in (None, enums.Dtype.float32), read("quant.kind") or enums.QuantKind.none
     dtype = f"model.dtype is {read('model.dtype').name}" if low else ""
@@ -53,7 +53,7 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
     if target.endswith(".Lycoris") and algorithm not in (None, *ON_LYCORIS, *NOT_LYCORIS):
         yield f"adapter.algorithm is {algorithm!r}; LyCORIS has {', '.join(ON_LYCORIS)}"
     if target.endswith(".Lycoris") and options.get("use_scalar"):
-        yield "adapter.options.use_scalar is true: LyCORIS folds the scalar into its files, so a run can't go on; leave it out"
+        yield "adapter.options.use_scalar is true: LyCORIS folds the scalar into its files, so a run can't be resumed; remove it"
     if target.endswith(".Lycoris") and decomposed and low:
         yield f"adapter.options has weight decomposition and {dtype}, which LyCORIS can't mix; use float32 or adapter=dora"
     if read("adapter.preset") is not None and not target.endswith(".Lycoris"):
@@ -71,29 +71,29 @@ def _adapter_problems(read: Reader) -> Iterator[str | None]:
     if algorithm not in (None, *ON_QUANTISED):
         yield f"quant.kind is {kind.name}, but adapter={algorithm} needs the weights themselves; use quant=none"
     if algorithm in ON_QUANTISED and target.endswith(".Lycoris") and decomposed:
-        yield f"quant.kind is {kind.name}, where LyCORIS silently drops dora_wd; use adapter=dora or quant=none"
+        yield f"quant.kind is {kind.name}, with which LyCORIS silently ignores dora_wd; use adapter=dora or quant=none"
     if target.endswith(".LoRA") and decomposed and kind in QUANTO and low:
         yield f"quant.kind is {kind.name} with DoRA and {dtype}, which peft can't mix; use float32 or quant=int8_torchao"
 
 
 def _layer_problems(read: Reader) -> Iterator[str | None]:
-    """Rules and targets that can't mean anything, and what an algorithm does not have."""
+    """Invalid rules and targets, and keys that an algorithm does not have."""
     algorithm, blocks, targets = read("adapter.algorithm"), read("adapter.blocks") or [], read("adapter.targets") or []
     patterns = [("adapter.blocks", block["match"]) for block in blocks]
     patterns += [("adapter.targets", target.removeprefix(REGEX)) for target in targets if target.startswith(REGEX)]
     for key, pattern in patterns:
         if (wrong := _regex_problem(pattern)) is not None:
-            yield f"{key} has {pattern!r}, which is no regular expression: {wrong}"
+            yield f"{key} has {pattern!r}, which is not a valid regular expression: {wrong}"
     ranked = any(block["rank"] is not None for block in blocks)
     if read("adapter.preset") is not None and (targets or ranked):
         what = "adapter.targets" if targets else "ranks in adapter.blocks"
-        said = f"adapter.preset is {read('adapter.preset')!r}"
-        yield f"{said}, which chooses layers and ranks itself; leave {what} out, or the preset"
+        prefix = f"adapter.preset is {read('adapter.preset')!r}"
+        yield f"{prefix}, which sets layers and ranks itself; remove {what}, or the preset"
     if algorithm == "full" and (read("adapter.rank") != 1 or read("adapter.dropout") or read("adapter.options") or ranked):
-        yield "adapter=full trains the weights themselves: it has no rank, dropout, options or ranks in blocks; leave them out"
+        yield "adapter=full trains the weights themselves: it has no rank, dropout, options or ranks in blocks; remove them"
     init = (read("adapter.options") or {}).get("init_lora_weights", True)
     if init not in (True, "gaussian", "orthogonal"):
-        yield f"adapter.options.init_lora_weights is {init!r}, which changes the base or its first answer; use true or gaussian"
+        yield f"adapter.options.init_lora_weights is {init!r}, which changes the base's predictions; use true or gaussian"
 
 
 def _regex_problem(pattern: str) -> str | None:
@@ -109,13 +109,13 @@ def _text_encoder_problems(read: Reader) -> Iterator[str | None]:
     if not numbers:
         return
     if min(numbers) < 1 or len(set(numbers)) < len(numbers):
-        yield f"adapter.text_encoders is {numbers}; number each once, from 1: [1,2]"
+        yield f"adapter.text_encoders is {numbers}; list each encoder once, numbered from 1: [1,2]"
     if algorithm not in (None, *PEFT):
         yield f"adapter.text_encoders is {numbers}, but {algorithm} does not support text encoders; use adapter=lora or dora"
     if not read("adapter.text_parts"):
         yield f"adapter.text_encoders is {numbers}, but adapter.text_parts is empty; name some groups, or use text_encoders=[]"
     if read("model.encoder_dtype") is enums.Dtype.float16:
-        yield "model.encoder_dtype is float16 with adapter.text_encoders, whose gradients it loses; use float32 or bfloat16"
+        yield "model.encoder_dtype is float16 with adapter.text_encoders, whose gradients underflow; use float32 or bfloat16"
     for number in numbers:
         kind = read(f"quant.text_encoder_{number}") or enums.QuantKind.none
         if kind in QUANTO and algorithm == "dora" and read("model.encoder_dtype") is not enums.Dtype.float32:

@@ -16,18 +16,18 @@ from .types import unreadable
 
 
 class ConfigError(Exception):
-    """A problem the user can mend; its text names the key, the value and the way out."""
+    """A problem the user can fix; the message names the key, the value and a fix."""
 
 
 class RunError(Exception):
-    """A run can't go on. What it saved before is whole; the text says where, and the way out."""
+    """A run can't continue. Files saved before are complete; the message says where, and names a fix."""
 
 
 class Interrupted(RunError):
-    """A run was asked to stop, and saved where it was.
+    """A run was stopped by a signal after saving its state.
 
     Args:
-        signal: the number of the one that asked.
+        signal: the number of the signal.
     """
 
     def __init__(self, text: str, signal: int):
@@ -40,7 +40,7 @@ class Lost(RunError):
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise one `ConfigError` that lists every problem of a composed config; silent when there is none."""
+    """Raise one `ConfigError` that lists every problem of a composed config; do nothing if there is none."""
     broken = list(unreadable(cfg))
     keys = {key for key, _ in broken}
     found = [problem for _, problem in broken if problem] + list(_unknown_keys(cfg))
@@ -50,7 +50,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def _unknown_keys(node: DictConfig, schema: type = Config, prefix: str = "") -> Iterator[str]:
-    """Keys outside the schema, which `+key=…` adds without a word."""
+    """Keys outside the schema, which `+key=…` adds silently."""
     legal = get_type_hints(schema)
     for key in map(str, node):
         if key not in legal:
@@ -61,7 +61,7 @@ def _unknown_keys(node: DictConfig, schema: type = Config, prefix: str = "") -> 
 
 
 def _problems(read: Reader) -> Iterator[str | None]:
-    """Everything that types can't say."""
+    """All checks that types can't express."""
     for rules in (ranges, data_rules, adapter_rules, learning_rules, monitoring_rules, division):
         yield from rules.problems(read)
     if read("preflight") not in (None, "run", "only"):
@@ -69,4 +69,4 @@ def _problems(read: Reader) -> Iterator[str | None]:
     if read("resume") is not None:
         yield read.folder("resume", "an earlier run of this project")
     if not str(read("name") or "x").replace("-", "").replace("_", "").isalnum():
-        yield f"name is {read('name')!r}; it names a folder, so only letters, digits, - and _ are allowed"
+        yield f"name is {read('name')!r}; it is part of a folder's name, so only letters, digits, - and _ are allowed"

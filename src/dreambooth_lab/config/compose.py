@@ -1,4 +1,4 @@
-"""Where Hydra finds the configurations, and what it learns from us."""
+"""Hydra's search path and plugins of this project."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .migrations import migrate_file
 from .prompts import prompts_of
 from .schema import Config
 
-PLACES = (  # keys that may hold a path of this machine
+PLACES = (  # keys that may contain a local path
     "dataset.path", "dataset.mask_path", "prior.path", "cache", "adapter.init_from", "adapter.preset", "model.pretrained",
     "model.config", "model.tae", "eval.clip_model", "eval.dino_model", "eval.path", "validation.library",
 )  # fmt: skip
-LOCAL = "local:"  # begins what an export says in place of a path that only its maker has
+LOCAL = "local:"  # prefix that replaces a local path in an export
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -35,7 +35,7 @@ def conf_dir() -> Path:
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Reads YAML files, also those that say names of earlier versions. Hydra tells sources apart by the name of their class."""
+    """Reads YAML files, including those with names of earlier versions. Hydra identifies sources by the name of their class."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         found = super().load_config(config_path)
@@ -47,7 +47,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 class ExperimentFolder(SearchPathPlugin):
-    """Lets `experiment=NAME` find the pinned experiments, which lie outside conf/."""
+    """Lets `experiment=NAME` find the pinned experiments, which are outside of conf/."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("experiments", f"file://{conf_dir().parent / 'experiments'}")
@@ -63,11 +63,11 @@ OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), rep
 
 
 def resolve_paths(cfg: DictConfig) -> DictConfig:
-    """The same configuration with its local paths made absolute, so that it means the same from any folder."""
+    """The same configuration with its local paths made absolute, so that it is independent of the working directory."""
     anchored = cfg.copy()
     for key in PLACES:
         value = None
-        with suppress(OmegaConfBaseException, RecursionError):  # what can't be read is for `check` to say
+        with suppress(OmegaConfBaseException, RecursionError):  # `check` reports unreadable values
             value = None if OmegaConf.is_missing(cfg, key) else OmegaConf.select(cfg, key)
         if value and (key == "cache" or Path(value).expanduser().exists()):
             OmegaConf.update(anchored, key, str(Path(value).expanduser().resolve()))

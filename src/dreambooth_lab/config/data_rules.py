@@ -1,4 +1,4 @@
-"""Problems of what is trained on: dataset and prior."""
+"""Checks of the training data: dataset and prior."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def _prior_problems(read: Reader) -> Iterator[str | None]:
     if kind in (None, enums.PriorKind.none) or read("dataset.type") is enums.DatasetType.simpletuner:
         return
     if source is enums.PriorSource.folder and path is None:
-        ways = "prior.path=FOLDER, prior.source=generated (the base model draws them), or prior=none"
-        yield f"prior.path is null, but prior.kind={kind.name} needs class pictures; set {ways}"
+        ways = "prior.path=FOLDER, prior.source=generated (by the base model), or prior=none"
+        yield f"prior.path is null, but prior.kind={kind.name} needs class images; set {ways}"
     elif source is enums.PriorSource.folder:
         yield read.pictures("prior.path", "class pictures")
     elif path is not None and source is not None:
-        yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or leave it out"
+        yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or remove it"
     if source is enums.PriorSource.captions and kind is enums.PriorKind.noise:
-        wrong = "prior.kind is noise with prior.source=captions, which would teach the class to look like the subject"
+        wrong = "prior.kind is noise with prior.source=captions, which would train the class towards the subject"
         yield f"{wrong}; use prior=teacher or prior=bank"
     if not read("prior.prompt"):
         yield 'prior.prompt is empty; set dataset.class_prompt="a photo of a dog" (the subject\'s class)'
     if read("prior.class_fraction") in (0, 1):
-        yield f"prior.class_fraction is {read('prior.class_fraction')}; it must lie between 0 and 1, or use prior=none"
+        yield f"prior.class_fraction is {read('prior.class_fraction')}; it must be between 0 and 1, or use prior=none"
     if kind is enums.PriorKind.bank and read("rollout.enabled"):
-        off = "the bank's answers are for points on the path, which rollout leaves"
+        off = "the bank's predictions are for noised samples without rollout"
         yield f"prior.kind is bank with rollout.enabled=true: {off}; use prior=teacher, or set rollout.enabled=false"
 
 
@@ -79,7 +79,7 @@ def _shape_problems(read: Reader) -> Iterator[str | None]:
     if aspects and kind in (enums.CropAspect.preserve, enums.CropAspect.square):
         yield f"dataset.crop_aspects is {aspects}, which dataset.crop_aspect={kind.name} does not read; use closest or random"
     if (read("dataset.maximum_image_size") is None) != (read("dataset.target_downsample_size") is None):
-        yield "dataset.maximum_image_size and dataset.target_downsample_size come together; set both or neither"
+        yield "dataset.maximum_image_size and dataset.target_downsample_size must be set together; set both or neither"
 
 
 def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
@@ -91,23 +91,24 @@ def _caption_and_mask_problems(read: Reader) -> Iterator[str | None]:
         yield "dataset.streaming is true; only dataset.type=huggingface can be streamed"
     if lacks_prompt(read):
         line = shlex.quote(f"dataset.instance_prompt={proposal(read('dataset.class_prompt'))}")
-        kind = "" if read("dataset.class_prompt") else " (your own kind of thing in place of dog)"
+        kind = "" if read("dataset.class_prompt") else " (with your subject's class instead of dog)"
         yield (
-            f"dataset.instance_prompt is empty, so nothing says what the photos show; add {line}{kind}, or choose where captions "
-            "come from: dataset.caption=textfile (a.txt beside a.jpg), filename or column"
+            f"dataset.instance_prompt is empty, so the photos have no caption; add {line}{kind}, or choose another source of "
+            f"captions "
+            "with dataset.caption=textfile (a.txt beside a.jpg), filename or column"
         )
     files = read("dataset.mask_from") is enums.MaskFrom.files
     if files and read("dataset.mask_path") is None:
         yield "dataset.mask_from is files; it needs dataset.mask_path=FOLDER"
     if read("dataset.mask_path") is not None and not files:
-        said = f"dataset.mask_path is {read('dataset.mask_path')!r}"
-        yield f"{said}, but dataset.mask_from={read('dataset.mask_from').name}; use files"
+        prefix = f"dataset.mask_path is {read('dataset.mask_path')!r}"
+        yield f"{prefix}, but dataset.mask_from={read('dataset.mask_from').name}; use files"
     else:
         yield read.pictures("dataset.mask_path", "masks")
 
 
 def lacks_prompt(read: Reader) -> bool:
-    """Whether captions are made of an instance prompt that is not there."""
+    """Whether captions need an instance prompt that is not set."""
     needs = read("dataset.caption") is enums.CaptionKind.instanceprompt or read("dataset.prepend_instance_prompt")
     return bool(
         (needs or read("dataset.only_instance_prompt")) and not read("dataset.instance_prompt") and not read("dataset.prompts")
@@ -115,15 +116,15 @@ def lacks_prompt(read: Reader) -> bool:
 
 
 def _unused_caption_keys(read: Reader) -> Iterator[str]:
-    """What would be ignored, since captions come from elsewhere."""
+    """Keys that would be ignored, since captions come from another source."""
     kind, only, put_before = (read(f"dataset.{key}") for key in ("caption", "only_instance_prompt", "prepend_instance_prompt"))
     if kind is None:
         return
     prompt_alone = kind is enums.CaptionKind.instanceprompt or only
     if read("dataset.caption_column") is not None and (kind is not enums.CaptionKind.column or only):
-        said = f"dataset.caption_column is {read('dataset.caption_column')!r}"
-        yield f"{said}, but captions are no column; use dataset.caption=column"
+        prefix = f"dataset.caption_column is {read('dataset.caption_column')!r}"
+        yield f"{prefix}, but captions are not read from a column; use dataset.caption=column"
     if put_before and prompt_alone:
-        yield "dataset.prepend_instance_prompt is true, but the instance prompt is the whole caption; leave it out"
+        yield "dataset.prepend_instance_prompt is true, but the instance prompt is the whole caption; remove it"
     if read("dataset.prompts") and not (prompt_alone or put_before):
-        yield f"dataset.prompts is set, but dataset.caption={kind.name} reads none; use dataset.prepend_instance_prompt=true"
+        yield f"dataset.prompts is set, but dataset.caption={kind.name} ignores it; use dataset.prepend_instance_prompt=true"

@@ -1,4 +1,4 @@
-"""How a run is divided over processes."""
+"""The division of a run over processes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .reader import Reader
 
 STRATEGIES = ("auto", "ddp")
 WHOLE_WEIGHTS = (
-    "adapters, exports and images need each process to hold the whole network; quant=int8, quant=nf4 or model.offload=blocks "
+    "each process must hold the whole network for adapters, exports and images; quant=int8, quant=nf4 or model.offload=blocks "
     "make a large one fit one device"
 )
 
 
 def processes(cfg: DictConfig) -> int:
-    """Processes that train together, of all machines."""
+    """Number of training processes on all machines."""
     return int(cfg.trainer.devices * cfg.trainer.num_nodes)
 
 
 def rows_per_batch(cfg: DictConfig) -> int:
-    """Rows that all processes together take at once. Which samples a batch has depends on this number alone."""
+    """Rows of a batch over all processes. The samples of a batch depend only on this number."""
     return int(cfg.dataset.batch_size * processes(cfg))
 
 

@@ -1,10 +1,10 @@
-"""What a key may be where it is one of a few words."""
+"""Enums: keys with a few possible values."""
 
 from __future__ import annotations
 
 from enum import Enum
 
-REGEX = "re:"  # begins an adapter target that is a regular expression
+REGEX = "re:"  # prefix of an adapter target that is a regular expression
 
 
 class Attention(Enum):
@@ -16,21 +16,21 @@ class Attention(Enum):
 
 
 class Offload(Enum):
-    """What of the frozen denoiser lies in the host's memory."""
+    """The part of the frozen denoiser that is stored in host memory."""
 
     none = "none"
     blocks = "blocks"
 
 
 class Prediction(Enum):
-    """What a network of a variance-preserving path predicts."""
+    """The prediction type of a network with a variance-preserving path."""
 
     epsilon = "epsilon"
     v_prediction = "v_prediction"
 
 
 class EmptyCaption(Enum):
-    """What a row without caption is told."""
+    """The conditioning of a row without caption."""
 
     auto = "auto"
     zeros = "zeros"
@@ -43,7 +43,7 @@ class Dtype(Enum):
     float16 = "float16"
 
 
-SIMPLETUNER_QUANT = {  # its spelling → ours
+SIMPLETUNER_QUANT = {  # SimpleTuner's names → ours
     "no_change": "none", "int8-quanto": "int8", "int4-quanto": "int4", "int2-quanto": "int2", "fp8-quanto": "fp8",
     "int8-torchao": "int8_torchao", "int4-torchao": "int4_torchao", "fp8-torchao": "fp8_torchao", "nf4-bnb": "nf4",
 }  # fmt: skip
@@ -66,14 +66,14 @@ class QuantKind(Enum):
 
 
 class LongCaptions(Enum):
-    """What becomes of captions beyond the text encoder's limit."""
+    """The handling of captions beyond the text encoder's limit."""
 
     truncate = "truncate"
     chunk = "chunk"
 
 
 class Metadata(Enum):
-    """What an export's headers and card say of its making."""
+    """The metadata in an export's headers and card."""
 
     full = "full"
     public = "public"
@@ -208,7 +208,7 @@ class Schedule(Enum):
 
 
 class OnExtend(Enum):
-    """What a schedule does when a resumed run is made longer."""
+    """The schedule's behaviour when a resumed run is made longer."""
 
     refuse = "refuse"
     hold = "hold"

@@ -1,6 +1,6 @@
-"""Help for the command line: a short page of what to do, the list of groups, and single groups and keys with their comments.
+"""Help for the command line: a short page of first steps, the list of groups, and single groups and keys with their comments.
 
-All of it but the first page is read from `conf/`, where every key has its line.
+Everything except the first page is read from `conf/`, where every key has a comment.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from .keys import kind_of, nearest
 START = """\
 dreambooth-lab: teach a text-to-image model one subject from a few photos
 
-See it work, without a GPU or a download, in about two minutes:
+Run the demo, without a GPU or a download, in about two minutes:
   python -m dreambooth_lab experiment=demo
 
 Train on your photos, a folder of 3 to 30; a rare word such as ohwx names the subject:
   python -m dreambooth_lab model=sdxl dataset.path=PHOTOS 'dataset.instance_prompt=a photo of ohwx dog'
-      … memory=auto      also choose what saves memory for this GPU; or name its size: memory=16gb
+      … memory=auto      choose memory-saving options for this GPU, or for a size: memory=16gb
       … preflight=only   check, show captions, crops and memory, and stop before training
       … -m optimizer.lr=1e-4,3e-4      one run for each value
-      … sweep=prior    several runs of one question, and a page that compares them
+      … sweep=prior    several runs, and a page that compares them
 
-Go on after a stop, and draw with what was learned:
+Resume after a stop, and generate images with the result:
   python -m dreambooth_lab resume=latest
   python -m dreambooth_lab.tools.generate run=runs/RUN 'prompt=a photo of ohwx dog in the snow'
 
 More:
   python -m dreambooth_lab --help               the groups of keys and their options
   python -m dreambooth_lab --help optimizer     one group; also model=flux or trainer.max_steps
-  python -m dreambooth_lab … --cfg job          the whole configuration; nothing runs
+  python -m dreambooth_lab … --cfg job          print the whole configuration without running
   eval "$(dreambooth-lab -sc install=bash)"     completion in this shell; or zsh, fish
 """
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -51,7 +51,7 @@ PARTED = re.compile(r"^  - (?P<group>\w+): *(?P<option>[^#]*?) *# (?P<what>.*)$"
 class Group(NamedTuple):
     name: str
     chosen: str  # in conf/config.yaml
-    what: str  # it decides
+    what: str  # its comment
 
     @property
     def folder(self) -> Path:
@@ -67,10 +67,10 @@ class Group(NamedTuple):
 
 
 def page(words: Sequence[str]) -> str | None:
-    """What to print for a command line; None where it asks for no help.
+    """The help for a command line; None if it has no --help.
 
     Raises:
-        ConfigError: it asks about what is not there.
+        ConfigError: there is no such group, option or key.
     """
     if not words:
         return START
@@ -81,14 +81,14 @@ def page(words: Sequence[str]) -> str | None:
 
 
 def groups() -> dict[str, Group]:
-    """Those of conf/config.yaml, in its order."""
+    """The groups of conf/config.yaml, in their order."""
     found = PARTED.finditer((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
     return {one["group"]: Group(one["group"], one["option"].strip("[]"), one["what"]) for one in found}
 
 
 def _overview() -> str:
     width = _width()
-    lines = ["Groups, chosen with group=option; * is what runs if nothing is said:"]
+    lines = ["Groups, chosen with group=option; * marks the default:"]
     for group in groups().values():
         options = " ".join(f"{one}*" if one == group.chosen else one for one in group.options)
         lines.append(textwrap.fill(f"{group.name:<11}{group.what}", width, initial_indent="  ", subsequent_indent=" " * 13))
@@ -101,7 +101,7 @@ def _width() -> int:
 
 
 def top_lines() -> list[str]:
-    """Of conf/config.yaml: the keys outside of groups, a line each and those that go on with it."""
+    """The keys of conf/config.yaml outside of groups, with their continuation lines."""
     text = (conf_dir() / "config.yaml").read_text(encoding="utf-8")
     return text[text.index("\nname:") : text.index("\nhydra:")].strip().splitlines()
 
@@ -122,7 +122,7 @@ def _about_group(group: Group, option: str) -> str:
     if option and option not in group.options:
         near = get_close_matches(option, group.options, n=1) or group.options
         raise ConfigError(f"--help {group.name}={option}: no such option; choose from {', '.join(near)}")
-    lines = [f"{group.name}: {group.what}", "", f"Options, chosen with {group.name}=…; * is what runs if nothing is said:"]
+    lines = [f"{group.name}: {group.what}", "", f"Options, chosen with {group.name}=…; * marks the default:"]
     for name in group.options if not option else []:
         mark = f"{name}{'*' if name == group.chosen else ''}"
         lines.append(textwrap.shorten(f"  {mark:<20}{_first_comment(group.text(name))}", _width(), placeholder=" …"))
@@ -134,9 +134,9 @@ def _about_group(group: Group, option: str) -> str:
 
 
 def built_on(group: Group, option: str) -> list[str]:
-    """An option with those of its group that it begins with, the first one first."""
-    said: Any = yaml.safe_load(group.text(option)) or {}
-    before = [one for one in said.get("defaults", []) if isinstance(one, str) and one in group.options]
+    """An option with the options of its group that it inherits from, the base first."""
+    content: Any = yaml.safe_load(group.text(option)) or {}
+    before = [one for one in content.get("defaults", []) if isinstance(one, str) and one in group.options]
     return [*(earlier for one in before for earlier in built_on(group, one)), option]
 
 
@@ -158,7 +158,7 @@ def _about_key(key: str, known: dict[str, Group]) -> str:
 
 
 def _lines_of(name: str, lines: Sequence[str]) -> list[str]:
-    """A key's line with the lines that go on with it."""
+    """A key's line with its continuation lines."""
     for place, line in enumerate(lines):
         if re.match(rf"\s*{re.escape(name)}:", line):
             more = next((i for i, after in enumerate(lines[place + 1 :]) if not re.match(r"\s{8,}#", after)), len(lines))
@@ -172,9 +172,9 @@ def typed(key: str) -> str:
     may_be_null = type(None) in get_args(kind)
     inside = next(one for one in get_args(kind) if one is not type(None)) if may_be_null else kind
     if isinstance(inside, type) and issubclass(inside, Enum):
-        told = "one of " + ", ".join(one.name for one in inside)
+        prefix = "one of " + ", ".join(one.name for one in inside)
     else:
-        told = TYPES.get(inside) or (
+        prefix = TYPES.get(inside) or (
             "a list" if get_origin(inside) is list else "a mapping" if get_origin(inside) is dict else "a value"
         )
-    return f"{key}: {told}" + (", or null" if may_be_null else "")
+    return f"{key}: {prefix}" + (", or null" if may_be_null else "")

@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's refusals in one line: the key, the value, the way out."""
+"""Hydra's and OmegaConf's errors in one line: the key, the value, a fix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WANTED = {
     r"expected one of \[(?P<names>.*)\]": "one of {names}",
     r"Cannot assign \w+ to Dict": "a mapping",
     r"is not a ListConfig": "a list",
-}  # OmegaConf's messages → what it wants
+}  # OmegaConf's messages → the expected type
 PLUGINS = {
     "hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_local": "submitit", "hydra/launcher/submitit_slurm": "submitit",
     "hydra/launcher/ray": "ray", "hydra/launcher/ray_aws": "ray", "hydra/sweeper/optuna": "optuna",
@@ -32,7 +32,7 @@ VALUE = re.compile(r"[Vv]alue '(.*?)'(?: of type| is not a valid|, expected)", r
 
 
 def explain(error: Exception) -> str | None:
-    """What to tell a person whose words can't be composed; None for an error of another kind."""
+    """A readable message for an error of composition; None for an error of another kind."""
     if isinstance(error, ConfigError):
         return str(error)
     if isinstance(error, OverrideParseException):
@@ -40,7 +40,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingConfigException):
         return _missing_option(error.missing_cfg_file or "", error.options or ())
     if isinstance(error, ValueError) and str(error).startswith("Config group override"):
-        return f"{' '.join(str(error).split())}; give the name of a file of that group"
+        return f"{' '.join(str(error).split())}; use the name of a file of that group"
     if not isinstance(error, ConfigCompositionException):
         return None
     cause = error.__cause__
@@ -53,7 +53,7 @@ def explain(error: Exception) -> str | None:
 
 
 def _syntax_error(word: str) -> str:
-    """A word of the command line outside of Hydra's grammar, and how to write it."""
+    """A command-line argument outside of Hydra's grammar, and how to write it."""
     key, is_pair, value = word.partition("=")
     if not is_pair:
         return f"{word!r} is not KEY=VALUE; write the key, an equals sign and the value without spaces between them"
@@ -61,8 +61,8 @@ def _syntax_error(word: str) -> str:
     shown = shlex.quote(f'{key}="{quoted}"')
     hint = f"quote its value within the shell's quotes: {shown}"
     if re.search(r"\s[\w./@-]+=", value):
-        hint += ", or give each key a word of its own"
-    return f"{key} is {value!r}, which Hydra's grammar can't read; {hint}"
+        hint += ", or write each key as a separate argument"
+    return f"{key} is {value!r}, which Hydra's grammar can't parse; {hint}"
 
 
 def _missing_option(place: str, options: Iterable[str]) -> str:
@@ -74,7 +74,7 @@ def _missing_option(place: str, options: Iterable[str]) -> str:
     group = group or "--config-name"
     known = sorted(options)
     near = "".join(f" (did you mean {one}?)" for one in get_close_matches(name, known, n=1))
-    way = f"choose one of {', '.join(known)}" if known else "see --help for those that do"
+    way = f"choose one of {', '.join(known)}" if known else "see --help for the existing ones"
     return f"{group} is {name!r}, which does not exist{near}; {way}"
 
 
@@ -85,19 +85,19 @@ def _unknown_key(key: str) -> str:
     for parent in parents:
         node = get_type_hints(node).get(parent) if is_dataclass(node) else None
     if not is_dataclass(node):  # an entry of a mapping
-        return f"{key} is not there to be changed; add it with all it needs: +{key}.…"
+        return f"{key} does not exist; add it with all its keys: +{key}.…"
     known = [field.name for field in fields(node)]
     near = [".".join((*parents, one)) for one in get_close_matches(name, known, n=3)] or nearest(key)
     within = f"keys of {'.'.join(parents)}" if parents else "keys"
-    return f"{key} is no key; " + (f"did you mean {' or '.join(near)}?" if near else f"the {within} are {', '.join(known)}")
+    return f"{key} is not a key; " + (f"did you mean {' or '.join(near)}?" if near else f"the {within} are {', '.join(known)}")
 
 
-def _wrong_type(key: str, said: str) -> str:
+def _wrong_type(key: str, prefix: str) -> str:
     """A value of another type."""
-    if "is not Optional" in said or "not convert None" in said or "NoneType" in said:
-        return f"{key} is null, which it can't be; give it a value or leave it out"
-    value = VALUE.search(said)
+    if "is not Optional" in prefix or "not convert None" in prefix or "NoneType" in prefix:
+        return f"{key} is null, which is not allowed; set a value or remove it"
+    value = VALUE.search(prefix)
     for pattern, wanted in WANTED.items():
-        if found := re.search(pattern, said):
+        if found := re.search(pattern, prefix):
             return f"{key} is {value[1] if value else 'of another type'}; it must be {wanted.format(**found.groupdict())}"
-    return f"{key}: {said}"
+    return f"{key}: {prefix}"

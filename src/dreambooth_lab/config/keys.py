@@ -11,7 +11,7 @@ from .schema import Config
 
 
 def kind_of(key: str) -> Any:
-    """The type that the schema gives a key; None if it has none such."""
+    """The type of a key in the schema; None if there is no such key."""
     kind: Any = Config
     for name in key.split("."):
         if get_origin(kind) is dict:
@@ -24,7 +24,7 @@ def kind_of(key: str) -> Any:
 
 
 def all_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every key that holds a value, in the schema's order."""
+    """Every key with a value, in the schema's order."""
     for name, kind in get_type_hints(schema).items():
         if isinstance(kind, type) and is_dataclass(kind):
             yield from all_keys(kind, f"{prefix}{name}.")
@@ -33,7 +33,7 @@ def all_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def nearest(key: str) -> list[str]:
-    """Keys of any group that end as this one does, or nearly; the three outermost at most."""
+    """Keys of any group with the same or a similar last component; at most the three outermost."""
     ends = {one: one.rpartition(".")[2] for one in sorted(all_keys(), key=lambda one: one.count("."))}
     near = get_close_matches(key.rpartition(".")[2], set(ends.values()), n=1, cutoff=0.8)
     return [one for one, end in ends.items() if end in near][:3] or get_close_matches(key, ends, n=2, cutoff=0.75)

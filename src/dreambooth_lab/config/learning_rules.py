@@ -1,4 +1,4 @@
-"""Problems of how it learns: model, objective, optimizer."""
+"""Checks of training: model, objective, optimizer."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
     warmup = read("optimizer.warmup_steps")
     for key in ("trainer.max_steps", "optimizer.schedule_steps"):
         if (steps := read(key)) is not None and warmup is not None and warmup >= steps > 0:
-            yield f"optimizer.warmup_steps is {warmup}, but {key} is {steps}, so the rate never gets there; set it lower"
+            yield f"optimizer.warmup_steps is {warmup}, but {key} is {steps}, so the warm-up never ends; set it lower"
     if read("optimizer.schedule_steps") is not None and schedule is enums.Schedule.constant:
-        said = f"optimizer.schedule_steps is {read('optimizer.schedule_steps')} with optimizer.schedule=constant"
-        yield f"{said}, which has no end; set it to null, or choose another schedule"
+        prefix = f"optimizer.schedule_steps is {read('optimizer.schedule_steps')} with optimizer.schedule=constant"
+        yield f"{prefix}, which has no length; set it to null, or choose another schedule"
     if library == "prodigyopt":
         yield from _one_rate_problems(read)
     free = "schedulefree" in target
     if free and schedule not in (None, enums.Schedule.constant):
         yield f"optimizer.schedule is {schedule.name} with a schedule-free optimiser; use optimizer.schedule=constant"
     if free and read("ema.enabled"):
-        yield "ema.enabled is true with a schedule-free optimiser, which averages by itself; set ema.enabled=false"
+        yield "ema.enabled is true with a schedule-free optimiser, which has its own averaging; set ema.enabled=false"
     if read("optimizer.cycles") not in (None, 1) and schedule is not enums.Schedule.restarts:
         yield f"optimizer.cycles is {read('optimizer.cycles')}, which only schedule=restarts has; set optimizer.schedule=restarts"
     if read("optimizer.lora_plus_ratio") not in (None, 1.0) and read("adapter.algorithm") not in (None, "lora", "dora", "locon"):
-        said = (
+        prefix = (
             f"optimizer.lora_plus_ratio is {read('optimizer.lora_plus_ratio')} with adapter.algorithm={read('adapter.algorithm')}"
         )
-        yield f"{said}, which has no A and B; use lora, dora or locon, or set it to 1"
+        yield f"{prefix}, which has no A and B; use lora, dora or locon, or set it to 1"
 
 
 def _one_rate_problems(read: Reader) -> Iterator[str | None]:
-    """Prodigy finds one step size for all; its library refuses groups of different rates, but only once it trains."""
+    """Prodigy finds one step size for all parameters; its library refuses groups of different rates, but only during training."""
     ratios = {
         "optimizer.lora_plus_ratio": True,
         "adapter.token_lr_ratio": read("adapter.train_token"),
@@ -64,7 +64,7 @@ def _objective_problems(read: Reader) -> Iterator[str | None]:
         yield f"objective.min_time is {low:g} and objective.max_time {high:g}; set min_time below max_time"
     terms = [read(f"rollout.reflexflow.{name}") for name in ("direction", "frequency")]
     if any(terms) and read("rollout.kind") is enums.RolloutKind.input_perturbation:
-        yield "rollout.reflexflow has terms, but rollout.kind=input_perturbation makes no walk they speak of; set them to 0"
+        yield "rollout.reflexflow has terms, but rollout.kind=input_perturbation has no rollout for them; set them to 0"
 
 
 def _model_problems(read: Reader) -> Iterator[str | None]:
@@ -78,7 +78,7 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
         yield f"model.attention is {read('model.attention').name}, which only CUDA devices have; use auto, flash or math"
     yield from _offload_problems(read)
     if (accelerator := read("trainer.accelerator")) not in (None, *ACCELERATORS):
-        why = ", on which nothing here has been run" if accelerator in ("tpu", "xpu", "hpu") else ""
+        why = ", which is not supported" if accelerator in ("tpu", "xpu", "hpu") else ""
         yield f"trainer.accelerator is {accelerator!r}{why}; it must be {', '.join(ACCELERATORS[:-1])} or {ACCELERATORS[-1]}"
     if read("ema.device") is not None and str(read("ema.device")).split(":")[0] not in ("cpu", "cuda"):
         yield f"ema.device is {read('ema.device')!r}; it must be cpu or cuda"
@@ -92,14 +92,14 @@ def _offload_problems(read: Reader) -> Iterator[str | None]:
         return
     if read("model.gradient_checkpointing") is False:
         yield (
-            "model.offload is blocks without gradient checkpointing, so the backward pass would keep every block on the GPU; set "
+            "model.offload is blocks without gradient checkpointing, so backward would need every block on the GPU; set "
             "model.gradient_checkpointing=true, or model.offload=none"
         )
     if read("trainer.accelerator") == "cpu":
-        yield "model.offload is blocks, but trainer.accelerator is cpu, whose memory they would go to; set model.offload=none"
+        yield "model.offload is blocks, but trainer.accelerator is cpu, so there is nothing to offload; set model.offload=none"
     if read("model.compile"):
-        yield "model.offload is blocks with model.compile=true, whose compiled blocks keep their weights; set one of them off"
+        yield "model.offload is blocks with model.compile=true, whose compiled blocks hold their weights; turn one of them off"
     if read("adapter.algorithm") == "full":
-        yield "model.offload is blocks with adapter=full, where the blocks themselves learn; set model.offload=none"
+        yield "model.offload is blocks with adapter=full, which trains the blocks themselves; set model.offload=none"
     if read("quant.kind") is enums.QuantKind.nf4:
         yield "model.offload is blocks with quant.kind=nf4, whose weights can't be moved block by block; use int8 or int4"

@@ -10,7 +10,7 @@ SUFFIX = ".json"
 
 
 def read_lycoris_file(place: str) -> dict[str, Any]:
-    """What the file says.
+    """The contents of the file.
 
     Raises:
         ValueError: there is no such file, or it is not a JSON object.
@@ -19,9 +19,9 @@ def read_lycoris_file(place: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError("which does not exist; give a lycoris_config.json, or the name of a preset such as attn-mlp")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"which is not JSON: {error}") from error
-    if not isinstance(said, dict) or not isinstance(said.get("apply_preset", {}), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("apply_preset", {}), dict):
         raise ValueError('which is not of the form {"algo": "lokr", "linear_dim": 16, "apply_preset": {…}}')
-    return said
+    return content

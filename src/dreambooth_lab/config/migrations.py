@@ -1,7 +1,8 @@
-"""Configurations of earlier versions, read as this version's: one table of what was renamed, added and removed.
+"""Migrations of earlier versions' configurations: one table of renamed, added and removed keys.
 
-A saved configuration carries the version that wrote it (`saved.py`). Reading it applies the steps of all later versions. A step
-does nothing where there is nothing to change, so the same table serves the command line and experiment files, which have none.
+A saved configuration has the version that wrote it (`saved.py`). Reading it applies the steps of all later versions. A step
+without anything to change does nothing, so the same table is used for the command line and experiment files, which have no
+version.
 
 To rename a key or a whole group, put a line into the last entry of `VERSIONS`: `Rename("ema.device", "ema.kept_on")`. Once a
 version with that entry is released, begin a new entry instead.
@@ -22,29 +23,29 @@ Tree = dict[str, Any]
 
 
 class Rename(NamedTuple):
-    """A key, or a group with all its keys, has another name now."""
+    """A key, or a group with all its keys, was renamed."""
 
     old: str
     new: str
 
 
 class NewValue(NamedTuple):
-    """A choice of a key, or an option of a group, has another name now."""
+    """A choice of a key, or an option of a group, was renamed."""
 
-    key: str  # by its present name
+    key: str  # its current name
     old: str
     new: str
 
 
 class Added(NamedTuple):
-    """A key that was not there, with the value that leaves a run as it was. A group is added key by key."""
+    """A new key, with the value that keeps the behaviour of older runs. A group is added key by key."""
 
     key: str
     value: Any
 
 
 class Removed(NamedTuple):
-    """A key that means nothing any more."""
+    """A removed key."""
 
     key: str
 
@@ -52,7 +53,7 @@ class Removed(NamedTuple):
 Step = Rename | NewValue | Added | Removed
 
 VERSIONS: tuple[tuple[Step, ...], ...] = (
-    # 0 → 1: the first version that is written down
+    # 0 → 1: the first version that is recorded
     (
         Rename("model.usual", "model.recommended"),
         Rename("objective.low", "objective.min_time"),
@@ -76,11 +77,11 @@ VERSION = len(VERSIONS)
 
 
 def migrate(tree: Tree, version: int = 0) -> Tree:
-    """The same configuration under the present names, with what was added since.
+    """The same configuration with the current names and added keys.
 
     Args:
-        tree: nested mappings, as YAML gives them; changed in place.
-        version: that wrote it.
+        tree: nested mappings from YAML; changed in place.
+        version: of the configuration.
     """
     for step in _since(version):
         if isinstance(step, Added):
@@ -93,10 +94,10 @@ def migrate(tree: Tree, version: int = 0) -> Tree:
 
 
 def migrate_file(tree: Tree, package: str = "") -> Tree:
-    """The same for a file that says only a part: nothing is added. Defaults lists, sweeps and `${…}` are followed too.
+    """The same for a partial file: no keys are added. Defaults lists, sweeps and `${…}` are migrated too.
 
     Args:
-        package: the group that the file's keys belong to; empty: they begin at the top.
+        package: the group of the file's keys; empty: the top level.
     """
     defaults, hydra = tree.pop("defaults", None), tree.get("hydra")
     whole = {package: tree} if package else tree
@@ -113,15 +114,15 @@ def migrate_file(tree: Tree, package: str = "") -> Tree:
 
 
 def migrate_word(word: str) -> str:
-    """A word of the command line, `key=value` or `~key`, under the present names."""
+    """A command-line argument, `key=value` or `~key`, with the current names."""
     parts = re.fullmatch(r"(\+\+|\+|~)?([^=@]+)(@[^=]*)?(?:=(.*))?", word, re.DOTALL)
     if parts is None:
         return word
     sign, key, package, value = parts[1] or "", parts[2], parts[3] or "", parts[4]
     for step in _since(0):
-        if isinstance(step, Rename) and (said := _renamed(key, step)):
-            notice(key, said)
-            key = said
+        if isinstance(step, Rename) and (renamed := _renamed(key, step)):
+            notice(key, renamed)
+            key = renamed
         elif isinstance(step, NewValue) and (key, value) == (step.key, step.old):
             notice(f"{key}={value}", f"{key}={step.new}")
             value = step.new
@@ -130,8 +131,8 @@ def migrate_word(word: str) -> str:
 
 @cache
 def notice(old: str, new: str) -> None:
-    """Say once that a name has changed."""
-    log.warning("%s is called %s now; the old name is read too", old, new)
+    """Log once that a name has changed."""
+    log.warning("%s was renamed to %s; the old name is still accepted", old, new)
 
 
 def _since(version: int) -> Iterator[Step]:
@@ -140,7 +141,7 @@ def _since(version: int) -> Iterator[Step]:
 
 
 def _renamed(key: str, step: Rename) -> str | None:
-    """A key's name after a step; None where the step doesn't concern it."""
+    """A key's name after a step; None if the step doesn't affect it."""
     return step.new + key[len(step.old) :] if key == step.old or key.startswith(f"{step.old}.") else None
 
 
@@ -159,7 +160,7 @@ def _change(tree: Tree, step: Rename | NewValue) -> None:
 
 
 def _fill(tree: Tree, step: Added) -> None:
-    """Where the group is there (what was given away lacks some) and the key is not."""
+    """Add the key if the group exists (exported configurations lack some) and the key does not."""
     parent, _, name = step.key.rpartition(".")
     node = _at(tree, parent)
     if node is not None:
@@ -181,7 +182,7 @@ def _pop(tree: Tree, key: str) -> tuple[bool, Any]:
 
 
 def _put(tree: Tree, key: str, value: Any) -> None:
-    """Beside what is there; a value that is there wins, and mappings are joined."""
+    """Insert without overwriting: existing values are kept, and mappings are merged."""
     *parents, name = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
@@ -200,12 +201,12 @@ def _of_defaults(entry: Any) -> Any:
     before, group = re.fullmatch(r"((?:override |optional )*/?)(.*)", str(words)).groups()  # type: ignore[union-attr]
     if not isinstance(option, str):
         return {f"{before}{migrate_word(group)}": option}
-    said, _, option = migrate_word(f"{group}={option}").partition("=")
-    return {f"{before}{said}": option}
+    migrated, _, option = migrate_word(f"{group}={option}").partition("=")
+    return {f"{before}{migrated}": option}
 
 
 def _references(value: Any) -> Any:
-    """With the keys in `${…}` under their present names."""
+    """Rename the keys in `${…}`."""
     if isinstance(value, dict):
         return {key: _references(child) for key, child in value.items()}
     if isinstance(value, list):

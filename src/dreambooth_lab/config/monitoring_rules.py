@@ -1,4 +1,4 @@
-"""Problems of what is watched and what is given away: ema, validation, eval, preview, webhook, checkpoint, logger, export."""
+"""Checks of monitoring and exports: ema, validation, eval, preview, webhook, checkpoint, logger, export."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .data_rules import lacks_prompt
 from .prompts import library
 from .reader import Reader, installed, is_absent_folder
 
-METRICS = {  # what each family of logged numbers needs
+METRICS = {  # requirements of each family of logged metrics
     "train/": "",
-    "eval/": "eval pictures (eval.path=FOLDER, or a dataset file's) and eval.every_n_steps",
-    "clip/": "eval.clip_model and validation pictures",
-    "subject/": "eval.clip_model or eval.dino_model, and validation pictures",
-    "class/": "eval.clip_model or eval.dino_model, dataset.class_prompt, and validation pictures of the class",
+    "eval/": "eval images (eval.path=FOLDER, or in a dataset file) and eval.every_n_steps",
+    "clip/": "eval.clip_model and validation images",
+    "subject/": "eval.clip_model or eval.dino_model, and validation images",
+    "class/": "eval.clip_model or eval.dino_model, dataset.class_prompt, and validation images of the class",
 }
-FILE_NAME = r"\w[\w .()+-]{0,99}"  # of any system
+FILE_NAME = r"\w[\w .()+-]{0,99}"  # valid on every system
 NEEDED = {
     ".LoRA": {enums.Format.diffusers},
     ".Lycoris": {enums.Format.comfyui, enums.Format.lycoris},
@@ -50,7 +50,7 @@ def _generates_images(read: Reader) -> bool:
 
 
 def _evaluates(read: Reader) -> bool:
-    pictures = read("eval.path") or read("dataset.type") is enums.DatasetType.simpletuner  # whose file may have some
+    pictures = read("eval.path") or read("dataset.type") is enums.DatasetType.simpletuner  # a dataset file may have some
     return bool(pictures and (read("eval.every_n_steps") or read("eval.every_n_epochs")))
 
 
@@ -58,58 +58,58 @@ def _prompt_problems(read: Reader) -> Iterator[str | None]:
     place, prompts = read("validation.library"), list(read("validation.prompts") or [])
     instance = read("dataset.instance_prompt")
     if place and instance:
-        said = f"validation.library is {place!r}"
+        prefix = f"validation.library is {place!r}"
         try:
             if prompts != library(place, instance, read("dataset.class_prompt")):
-                yield f"{said}, but validation.prompts says others; leave one of them out"
+                yield f"{prefix}, but validation.prompts is set too; remove one of them"
         except ValueError as error:
-            yield f"{said}: {error}"
+            yield f"{prefix}: {error}"
     elif (
         _generates_images(read)
         and not prompts
         and read("dataset.type") is not enums.DatasetType.simpletuner
         and not lacks_prompt(read)
     ):
-        yield "validation.prompts is empty; list some, set dataset.instance_prompt, or validation.every_n_steps=0 for no pictures"
+        yield "validation.prompts is empty; list some, set dataset.instance_prompt, or validation.every_n_steps=0 for no images"
 
 
 def _eval_problems(read: Reader) -> Iterator[str | None]:
     for key in ("eval.clip_model", "eval.dino_model"):
         if read(key) and not _generates_images(read):
-            yield f"{key} is set, but validation.every_n_steps is 0, so there are no pictures to score; set it, or eval=none"
+            yield f"{key} is set, but validation.every_n_steps is 0, so there are no images to score; set it, or eval=none"
         if is_absent_folder(read(key)):
             yield f"{key} is {read(key)!r}, a folder that does not exist; give a folder, a hub id, or null"
     if read("eval.path") is not None:
-        yield read.folder("eval.path", "pictures that are never trained on")
+        yield read.folder("eval.path", "images that are never trained on")
         if not _evaluates(read):
-            said = f"eval.path is {read('eval.path')!r}, but eval.every_n_steps and eval.every_n_epochs are both 0"
-            yield f"{said}, so nobody looks; set one"
+            prefix = f"eval.path is {read('eval.path')!r}, but eval.every_n_steps and eval.every_n_epochs are both 0"
+            yield f"{prefix}, so the eval loss is never computed; set one of them"
         if read("dataset.caption") is enums.CaptionKind.column and not read("dataset.only_instance_prompt"):
-            yield "eval.path is a folder, which has no caption column; use dataset.only_instance_prompt=true, or leave it out"
+            yield "eval.path is a folder, which has no caption column; use dataset.only_instance_prompt=true, or remove it"
 
 
 def _checkpoint_problems(read: Reader) -> Iterator[str | None]:
     monitor, mode, patience = read("checkpoint.monitor"), read("checkpoint.mode"), read("checkpoint.patience")
     if not monitor:
         if patience:
-            yield f"checkpoint.patience is {patience}, but nothing is watched; set checkpoint.monitor, such as eval/loss"
+            yield f"checkpoint.patience is {patience}, but nothing is monitored; set checkpoint.monitor, such as eval/loss"
         return
     averaged, name = monitor.startswith("ema/"), monitor.removeprefix("ema/")
     family = next((prefix for prefix in METRICS if name.startswith(prefix)), None)
-    said = f"checkpoint.monitor is {monitor!r}"
+    start = f"checkpoint.monitor is {monitor!r}"
     if family is None or (averaged and family == "train/"):
-        yield f"{said}, which is no logged number; they begin with {', '.join(METRICS)}, all but the first also with ema/ before"
+        yield f"{start}, which is not a logged metric; they start with {', '.join(METRICS)}; all but the first also with ema/"
         return
     judged = _generates_images(read) and (read("eval.clip_model") or (read("eval.dino_model") and family != "clip/"))
     if not {"train/": True, "eval/": _evaluates(read)}.get(family, judged):
-        yield f"{said}, which needs {METRICS[family]}"
+        yield f"{start}, which needs {METRICS[family]}"
     if name == "train/loss_prior" and read("prior.kind") is enums.PriorKind.none:
-        yield f"{said}, but prior is none; choose another prior or another number"
+        yield f"{start}, but prior is none; choose another prior or another metric"
     looked = read("ema.validation") if read("ema.enabled") else enums.EmaValidation.none
     if family != "train/" and looked is (enums.EmaValidation.none if averaged else enums.EmaValidation.ema_only):
-        yield f"{said}, but {'only' if averaged else 'not'} the live weights are looked at; set ema.enabled and ema.validation"
+        yield f"{start}, but {'only' if averaged else 'not'} the live weights are evaluated; set ema.enabled and ema.validation"
     if "loss" in name and mode is enums.Mode.max:
-        yield f"checkpoint.mode is max, but {said}, a loss; use min"
+        yield f"checkpoint.mode is max, but {start}, a loss; use min"
 
 
 def _logger_problems(read: Reader) -> Iterator[str | None]:
@@ -117,7 +117,7 @@ def _logger_problems(read: Reader) -> Iterator[str | None]:
         key = f"logger.loggers.{name}"
         library, _, kind = logger._target_.rpartition(".")
         if not installed(logger.package):
-            way_out = f"pip install {logger.package}, or leave it out of logger"
+            way_out = f"pip install {logger.package}, or remove it from logger"
             yield f"{key}.package is {logger.package!r}, which is not installed; {way_out}"
         elif not kind.endswith("Logger") or not library:
             yield f"{key}._target_ is {logger._target_!r}; it must name a class, such as lightning.pytorch.loggers.CSVLogger"
@@ -126,13 +126,13 @@ def _logger_problems(read: Reader) -> Iterator[str | None]:
 def _export_problems(read: Reader) -> Iterator[str | None]:
     name, formats, target = read("export.name"), read("export.formats"), str(read("adapter._target_"))
     if name is not None and not re.fullmatch(FILE_NAME, name):
-        yield f"export.name is {name!r}, which is no plain file name; set export.name to letters, digits, spaces and .-_+()"
+        yield f"export.name is {name!r}, which is not a plain file name; set export.name to letters, digits, spaces and .-_+()"
     if formats is None:
         return
     for kind, needed in NEEDED.items():
         if target.endswith(kind) and not needed & set(formats):
-            said, least = [one.value for one in formats], " or ".join(sorted(one.value for one in needed))
-            yield f"export.formats is {said}; add {least}, from which generate and lab.load read this adapter"
+            lines, least = [one.value for one in formats], " or ".join(sorted(one.value for one in needed))
+            yield f"export.formats is {lines}; add {least}, which generate and lab.load need for this adapter"
 
 
 def _hub_problems(read: Reader) -> Iterator[str | None]:
@@ -151,13 +151,13 @@ def _hub_problems(read: Reader) -> Iterator[str | None]:
 def _preview_problems(read: Reader) -> Iterator[str | None]:
     receivers = read("webhook.receivers") or {}
     if read("preview.enabled") and not _generates_images(read):
-        yield "preview.enabled is true, but validation.every_n_steps is 0, so nothing is drawn; set it, or preview.enabled=false"
+        yield "preview.enabled is true, but validation.every_n_steps is 0, so no images; set it, or preview.enabled=false"
     if read("preview.enabled") and not receivers:
-        yield "preview.enabled is true, but nobody receives previews; choose webhook=raw or discord, or preview.enabled=false"
+        yield "preview.enabled is true, but there is no receiver; choose webhook=raw or discord, or preview.enabled=false"
     for name, receiver in receivers.items():
         key = f"webhook.receivers.{name}"
         if receiver.kind is enums.ReceiverKind.discord and not _generates_images(read):
-            yield f"{key} is there, but no pictures are drawn, and Discord gets no numbers; set validation.every_n_steps"
+            yield f"{key} is set, but no images are generated, and Discord gets no metrics; set validation.every_n_steps"
         for field in ("url_env", "token_env"):
             if receiver[field] and not os.environ.get(receiver[field]):
                 unset = f"{key}.{field} is {receiver[field]!r}, an environment variable that is not set"

@@ -1,4 +1,4 @@
-"""What every number of the schema may be: one table. What is infinite, no number, or beyond all reason is refused."""
+"""The legal range of every number of the schema in one table. NaN, infinite and extreme values are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig
 
 from .reader import Reader
 
-Range = tuple[float, float]  # least, most; both are legal
+Range = tuple[float, float]  # minimum, maximum; both are legal
 
 SHARE: Range = (0, 1)
 STEPS: Range = (1, 10**9)
@@ -21,7 +21,7 @@ ROWS: Range = (1, 2**16)
 PIXELS: Range = (16, 2**14)
 SAMPLER_STEPS: Range = (1, 10**4)
 GUIDANCE: Range = (0, 1000)
-RATIO: Range = (0, 10**4)  # of a learning rate, or a weight
+RATIO: Range = (0, 10**4)  # ratio of learning rates, or a weight
 STRENGTH: Range = (0, 100)
 RATE: Range = (1e-12, 100)
 RANK: Range = (1, 10**5)
@@ -71,10 +71,10 @@ RANGES: dict[str, Range] = {
 }  # fmt: skip
 
 
-OR_WORD = {  # keys that may be a word instead
+OR_WORD = {  # keys that may be a keyword instead
     "objective.shift": "model (as the model was trained)",
     "rollout.shift": "model (as the model was trained)",
-    "rollout.num_steps": "native (one stride per step of the network's own clock)",
+    "rollout.num_steps": "native (sampler steps of one native timestep)",
 }
 
 
@@ -106,7 +106,7 @@ def _neither(key: str, value: Any, may_be_null: bool) -> Iterator[str]:
 
 
 def numbers(read: Reader, key: str) -> list[int | float]:
-    """The numbers that a key of the table holds: its own, a list's, or those of one field of a list's records."""
+    """The numbers of a key of the table: its own value, a list's, or those of one field of a list's records."""
     parent, _, field = key.rpartition(".")
     if parent == "adapter.blocks":
         held = [record[field] for record in read(parent) or []]

@@ -1,4 +1,4 @@
-"""How the checks read a composed configuration."""
+"""Access to a composed configuration for the checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class Reader:
-    """Reads keys for the checks; what is missing or unreadable reads as None, since it is already reported by itself.
+    """Reads keys for the checks; missing or unreadable keys are None, since they are already reported.
 
     Args:
         broken: keys whose values can't be read.
@@ -24,7 +24,7 @@ class Reader:
         return None if key in self.broken else OmegaConf.select(self.cfg, key, default=None)
 
     def pictures(self, key: str, what: str) -> str | None:
-        """A folder, or a URL of one, which is opened later."""
+        """A problem if the key is not a folder; URLs are opened later."""
         return None if "://" in str(self(key)) else self.folder(key, what)
 
     def folder(self, key: str, what: str) -> str | None:
@@ -36,13 +36,13 @@ class Reader:
 
 
 def is_absent_folder(place: str | None) -> bool:
-    """Whether a model's place can only be a folder, and isn't there; owner/name may be a hub id."""
+    """Whether a model's location can only be a folder, and does not exist; owner/name may be a hub id."""
     looks_local = bool(place) and (str(place).startswith((".", "/", "~")) or str(place).count("/") > 1)
     return looks_local and not Path(str(place)).expanduser().is_dir()
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported; what is no package's name can't."""
+    """Whether a package can be imported; False for invalid names."""
     try:
         return find_spec(package) is not None
     except (ImportError, ValueError):  # a.b without a, an empty or relative name

@@ -1,6 +1,6 @@
-"""Configurations as text, in run folders and in the headers of exports: resolved, with the version that wrote them.
+"""Configurations as text, in run folders and in the headers of exports: resolved, with the version of their format.
 
-Every value stands there as it is. Nothing in such a text refers to another key or to the machine's environment.
+All values are written literally. Nothing in such a text refers to another key or to environment variables.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def load(text: str, place: str) -> DictConfig:
     """A configuration that `dump` wrote, in this or an earlier version, typed by the schema.
 
     Args:
-        place: where it was, for errors.
+        place: its location, for errors.
 
     Raises:
         ConfigError: it is damaged, or of a later version.
@@ -50,7 +50,7 @@ def load(text: str, place: str) -> DictConfig:
 
 
 def literal(value: Any) -> Any:
-    """The same values as OmegaConf must be given them: a ${ in a text is text."""
+    """Escape values for OmegaConf, so that a ${ in a text remains text."""
     if isinstance(value, Mapping):
         return {key: literal(child) for key, child in value.items()}
     if isinstance(value, list):

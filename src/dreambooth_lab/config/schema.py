@@ -1,4 +1,4 @@
-"""The typed schema of `conf/`: Python says what is legal, YAML says what is chosen, so nothing here has a default."""
+"""The typed schema of `conf/`: Python defines the legal values, YAML the chosen ones, so nothing here has a default."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class RolloutConfig:
     enabled: bool
     kind: enums.RolloutKind
     max_step_offset: int
-    num_steps: Any  # a number of strides, or native
+    num_steps: Any  # a number of sampler steps, or native
     shift: Any  # a number, or model
     probability: float
     ramp_steps: int

@@ -1,7 +1,7 @@
-"""Words of the command line as a person types them, made into words that Hydra reads.
+"""Converts command-line arguments as typed to Hydra's grammar.
 
-A key that holds text or a path takes what the shell hands over as its value: spaces, quotes, brackets, commas and `~` need no
-quotes but the shell's own. What is quoted for Hydra as well is left to Hydra, and `${key}` still refers to another
+The value of a key with text or a path is taken from the shell unchanged: spaces, quotes, brackets, commas and `~` need only
+the shell's quotes. A value that is also quoted for Hydra is not changed, and `${key}` still refers to another
 key. In a sweep, commas outside of quotes and brackets separate the values, as in Hydra.
 """
 
@@ -26,10 +26,10 @@ MANY = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
 
 def as_hydra_reads(words: Sequence[str]) -> list[str]:
-    """All words of a command line, options among them.
+    """Convert all arguments of a command line, including options.
 
     Raises:
-        ConfigError: a word belongs to the one before it.
+        ConfigError: an argument seems to belong to the previous one.
     """
     sweeps = bool(MANY & set(words))
     _refuse_torn(words)
@@ -37,13 +37,13 @@ def as_hydra_reads(words: Sequence[str]) -> list[str]:
 
 
 def _with_own_photos(words: list[str]) -> list[str]:
-    """Who names photos and no group of `conf/dataset/` has photos of one's own: the shipped ones' prompts are not meant."""
+    """Add dataset=folder if dataset.path is set without a dataset group, so that the shipped dataset's prompts are not used."""
     keys = {word.partition("=")[0] for word in words}
     return [*words, "dataset=folder"] if "dataset.path" in keys and not keys & {"dataset", "experiment", "resume"} else words
 
 
 def quoted(text: str) -> str:
-    """A text as Hydra's grammar quotes it; references to other keys stay what they are."""
+    """Quote a text for Hydra's grammar; references to other keys are not changed."""
     plain = re.sub(r"(\\*)\$\{(?![^{}$\s]+\})", r"\1\1\\${", text)
     return '"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), plain) + '"'
 
@@ -69,7 +69,7 @@ def _text(value: str, sweeps: bool) -> str:
 
 
 def _texts(value: str, sweeps: bool) -> str:
-    """A list of texts, or one of them alone."""
+    """A list of texts, or a single text."""
     bare = value.strip()
     if bare in ("null", "[]") or (bare.startswith(("[", "${")) and _is_hydras(value)):
         return value
@@ -79,12 +79,12 @@ def _texts(value: str, sweeps: bool) -> str:
 
 
 def _each(value: str) -> list[str]:
-    """What commas separate, each quoted."""
+    """Comma-separated texts, each quoted."""
     return [one if re.fullmatch(QUOTED, one) else quoted(one.strip()) for one in _parts(value)]
 
 
 def _parts(value: str) -> Iterator[str]:
-    """Split at commas outside of quotes and of brackets that close."""
+    """Split at commas outside of quotes and closed brackets."""
     while True:
         start = re.match(f"{QUOTED}(?=,|$)", value, re.DOTALL)
         end = start.end() if start else _comma(value)
@@ -95,7 +95,7 @@ def _parts(value: str) -> Iterator[str]:
 
 
 def _comma(value: str) -> int:
-    """Where the first comma outside of brackets is; the first at all, if brackets don't close before the end."""
+    """The position of the first comma outside of brackets; of the first comma, if a bracket is not closed."""
     depth = 0
     for place, letter in enumerate(value):
         depth += (letter in "([{") - (letter in ")]}")
@@ -106,7 +106,7 @@ def _comma(value: str) -> int:
 
 
 def _is_hydras(value: str) -> bool:
-    """Whether Hydra's grammar reads it as it is."""
+    """Whether Hydra's grammar accepts it unchanged."""
     try:
         OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
@@ -115,7 +115,7 @@ def _is_hydras(value: str) -> bool:
 
 
 def _refuse_torn(words: Sequence[str]) -> None:
-    """A value with spaces that the shell took apart is shown in quotes."""
+    """Refuse a value with spaces that the shell split, and show it in quotes."""
     for place, (before, word) in enumerate(pairwise(words), 1):
         parts = WORD.fullmatch(before)
         if parts is None or "=" in word or word.startswith(("-", "~")) or kind_of(parts[2]) not in (str, str | None, list[str]):
@@ -123,4 +123,4 @@ def _refuse_torn(words: Sequence[str]) -> None:
         rest = [one for one in words[place:] if not one.startswith("-")]
         ends = next((i for i, one in enumerate(rest) if WORD.fullmatch(one)), len(rest))
         whole = shlex.quote(" ".join([before, *rest[:ends]]))
-        raise ConfigError(f"{word!r} is a word of its own; if it belongs to {parts[2]}, put quotes around the whole: {whole}")
+        raise ConfigError(f"{word!r} is a separate argument; if it belongs to {parts[2]}, put quotes around both: {whole}")

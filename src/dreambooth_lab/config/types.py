@@ -1,5 +1,5 @@
-"""What the schema's types say of a composed configuration once `${…}` is resolved: what is missing, leads nowhere, or is of a
-wrong type. OmegaConf checks single values when they are read; lists and records that come by interpolation are checked here."""
+"""Type checks of a composed configuration after resolving `${…}`: missing values, broken references, wrong
+types. OmegaConf checks single values when they are read; interpolated lists and records are checked here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Unreadable(NamedTuple):
     """A key whose value can't be used."""
 
     key: str
-    problem: str | None  # None: it is another key's, which has its own
+    problem: str | None  # None: the problem belongs to another key, which reports it
 
 
 def unreadable(node: DictConfig, schema: type = Config, prefix: str = "") -> Iterator[Unreadable]:
@@ -30,7 +30,7 @@ def unreadable(node: DictConfig, schema: type = Config, prefix: str = "") -> Ite
             elif isinstance(value := node[name], DictConfig) and isinstance(kind, type) and is_dataclass(kind):
                 yield from unreadable(value, kind, f"{key}.")
             elif lacking := _missing(value):
-                yield Unreadable(key, f"{key} is {_typed(node, name)}, which lacks {', '.join(lacking)}; say that too")
+                yield Unreadable(key, f"{key} is {_typed(node, name)}, which lacks {', '.join(lacking)}; set that too")
             elif OmegaConf.is_interpolation(node, name) and (is_dataclass(kind) or get_origin(kind)):
                 OmegaConf.merge(OmegaConf.structured(schema), {name: _plain(value)})
         except InterpolationToMissingValueError:
@@ -45,12 +45,12 @@ def _plain(value: Any) -> Any:
 
 def _missing(value: Any) -> list[str]:
     """Fields of records in a list or dict that have no value."""
-    _plain(value)  # raises for interpolations that lead nowhere
+    _plain(value)  # raises for broken interpolations
     return sorted(OmegaConf.missing_keys(value)) if isinstance(value, DictConfig | ListConfig) else []
 
 
 def _typed(node: DictConfig, name: str) -> str:
-    """A value as it was written, before interpolation."""
+    """A value as written, before interpolation."""
     raw: Any = OmegaConf.to_container(node, resolve=False)
     return repr(raw[name])
 
@@ -58,5 +58,5 @@ def _typed(node: DictConfig, name: str) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "it refers to itself; write the value itself"
-    said = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-    return f"{said}; give a value of that type (a plain ${{ in a text is written \\${{)"
+    prefix = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    return f"{prefix}; give a value of that type (a plain ${{ in a text is written \\${{)"

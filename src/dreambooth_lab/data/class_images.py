@@ -40,7 +40,7 @@ def generate(cfg: DictConfig, family: Family) -> Path:
         family.fit_chunks([cfg.prior.prompt, asked.negative_prompt])
     store = Path(cfg.cache).expanduser() / "class_pictures" / _key(cfg, family)
     store.mkdir(parents=True, exist_ok=True)
-    absent = [i for i in range(asked.count) if not _picture(store, i).is_file()]
+    absent = [i for i in range(asked.count) if not _image_path(store, i).is_file()]
     if absent:
         log.info("class images: %d are cached, %d to generate, in %s", asked.count - len(absent), len(absent), store)
         _draw(cfg, family, store, absent)
@@ -53,7 +53,7 @@ def _key(cfg: DictConfig, family: Family) -> str:
     return cache_key.key("class pictures", cfg.prior.prompt, repr(sorted(asked.items())), *model)
 
 
-def _picture(store: Path, i: int) -> Path:
+def _image_path(store: Path, i: int) -> Path:
     return store / f"{i:05d}.png"
 
 
@@ -63,14 +63,14 @@ def _draw(cfg: DictConfig, family: Family, store: Path, absent: list[int]) -> No
     family.release_encoders()
     batches = [absent[first : first + asked.batch_size] for first in range(0, len(absent), asked.batch_size)]
     for numbers in track(batches, "generating class images", hidden=not cfg.trainer.progress):
-        seeds = [draw.torch_seed(asked.seed, i, Purpose.CLASS_PICTURE) for i in numbers]
+        seeds = [draw.torch_seed(asked.seed, i, Purpose.CLASS_IMAGE) for i in numbers]
         pictures = family.generate(
             text.repeat(len(numbers)), negative.repeat(len(numbers)), height=asked.resolution, width=asked.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=asked.num_inference_steps, guidance_scale=asked.guidance_scale,
         )  # fmt: skip
         for i, picture in zip(numbers, pictures, strict=True):
-            _save(picture, _picture(store, i))
+            _save(picture, _image_path(store, i))
     family.release_encoders()
 
 
@@ -86,11 +86,11 @@ def _first(store: Path, count: int) -> Path:
     folder = store / f"first_{count}"
     folder.mkdir(exist_ok=True)
     for i in range(count):
-        link = _picture(folder, i)
+        link = _image_path(folder, i)
         if not link.is_file():
             link.unlink(missing_ok=True)  # a broken link
             try:
-                link.symlink_to(_picture(store, i).resolve())
+                link.symlink_to(_image_path(store, i).resolve())
             except OSError:
-                link.write_bytes(_picture(store, i).read_bytes())
+                link.write_bytes(_image_path(store, i).read_bytes())
     return folder

@@ -52,7 +52,7 @@ def _eval_batch(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int)
         sample=torch.tensor(index), mean=mean, std=torch.stack([p["std"] for p in posteriors]), z=noise[:, 0], eps=noise[:, 1],
         u=torch.tensor([(k + 0.5) / times for _, k in rows], dtype=torch.float64),
         rollout_draws=torch.zeros(len(rows), 2), xi=None,
-        cond=data.family.cond(Text.stack([data.text(said) for said in captions]), shown),
+        cond=data.family.cond(Text.stack([data.text(text) for text in captions]), shown),
         captions=captions, instance_rows=torch.arange(len(rows)), class_rows=torch.arange(0),
         row_counts=RowCounts(len(rows), 0), mask=None, teacher_output=None,
     )  # fmt: skip

@@ -91,17 +91,17 @@ class DreamBoothData(LightningDataModule):
 
     def _read_texts(self, captions: set[Caption]) -> None:
         """Fill the text cache; truncated captions are listed, whether they were cached or not."""
-        said = {caption for caption in captions if caption}
+        non_empty = {caption for caption in captions if caption}
         if self.cfg.dataset.long_captions is enums.LongCaptions.chunk:
-            self.family.fit_chunks(said)
-        self.notices += self.family.truncated_part(said)
+            self.family.fit_chunks(non_empty)
+        self.notices += self.family.truncated_part(non_empty)
         self.cache_reader = CacheReader(self.stores, self.encoder, self.family.text_identity())
         self.cache_reader.fill_texts(captions, self.cfg.trainer.progress)
 
     def _captions(self, entries: list[Entry]) -> set[Caption]:
         """All captions and prompts of the run."""
-        said: set[Caption] = {caption for entry in entries for caption in entry.captions}
-        return said | {"", self.cfg.validation.negative_prompt or None, *self.cfg.validation.prompts}
+        message: set[Caption] = {caption for entry in entries for caption in entry.captions}
+        return message | {"", self.cfg.validation.negative_prompt or None, *self.cfg.validation.prompts}
 
     def text(self, caption: Caption) -> Text:
         """The base model's text embedding of a caption, one row; the caption must be one of the run's."""
@@ -168,9 +168,9 @@ class DreamBoothData(LightningDataModule):
 
     def tags(self) -> dict[str, dict[str, int]]:
         """Dataset id → comma-separated part of a caption → number of the subject's images that have it."""
-        said = {(e.spec.id, e.picture.name): e.captions for e in self.entries if not e.spec.is_class}
+        values = {(e.spec.id, e.picture.name): e.captions for e in self.entries if not e.spec.is_class}
         found: dict[str, Counter[str]] = {}
-        for (dataset, _), captions in said.items():
+        for (dataset, _), captions in values.items():
             tags = {tag for caption in captions for part in caption.split(",") if (tag := part.strip())}
             found.setdefault(dataset, Counter()).update(tags)
         return {dataset: dict(tags.most_common()) for dataset, tags in found.items()}

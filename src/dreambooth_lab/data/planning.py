@@ -57,7 +57,7 @@ def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
     where = Where(data.type, str(data.path), data.image_column, columns, None, data.split, data.streaming)
     made = [DatasetSpec("instance", where, _captions(cfg), _shaping(cfg, 0), repeats=data.repeats, masks=_masks(cfg))]
     if prior.kind is not enums.PriorKind.none and (classes or prior.source is enums.PriorSource.captions):
-        said = Captions(enums.CaptionKind.instanceprompt, (prior.prompt,))
+        class_captions = Captions(enums.CaptionKind.instanceprompt, (prior.prompt,))
         recaptioned = prior.source is enums.PriorSource.captions
         place = where if recaptioned else Where(enums.DatasetType.folder, classes or "")
         shared: dict[str, Any] = {
@@ -66,7 +66,7 @@ def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
             "recaptioned": recaptioned,
             "named": "prior.path",
         }
-        made.append(DatasetSpec("class", place, said, _shaping(cfg, 0), True, **shared))
+        made.append(DatasetSpec("class", place, class_captions, _shaping(cfg, 0), True, **shared))
     return _at_each_size(cfg, made)
 
 

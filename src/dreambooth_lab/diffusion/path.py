@@ -1,8 +1,8 @@
 """How data becomes noise, and what the network predicts.
 
-One convention everywhere: t in [0, 1], 0 is data and 1 is noise, x_t = α_t x_0 + σ_t ε. A time below 0 means "all the way
-to data" (α = 1, σ = 0), where sampling ends. The network's own clock appears in `native` only. Where float64 is said, it is
-float32 on devices that have no float64 (`batch.widest`).
+One convention everywhere: t in [0, 1], 0 is data and 1 is noise, x_t = α_t x_0 + σ_t ε. A time below 0 means data
+(α = 1, σ = 0), where sampling ends. The network's own timesteps appear only in `native`. float64 is replaced by
+float32 on devices without float64 (`batch.widest`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Path(ABC):
     """The noising path of a model family. Times are [B]; samples [B C h w]."""
 
     straight: bool  # x_t moves at the constant velocity ε - x_0
-    num_steps: int  # N of the network's own clock
-    prediction: enums.Prediction | None = None  # what the network answers, where that is a choice
-    top: float = 1.0  # the noisiest time at which a sample still holds something of its picture
+    num_steps: int  # N, the number of the network's timesteps
+    prediction: enums.Prediction | None = None  # what the network predicts, if there is a choice
+    top: float = 1.0  # the noisiest time at which a sample still contains information about its image
 
     @abstractmethod
     def exact_scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ class Path(ABC):
         """The (x_0, ε) implied by a prediction at x_t."""
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """α_t and σ_t as samples take them: float32 [B 1 1 1]."""
+        """α_t and σ_t for broadcasting over samples: float32 [B 1 1 1]."""
         alpha, sigma = self.exact_scales(t)
         return alpha.float().view(-1, 1, 1, 1), sigma.float().view(-1, 1, 1, 1)
 
@@ -125,7 +125,7 @@ class RectifiedFlow(Path):
     """x_t = (1-t) x_0 + t ε; the network predicts the velocity ε - x_0 (Liu et al. 2023; Esser et al. 2024).
 
     Args:
-        num_steps: N of the network's clock, which reads t N.
+        num_steps: N; the network's timestep is t N.
     """
 
     straight = True
@@ -152,5 +152,5 @@ class RectifiedFlow(Path):
 
 
 def _exact(t: Tensor) -> Tensor:
-    """As precise as its device can."""
+    """Cast to the most precise dtype of its device."""
     return t.to(widest(t.device))

@@ -1,8 +1,8 @@
 """Solvers of the sampling ODE, with separate times for each row.
 
-A solver walks a batch from times t to times s ≤ t, stride by stride, and remembers what it needs of the strides before. A row
-whose s equals its t is left exactly as it is, so rows whose walks differ in length share one batch; all start together.
-Times are [B] as in `path`, samples [B C h w]. Coefficients are float64: strides of 1/1000 cancel badly in float32.
+A solver moves a batch from times t to times s ≤ t, step by step, and stores what it needs from previous steps. A row
+with s = t is not changed, so rows with different numbers of steps can share one batch; all start together.
+Times are [B] as in `path`, samples [B C h w]. Coefficients are float64, because steps of 1/1000 cancel badly in float32.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Point(NamedTuple):
     """A point of the trajectory."""
 
     t: Tensor  # [B]
-    x: Tensor  # [B C h w], where the stride from here began
-    data: Tensor  # [B C h w], the x_0 that the network saw from here
+    x: Tensor  # [B C h w], the start of the step from here
+    data: Tensor  # [B C h w], the x_0 predicted here
 
 
 class Dpm(Solver):
@@ -78,7 +78,7 @@ class Dpm(Solver):
 
 class UniPc(Dpm):
     """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, alg. 1): its predictor is the step of DPM-Solver++(2M); the next
-    prediction then corrects the point it was made at."""
+    prediction then corrects the point at which it was made."""
 
     def _step(self, output: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         data = self.path.split(output, x_t, t)[0]

@@ -1,4 +1,5 @@
-"""Where t is drawn: u ~ U[0,1) → t in [low, high), through the inverse of t's distribution, so that one u serves them all."""
+"""Draws t: u ~ U[0,1) → t in [low, high), by the inverse distribution function, so that the same u works for all
+distributions."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
 
 
 def logit_normal_cdf(t: Tensor, mean: float, std: float) -> Tensor:
-    """The u that `logit_normal` takes to t."""
+    """The inverse of `logit_normal`: t → u."""
     return torch.special.ndtr((torch.logit(t) - mean) / std)
 
 
@@ -54,7 +55,7 @@ class Times:
         return shift(base, s)
 
     def describe(self, size: Sequence[int]) -> str:
-        """All that times of a size depend on besides u."""
+        """Everything that times of a size depend on besides u."""
         return repr((self.kind.name, self.mean, self.std, self.shift(*size), self.range))
 
     def _shares_below(self, t: Tensor, s: float) -> Tensor:
@@ -62,25 +63,25 @@ class Times:
         return logit_normal_cdf(base, self.mean, self.std) if self.kind is enums.Timesteps.logit_normal else base
 
 
-def build_shift(said: float | str, model: Shift) -> Shift:
-    """The shift that a key says: a number, or `model`, the model's own for a latent's size."""
-    return model if said == "model" else lambda height, width: float(said)
+def build_shift(value: float | str, model: Shift) -> Shift:
+    """The shift of a key: a number, or `model`, the model's own for a latent's size."""
+    return model if value == "model" else lambda height, width: float(value)
 
 
 def build_times(cfg: DictConfig, trained: tuple[float, float], model: Shift) -> Times:
-    """Times as the `objective` group says, inside the part of the path that the model was trained on.
+    """The times of the `objective` group, inside the model's training range.
 
     Args:
         model: the model's own shift.
 
     Raises:
-        ConfigError: the two ranges have nothing in common.
+        ConfigError: the two ranges do not overlap.
     """
     low, high = max(cfg.min_time, trained[0]), min(cfg.max_time, trained[1])
     if low >= high:
         raise ConfigError(
-            f"objective.min_time={cfg.min_time:g} and objective.max_time={cfg.max_time:g} leave nothing of "
-            "the times this model knows, "
+            f"objective.min_time={cfg.min_time:g} and objective.max_time={cfg.max_time:g} exclude all of "
+            "this model's training range, "
             f"{trained[0]:g} to {trained[1]:g}; choose a range inside"
         )
     return Times(cfg.timesteps, cfg.logit_mean, cfg.logit_std, build_shift(cfg.shift, model), low, high)

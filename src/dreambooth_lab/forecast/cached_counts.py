@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..factory import build_family
+from ..measurement_cache import cached_measurement
 from ..models.checkpoint import skip_weights
-from ..remembered import remembered
 from .counts import Network, Step, Visit, on_cpu
 
 KINDS = {"Step": Step, "Visit": Visit}
@@ -37,13 +37,13 @@ class CachedCounts:
         """
         key = self._key(count.__name__, cfg, groups, sizes)
         if key not in self.counted:
-            kind, values = remembered(self.folder, key, lambda: _plain(count(cfg, *sizes)))
+            kind, values = cached_measurement(self.folder, key, lambda: _plain(count(cfg, *sizes)))
             self.counted[key] = KINDS[kind](*(Network(*value) if isinstance(value, list) else value for value in values))
         return self.counted[key]
 
     def _key(self, name: str, cfg: DictConfig, groups: tuple[str, ...], sizes: tuple[int, ...]) -> str:
-        said = [OmegaConf.select(cfg, group) for group in groups]
-        shown = [OmegaConf.to_container(one, resolve=True) if OmegaConf.is_config(one) else one for one in said]
+        lines = [OmegaConf.select(cfg, group) for group in groups]
+        shown = [OmegaConf.to_container(one, resolve=True) if OmegaConf.is_config(one) else one for one in lines]
         return repr((name, shown, sizes, self._settings(cfg)))
 
     def _settings(self, cfg: DictConfig) -> str:

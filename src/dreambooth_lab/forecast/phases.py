@@ -78,8 +78,8 @@ class Forecast:
         walks = cfg.rollout.enabled and cfg.rollout.kind is enums.RolloutKind.model
         beside = cfg.prior.kind is enums.PriorKind.teacher or cfg.mask.outside is enums.Outside.teacher
         beside = beside or bool(cfg.rollout.enabled and cfg.rollout.reflexflow.frequency)
-        answer = self._sampling(rows, edge).work if walks or beside else 0
-        work = max(step.work, answer + (step.kept if beside else 0)) + step.base.at_work
+        predicted = self._sampling(rows, edge).work if walks or beside else 0
+        work = max(step.work, predicted + (step.kept if beside else 0)) + step.base.at_work
         summed = step.learning if cfg.trainer.accumulate_grad_batches > 1 else 0
         return Need("training", self._resident() | {f"a step of {rows} × {edge}² px": work + summed})
 

@@ -54,7 +54,7 @@ class Chosen(NamedTuple):
         return table
 
 
-def choose_plan(cfg: DictConfig, said: Sequence[str], compose: Compose) -> Chosen | None:
+def choose_plan(cfg: DictConfig, lines: Sequence[str], compose: Compose) -> Chosen | None:
     """The configuration to run, by `cfg.memory`; None: there is neither a card nor a plan.
 
     Args:
@@ -71,7 +71,7 @@ def choose_plan(cfg: DictConfig, said: Sequence[str], compose: Compose) -> Chose
             raise ConfigError("memory is auto, but there is no GPU; set a size, such as memory=12gb, or memory=none")
         return None
     known = CachedCounts(Path(cfg.cache).expanduser() / "fitting")
-    own = {word.lstrip("+~").partition("=")[0] for word in said}
+    own = {word.lstrip("+~").partition("=")[0] for word in lines}
     best: Chosen | None = None
     for plan in cfg.memory.plans or [[]]:
         words = _left(plan, own, _rows(cfg))
@@ -103,12 +103,12 @@ def _forecast(cfg: DictConfig, known: CachedCounts) -> list[Need] | None:
         if isinstance(error, ConfigError) and error.__cause__ is None:  # its message is complete
             raise
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        said = f"the memory of this run can't be estimated without its weights ({reason})"
+        prefix = f"the memory of this run can't be estimated without its weights ({reason})"
         if cfg.memory.plans:
             raise ConfigError(
-                f"{said}; set memory=none, and choose the memory-saving options yourself: see conf/memory/auto.yaml"
+                f"{prefix}; set memory=none, and choose the memory-saving options yourself: see conf/memory/auto.yaml"
             ) from error
-        log.warning("%s; the preflight shows the memory of a training step after loading them", said)
+        log.warning("%s; the preflight shows the memory of a training step after loading them", prefix)
         return None
 
 
@@ -130,7 +130,7 @@ def _left(plan: Sequence[str], own: set[str], rows: int) -> list[str]:
     """A plan's overrides, except those whose key, or a key inside it, the user has set."""
     own = own | set(BATCH) if own & set(BATCH) else own
     keyed = [(word.partition("=")[0], word.format(rows=rows)) for word in plan]
-    return [word for key, word in keyed if not any(said == key or said.startswith(f"{key}.") for said in own)]
+    return [word for key, word in keyed if not any(text == key or text.startswith(f"{key}.") for text in own)]
 
 
 def _too_large(best: Chosen) -> str:

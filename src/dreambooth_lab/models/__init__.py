@@ -1,3 +1,3 @@
 """Model families, and the only importers of diffusers and transformers."""
 
-from .. import quant as quant  # first: it silences what torchao says when diffusers or transformers import it
+from .. import quant as quant  # first: it silences torchao's warnings when diffusers or transformers import it

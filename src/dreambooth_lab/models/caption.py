@@ -1,4 +1,4 @@
-"""Models of transformers that say what a picture shows: BLIP, Florence-2, Qwen2-VL and others of their kinds."""
+"""Captioning models of transformers: BLIP, Florence-2, Qwen2-VL and similar ones."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..config import ConfigError
 from . import files
 
 QUESTION = "Describe this picture in one sentence."
-TASK = "<DETAILED_CAPTION>"  # Florence-2's; its answer is plain text, as those of its other captions are
+TASK = "<DETAILED_CAPTION>"  # Florence-2's; the output of its caption tasks is plain text
 PICTURE = {"type": "image"}
 
 
 class Captioner:
-    """The network, its preprocessing and a device. How it is asked follows from its processor: by a chat, if there is a template
-    of one; by a task, if it has tasks; else by the picture alone.
+    """The network, its preprocessing and a device. The form of the input follows from its processor: a chat, if it has a chat
+    template; a task, if it has tasks; else the image only.
 
     Args:
         place: hub id, or folder written by save_pretrained.
-        option: that named it, for messages.
-        question: for models that are asked by a chat or by a task; None: `QUESTION`, or `TASK`.
+        option: the option that named it, for messages.
+        question: for models with a chat template or tasks; None: `QUESTION`, or `TASK`.
 
     Raises:
-        ConfigError: the model can't be had, or takes no question.
+        ConfigError: the model can't be loaded, or takes no question.
     """
 
     def __init__(self, place: str, option: str, device: torch.device, question: str | None, max_tokens: int):
@@ -41,7 +41,7 @@ class Captioner:
             self.processor = _processor(where)
             model, info = kind.from_pretrained(where, use_safetensors=True, dtype=_dtype(device), output_loading_info=True)
         except (OSError, ValueError, ImportError) as error:
-            way_out = "give a folder of a BLIP, Florence-2 or Qwen-VL, or a hub id this machine can reach"
+            way_out = "give a folder of a BLIP, Florence-2 or Qwen-VL, or a reachable hub id"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"{option} is {place!r}, which could not be loaded ({reason}); {way_out}") from error
         if info["missing_keys"]:
@@ -50,14 +50,12 @@ class Captioner:
         self.device, self.max_tokens = device, max_tokens
         self.chats, self.has_tasks = bool(self.processor.chat_template), hasattr(self.processor, "post_process_generation")
         if question and not (self.chats or self.has_tasks):
-            raise ConfigError(
-                f"--question is {question!r}, but {type(model).__name__} is asked by the picture alone; leave it out"
-            )
+            raise ConfigError(f"--question is {question!r}, but {type(model).__name__} takes only an image; remove --question")
         self.question = question or (QUESTION if self.chats else TASK)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image) -> str:
-        """A caption on one line; empty if nothing came."""
+        """A caption on one line; empty if nothing was generated."""
         inputs = self._inputs(picture.convert("RGB")).to(self.device, self.model.dtype)
         made = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False, num_beams=1)
         (text,) = self.processor.batch_decode(self._fresh(made, inputs), skip_special_tokens=True)
@@ -68,11 +66,11 @@ class Captioner:
             asked = [{"role": "user", "content": [PICTURE, {"type": "text", "text": self.question}]}]
             text = self.processor.apply_chat_template(asked, add_generation_prompt=True)
             return self.processor(images=[picture], text=[text], return_tensors="pt")
-        said = {"text": self.question} if self.has_tasks else {}
-        return self.processor(images=picture, **said, return_tensors="pt")
+        values = {"text": self.question} if self.has_tasks else {}
+        return self.processor(images=picture, **values, return_tensors="pt")
 
     def _fresh(self, made: Tensor, inputs: Any) -> Tensor:
-        """The tokens that were generated: models without an encoder of text repeat the question first."""
+        """The generated tokens: decoder-only models repeat the question first."""
         asked = inputs.get("input_ids")
         if asked is not None and torch.equal(made[:, : asked.shape[1]], asked):
             return made[:, asked.shape[1] :]
@@ -84,7 +82,7 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _processor(place: str) -> Any:
-    """A model's processor, without its part for videos where that lacks its library: only pictures are shown here."""
+    """A model's processor, without its video part if its library is missing: only images are used here."""
     from transformers import AutoConfig, AutoProcessor
 
     try:

@@ -1,4 +1,4 @@
-"""A diffusers pipeline's files: where they are, what its components are, and how one of them is loaded."""
+"""A diffusers pipeline's files: their location, the components, and how a component is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..storage.digests import digest
 from . import files, meta_init, single_file, weights
 
 OUTLINE = ContextVar("outline", default=False)  # see `skip_weights`
-LIBRARIES = ("diffusers", "transformers")  # whose classes a checkpoint may name; code of its own never runs
+LIBRARIES = ("diffusers", "transformers")  # a checkpoint may name only their classes; its own code is never run
 CONFIGS = ("config.json", "scheduler_config.json")
 
 
@@ -30,7 +30,7 @@ def without_weights() -> bool:
 
 @contextmanager
 def skip_weights() -> Iterator[None]:
-    """Inside, checkpoints are read without weights: networks are made as their settings say and hold no values. Under a
+    """A context in which checkpoints are read without weights: networks are created from their configs, without values. Under a
     `FakeTensorMode` they take no memory."""
     token = OUTLINE.set(True)
     try:
@@ -45,14 +45,14 @@ class Checkpoint:
     Args:
         pretrained: folder written by save_pretrained, hub id, or a single .safetensors file.
         revision: of a hub id.
-        variant: which weight files to fetch and to read; auto takes those in fp16 where there are such, None the plain ones.
-        cache: folder that remembers files' hashes; None: they are taken anew at every start. Single files are
+        variant: which weight files to download and read; auto takes fp16 if they exist, None the plain ones.
+        cache: folder that caches files' hashes; None: they are computed at every start. Single files are
             converted into it.
-        config: of a single file: folder or hub id with its settings and tokenizers.
-        prediction: of a single file: what its network predicts, where the file does not say so.
+        config: for a single file: folder or hub id with its configs and tokenizers.
+        prediction: for a single file: its prediction type, if the file does not state it.
 
     Raises:
-        ConfigError: something that a load would need is not there, or is no file of a kind that is read.
+        ConfigError: a file that a load needs is missing, or is of an unsupported kind.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Checkpoint:
         config: str | None = None, prediction: enums.Prediction | None = None,
     ):  # fmt: skip
         self.pretrained, self.variant, self.cache = pretrained, variant, cache
-        self.said = f"model.pretrained is {pretrained!r}, which"
+        self.named = f"model.pretrained is {pretrained!r}, which"
         self.folder = self._folder(revision, config, prediction)
-        self.index = weights.read_json(self.folder / "model_index.json", self.said)
+        self.index = weights.read_json(self.folder / "model_index.json", self.named)
         self._require_settings()
         networks = [part for part, kind in self.parts.items() if issubclass(kind, nn.Module)]
         for part in networks:
@@ -73,12 +73,13 @@ class Checkpoint:
 
     def _folder(self, revision: str | None, config: str | None, prediction: enums.Prediction | None) -> Path:
         if single_file.is_single_file(self.pretrained):
-            self.variant = None  # what was converted is plain
+            self.variant = None  # converted files are plain
             return single_file.convert(self.pretrained, config, prediction, self.cache)
         for key, value in (("config", config), ("prediction_type", prediction and prediction.value)):
             if value is not None:
                 raise ConfigError(
-                    f"model.{key} is {value!r}, but model.pretrained is {self.pretrained!r}, no single file, and has its own; "
+                    f"model.{key} is {value!r}, but model.pretrained is {self.pretrained!r}, which is not a single file and "
+                    f"has its own; "
                     f"set model.{key}=null"
                 )
         return files.resolve(self.pretrained, revision, self.variant)
@@ -87,30 +88,30 @@ class Checkpoint:
         return f"model.pretrained is {self.pretrained!r}, whose {part}"
 
     def _require_settings(self) -> None:
-        """Refuse components that are outside the folder, that are not there, or whose settings can't be read."""
+        """Refuse components that are outside the folder, missing, or without a readable config."""
         if not isinstance(self.index.get("_class_name"), str):
-            raise ConfigError(f"{self.said} has a model_index.json that names no pipeline class; {files.WAY_OUT}")
+            raise ConfigError(f"{self.named} has a model_index.json that names no pipeline class; {files.WAY_OUT}")
         for part in weights.named(self.index):
             if not weights.plain(part):
-                raise ConfigError(f"{self.said} names a component {part!r} in model_index.json, which is no plain name")
+                raise ConfigError(f"{self.named} names a component {part!r} in model_index.json, which is not a plain name")
             folder = self.folder / part
             if not folder.is_dir():
-                raise ConfigError(f"{self.said} has no folder {part}, which model_index.json names; fetch it again")
+                raise ConfigError(f"{self.named} has no folder {part}, which model_index.json names; download it again")
             for path in sorted(folder.glob("*config.json")):
                 weights.read_json(path, self._described(part))
 
     def _require_variant(self) -> None:
-        """Refuse a variant that was asked for and is nowhere."""
+        """Refuse a requested variant that does not exist."""
         if self.variant in (None, weights.AUTO) or self.read_variant:
             return
         raise ConfigError(
-            f"model.variant is {self.variant!r}, of which {self.pretrained} has no weights; set model.variant=auto for fp16 "
-            "where it is there, or model.variant=null for the plain files"
+            f"model.variant is {self.variant!r}, but {self.pretrained} has no such weights; set model.variant=auto for fp16 "
+            "if it exists, or model.variant=null for the plain files"
         )
 
     @property
     def read_variant(self) -> str | None:
-        """The variant that some component is read in; the others have plain files."""
+        """The variant of at least one component; the others have plain files."""
         return next((found.variant for found in self.weights.values() if found.variant), None)
 
     @property
@@ -125,7 +126,7 @@ class Checkpoint:
         Raises:
             ConfigError: a class is not diffusers' or transformers' own.
         """
-        return {part: self._kind(part, *said) for part, said in weights.named(self.index).items()}
+        return {part: self._kind(part, *text) for part, text in weights.named(self.index).items()}
 
     def _kind(self, part: str, library: str, name: str) -> type:
         import importlib
@@ -133,8 +134,8 @@ class Checkpoint:
         kind = getattr(importlib.import_module(library), str(name), None) if library in LIBRARIES else None
         if kind is None:
             raise ConfigError(
-                f"model.pretrained is {self.pretrained!r}, whose {part} is {library}.{name}, which is no class of the installed "
-                "diffusers or transformers; code of a checkpoint's own is never run"
+                f"model.pretrained is {self.pretrained!r}, whose {part} is {library}.{name}, which is not in the installed "
+                "diffusers or transformers; custom code of a checkpoint is never run"
             )
         return kind
 
@@ -145,10 +146,10 @@ class Checkpoint:
         return weights.read_json(path, self._described(part))
 
     def load(self, part: str, dtype: torch.dtype, device: torch.device, quantiser: Quantiser, skip: Sequence[str]) -> Any:
-        """A component, frozen, on its device, in fewer bits if the quantiser is to keep it so.
+        """A frozen component on its device, quantised if configured.
 
         Args:
-            keeps: components of layer names that quantisation leaves alone.
+            keeps: components of layer names that are not quantised.
         """
         kind: Any = self.parts[part]
         folder = self.folder / part
@@ -171,7 +172,7 @@ class Checkpoint:
         return files.on_meta(self.parts[part], self.folder / part)
 
     def identity(self, parts: Sequence[str], quantiser: Quantiser, *also: str) -> str:
-        """Hash of some components' files, of how they are quantised, and of whatever else is said; loads nothing."""
+        """Hash of some components' files, their quantisation, and further strings; loads nothing."""
         kinds = {part: quantiser.kind(part) for part in parts}
         fewer = [f"{part} {kind.value}" for part, kind in kinds.items() if kind is not enums.QuantKind.none]
         whole = hashlib.sha256("\0".join((*also, *fewer)).encode())
@@ -181,7 +182,7 @@ class Checkpoint:
         return whole.hexdigest()
 
     def _read(self, part: str) -> list[Path]:
-        """The files of a component that a load reads, in name order."""
+        """The files of a component that a load reads, in order of their names."""
         folder, found = self.folder / part, self.weights.get(part)
         if not folder.is_dir():
             return []

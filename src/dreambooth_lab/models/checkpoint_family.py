@@ -1,5 +1,5 @@
-"""A family's files: what a checkpoint in diffusers' layout says of itself, its networks when they are needed, and what
-identifies them. How the networks are asked is for its subclasses to say."""
+"""A family's files: the properties of a checkpoint in diffusers' layout, its networks, loaded when needed, and
+their identities. Subclasses implement the calls of the networks."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ class CheckpointFamily(Family):
 
     Args:
         pretrained: folder written by save_pretrained, or hub id.
-        dtype: of the frozen denoiser; its answers are float32.
+        dtype: of the frozen denoiser; its predictions are float32.
         encoder_dtype: of the VAE and the text encoders.
-        tae: folder or hub id of an AutoencoderTiny for previews; None takes the VAE itself.
-        gradient_checkpointing: keep blocks' inputs only, and run the blocks again for their gradients.
-        attention: PyTorch's kernel for it; auto takes the fastest that fits.
-        compile: the transformer blocks, by torch.compile.
-        vae_tiling: encode and decode pictures in overlapping tiles, which needs less memory and changes pixels a little.
-        offload: what of the denoiser lies in the host's memory and comes to the device when it runs.
-        options: a family's own; see `known_options`.
-        empty_caption: what a row without caption is told.
-        config: of a single file: folder or hub id with its settings and tokenizers.
-        prediction_type: of a single file: what its network predicts, where the file does not say so.
-        cache: folder of what need not be found out twice; None: it is, at every start.
+        tae: folder or hub id of an AutoencoderTiny for previews; None: the VAE itself.
+        gradient_checkpointing: save only the blocks' inputs, and recompute the blocks for their gradients.
+        attention: PyTorch's attention kernel; auto takes the fastest supported one.
+        compile: compile the transformer blocks by torch.compile.
+        vae_tiling: encode and decode images in overlapping tiles, which needs less memory and changes pixels slightly.
+        offload: which part of the denoiser is stored in host memory and copied to the device when it runs.
+        options: specific to a family; see `known_options`.
+        empty_caption: the conditioning of rows without caption.
+        config: for a single file: folder or hub id with its configs and tokenizers.
+        prediction_type: for a single file: its prediction type, if the file does not state it.
+        cache: folder for cached results; None: they are computed at every start.
     """
 
-    pipelines: ClassVar[tuple[str, ...]] = ()  # classes whose checkpoints are this family's; empty: all
+    pipelines: ClassVar[tuple[str, ...]] = ()  # pipeline classes of this family's checkpoints; empty: all
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (
             r"re:.*\.\d+\.(.*\.)?(attn|attention|self_attn|cross_attn)\w*\.(\w*\.)?(to_|add_|qkv|out|proj|q_|k_|v_)\w*(\.0)?",
@@ -65,7 +65,7 @@ class CheckpointFamily(Family):
     kohya: ClassVar[Mapping[str, str]] = {}
     programs: ClassVar[tuple[str, ...]] = ()
     spec: Spec = Spec()
-    token_keys: ClassVar[Mapping[str, str]] = CLIP  # text encoder → what learned embeddings of it are called in files
+    token_keys: ClassVar[Mapping[str, str]] = CLIP  # text encoder → key of its trained embedding in files
     skip_quantization: ClassVar[tuple[str, ...]] = (
         "time_embedding", "time_text_embed", "time_guidance_embed", "t_embedder", "add_embedding", "time_emb_proj",
         "text_projection", "norm_out", "re:proj_out", "adaln_single", "adaLN_modulation", "x_embedder", "context_embedder",
@@ -89,35 +89,35 @@ class CheckpointFamily(Family):
         self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
         self.vae_tiling, self.offload = vae_tiling, offload
         self.blocks: Blocks | None = None  # of the denoiser, once it is loaded, if they are offloaded
-        self.said = f"model.pretrained is {pretrained!r}, which"
+        self.named = f"model.pretrained is {pretrained!r}, which"
         self._read_parts()
         self._read_facts()
 
     def known_options(self) -> tuple[str, ...]:
-        """Keys of `options` that mean something to this family."""
+        """Keys of `options` that this family supports."""
         return ()
 
     def _read_parts(self) -> None:
-        """Which components there are; refuse a checkpoint that this family would read wrongly."""
+        """Read the list of components; refuse a checkpoint of another family."""
         name, parts = self.checkpoint.pipeline_name, self.checkpoint.parts
         self.pipeline_class: Any = getattr(diffusers, name, None)
         if self.pipelines and name not in self.pipelines:
-            raise ConfigError(f"{self.said} is a {name}; this model needs a {' or '.join(self.pipelines)}; see conf/model/")
+            raise ConfigError(f"{self.named} is a {name}; this model needs a {' or '.join(self.pipelines)}; see conf/model/")
         self.loads_lora = hasattr(self.pipeline_class, "load_lora_weights")
         self.denoiser_part = next((part for part in ("transformer", "unet") if part in parts), "")
         if self.pipeline_class is None or not self.denoiser_part or "transformer_2" in parts:
-            raise ConfigError(f"{self.said} is a {name}, which has no single denoiser to train; choose another model")
+            raise ConfigError(f"{self.named} is a {name}, which has no single denoiser to train; choose another model")
         if "strength" in inspect.signature(self.pipeline_class.__call__).parameters and not self.pipelines:
-            raise ConfigError(f"{self.said} is a {name}, which changes given pictures; choose a text-to-image model")
+            raise ConfigError(f"{self.named} is a {name}, which is image-to-image; choose a text-to-image model")
         self.text_encoder_parts = tuple(sorted(part for part in parts if part.startswith("text_encoder")))
         self.trainable_text_encoder_parts = tuple(
             p for p in self.text_encoder_parts if parts[p].__name__.startswith("CLIPTextModel")
         )
 
     def _read_facts(self) -> None:
-        self.schedule = schedule.read(self.checkpoint.config("scheduler"), self.said)
+        self.schedule = schedule.read(self.checkpoint.config("scheduler"), self.named)
         self.path = self.schedule.path
-        self.shifts: dict[tuple[int, int], float] = {}  # of sizes asked for before
+        self.shifts: dict[tuple[int, int], float] = {}  # by size, cached
         self.network = pipeline_without_networks.settings(self.checkpoint, self.denoiser_part)
         self.latents = self._latents()
         self.factor, self.channels = self.latents.factor, self.latents.channels
@@ -125,27 +125,29 @@ class CheckpointFamily(Family):
         self.stride = self.factor * (2 ** (len(blocks) - 1) if blocks else 2)
         if blocks and (has := self.network["in_channels"]) != self._inputs():
             raise ConfigError(
-                f"{self.said} has a denoiser of {has} input channels where {self._inputs()} are fed; inpainting and editing "
-                "models can't be trained here; choose the text-to-image model they were made from"
+                f"{self.named} has a denoiser of {has} input channels instead of {self._inputs()}; inpainting and editing "
+                "models can't be trained; choose the text-to-image model that they are based on"
             )
 
     def _latents(self) -> Any:
-        """How latents are made and read back."""
+        """The latent format of the VAE."""
         if "vae" not in self.checkpoint.parts:
             return latents.Pixels()
-        return latents.rule(pipeline_without_networks.settings(self.checkpoint, "vae"), self.said)
+        return latents.rule(pipeline_without_networks.settings(self.checkpoint, "vae"), self.named)
 
     def _inputs(self) -> int:
-        """Channels that a UNet should take."""
+        """Expected input channels of a UNet."""
         return self.channels
 
     def check_device(self) -> None:
         kernels.require(self.attention, self.compiles, self.device, self.dtype)
         if self.offload is enums.Offload.blocks and self.device.type == "cpu" and not without_weights():
-            raise ConfigError("model.offload is blocks, but the run's device is the CPU, whose memory they would go to; use none")
+            raise ConfigError(
+                "model.offload is blocks, but the run's device is the CPU, so there is nothing to offload; use none"
+            )
 
     def native(self, t: Tensor) -> Tensor:
-        """t on the network's own clock, in a type that it takes."""
+        """t as the network's native timestep, in a dtype that it accepts."""
         native = self.path.native(t)
         return native.float() if native.is_floating_point() else native
 
@@ -197,11 +199,11 @@ class CheckpointFamily(Family):
         if single_file.is_single_file(base):
             kind, call = self.checkpoint.pipeline_name, "from_single_file"
             options |= {"config": json.dumps(config, ensure_ascii=False)}
-        said = ", ".join(f"{name}={value}" for name, value in options.items())
+        prefix = ", ".join(f"{name}={value}" for name, value in options.items())
         return f"""\
 import torch
 from diffusers import {kind}
-pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {said})"""
+pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {prefix})"""
 
     def pipeline(self) -> Any:
         wanted, parts = (
@@ -215,7 +217,7 @@ pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {said})"""
             variant=self.checkpoint.read_variant,
         )  # fmt: skip
 
-    # Pictures and latents.
+    # Images and latents.
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +246,7 @@ pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {said})"""
             raise ConfigError(f"model.tae is {self.tae!r}, which could not be loaded; {way_out}") from error
         return files.freeze_to(tiny, self.device)
 
-    # Learned tokens, and what identifies the parts.
+    # Trained tokens, and the identities of the parts.
 
     def token_slots(self, word: str, encoders: TextEncoders) -> list[Slot]:
         pairs = zip(self.text_encoder_parts, encoders, strict=True)
@@ -263,13 +265,13 @@ pipeline = {kind}.{call}({json.dumps(base, ensure_ascii=False)}, {said})"""
 
     def text_identity(self) -> str:
         tokenizers = (part.replace("text_encoder", "tokenizer") for part in self.text_encoder_parts)
-        said = [self.checkpoint.pipeline_name, str(self.encoder_dtype), *map(str, self._index_options())]
-        if self.empty_caption is not enums.EmptyCaption.auto:  # which is what texts cached before there was a choice hold
-            said.append(f"empty caption: {self.empty_caption.value}")
-        return self._identity((*tokenizers, *self.text_encoder_parts), *said)
+        lines = [self.checkpoint.pipeline_name, str(self.encoder_dtype), *map(str, self._index_options())]
+        if self.empty_caption is not enums.EmptyCaption.auto:  # keeps the key of texts that earlier versions cached
+            lines.append(f"empty caption: {self.empty_caption.value}")
+        return self._identity((*tokenizers, *self.text_encoder_parts), *lines)
 
     def _index_options(self) -> list[Any]:
-        """What the checkpoint's index says of its pipeline besides its components."""
+        """Settings of the pipeline in the checkpoint's index, besides its components."""
         return sorted((k, v) for k, v in self.checkpoint.index.items() if not isinstance(v, list) and not k.startswith("_"))
 
     def denoiser_identity(self) -> str:

@@ -1,5 +1,5 @@
 """Chroma (Lodestone Rock 2025): FLUX.1 schnell's transformer with its modulation distilled away, T5 with a mask for text.
-Asked through the pipeline's own call."""
+Called through the pipeline's own call."""
 
 from __future__ import annotations
 

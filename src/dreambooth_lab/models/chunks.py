@@ -1,7 +1,7 @@
-"""Captions longer than a text encoder takes: counted, or read in pieces of 75 tokens by encoders of CLIP's, as other trainers do.
+"""Captions longer than a text encoder's limit: counted, or read in chunks of 75 tokens by CLIP encoders, as in other trainers.
 
-Each piece has its own start and end; the pieces' states follow each other, and what is pooled is the first piece's. A caption of
-one piece is read as it always is.
+Each chunk has its own start and end tokens. The chunks' states are concatenated, and the pooled output is the first chunk's. A
+caption of one chunk is read as usual.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 
 from ..batch import Text
 
-SPECIAL = 2  # tokens of CLIP's that are not the caption's: its start and its end
-STATES = "prompt_embeds"  # the tensor that has a state for each token
+SPECIAL = 2  # CLIP's start and end tokens
+STATES = "prompt_embeds"  # the tensor with a state for each token
 
 
 class Piece:
-    """A CLIP tokenizer that sees one piece of each caption only.
+    """A CLIP tokenizer that returns only one chunk of each caption.
 
     Args:
-        tokenizer: the whole captions'.
-        number: of the piece, from 0.
+        tokenizer: for whole captions.
+        number: index of the chunk, from 0.
     """
 
     def __init__(self, tokenizer: Any, number: int):
@@ -32,11 +32,11 @@ class Piece:
         return getattr(self._tokenizer, name)
 
     def __call__(self, captions: str | Sequence[str], **options: Any) -> Any:
-        """Ids [B L] of the pieces as the tokenizer would give them of a text; pieces beyond a caption's end are empty."""
+        """Ids [B L] of the chunks, in the tokenizer's format; chunks beyond a caption's end are empty."""
         room = self._tokenizer.model_max_length - SPECIAL
-        said = [captions] if isinstance(captions, str) else list(captions)
+        lines = [captions] if isinstance(captions, str) else list(captions)
         first = self._number * room
-        ids = [tokens(self._tokenizer, one)[first : first + room] for one in said]
+        ids = [tokens(self._tokenizer, one)[first : first + room] for one in lines]
         start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         whole = {"input_ids": [[start, *own, end] for own in ids]}
         fixed = options.get("padding") == "max_length"
@@ -45,32 +45,32 @@ class Piece:
 
 
 def tokens(tokenizer: Any, caption: str) -> list[int]:
-    """All of a caption's tokens, without start and end."""
+    """All tokens of a caption, without start and end."""
     ids: list[int] = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return ids
 
 
 def pieces(tokenizers: Iterable[Any], captions: Iterable[str]) -> int:
-    """Pieces that the longest of some captions has; at least 1."""
-    said, most = list(captions), 1
+    """Number of chunks of the longest caption; at least 1."""
+    lines, most = list(captions), 1
     for tokenizer in tokenizers:
         room = tokenizer.model_max_length - SPECIAL
-        most = max([most, *(-(-len(tokens(tokenizer, one)) // room) for one in said)])
+        most = max([most, *(-(-len(tokens(tokenizer, one)) // room) for one in lines)])
     return most
 
 
 def join(texts: Sequence[Text]) -> Text:
-    """The pieces of some captions as one text: states one after the other, the rest from the first."""
+    """Concatenate the chunks of some captions: states one after the other, the other tensors from the first chunk."""
     made = Text(texts[0])
     made[STATES] = torch.cat([text[STATES] for text in texts], 1)
     return made
 
 
 def cut(part: str, tokenizer: Any, limit: int, special: int, captions: Iterable[str]) -> str | None:
-    """What a text encoder does not read of some captions; None if it reads all.
+    """A notice on captions that a text encoder truncates; None if there are none.
 
     Args:
-        limit: tokens it takes, those special ones included that it puts around a caption.
+        limit: maximum number of tokens, including special tokens.
     """
     lengths = {caption: len(tokens(tokenizer, caption)) + special for caption in captions}
     over = {caption: length - limit for caption, length in lengths.items() if length > limit}
@@ -79,6 +79,6 @@ def cut(part: str, tokenizer: Any, limit: int, special: int, captions: Iterable[
     longest = max(over, key=lambda caption: over[caption])
     shown = longest if len(longest) <= 60 else longest[:57] + "…"
     return (
-        f"{len(over)} of {len(lengths)} captions are longer than the {limit} tokens that {part} takes: {sum(over.values())} "
-        f"tokens are not read; the longest has {lengths[longest]}: {shown!r}"
+        f"{len(over)} of {len(lengths)} captions are longer than the limit of {part}, {limit} tokens: {sum(over.values())} "
+        f"tokens are ignored; the longest has {lengths[longest]}: {shown!r}"
     )

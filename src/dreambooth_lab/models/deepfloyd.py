@@ -1,5 +1,5 @@
-"""DeepFloyd IF (DeepFloyd Lab 2023, after Imagen, Saharia et al. 2022): pixel-space UNets with T5. Stage I draws 64 px; stage II
-makes 256 px of them, told the small picture, enlarged and noised, and how far it was noised."""
+"""DeepFloyd IF (DeepFloyd Lab 2023, after Imagen, Saharia et al. 2022): pixel-space UNets with T5. Stage I generates 64 px. Stage
+II generates 256 px, conditioned on the upscaled, noised low-resolution image and its noise level."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .pipeline_family import PipelineFamily
 
 SCALE = 4  # px of stage II for each of stage I
 FIRST_STRIDE = 8  # px, of stage I
-LEVEL = 250  # of the small picture's noise when pictures are drawn, as in diffusers' pipeline
+LEVEL = 250  # noise level of the low-resolution image in sampling, as in diffusers' pipeline
 
 
 class DeepFloyd1(PipelineFamily):
-    """Stage I. The variance that the network learned beside ε is not trained."""
+    """Stage I. The learned variance, which the network outputs besides ε, is not trained."""
 
     pipelines = ("IFPipeline",)
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -48,8 +48,8 @@ class DeepFloyd1(PipelineFamily):
 
 
 class DeepFloyd2(DeepFloyd1):
-    """Stage II. Training makes the small picture from the large one; validation draws it with stage I, `options.first_stage` (a
-    folder or hub id), or begins from photos where that is null."""
+    """Stage II. Training downscales the image to get the low-resolution one. Validation generates it with stage I,
+    `options.first_stage` (a folder or hub id), or downscales photos if that is null."""
 
     pipelines = ("IFSuperResolutionPipeline",)
 
@@ -61,16 +61,16 @@ class DeepFloyd2(DeepFloyd1):
         self.stride = max(self.stride, SCALE * FIRST_STRIDE)
         self.first_stage = self.options.get("first_stage")
         self.needs_image = self.first_stage is None
-        noising = schedule.read(self.checkpoint.config("image_noising_scheduler"), self.said).path
+        noising = schedule.read(self.checkpoint.config("image_noising_scheduler"), self.named).path
         if not isinstance(noising, VariancePreserving):
-            raise ConfigError(f"{self.said} noises small pictures on no path that is known here")
+            raise ConfigError(f"{self.named} has an image_noising_scheduler that is not supported")
         self.noising = noising
 
     def known_options(self) -> tuple[str, ...]:
         return ("first_stage",)
 
     def cond(self, text: Text, shown: Sequence[ImageInfo]) -> Cond:
-        """The text, the small picture enlarged and noised [B 3 H W], and its noise's level [B], drawn evenly from all."""
+        """The text, the upscaled and noised low-resolution image [B 3 H W], and its noise level [B], drawn uniformly."""
         levels = [int(draw.uniform(s.seed, s.sample, Purpose.LEVEL) * self.noising.num_steps) for s in shown]
         noise = torch.stack([draw.normal(s.seed, s.sample, Purpose.AUGMENTATION, tuple(s.latents.shape)) for s in shown])
         small = F.interpolate(torch.stack([s.latents for s in shown]), scale_factor=1 / SCALE, mode="bicubic", antialias=True)
@@ -78,15 +78,15 @@ class DeepFloyd2(DeepFloyd1):
         return Cond(text, small=self.noised(small, noise, level), level=level)
 
     def noised(self, small: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        """Small pictures [B 3 h w], enlarged to the noise's size and noised to their levels [B]."""
+        """Low-resolution images [B 3 h w], upscaled to the noise's size and noised to their levels [B]."""
         large = F.interpolate(small, noise.shape[2:], mode="bilinear", align_corners=True)
         return self.noising.noise(large, noise, self.noising.time(level))
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         both = torch.cat([x_t, cond["small"]], 1).to(self.dtype)
         states = cond["prompt_embeds"].to(self.dtype)
-        answer = self.denoiser(both, self.path.native(t), states, class_labels=cond["level"], return_dict=False)[0]
-        return answer[:, : self.channels].float()
+        prediction = self.denoiser(both, self.path.native(t), states, class_labels=cond["level"], return_dict=False)[0]
+        return prediction[:, : self.channels].float()
 
     @torch.no_grad()
     def generate(

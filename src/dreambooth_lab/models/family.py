@@ -1,4 +1,4 @@
-"""The interface of a model family: what the method needs to know of a pretrained model, and what it calls.
+"""The interface of a model family: what the method needs from a pretrained model.
 
 Callers use t in [0, 1], latents in the denoiser's scale, and the records `Text` and `Cond`, whose tensors only the family reads.
 A family is one file. It is built without weights. Each part is loaded at first use; `release_encoders` frees the text encoders
@@ -26,15 +26,15 @@ TextEncoders = list[tuple[Any, nn.Module]]  # each with its tokenizer before it
 
 
 class Spec(NamedTuple):
-    """What other programs call a base model, in the headers by which they sort LoRAs."""
+    """Names of a base model in other programs, in the headers by which they list LoRAs."""
 
     version: str = ""  # sd-scripts' ss_base_model_version (A1111)
-    architecture: str = ""  # ModelSpec's, without what is added to it (Forge)
+    architecture: str = ""  # ModelSpec's, without the suffix for the kind of file (Forge)
     implementation: str = "diffusers"  # ModelSpec's
 
 
 class Family(ABC):
-    """A pretrained model: its facts are attributes, what it can do are methods."""
+    """A pretrained model: its properties are attributes, its operations are methods."""
 
     path: Path  # how data becomes noise, what the network predicts
     stride: int  # pixels: every side of a training image is a multiple of it
@@ -48,7 +48,7 @@ class Family(ABC):
     trainable_text_encoder_parts: tuple[str, ...]  # those text encoders that can be trained
     kohya: ClassVar[Mapping[str, str]]  # part → its prefix in kohya's key layout; empty: programs read diffusers' keys
     programs: ClassVar[tuple[str, ...]]  # programs that read LoRAs of this family in such a file
-    spec: Spec  # what they call the base model
+    spec: Spec  # their names of the base model
     loads_lora: bool  # whether the diffusers pipeline has `load_lora_weights`
     chunks: int = 1  # number of chunks that every caption is encoded in; see `fit_chunks`
     needs_image: bool = False  # an image-to-image model: validation gives it the subject's photos to start from
@@ -57,7 +57,7 @@ class Family(ABC):
 
     @abstractmethod
     def check_device(self) -> None:
-        """Check that `device` supports what the configuration asks for.
+        """Check that `device` supports the configuration.
 
         Raises:
             ConfigError: names what is not supported.
@@ -158,11 +158,11 @@ class Family(ABC):
 
     @abstractmethod
     def loading(self, base: str, config: str | None) -> str:
-        """Code that makes `pipeline` of the base model, as it is read here: its variant and dtype.
+        """Code that creates `pipeline` from the base model, with the variant and dtype used here.
 
         Args:
-            base: what the code calls it.
-            config: and what a single file's settings.
+            base: the base model's name in the code.
+            config: the name of a single file's config.
         """
 
     @abstractmethod
@@ -206,12 +206,12 @@ class Family(ABC):
 
     @abstractmethod
     def text_identity(self) -> str:
-        """Hash of all that `encode_text` depends on besides the captions; reads files, loads nothing."""
+        """Hash of everything `encode_text` depends on besides the captions; reads files, loads nothing."""
 
     @abstractmethod
     def denoiser_identity(self) -> str:
-        """Hash of all that `denoise` depends on besides its inputs, no adapter in it; reads files, loads nothing."""
+        """Hash of everything `denoise` depends on besides its inputs, without an adapter; reads files, loads nothing."""
 
     @abstractmethod
     def image_identity(self) -> str:
-        """Hash of all that `encode_image` depends on besides the pixels; reads files, loads nothing."""
+        """Hash of everything `encode_image` depends on besides the pixels; reads files, loads nothing."""

@@ -1,4 +1,4 @@
-"""Networks that look at pictures: CLIP and DINO, from transformers."""
+"""Image encoders for metrics: CLIP and DINO, from transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Images = Sequence[Image.Image]
 
 
 class Photo(NamedTuple):
-    """One of the subject's."""
+    """One photo of the subject."""
 
     image: Image.Image
     mask: Image.Image | None  # white where the subject is
@@ -51,7 +51,7 @@ class FeatureExtractor(ABC):
             self.model: Any = files.freeze_to(model, torch.device("cpu"))
             self.processor = AutoImageProcessor.from_pretrained(where)
         except (OSError, ValueError) as error:
-            way_out = f"set {key} to a folder written by save_pretrained or to a hub id this machine can reach, or to null"
+            way_out = f"set {key} to a folder written by save_pretrained or to a reachable hub id, or to null"
             raise ConfigError(f"{key} is {place!r}, which could not be loaded ({type(error).__name__}); {way_out}") from error
         self.place, self.device, self.batch_size = str(place), device, batch_size
         self.users = 0
@@ -107,24 +107,24 @@ class Clip(FeatureExtractor):
 
 
 class Dino(FeatureExtractor):
-    """DINO (Caron et al. 2021): the class token, which tells individuals of one class apart."""
+    """DINO (Caron et al. 2021): the class token, which distinguishes individuals of one class."""
 
-    attention = "eager"  # the only kind that can be looked at
+    attention = "eager"  # the only implementation that returns attention maps
 
     def _features(self, pixels: Tensor) -> Tensor:
         return self.model(pixel_values=pixels).last_hidden_state[:, 0]
 
 
 class MaskedDino:
-    """DINO of what stands in front: the mean of the patches that hold most of the class token's attention (Caron et al. 2021,
-    §4.2.2), so that a copied background counts for little.
+    """DINO of the foreground: the mean of the patches with most of the class token's attention (Caron et al. 2021,
+    §4.2.2), so that a copied background has little influence.
 
-    Photos and generated pictures are seen by this one rule, so a picture that is the photo, byte for byte, has similarity 1. The
-    photos' masks don't choose patches, since generated pictures have none: seen through masks, a copy of a photo came to .46 to
-    .65. They serve to check the rule: `under_masks`.
+    The same rule applies to photos and generated images, so a byte-identical image has similarity 1. The
+    photos' masks don't select patches, since generated images have none: with masks, a copy of a photo had only .46 to
+    .65. The masks are used to check the rule: `under_masks`.
     """
 
-    MASS = 0.6  # share of the attention that the patches of the foreground hold, as in the paper
+    MASS = 0.6  # share of the attention of the foreground's patches, as in the paper
 
     def __init__(self, dino: Dino):
         self.dino = dino
@@ -144,7 +144,7 @@ class MaskedDino:
 
     @torch.no_grad()
     def under_masks(self, photos: Sequence[Photo]) -> float | None:
-        """Share of the patches it looks at that lies under the photos' masks, the mean over photos; None without masks."""
+        """Share of the foreground patches inside the photos' masks, the mean over photos; None without masks."""
         shares = []
         for photo in photos:
             if photo.mask:
@@ -158,24 +158,26 @@ class MaskedDino:
         return ((patches * front[..., None]).sum(1) / front.sum()).cpu()
 
     def _look(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """1 for the patches in front, 0 for others [1 P]; and what the patches are [1 P D]."""
+        """1 for foreground patches, 0 for others [1 P]; and the patches' features [1 P D]."""
         dino = self.dino
         pixels = dino.processor(images=[picture], return_tensors="pt")["pixel_values"].to(dino.device)
         with dino.on_device():
             output = dino.model(pixel_values=pixels, output_attentions=True)
         size = dino.model.config.patch_size
-        own = (pixels.shape[-2] // size) * (pixels.shape[-1] // size)  # patches; before them come the class token and registers
+        own = (pixels.shape[-2] // size) * (
+            pixels.shape[-1] // size
+        )  # number of patches; the class token and registers come before them
         front = foreground(output.attentions[-1][:, :, 0, -own:].mean(1).float(), self.MASS)
         return front, output.last_hidden_state[:, -own:].float()
 
     def _under(self, mask: Image.Image) -> Tensor:
-        """How much of each patch a mask covers [1 P], through the very geometry of its picture."""
+        """The share of each patch that a mask covers [1 P], with the image's preprocessing."""
         white = self.dino.processor(images=[mask.convert("RGB")], do_normalize=False, return_tensors="pt")["pixel_values"]
         return avg_pool2d(white[:, :1].float(), self.dino.model.config.patch_size).flatten(1).to(self.dino.device)
 
 
 def foreground(attention: Tensor, mass: float) -> Tensor:
-    """1 for the patches with most attention that together hold `mass` of it, 0 for the others [B P]."""
+    """1 for the patches with most attention whose sum reaches `mass`, 0 for the others [B P]."""
     values, order = attention.sort(dim=-1, descending=True)
     before = values.cumsum(-1) - values
     keep = (before < mass * values.sum(-1, keepdim=True)).to(attention.dtype)
@@ -183,5 +185,5 @@ def foreground(attention: Tensor, mass: float) -> Tensor:
 
 
 def _vector(output: Any) -> Tensor:
-    """The projected embedding, which transformers returns bare or wrapped, by version."""
+    """The projected embedding, which transformers returns as a tensor or in an output object, depending on the version."""
     return output if isinstance(output, Tensor) else output.pooler_output

@@ -16,14 +16,14 @@ from ..config import ConfigError
 from ..heap import trim as trim
 from . import hub
 
-WAY_OUT = "set model.pretrained to a folder written by diffusers' save_pretrained, or to a hub id this machine can reach"
+WAY_OUT = "set model.pretrained to a folder written by diffusers' save_pretrained, or to a reachable hub id"
 
 
 def resolve(pretrained: str, revision: str | None, variant: str | None) -> Path:
-    """The folder of a diffusers pipeline: a local one as it is, a hub id through the hub's cache.
+    """The folder of a diffusers pipeline: a local one, or a hub id in the hub's cache.
 
     Raises:
-        ConfigError: there is no such folder, or the hub or the cache can't give it.
+        ConfigError: there is no such folder, or it is neither in the cache nor on the hub.
     """
     folder = Path(pretrained).expanduser()
     if not folder.is_dir():
@@ -41,7 +41,10 @@ def cache_first(load: Callable[..., Any], name: str | None, **options: Any) -> A
         return load(name, **options)
 
 
-IGNORED_WARNINGS = ("torchvision", "No LoRA keys associated to")  # nothing here needs it; most LoRAs leave text encoders alone
+IGNORED_WARNINGS = (
+    "torchvision",
+    "No LoRA keys associated to",
+)  # torchvision is not needed here; most LoRAs don't adapt text encoders
 
 
 def silence_loading() -> None:
@@ -78,10 +81,10 @@ def to_pixels(picture: Image.Image, height: int, width: int) -> Tensor:
 
 
 def freeze_to(model: nn.Module, device: torch.device) -> nn.Module:
-    """Frozen, in evaluation mode, on its device, with every tensor in memory of its own.
+    """A frozen model in evaluation mode, on its device, with every tensor copied to its own memory.
 
-    Weights mapped from a safetensors file may start at any byte; kernels then round differently in the last bit from
-    weights that were allocated, so the copy is what makes two loads of one model agree exactly.
+    Memory-mapped weights of a safetensors file may be unaligned. Kernels then round differently in the last bit than with
+    allocated weights, so the copy is necessary for bit-identical loads.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, copy=True)

@@ -1,6 +1,6 @@
 """FLUX.1 dev and schnell (Black Forest Labs 2024): a transformer of a rectified flow over packed latents, CLIP and T5 for text.
 
-A guidance-distilled network (dev) is trained at guidance 1, the answer to the prompt alone.
+A guidance-distilled network (dev) is trained at guidance 1, the prediction without guidance.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Flux(PipelineFamily):
         packed = pipeline._pack_latents(x_t.to(self.dtype), rows, channels, height, width)
         states = cond["prompt_embeds"].to(self.dtype)
         guidance = torch.ones(rows, device=x_t.device) if self.network["guidance_embeds"] else None
-        answer = self.denoiser(
+        prediction = self.denoiser(
             hidden_states=packed, timestep=self.native(t).to(self.dtype) / 1000, guidance=guidance,
             pooled_projections=cond["pooled_prompt_embeds"].to(self.dtype), encoder_hidden_states=states,
             txt_ids=torch.zeros(states.shape[1], 3, device=x_t.device, dtype=self.dtype),
             img_ids=pipeline._prepare_latent_image_ids(rows, height // 2, width // 2, x_t.device, self.dtype), return_dict=False,
         )[0]  # fmt: skip
-        return pipeline._unpack_latents(answer, height * self.factor, width * self.factor, self.factor).float()
+        return pipeline._unpack_latents(prediction, height * self.factor, width * self.factor, self.factor).float()

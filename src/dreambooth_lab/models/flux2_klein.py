@@ -1,5 +1,5 @@
 """FLUX.2 klein (Black Forest Labs 2026): a transformer of a rectified flow over patched, batch-normalised latents, Qwen3's hidden
-layers for text. Asked through the pipeline's own call."""
+layers for text. Called through the pipeline's own call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hub id's files: from the hub's cache if all that a load needs is there, else from the network."""
+"""A hub id's files: from the hub's cache if it has all files that a load needs, else from the network."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from ..config import ConfigError
 from . import weights
 
 INDEX = "model_index.json"
-NO_NETWORK = re.compile(r"(Tokenizer|Scheduler|Processor|Extractor)(Fast)?$")  # ends classes of components without weights
+NO_NETWORK = re.compile(
+    r"(Tokenizer|Scheduler|Processor|Extractor)(Fast)?$"
+)  # suffixes of the classes of components without weights
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"}, {"spiece.model"}, {"tokenizer.model"})
 SETTINGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
-PATIENCE = 10  # seconds until the hub is unreachable
+PATIENCE = 10  # timeout of requests to the hub, seconds
 
 
 def folder(hub_id: str, revision: str | None, variant: str | None, way_out: str) -> Path:
-    """Where a hub id's pipeline lies.
+    """The folder of a hub id's pipeline.
 
     Args:
-        way_out: ends the message of an error.
+        way_out: the end of error messages.
 
     Raises:
         ConfigError: neither the cache nor the hub has it.
@@ -34,13 +36,14 @@ def folder(hub_id: str, revision: str | None, variant: str | None, way_out: str)
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ConfigError(
-            f"model.pretrained is {hub_id!r}, which is no folder, is not whole in the hub's cache and could not be fetched "
+            f"model.pretrained is {hub_id!r}, which is not a folder, is not complete in the hub's cache and could not be "
+            f"downloaded "
             f"({type(error).__name__}: {shorten(reason, 160)}); {way_out}"
         ) from error
 
 
 def cached(hub_id: str, revision: str | None, variant: str | None) -> Path | None:
-    """The hub cache's folder of a revision, if a load needs nothing more; the network is not asked."""
+    """The hub cache's folder of a revision, if it is complete for a load; no network access."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -53,7 +56,7 @@ def cached(hub_id: str, revision: str | None, variant: str | None) -> Path | Non
 
 
 def whole(folder: Path, variant: str | None) -> bool:
-    """Is all there that a load of a pipeline needs?"""
+    """Whether a folder has all files that a load of a pipeline needs."""
     try:
         parts = weights.named(weights.read_json(folder / INDEX, str(folder)))
         return all(_whole(folder / part, str(kind), variant) for part, (_, kind) in parts.items())
@@ -72,7 +75,7 @@ def _whole(folder: Path, kind: str, variant: str | None) -> bool:
 
 
 def _fetch(hub_id: str, revision: str | None, variant: str | None) -> Path:
-    """Through the hub's cache, of every component the small files and one variant of the weights."""
+    """Download into the hub's cache the small files and one variant of the weights of every component."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
     constants.HF_HUB_ETAG_TIMEOUT = min(constants.HF_HUB_ETAG_TIMEOUT, PATIENCE)
@@ -91,7 +94,7 @@ def to_fetch(names: Collection[str], index: dict[str, object], variant: str | No
 
 
 def settings(hub_id: str) -> Path:
-    """Where the settings and tokenizers of a hub id's pipeline lie; no weights are fetched.
+    """The folder with the configs and tokenizers of a hub id's pipeline; no weights are downloaded.
 
     Raises:
         ConfigError: neither the cache nor the hub has them.
@@ -107,14 +110,15 @@ def settings(hub_id: str) -> Path:
         except Exception as error:  # the hub's client raises a dozen kinds
             if not local:
                 raise ConfigError(
-                    f"model.config is {hub_id!r}, which is no folder and could not be fetched ({type(error).__name__}); set it "
-                    "to a folder in diffusers' layout, or to a hub id that this machine can reach"
+                    f"model.config is {hub_id!r}, which is not a folder and could not be downloaded ({type(error).__name__}); "
+                    f"set it "
+                    "to a folder in diffusers' layout, or to a reachable hub id"
                 ) from error
     raise AssertionError("unreachable")
 
 
 def _has_settings(folder: Path) -> bool:
-    """Has every component its settings, and every tokenizer its vocabulary?"""
+    """Whether every component has its config, and every tokenizer its vocabulary."""
     try:
         for part, (_, kind) in weights.named(weights.read_json(folder / INDEX, str(folder))).items():
             names = {path.name for path in (folder / part).iterdir()}

@@ -1,4 +1,4 @@
-"""Which of PyTorch's kernels a denoiser runs on: attention's, and compiled blocks."""
+"""Selects a denoiser's kernels: attention kernels and compiled blocks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ KERNELS = {
     enums.Attention.efficient: SDPBackend.EFFICIENT_ATTENTION,
     enums.Attention.cudnn: SDPBackend.CUDNN_ATTENTION,
 }
-GRAPHS = 64  # versions of a block kept: with and without gradient, adapter, dropout; for each width and shape
+GRAPHS = 64  # maximum compiled versions of a block: with and without gradient, adapter, dropout; for each width and shape
 
 
 def on_kernel(processor: Any, kernel: SDPBackend) -> Any:
-    """A diffusers attention processor made to run by one kernel alone, also where a block is run again for its gradient."""
+    """A diffusers attention processor restricted to one kernel, also when a block is recomputed for its gradient."""
     kind: Any = type(processor)
 
     @wraps(kind.__call__)
@@ -37,16 +37,16 @@ def on_kernel(processor: Any, kernel: SDPBackend) -> Any:
 
 
 def require(attention: enums.Attention, compiles: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what the device can't do, before any weights are read.
+    """Refuse kernels that the device does not support, before any weights are read.
 
     Raises:
-        ConfigError: says what is lacking.
+        ConfigError: names what is missing.
     """
     if attention in (enums.Attention.efficient, enums.Attention.cudnn) and device.type != "cuda":
         raise ConfigError(f"model.attention is {attention.name}, which only CUDA devices have; use auto, flash or math")
     if attention in (enums.Attention.flash, enums.Attention.cudnn) and device.type == "cuda" and dtype is torch.float32:
         raise ConfigError(
-            f"model.attention is {attention.name}, which CUDA has in 16 bits only; use model.dtype=bfloat16, or auto"
+            f"model.attention is {attention.name}, which supports only 16-bit dtypes on CUDA; use model.dtype=bfloat16, or auto"
         )
     if compiles and device.type == "cuda" and not find_spec("triton"):
         raise ConfigError("model.compile is true, but triton, which compiles for CUDA, is not installed; set model.compile=false")
@@ -56,7 +56,7 @@ def require(attention: enums.Attention, compiles: bool, device: torch.device, dt
 
 
 def choose(model: Any, attention: enums.Attention, compiles: bool) -> nn.Module:
-    """A diffusers denoiser on the chosen kernels; compiling happens when a block first runs."""
+    """A diffusers denoiser with the chosen kernels; a block is compiled at its first call."""
     if attention is not enums.Attention.auto:
         for layer in model.modules():
             if callable(getattr(layer, "processor", None)):

@@ -1,4 +1,4 @@
-"""How a picture becomes a latent in the denoiser's scale, and back: one formula, with the numbers of each kind of VAE."""
+"""Images to latents in the denoiser's scale, and back: one formula, with the constants of each kind of VAE."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 
-TILE = 512  # px, of a VAE that works in tiles
+TILE = 512  # px, for tiled encoding and decoding
 
 
 class Latents:
     """z = (x - offset) · factor, by channel, for x of the VAE's posterior; offset = shift_factor + latents_mean and
-    factor = scaling_factor / latents_std, each where a VAE's settings have it.
+    factor = scaling_factor / latents_std, each if a VAE's config has it.
 
     Args:
         config: of the VAE.
@@ -32,7 +32,7 @@ class Latents:
 
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [B 3 H W] → the posterior's mean and std [B C h w], float32."""
-        rows = [self._posterior(vae, row) for row in pixels.split(1)]  # one at a time: a VAE's activations are large
+        rows = [self._posterior(vae, row) for row in pixels.split(1)]  # one at a time: a VAE's activations need much memory
         mean, std = (torch.cat(parts) for parts in zip(*rows, strict=True))
         offset, scale = self.offset.to(mean.device), self.scale.to(mean.device)
         return (mean.float() - offset) * scale, std.float() * scale
@@ -52,7 +52,7 @@ class Latents:
 
 
 class Video(Latents):
-    """A VAE of videos, whose pictures are of one frame: [B C 1 h w]."""
+    """A video VAE; images are single frames: [B C 1 h w]."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
@@ -108,15 +108,15 @@ class Patched(Latents):
 
 
 def in_tiles(vae: Any) -> Any:
-    """The VAE, which from now on works in overlapping tiles.
+    """The VAE, with tiling enabled.
 
     Raises:
-        ConfigError: its class has none.
+        ConfigError: its class does not support tiling.
     """
     if not hasattr(vae, "enable_tiling"):
-        raise ConfigError(f"model.vae_tiling is true, but a {type(vae).__name__} has no tiles; set it to false")
+        raise ConfigError(f"model.vae_tiling is true, but a {type(vae).__name__} does not support tiling; set it to false")
     vae.enable_tiling()
-    size = vars(vae).get("tile_sample_min_size", 0)  # AutoencoderKL's own is as large as the pictures it was trained on
+    size = vars(vae).get("tile_sample_min_size", 0)  # AutoencoderKL's default is as large as its training images
     if isinstance(size, int) and size > TILE:
         vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, vae.tile_latent_min_size * TILE // size
     return vae
@@ -150,15 +150,15 @@ RULES: dict[str, type[Latents]] = {
 }
 
 
-def rule(config: Mapping[str, Any], said: str) -> Latents:
-    """How a VAE of these settings is used.
+def rule(config: Mapping[str, Any], prefix: str) -> Latents:
+    """The latent format of a VAE with this config.
 
     Raises:
         ConfigError: its kind is not known.
     """
     name = config.get("_class_name")
     if name not in RULES:
-        raise ConfigError(f"{said} has a {name}, whose latents are not understood here; known: {', '.join(RULES)}")
+        raise ConfigError(f"{prefix} has a {name}, whose latents are not supported; supported: {', '.join(RULES)}")
     return RULES[name](config)
 
 

@@ -1,5 +1,5 @@
-"""Lumina-Image 2.0 (Alpha-VLLM 2025): a single-stream transformer of a rectified flow, Gemma 2 for text. Its clock runs backwards
-and its answer is negated, which the pipeline's own call undoes."""
+"""Lumina-Image 2.0 (Alpha-VLLM 2025): a single-stream transformer of a rectified flow, Gemma 2 for text. Its timesteps run
+backwards and its output is negated; the pipeline's own call handles both."""
 
 from __future__ import annotations
 

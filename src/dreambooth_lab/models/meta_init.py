@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Empty(TorchFunctionMode):
-    """What is made to be filled with weights takes no memory; what is computed, such as positions, is."""
+    """A context in which parameters are created on the meta device, while computed buffers, such as positions, are real."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -23,7 +23,7 @@ class _Empty(TorchFunctionMode):
 
 
 def build(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The architecture, with every parameter in the dtype that a load by the class's `from_pretrained` would give it."""
+    """The architecture, with every parameter in the dtype of the class's `from_pretrained`."""
     of_diffusers = kind.__module__.startswith("diffusers")
     with _default(dtype), _Empty():
         model = kind.from_config(kind.load_config(folder)) if of_diffusers else kind(kind.config_class.from_pretrained(folder))
@@ -39,7 +39,7 @@ def build(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def allocated(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The same on a device, frozen, with parameters that hold no values; fake ones under a `FakeTensorMode`."""
+    """The same on a device, frozen, with uninitialised parameters; fake ones under a `FakeTensorMode`."""
     model = build(kind, folder, dtype)
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -51,7 +51,7 @@ def allocated(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device)
 
 
 def _kept(model: Any, dtype: torch.dtype, of_diffusers: bool) -> tuple[str, ...]:
-    """Components of names of modules that stay in float32."""
+    """Name components of modules that stay in float32."""
     if of_diffusers:
         return tuple(model._keep_in_fp32_modules or ())
     return tuple(model._get_dtype_plan(dtype))

@@ -1,11 +1,11 @@
-"""A denoiser whose blocks' frozen weights lie in the host's memory, and come to the device while their block runs.
+"""Block offloading: a denoiser's frozen weights are stored in host memory, and copied to the device while their block runs.
 
 diffusers' group offloading can't be trained with: it moves adapters' weights too, and puts a layer's weights back before the
 backward pass needs them (convolutions and norms then fail). Here a block's parameters are exchanged for copies on the device
-while its forward runs, so whatever autograd keeps of them stays valid until it is used. With gradient checkpointing it keeps
-nothing of the first pass, so that at most two blocks are on the device at once: the one that runs and the next.
+while its forward runs, so tensors saved by autograd stay valid. With gradient checkpointing nothing
+is saved in the first pass, so that at most two blocks are on the device at once: the running one and the next.
 
-On CUDA the next block's weights are copied from page-locked memory by a stream of their own while this block computes.
+On CUDA the next block's weights are copied from page-locked memory in a separate stream while this block computes.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class PendingCopy(NamedTuple):
     """A block's weights on the device, or being copied to it."""
 
     weights: dict[Place, nn.Parameter]
-    arrival: torch.cuda.Event | None  # None: they are there
+    arrival: torch.cuda.Event | None  # None: the copy is complete
 
 
 class Blocks:
-    """Takes over the weights of a frozen model's repeated blocks.
+    """Offloads the weights of a frozen model's repeated blocks.
 
     Args:
-        model: of diffusers, on the host; what lies outside its blocks is moved to the device.
+        model: a diffusers model on the host; its other layers are moved to the device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.order: dict[int, int] = {}  # block → its turn in a forward pass, learned in the first one
-        self.last = 0  # turn of the block that ran last
-        self.coming: tuple[int, PendingCopy] | None = None  # a turn, and what was sent for ahead of it
+        self.order: dict[int, int] = {}  # block → its position in the forward pass, recorded in the first one
+        self.last = 0  # position of the block that ran last
+        self.coming: tuple[int, PendingCopy] | None = None  # a position, and the copy started ahead of it
         self.homes = [_homes(block) for block in repeated(model)]
         number: int
         block: Any
@@ -66,11 +66,11 @@ class Blocks:
         return run
 
     def _arrived(self, number: int) -> PendingCopy:
-        """A block's weights on the device; those of the block that will probably run after it are sent for."""
+        """A block's weights on the device; starts copying those of the block that will probably run next."""
         turn, known = self.order.setdefault(number, len(self.order)), self.coming
         self.coming = None
         mine = known[1] if known and known[0] == turn else self._send(number)
-        ahead = 1 if turn > self.last or (turn == 0 and self.last != 1) else -1  # backward passes go down
+        ahead = 1 if turn > self.last or (turn == 0 and self.last != 1) else -1  # backward passes run in descending order
         self.last = turn
         following = next((block for block, its in self.order.items() if its == turn + ahead), None)
         if self.stream and following is not None:
@@ -99,28 +99,28 @@ class Blocks:
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a diffusers model is mostly made of.
+    """The repeated blocks of a diffusers model.
 
     Raises:
-        ConfigError: its class names none.
+        ConfigError: its class defines none.
     """
     kind: Any = type(model)
     names = set(kind._repeated_blocks or kind._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
-        raise ConfigError(f"model.offload is blocks, but a {kind.__name__} names no repeated blocks; set model.offload=none")
+        raise ConfigError(f"model.offload is blocks, but a {kind.__name__} defines no repeated blocks; set model.offload=none")
     return blocks
 
 
 def parts(weight: Tensor) -> list[Tensor]:
-    """The plain tensors in which a weight lies; a quantised one is a wrapper around several."""
+    """The plain tensors of a weight; a quantised one is a wrapper around several."""
     if not is_traceable_wrapper_subclass(weight):
         return [weight]
     return [part for name in weight.__tensor_flatten__()[0] for part in parts(getattr(weight, name))]
 
 
 def _homes(block: nn.Module) -> dict[Place, nn.Parameter]:
-    """Where a block's weights rest: page-locked on machines with CUDA, from where copies need not wait."""
+    """The host copy of a block's weights: page-locked on machines with CUDA, for asynchronous copies."""
     homes = {}
     for module in block.modules():
         for name, parameter in module._parameters.items():
@@ -153,7 +153,7 @@ def _place(weights: Mapping[Place, nn.Parameter]) -> None:
 
 
 def _stay(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """In the place of `_apply`: a layer's own weights stay where they are; the rest moves."""
+    """Replaces `_apply`: a layer's offloaded weights are not moved; everything else is."""
     for child in module.children() if recurse else ():
         child._apply(change)
     for name, buffer in module._buffers.items():

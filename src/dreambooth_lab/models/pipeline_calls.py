@@ -1,9 +1,9 @@
 """Intermediate results of a diffusers pipeline's `__call__`.
 
-A pipeline's call knows its ids, masks, guidance, packing, timesteps and signs, and its argument of `scheduler.step` is always in
-the scheduler's convention. So each method here runs the call, without its `no_grad`, and leaves it by an exception where the
+A pipeline's call contains its ids, masks, guidance, packing, timesteps and signs, and its argument of `scheduler.step` is always
+in the scheduler's convention. So each method here runs the call, without its `no_grad`, and leaves it by an exception where the
 result is computed: `encode_prompt` for the text embeddings, `prepare_latents` for the layout of latents, `set_timesteps` for the
-time shift, and `step` of a replacement scheduler for the denoiser's prediction, with one time per row.
+time shift, and `step` of a replacement scheduler for the denoiser's prediction, with one timestep per row.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..config import ConfigError
 
-PREPARE = ("prepare_latents", "prepare_intermediate_images")  # what makes a pipeline's first sample
-TENSORS = ("_embeds", "_mask", "_t5", "_llama3")  # end the names of arguments that are texts
+PREPARE = ("prepare_latents", "prepare_intermediate_images")  # methods that create a pipeline's initial sample
+TENSORS = ("_embeds", "_mask", "_t5", "_llama3")  # suffixes of the names of text arguments
 
 
 class CallResult(Exception):
@@ -88,12 +88,14 @@ class PipelineCalls:
             raise CallResult(original(*args, **options))
 
         with self._replaced("encode_prompt", leave), self._scheduled(torch.zeros(1)):
-            said = self.run(call)
-        return dict(zip(self.text_names, said if isinstance(said, tuple) else (said,), strict=True))
+            results = self.run(call)
+        return dict(zip(self.text_names, results if isinstance(results, tuple) else (results,), strict=True))
 
     def shift(self, **call: Any) -> float | None:
         """The μ that the call passes to `set_timesteps` for an image size; None if it passes none."""
-        first = self._started_from(lambda shape, _: torch.zeros(shape))  # noise would move the generator of the step that asks
+        first = self._started_from(
+            lambda shape, _: torch.zeros(shape)
+        )  # random noise would change the state of the step's generator
         with first, self._without_text(), self._scheduled(None):
             return self.run(call | {"prompt": [""]})
 
@@ -105,8 +107,10 @@ class PipelineCalls:
         """
         unpack = self.unpacking(x_t.shape[1:], **call)
         with self._started_from(lambda shape, dtype: x_t.reshape(shape).to(dtype)), self._scheduled(native):
-            answer = self.run(call)
-        return unpack(answer[:, : x_t.shape[1]] if answer.ndim == x_t.ndim else answer)  # the rest is a learned variance
+            prediction = self.run(call)
+        return unpack(
+            prediction[:, : x_t.shape[1]] if prediction.ndim == x_t.ndim else prediction
+        )  # the remaining channels are a learned variance
 
     def unpacking(self, shape: torch.Size, **call: Any) -> Callable[[Tensor], Tensor]:
         """A function from the pipeline's layout of latents to [B C h w], for one shape [C h w]."""
@@ -214,7 +218,7 @@ def text_names(kind: type) -> tuple[str, ...]:
         ):
             target = node.targets[0]
             return tuple(ast.unparse(each) for each in (target.elts if isinstance(target, ast.Tuple) else [target]))
-    raise ConfigError(f"{kind.__name__} encodes no prompts, so it is no text-to-image pipeline; choose another model")
+    raise ConfigError(f"{kind.__name__} encodes no prompts, so it is not a text-to-image pipeline; choose another model")
 
 
 def _zeros(name: str) -> Tensor:

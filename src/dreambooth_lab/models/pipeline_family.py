@@ -1,7 +1,7 @@
-"""Any text-to-image pipeline that diffusers loads, through the pipeline's own call; and what the named families share.
+"""Any text-to-image pipeline that diffusers loads, through the pipeline's own call; and the base class of the named families.
 
-A named family says which pipelines it reads, and what is better known than asked: which layers learn, how the network is called
-at the least cost, what other programs call its parts.
+A named family defines the pipelines that it reads, its trained layers, a direct and faster call of its network, and the names
+of its parts in other programs.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from .chunks import SPECIAL, Piece, cut, join, pieces, tokens
 from .family import OnStep, TextEncoders
 from .pipeline_calls import CallResult, PipelineCalls
 
-LENGTH = ".length"  # ends the name of a tensor that says how many of another's tokens a caption has
-# Pictures of the very size, and captions of the very words, that are asked for.
+LENGTH = ".length"  # suffix of a tensor with the number of a caption's tokens in another tensor
+# Generate the requested size, and use the prompt unchanged.
 AS_ASKED = {"use_resolution_binning": False, "clean_caption": False}
 
 
 class PipelineFamily(CheckpointFamily):
-    """Any checkpoint in diffusers' layout whose pipeline makes pictures of prompts, of any size."""
+    """Any checkpoint in diffusers' layout whose pipeline generates images from prompts, of any size."""
 
-    chunkable: ClassVar[bool] = False  # the denoiser takes states of any number of tokens
+    chunkable: ClassVar[bool] = False  # whether the denoiser accepts any number of text states
 
     @cached_property
     def calls(self) -> PipelineCalls:
-        """The pipeline's own call; it has no weights but those put in."""
-        with torch.random.fork_rng(devices=[]):  # networks are initialised here, which must not move the step's own draws
+        """The pipeline's own call, without networks except the given ones."""
+        with torch.random.fork_rng(devices=[]):  # initialises networks, which must not change the state of the step's generator
             return PipelineCalls(pipeline_without_networks.build(self.checkpoint, self.pipeline_class, self.dtype))
 
     def _tokenizer(self, part: str) -> Any:
@@ -55,14 +55,14 @@ class PipelineFamily(CheckpointFamily):
 
     @cached_property
     def unguided(self) -> dict[str, float]:
-        """Arguments for the answer to the prompt alone; a network that is fed a guidance scale is fed 1."""
+        """Arguments for the prediction without guidance; a network with a guidance input gets 1."""
         return {
             name: 0.0 if name == "guidance_scale" and not self.network.get("guidance_embeds") else 1.0
             for name in self.guidance(1.0)
         }
 
     def _size(self, height: int, width: int) -> dict[str, Any]:
-        """Arguments for one step to latents of a size in cells, at least the stride's."""
+        """Arguments for one step with latents of a size in cells, at least the stride."""
         least = self.stride // self.factor
         height, width = (max(side // least, 1) * least * self.factor for side in (height, width))
         return {"height": height, "width": width, "num_inference_steps": 1, "output_type": "latent", **AS_ASKED}
@@ -86,8 +86,8 @@ class PipelineFamily(CheckpointFamily):
             return join(texts)
 
     def _read_once(self, captions: Sequence[Caption]) -> Text:
-        said = {i: caption for i, caption in enumerate(captions) if caption}
-        texts, order = [self._read(list(said.values()))] if said else [], list(said)
+        values = {i: caption for i, caption in enumerate(captions) if caption}
+        texts, order = [self._read(list(values.values()))] if values else [], list(values)
         for nothing, read in (("", self._empty), (None, self._unconditional)):
             rows = [i for i, caption in enumerate(captions) if caption == nothing]
             texts += [read().repeat(len(rows))] if rows else []
@@ -95,7 +95,7 @@ class PipelineFamily(CheckpointFamily):
         return Text.stack(texts).select(to_device(torch.tensor(order).argsort(), self.device))
 
     def _empty(self) -> Text:
-        """What a row without caption is told."""
+        """The conditioning of a row without caption."""
         if self.empty_caption is enums.EmptyCaption.auto:
             return self._unconditional()
         read = self._read([""])
@@ -113,13 +113,13 @@ class PipelineFamily(CheckpointFamily):
         self.chunks = max(self.chunks, pieces(map(self._tokenizer, self.text_encoder_parts), captions))
 
     def truncated_part(self, captions: Iterable[str]) -> list[str]:
-        said, lines = sorted(set(captions)), []
+        found, lines = sorted(set(captions)), []
         calls = self.calls.parameters.get("max_sequence_length")
         for part in self.text_encoder_parts if self.chunks == 1 else ():
             if part in self.trainable_text_encoder_parts:
-                lines.append(cut(part, self._tokenizer(part), self._tokenizer(part).model_max_length, SPECIAL, said))
+                lines.append(cut(part, self._tokenizer(part), self._tokenizer(part).model_max_length, SPECIAL, found))
             elif calls and isinstance(calls.default, int):
-                lines.append(cut(part, self._tokenizer(part), calls.default, 1, said))
+                lines.append(cut(part, self._tokenizer(part), calls.default, 1, found))
         return [line for line in lines if line]
 
     def count_tokens(self, caption: str) -> dict[str, int]:
@@ -127,30 +127,30 @@ class PipelineFamily(CheckpointFamily):
 
     def text_identity(self) -> str:
         whole = super().text_identity()
-        return whole if self.chunks == 1 else f"{whole} in {self.chunks} pieces"
+        return whole if self.chunks == 1 else f"{whole} in {self.chunks} chunks"
 
     def _read(self, captions: list[str]) -> Text:
-        """What the text encoders say about captions."""
+        """The text encoders' output for captions."""
         call = self._size(8, 8) | self.image_arguments(torch.zeros(len(captions), 3, 8, 8))
         return self._record(self.calls.text(prompt=captions, **call, **self.unguided), len(captions))
 
     def _unconditional(self) -> Text:
-        """What the pipeline puts beside a prompt for classifier-free guidance; where it has none, an empty prompt."""
+        """The pipeline's unconditional input for classifier-free guidance; if it has none, an empty prompt."""
         beside = any(name.startswith("negative_") for name in self.calls.text_names)
         call = self._size(8, 8) | self.image_arguments(torch.zeros(1, 3, 8, 8))
-        said = self.calls.text(prompt=[""], **call, **(self.guidance(2.0) if beside else self.unguided))
-        return self._record({name: _first(said.get(f"negative_{name}"), value) for name, value in said.items()}, 1)
+        text = self.calls.text(prompt=[""], **call, **(self.guidance(2.0) if beside else self.unguided))
+        return self._record({name: _first(text.get(f"negative_{name}"), value) for name, value in text.items()}, 1)
 
-    def _record(self, said: Mapping[str, Any], rows: int) -> Text:
-        """The tensors that the pipeline's call takes back; lists of rows are padded, and a mask of ones is written out."""
+    def _record(self, values: Mapping[str, Any], rows: int) -> Text:
+        """The tensors that the pipeline's call accepts; lists of rows are padded, and a missing mask is written as ones."""
         text = Text()
-        for name in (n for n in said if n in self.calls.parameters and not n.startswith("negative_")):
-            value = said[name]
+        for name in (n for n in values if n in self.calls.parameters and not n.startswith("negative_")):
+            value = values[name]
             if isinstance(value, list):
                 text[name + LENGTH] = torch.tensor([len(row) for row in value], device=self.device)
                 value = nn.utils.rnn.pad_sequence(value, batch_first=True)
             if value is None and name.endswith("mask"):
-                value = torch.ones(said["prompt_embeds"].shape[:2], dtype=torch.long, device=self.device)
+                value = torch.ones(values["prompt_embeds"].shape[:2], dtype=torch.long, device=self.device)
             if value is not None:
                 self._check_rows(name, value, rows)
                 text[name] = value.float() if value.is_floating_point() else value
@@ -159,10 +159,12 @@ class PipelineFamily(CheckpointFamily):
     def _check_rows(self, name: str, value: Tensor, rows: int) -> None:
         if len(value) != rows:
             shape = tuple(value.shape)
-            raise ConfigError(f"{self.said} is a {self.checkpoint.pipeline_name}, whose {name} {shape} has no row a caption")
+            raise ConfigError(
+                f"{self.named} is a {self.checkpoint.pipeline_name}, whose {name} {shape} does not have one row per caption"
+            )
 
     def _arguments(self, text: Mapping[str, Tensor]) -> dict[str, Any]:
-        """A text as the pipeline's call takes it."""
+        """A text as arguments of the pipeline's call."""
         made: dict[str, Any] = {}
         for name, value in text.items():
             if name.endswith(LENGTH):
@@ -177,7 +179,7 @@ class PipelineFamily(CheckpointFamily):
         known = {name: value for name, value in against.items() if name in self.calls.parameters}
         return self._arguments(text) | known | {"negative_prompt": None}
 
-    # The answer, and pictures.
+    # The prediction, and images.
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         call = self._size(*x_t.shape[2:]) | self._arguments(cond) | self.unguided
@@ -193,7 +195,9 @@ class PipelineFamily(CheckpointFamily):
         try:
             with pipeline_without_networks.with_parts(self.calls.pipeline, **{self.denoiser_part: self.denoiser}):
                 latents = self._sample(call, torch.Size((self.channels, height // self.factor, width // self.factor)), on_step)
-            return [picture for row in latents.split(1) for picture in self._pictures(row)]  # one at a time: decoding is large
+            return [
+                picture for row in latents.split(1) for picture in self._images(row)
+            ]  # one at a time: decoding needs much memory
         finally:
             self.__dict__.pop("vae", None)
             self.__dict__.pop("_preview_decoder", None)
@@ -218,17 +222,17 @@ class PipelineFamily(CheckpointFamily):
         return self.calls.run(call | AS_ASKED | {"output_type": "latent", "callback_on_step_end": new, "callback": old})
 
     def _unpacking(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-        """What brings the sampler's latents to [B C h w]."""
+        """The function from the sampler's latents to [B C h w]."""
         return self.calls.unpacking(shape, **self._size(*shape[1:]), **self.unguided)
 
     def image_arguments(self, image: Any) -> dict[str, Any]:
         """Arguments of the pipeline's call that give it an initial image, if the family `needs_image`."""
         return {}
 
-    def _pictures(self, latents: Tensor) -> list[Image.Image]:
+    def _images(self, latents: Tensor) -> list[Image.Image]:
         return files.to_images(self.decode(latents))
 
 
 def _first(value: Any, other: Any) -> Any:
-    """`value`, or the other where it is absent (None, or an empty list)."""
+    """`value`, or the default if it is None or an empty list."""
     return other if value is None or (isinstance(value, list) and not value) else value

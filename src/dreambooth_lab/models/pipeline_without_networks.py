@@ -1,4 +1,4 @@
-"""A diffusers pipeline without networks: tokenizers, scheduler and configs; networks can be put in for a call."""
+"""A diffusers pipeline without networks: tokenizers, scheduler and configs; networks can be inserted for a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from .checkpoint import Checkpoint
 
-NETWORKS = ("unet", "transformer", "vae")  # whose settings a pipeline reads also while their weights are elsewhere
+NETWORKS = ("unet", "transformer", "vae")  # a pipeline reads their configs also without their weights
 COMPONENTS = (
     "tokenizer",
     "text_encoder",
@@ -28,8 +28,8 @@ OPTIONS = {"add_watermarker": False, "requires_safety_checker": False}  # of pip
 def settings(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
     """A component's config, with its class's defaults for missing keys."""
     kind: Any = checkpoint.parts[part]
-    said = checkpoint.config(part)
-    return _defaults(kind) | said
+    config = checkpoint.config(part)
+    return _defaults(kind) | config
 
 
 def _defaults(kind: Any) -> dict[str, Any]:

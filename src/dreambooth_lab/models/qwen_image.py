@@ -1,5 +1,5 @@
 """Qwen-Image (Qwen Team 2025): a two-stream transformer of a rectified flow over packed latents of a video VAE, with Qwen2.5-VL.
-Asked through the pipeline's own call."""
+Called through the pipeline's own call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022): UNet, one CLIP text encoder, KL-VAE; ε or v as the checkpoint says."""
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022): UNet, one CLIP text encoder, KL-VAE; ε or v by the checkpoint's config."""
 
 from __future__ import annotations
 

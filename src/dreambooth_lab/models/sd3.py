@@ -1,5 +1,5 @@
 """Stable Diffusion 3 and 3.5 (Esser et al. 2024): a transformer of a rectified flow, two CLIP text encoders and T5, which may be
-left out of the checkpoint."""
+missing from the checkpoint."""
 
 from __future__ import annotations
 

@@ -28,18 +28,18 @@ class SDXL(PipelineFamily):
     kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     programs: ClassVar[tuple[str, ...]] = UNET_PROGRAMS
     spec = Spec("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models")
-    # Small, and everything passes through them: time, size and pooled text; the text encoder's last projection.
+    # Small layers that affect everything: time, size and pooled text; the text encoder's last projection.
     skip_quantization: ClassVar[tuple[str, ...]] = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection")
     chunkable: ClassVar[bool] = True
 
     def cond(self, text: Text, shown: Sequence[ImageInfo]) -> Cond:
-        """The text, and the six numbers of each picture: original height and width, crop top and left, target height, width."""
+        """The text, and six numbers per image: original height and width, crop top and left, target height, width."""
         sizes = (picture.size for picture in shown)
         return Cond(text, size=torch.tensor([(*s.original, *s.crop, *s.target) for s in sizes]).float())
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        told = {"text_embeds": cond["pooled_prompt_embeds"].to(self.dtype), "time_ids": cond["size"]}
+        values = {"text_embeds": cond["pooled_prompt_embeds"].to(self.dtype), "time_ids": cond["size"]}
         states = cond["prompt_embeds"].to(self.dtype)
         return self.denoiser(
-            x_t.to(self.dtype), self.path.native(t), states, added_cond_kwargs=told, return_dict=False
+            x_t.to(self.dtype), self.path.native(t), states, added_cond_kwargs=values, return_dict=False
         )[0].float()  # fmt: skip

@@ -1,5 +1,5 @@
-"""The SDXL refiner (Podell et al. 2023, §2.5): a UNet of the last fifth of the noise, told an aesthetic score, with the second of
-SDXL's text encoders only. Its latents are SDXL's."""
+"""The SDXL refiner (Podell et al. 2023, §2.5): a UNet for the last fifth of the noise schedule, conditioned on an aesthetic
+score, with only the second of SDXL's text encoders. Its latents are SDXL's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from . import files
 from .family import OnStep, Spec
 from .sdxl import SDXL
 
-LEAST = 5  # sampler steps over the whole noise, of which the refiner takes a fifth
+LEAST = 5  # minimum sampler steps over the whole schedule, of which the refiner takes a fifth
 
 
 class SDXLRefiner(SDXL):
-    """Any checkpoint of the architecture. Validation begins from photos, noised as far as the refiner knows, not from prompts."""
+    """Any checkpoint of the architecture. Validation starts from photos, noised up to the refiner's range, not from prompts."""
 
     pipelines = ("StableDiffusionXLImg2ImgPipeline",)
     kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder_2": "lora_te"}  # ComfyUI's
@@ -33,11 +33,11 @@ class SDXLRefiner(SDXL):
         super()._read_facts()
         if "text_encoder" in self.checkpoint.parts or not self.checkpoint.index.get("requires_aesthetics_score"):
             raise ConfigError(
-                f"{self.said} is no refiner, which has one text encoder and takes an aesthetic score; use model=sdxl"
+                f"{self.named} is not a refiner, which has one text encoder and takes an aesthetic score; use model=sdxl"
             )
 
     def cond(self, text: Text, shown: Sequence[ImageInfo]) -> Cond:
-        """The text, and five numbers of each picture: original height and width, crop top and left, aesthetic score."""
+        """The text, and five numbers per image: original height and width, crop top and left, aesthetic score."""
         numbers = [(*s.size.original, *s.size.crop, s.aesthetic_score) for s in shown]
         return Cond(text, size=torch.tensor(numbers).float())
 

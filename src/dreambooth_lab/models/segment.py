@@ -1,4 +1,4 @@
-"""Where in a picture is what a text names: CLIPSeg (Lüddecke & Ecker 2022), Florence-2 (Xiao et al. 2024); from transformers."""
+"""Segmentation by a text: CLIPSeg (Lüddecke & Ecker 2022), Florence-2 (Xiao et al. 2024); from transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..config import ConfigError
 from . import files
 
 TASK = "<REFERRING_EXPRESSION_SEGMENTATION>"  # Florence-2's
-WAY_OUT = "give a CLIPSeg or Florence-2 folder written by save_pretrained, or a hub id this machine can reach"
+WAY_OUT = "give a CLIPSeg or Florence-2 folder written by save_pretrained, or a reachable hub id"
 
 
 class Segmenter(ABC):
@@ -30,7 +30,7 @@ class Segmenter(ABC):
 
     @abstractmethod
     def find(self, picture: Image.Image, text: str) -> Tensor:
-        """How surely each pixel shows what the text names, [H W] in [0, 1], at the picture's size."""
+        """The probability that a pixel shows the object named by the text, [H W] in [0, 1], at the image's size."""
 
 
 class ClipSeg(Segmenter):
@@ -45,7 +45,7 @@ class ClipSeg(Segmenter):
 
 
 class Florence2(Segmenter):
-    """Its answer is polygons, so a pixel is 0 or 1."""
+    """Florence-2's output is polygons, so a pixel is 0 or 1."""
 
     kind = "Florence2ForConditionalGeneration"
 
@@ -54,12 +54,12 @@ class Florence2(Segmenter):
         inputs = self.processor(text=TASK + text, images=picture, return_tensors="pt").to(self.device)
         tokens = self.model.config.text_config.max_position_embeddings - 1
         made = self.model.generate(**inputs, max_new_tokens=min(tokens, 1024), do_sample=False, num_beams=3)
-        (said,) = self.processor.batch_decode(made, skip_special_tokens=False)
-        return self.drawn(said, picture.size)
+        (output,) = self.processor.batch_decode(made, skip_special_tokens=False)
+        return self.drawn(output, picture.size)
 
-    def drawn(self, said: str, size: tuple[int, int]) -> Tensor:
-        """The polygons of an answer; size is width and height, px."""
-        found = self.processor.post_process_generation(text=said, task=TASK, image_size=size)[TASK]["polygons"]
+    def drawn(self, message: str, size: tuple[int, int]) -> Tensor:
+        """The polygons of an output; size is width and height, px."""
+        found = self.processor.post_process_generation(text=message, task=TASK, image_size=size)[TASK]["polygons"]
         canvas = Image.new("L", size)
         for corners in (polygon for one in found for polygon in one if len(polygon) >= 6):
             ImageDraw.Draw(canvas).polygon([float(value) for value in corners], fill=1)
@@ -74,10 +74,10 @@ def load(place: str, option: str, device: torch.device) -> Segmenter:
 
     Args:
         place: hub id, or folder written by save_pretrained.
-        option: that named it, for messages.
+        option: the option that named it, for messages.
 
     Raises:
-        ConfigError: the model can't be had, or is of another kind.
+        ConfigError: the model can't be loaded, or is of another kind.
     """
     import transformers
 

@@ -29,48 +29,50 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def is_single_file(pretrained: str) -> bool:
-    """Is it a file, or the name of one?
+    """Whether it is the path of a single file.
 
     Raises:
-        ConfigError: of a kind that is never read.
+        ConfigError: the format is never read.
     """
     path = Path(pretrained).expanduser()
     if path.suffix in REFUSED and not path.is_dir():
         raise ConfigError(
-            f"model.pretrained is {pretrained!r}; pickles can run code and are never read; take the checkpoint's .safetensors"
+            f"model.pretrained is {pretrained!r}; pickles can run code and are never read; use the checkpoint's .safetensors"
         )
     return path.suffix == ".safetensors" and not path.is_dir()
 
 
 def convert(pretrained: str, config: str | None, prediction: enums.Prediction | None, cache: Path | None) -> Path:
-    """The folder of a file's pipeline, made where the cache has none.
+    """The folder of a file's pipeline, converted if the cache has none.
 
     Args:
-        config: folder or hub id whose settings and tokenizers the file goes with.
-        prediction: what the network predicts; None: as the file says, or as the settings do.
-        cache: its folder `single_files` keeps what was made.
+        config: folder or hub id with the file's configs and tokenizers.
+        prediction: the prediction type; None: from the file, or from the configs.
+        cache: its folder `single_files` stores the converted pipelines.
 
     Raises:
-        ConfigError: something is lacking or can't be read.
+        ConfigError: a file is missing or can't be read.
     """
-    file, said = Path(pretrained).expanduser(), f"model.pretrained is {pretrained!r}"
+    file, prefix = Path(pretrained).expanduser(), f"model.pretrained is {pretrained!r}"
     if not file.is_file():
-        raise ConfigError(f"{said}, which is not there; set it to a .safetensors file, a folder or a hub id")
+        raise ConfigError(f"{prefix}, which does not exist; set it to a .safetensors file, a folder or a hub id")
     if config is None:
         raise ConfigError(
-            f"{said}, a single file, and model.config is null; set model.config to the folder or hub id, in diffusers' "
-            "layout, of the model it was made from, such as stabilityai/stable-diffusion-xl-base-1.0 (its weights are not read)"
+            f"{prefix}, a single file, and model.config is null; set model.config to the folder or hub id, in diffusers' "
+            "layout, of its base model, such as stabilityai/stable-diffusion-xl-base-1.0 (its weights are not read)"
         )
     if cache is None:
-        raise ConfigError(f"{said}, a single file, which is converted into a cache, and there is none; set cache to a folder")
+        raise ConfigError(
+            f"{prefix}, a single file, which must be converted into a cache, but cache is not set; set cache to a folder"
+        )
     settings = _settings(config)
-    told = _scheduler(file, prediction, said)
-    folder = cache / "single_files" / _key(file, settings, told, cache)
-    return folder if (folder / hub.INDEX).is_file() else _make(file, settings, told, folder, said)
+    scheduler_settings = _scheduler(file, prediction, prefix)
+    folder = cache / "single_files" / _key(file, settings, scheduler_settings, cache)
+    return folder if (folder / hub.INDEX).is_file() else _make(file, settings, scheduler_settings, folder, prefix)
 
 
 def _settings(config: str) -> Path:
-    """The folder that settings and tokenizers are read from."""
+    """The folder of the configs and tokenizers."""
     folder = Path(config).expanduser()
     if not folder.is_dir():
         folder = hub.settings(config)
@@ -81,52 +83,57 @@ def _settings(config: str) -> Path:
     return folder
 
 
-def _scheduler(file: Path, prediction: enums.Prediction | None, said: str) -> dict[str, Any]:
-    """What the file, or the configuration, says of how the model was trained: settings of its scheduler."""
+def _scheduler(file: Path, prediction: enums.Prediction | None, prefix: str) -> dict[str, Any]:
+    """Settings of the scheduler for the model's training, from the file or the configuration."""
     try:
         with safe_open(file, "pt") as opened:
             names, header = set(opened.keys()), opened.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{said}, which can't be read ({error}); fetch the file again") from error
+        raise ConfigError(f"{prefix}, which can't be read ({error}); download the file again") from error
     written = header.get("modelspec.prediction_type")
     own = V if "v_pred" in names else HEADERS.get(str(written))
     if prediction and own and prediction is not own:
-        log.warning("%s, which says that it predicts %s; model.prediction_type=%s is used", said, own.value, prediction.value)
+        log.warning(
+            "%s, whose header states the prediction type %s; model.prediction_type=%s is used instead",
+            prefix,
+            own.value,
+            prediction.value,
+        )
     if written and not own and not prediction:
-        raise ConfigError(f"{said}, whose header has prediction_type {written!r}; set model.prediction_type to what it means")
+        raise ConfigError(f"{prefix}, whose header has prediction_type {written!r}; set model.prediction_type to its meaning")
     used = prediction or own
-    told: dict[str, Any] = {"prediction_type": used.value} if used else {}
+    values: dict[str, Any] = {"prediction_type": used.value} if used else {}
     if "ztsnr" in names:
-        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return told
+        values |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return values
 
 
-def _key(file: Path, settings: Path, told: dict[str, Any], cache: Path) -> str:
-    """A hash of all that the folder depends on."""
-    words = [VERSION, digest(file, cache), json.dumps(told, sort_keys=True)]
+def _key(file: Path, settings: Path, values: dict[str, Any], cache: Path) -> str:
+    """A hash of everything that the folder depends on."""
+    words = [VERSION, digest(file, cache), json.dumps(values, sort_keys=True)]
     words += [f"{path.relative_to(settings)} {digest(path, None)}" for path in _small(settings)]
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
 
 
 def _dtype(file: Path) -> torch.dtype:
-    """The one that most of a file's tensors have."""
+    """The most common dtype of a file's tensors."""
     with safe_open(file, "pt") as opened:
         kinds = [opened.get_slice(name).get_dtype() for name in opened.keys()]  # noqa: SIM118
     return DTYPES.get(max(set(kinds), key=kinds.count), torch.float32)
 
 
-def _make(file: Path, settings: Path, told: dict[str, Any], folder: Path, said: str) -> Path:
-    """Convert beside the place, and move there what is whole."""
-    aside = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.part")  # not by tempfile, whose folders are their maker's alone
+def _make(file: Path, settings: Path, values: dict[str, Any], folder: Path, message: str) -> Path:
+    """Convert into a temporary folder, and move it when complete."""
+    aside = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.part")  # not by tempfile, whose folders are private to their user
     aside.mkdir(parents=True)
     try:
         with tempfile.TemporaryDirectory() as bare:
-            _read(file, _without_weights(settings, Path(bare) / "settings"), said).save_pretrained(aside)
+            _read(file, _without_weights(settings, Path(bare) / "settings"), message).save_pretrained(aside)
         path = aside / "scheduler" / "scheduler_config.json"
-        if told:
-            path.write_text(json.dumps(weights.read_json(path, said) | told, indent=2))
+        if values:
+            path.write_text(json.dumps(weights.read_json(path, message) | values, indent=2))
         apply_umask(aside)
-        if not (folder / hub.INDEX).is_file():  # another process may have been first
+        if not (folder / hub.INDEX).is_file():  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
     finally:
@@ -135,7 +142,7 @@ def _make(file: Path, settings: Path, told: dict[str, Any], folder: Path, said: 
 
 
 def _without_weights(settings: Path, to: Path) -> Path:
-    """A copy of the small files: what the single file lacks must not come from another model, or from a pickle."""
+    """Copy only the small files: missing weights must not come from another model, or from a pickle."""
     for path in _small(settings):
         (to / path.relative_to(settings)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, to / path.relative_to(settings))
@@ -146,22 +153,23 @@ def _small(settings: Path) -> list[Path]:
     return sorted(path for path in settings.rglob("*") if path.is_file() and path.suffix in weights.SMALL)
 
 
-def _read(file: Path, settings: Path, said: str) -> Any:
-    """The pipeline that the file holds, in the file's own dtype."""
+def _read(file: Path, settings: Path, prefix: str) -> Any:
+    """The file's pipeline, in the file's own dtype."""
     import diffusers
 
     index = weights.read_json(settings / hub.INDEX, "model.config")
     kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
     if not hasattr(kind, "from_single_file"):
         raise ConfigError(
-            f"{said}, and model.config is a {index.get('_class_name')}, which is read from no single file; use a folder"
+            f"{prefix}, and model.config is a {index.get('_class_name')}, which can't be read from a single file; use a folder"
         )
     absent = {part: None for part in weights.LEFT_OUT if part in index}
     try:
         return kind.from_single_file(str(file), config=str(settings), torch_dtype=_dtype(file), local_files_only=True, **absent)
-    except Exception as error:  # diffusers raises what a missing tensor leads to
+    except Exception as error:  # diffusers raises various exceptions for missing tensors
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
         raise ConfigError(
-            f"{said}, which does not hold a whole {kind.__name__} of model.config's sizes ({type(error).__name__}: {reason}); "
-            "set model.config to the model that the file was made from"
+            f"{prefix}, which does not contain a complete {kind.__name__} of model.config's sizes ({type(error).__name__}: "
+            f"{reason}); "
+            "set model.config to the file's base model"
         ) from error

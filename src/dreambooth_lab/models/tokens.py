@@ -1,4 +1,4 @@
-"""A learned word's embeddings: where text encoders keep them, and the file that other programs read them from."""
+"""A trained token's embeddings: their location in text encoders, and the file for other programs."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..config import ConfigError
 from ..embedding import Slot
 from .family import TextEncoders
 
-FOLDER = "embeddings"  # of an export, as ComfyUI and A1111 call theirs
+FOLDER = "embeddings"  # in an export; the same name as in ComfyUI and A1111
 OLD_FILE = "learned_embeds.safetensors"  # beside the weights, in exports of earlier versions
 
 
 def slot(tokenizer: Any, encoder: Any, word: str) -> Slot:
-    """Where a text encoder keeps a word.
+    """The embedding of a word in a text encoder.
 
     Raises:
-        ConfigError: it is several tokens.
+        ConfigError: the word is several tokens.
     """
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) != 1:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ConfigError(
-            f"adapter.train_token is true, but {word!r} is {len(ids)} tokens to the text encoder ({pieces}); "
+            f"adapter.train_token is true, but {word!r} is {len(ids)} tokens for the text encoder ({pieces}); "
             "choose a word that is one token, or set adapter.train_token=false"
         )
     return encoder.get_input_embeddings(), ids[0]
 
 
 def file_name(word: str) -> str:
-    """The file of a word's embedding, by whose name ComfyUI and A1111 know it."""
+    """The file of a word's embedding; ComfyUI and A1111 use the file's name."""
     return re.sub(r"[^\w.-]+", "_", word).strip(".") + ".safetensors"
 
 
@@ -51,15 +51,15 @@ def save(folder: Path, word: str, keys: Sequence[str], rows: Sequence[Tensor], h
 
 
 def load(folder: Path, keys: Sequence[str], pairs: TextEncoders, word: str) -> Callable[[float], None]:
-    """Put a saved embedding in a word's place; see `Family.load_token`."""
+    """Replace a word's embedding by a saved one; see `Family.load_token`."""
     file = folder / FOLDER / file_name(word)
     file = file if file.is_file() else folder / OLD_FILE
     if not file.is_file():
-        said = f"{str(folder)!r} has no {FOLDER}/{file_name(word)}"
-        raise ConfigError(f"{said}, which this export needs beside it: {word!r} was learned too")
+        prefix = f"{str(folder)!r} has no {FOLDER}/{file_name(word)}"
+        raise ConfigError(f"{prefix}, which this export needs: the embedding of {word!r} was trained too")
     saved = load_file(file)
     if lacking := [key for key in keys if key not in saved]:
-        raise ConfigError(f"{str(file)!r} has no embedding {lacking[0]!r}; give the export of this model")
+        raise ConfigError(f"{str(file)!r} has no embedding {lacking[0]!r}; give an export of this model")
     slots = [slot(tokenizer, encoder, word) for tokenizer, encoder in pairs]
     before = [layer.weight[row].detach().clone() for layer, row in slots]
 
@@ -73,7 +73,7 @@ def load(folder: Path, keys: Sequence[str], pairs: TextEncoders, word: str) -> C
 
 
 def usage(keys: Mapping[str, str], word: str) -> str:
-    """Code that puts the embedding in the folder `export` into `pipeline`.
+    """Code that loads the embedding in the folder `export` into `pipeline`.
 
     Args:
         keys: text encoder's name in the pipeline → its key in the file.

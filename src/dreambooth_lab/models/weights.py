@@ -1,4 +1,4 @@
-"""Which files of a component are read: the weights of one variant, whole or in shards, and the small files beside them."""
+"""Which files of a component are read: the weights of one variant, whole or in shards, and the small files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from ..config import ConfigError
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' and of transformers' weight files
-SMALL = (".json", ".txt", ".model", ".jinja")  # settings and vocabularies
-LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")  # components that nothing here needs
+SMALL = (".json", ".txt", ".model", ".jinja")  # configs and vocabularies
+LEFT_OUT = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")  # components that are not needed here
 AUTO, HALF = "auto", "fp16"
-OTHER_KINDS = (".bin", ".pt", ".ckpt", ".msgpack", ".h5")  # weights that are never read
+OTHER_KINDS = (".bin", ".pt", ".ckpt", ".msgpack", ".h5")  # formats that are never read
 
 
 class Pick(NamedTuple):
-    """What stands for a component's weights: one file, or the index of several."""
+    """A component's weights: one file, or the index of several."""
 
     variant: str | None
     name: str
@@ -31,23 +31,25 @@ class Weights(NamedTuple):
     """A component's weights on disk."""
 
     variant: str | None
-    files: tuple[Path, ...]  # in name order
-    table: Path | None  # which tensor is in which file, where there are several
+    files: tuple[Path, ...]  # in order of their names
+    table: Path | None  # the index of tensors, if there are several files
 
 
 def named(index: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Component → library and class, as a model_index.json has them; what it leaves empty and what nothing needs is absent."""
-    said = {part: said for part, said in index.items() if not part.startswith("_") and part not in LEFT_OUT}
-    return {part: said for part, said in said.items() if isinstance(said, list) and len(said) == 2 and said[0] is not None}
+    """Component → library and class, from model_index.json; without empty and unneeded components."""
+    values = {part: values for part, values in index.items() if not part.startswith("_") and part not in LEFT_OUT}
+    return {
+        part: values for part, values in values.items() if isinstance(values, list) and len(values) == 2 and values[0] is not None
+    }
 
 
 def variants_to_try(variant: str | None) -> tuple[str | None, ...]:
-    """Variants in the order in which they are looked for."""
+    """Variants in the order of the search."""
     return (None,) if variant is None else (HALF, None) if variant == AUTO else (variant, None)
 
 
 def pick(names: Collection[str], variant: str | None) -> Pick | None:
-    """The weights to read among a folder's names, or None: it has none such."""
+    """The weights to read among a folder's file names; None if there are none."""
     for wish in variants_to_try(variant):
         dotted = f".{wish}" if wish else ""
         for stem in STEMS:
@@ -55,7 +57,7 @@ def pick(names: Collection[str], variant: str | None) -> Pick | None:
                 Pick(wish, f"{stem}.safetensors.index{dotted}.json", True),
                 Pick(wish, f"{stem}{dotted}.safetensors", False),
             ]
-            # Where a folder has both, diffusers reads the shards and transformers the file.
+            # If a folder has both, diffusers reads the shards and transformers the single file.
             for found in both if stem == STEMS[0] else reversed(both):
                 if found.name in names:
                     return found
@@ -63,7 +65,7 @@ def pick(names: Collection[str], variant: str | None) -> Pick | None:
 
 
 def needed(names: Collection[str], variant: str | None) -> set[str]:
-    """The files of a component's folder to fetch: small ones, and the weights of one variant."""
+    """The files of a component's folder to download: small ones, and the weights of one variant."""
     found = pick(names, variant)
     small = {name for name in names if name.endswith(SMALL) and ".index." not in name}
     if found is None:
@@ -75,27 +77,27 @@ def needed(names: Collection[str], variant: str | None) -> set[str]:
     return small | {found.name} | {name for name in names if shard.fullmatch(name)}
 
 
-def read(folder: Path, variant: str | None, said: str) -> Weights:
-    """A component's weights, all of whose files are there and whole.
+def read(folder: Path, variant: str | None, prefix: str) -> Weights:
+    """A component's weights, after checking that all files are complete.
 
     Args:
-        said: begins the message of an error: whose folder it is.
+        said: prefix of error messages: the owner of the folder.
 
     Raises:
-        ConfigError: there are none, some are missing or cut short, or they are of a kind that is never read.
+        ConfigError: there are none, some are missing or truncated, or they have an unsupported format.
     """
     names = [path.name for path in folder.iterdir()]
     found = pick(names, variant)
     if found is None:
-        raise ConfigError(f"{said} {_lacks(names, variant)}")
-    files = tuple(folder / name for name in (_shards(folder / found.name, said) if found.sharded else [found.name]))
+        raise ConfigError(f"{prefix} {_lacks(names, variant)}")
+    files = tuple(folder / name for name in (_shards(folder / found.name, prefix) if found.sharded else [found.name]))
     for file in files:
-        _require_whole(file, said)
+        _require_whole(file, prefix)
     return Weights(found.variant, files, folder / found.name if found.sharded else None)
 
 
 def _lacks(names: Collection[str], variant: str | None) -> str:
-    """Why a folder's weights can't be read, and the way out."""
+    """Why a folder's weights can't be read, and a fix."""
     if others := sorted(has for name in names if (has := variant_of(name))):
         value = "null" if variant is None else variant
         return (
@@ -103,55 +105,56 @@ def _lacks(names: Collection[str], variant: str | None) -> str:
         )
     if unread := sorted(name for name in names if name.endswith(OTHER_KINDS)):
         return (
-            f"has {unread[0]} and no .safetensors; pickles can run code and are never read; save the pipeline anew by diffusers' "
-            "save_pretrained(folder, safe_serialization=True), or take a checkpoint with safetensors"
+            f"has {unread[0]} and no .safetensors; pickles can run code and are never read; save the pipeline again with "
+            f"diffusers' "
+            "save_pretrained(folder, safe_serialization=True), or use a checkpoint with safetensors"
         )
-    return "has no weight files (.safetensors); fetch the checkpoint again, or write it by save_pretrained"
+    return "has no weight files (.safetensors); download the checkpoint again, or write it by save_pretrained"
 
 
 def variant_of(name: str) -> str | None:
-    """The variant that a weight file's name says, or None: it is plain, or no weight file."""
+    """The variant in a weight file's name; None for a plain file or another file."""
     stems = "|".join(STEMS)
-    said = re.fullmatch(rf"(?:{stems})(?:\.(\w+)(?:-\d+-of-\d+)?|-\d+-of-\d+\.(\w+))\.safetensors", name)
-    return said and (said[1] or said[2])
+    match = re.fullmatch(rf"(?:{stems})(?:\.(\w+)(?:-\d+-of-\d+)?|-\d+-of-\d+\.(\w+))\.safetensors", name)
+    return match and (match[1] or match[2])
 
 
-def _shards(index: Path, said: str) -> list[str]:
-    placed = read_json(index, said).get("weight_map")
+def _shards(index: Path, prefix: str) -> list[str]:
+    placed = read_json(index, prefix).get("weight_map")
     names = sorted(set(placed.values())) if isinstance(placed, dict) and placed else []
     if not names or not all(isinstance(name, str) and plain(name) for name in names):
-        raise ConfigError(f"{said} has {index.name} without a weight_map of plain file names; fetch the checkpoint again")
+        raise ConfigError(f"{prefix} has {index.name} without a weight_map of plain file names; download the checkpoint again")
     return names
 
 
 def plain(name: str) -> bool:
-    """Is it a name within a folder, and no path out of it?"""
+    """Whether it is a name inside a folder, and no path out of it."""
     return bool(re.fullmatch(r"[\w-][\w.-]*", name))
 
 
-def _require_whole(file: Path, said: str) -> None:
-    """Refuse a file that is absent or shorter than its header says."""
+def _require_whole(file: Path, prefix: str) -> None:
+    """Refuse a file that is missing or shorter than its header states."""
     try:
         with safe_open(file, "pt"):
             pass
     except (OSError, SafetensorError) as error:
         how = "lacks" if not file.is_file() else "has a damaged"
-        raise ConfigError(f"{said} {how} {file.name} ({_first_line(error)}); fetch or save the checkpoint again") from error
+        raise ConfigError(f"{prefix} {how} {file.name} ({_first_line(error)}); download or save the checkpoint again") from error
 
 
-def read_json(path: Path, said: str) -> dict[str, Any]:
-    """A file of settings.
+def read_json(path: Path, prefix: str) -> dict[str, Any]:
+    """Read a JSON config.
 
     Raises:
-        ConfigError: there is no such file, or it is no JSON object.
+        ConfigError: there is no such file, or it is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         how = "lacks" if not path.is_file() else "can't be read from"
-        raise ConfigError(f"{said} {how} {path.name} ({_first_line(error)}); fetch or save the checkpoint again") from error
+        raise ConfigError(f"{prefix} {how} {path.name} ({_first_line(error)}); download or save the checkpoint again") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{said} has a {path.name} that is no JSON object; fetch or save the checkpoint again")
+        raise ConfigError(f"{prefix} has a {path.name} that is not a JSON object; download or save the checkpoint again")
     return value
 
 

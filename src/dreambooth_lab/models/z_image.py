@@ -1,5 +1,5 @@
-"""Z-Image (Tongyi Lab 2025): a single-stream transformer of a rectified flow, Qwen3's hidden layer for text, captions of their
-own lengths. Its clock runs backwards and its answer is negated, which the pipeline's own call undoes."""
+"""Z-Image (Tongyi Lab 2025): a single-stream transformer of a rectified flow, with a hidden layer of Qwen3 for text and captions
+of different lengths. Its timesteps run backwards and its output is negated; the pipeline's own call handles both."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from .. import terminal
 from ..data.module import DreamBoothData
 from ..dreambooth import DreamBooth
 from ..runfolder import RunFolder
-from . import crops, said, tables
+from . import crops, overview, tables
 
 
 def show(
@@ -31,8 +31,8 @@ def show(
     crops.save(data, folder.crops)
     made = [
         tables.datasets(data), tables.mixture(data), tables.crops(data), tables.much_cut(data), tables.rejected(data.summaries()),
-        tables.notices(data), tables.buckets(data), said.prompts(cfg), said.captions(data),
-        tables.training(cfg, data, module, layers), said.files(cfg, folder, needed), tables.device_memory(cfg, data, module),
+        tables.notices(data), tables.buckets(data), overview.prompts(cfg), overview.captions(data),
+        tables.training(cfg, data, module, layers), overview.files(cfg, folder, needed), tables.device_memory(cfg, data, module),
     ]  # fmt: skip
     terminal.show(*made)
     with folder.preflight.open("w", encoding="utf-8") as file:

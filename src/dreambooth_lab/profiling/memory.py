@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..batch import Cond, ImageInfo, Size, Text
 from ..dreambooth import DreamBooth
+from ..measurement_cache import cached_measurement
 from ..models.family import Family
 from ..optimizer import state_bytes
-from ..remembered import remembered
 
 SIDE = 16  # of the smaller probes, latent cells; at least the family's stride in cells
 
@@ -56,7 +56,7 @@ def working(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size: 
     large = 2 * small
     probes = ((small, 1), (large, 1), (small, 2))  # side, rows
     folder = Path(module.cfg.cache).expanduser() / "probes"
-    alone, wide, both = remembered(folder, _network(module, text), lambda: [_probe(module, text, *one) for one in probes])
+    alone, wide, both = cached_measurement(folder, _network(module, text), lambda: [_probe(module, text, *one) for one in probes])
     a_row = max(both - alone, 0)
     each = (wide - alone) / (large**2 - small**2)
     area = shape[0] * shape[1] / family.factor**2

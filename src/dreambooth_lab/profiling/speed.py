@@ -29,6 +29,6 @@ def row_flops(module: DreamBooth, text: Text, buckets: list[Bucket]) -> float:
 def _of_shape(module: DreamBooth, text: Text, shape: tuple[int, int]) -> int:
     inputs = probe(module, text, shape[0] // module.family.factor, shape[1] // module.family.factor)
     with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), torch.enable_grad():
-        flops = measure_flops(module, lambda: module.predict(*inputs), lambda answer: answer.square().mean())
+        flops = measure_flops(module, lambda: module.predict(*inputs), lambda prediction: prediction.square().mean())
     module.zero_grad(set_to_none=True)
     return flops

@@ -1,4 +1,5 @@
-"""The frozen base in fewer bits. Only this package imports optimum.quanto, torchao and bitsandbytes, and only when used."""
+"""Quantisation of the frozen base model. Only this package imports optimum.quanto, torchao and bitsandbytes, and only when
+used."""
 
 from .base import (
     Backend,

@@ -18,7 +18,7 @@ INT4_GROUP = 32
 
 
 class TorchAO:
-    """Weights by output channel; int4 in groups of 32, a byte each (torchao's packed int4 runs on CUDA only, with extra
+    """Weights by output channel; int4 in groups of 32, one byte per value (torchao's packed int4 needs CUDA and extra
     kernels), so it saves no more memory than int8."""
 
     def __init__(self, bits: str):

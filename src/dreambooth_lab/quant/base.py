@@ -1,4 +1,4 @@
-"""Quantise the linear layers of a frozen model with one of several libraries, and report what it saves."""
+"""Quantise the linear layers of a frozen model with one of several libraries, and report the memory."""
 
 from __future__ import annotations
 
@@ -66,16 +66,16 @@ class Source(NamedTuple):
     files: tuple[Path, ...]  # the weight files
     dtype: torch.dtype
     device: torch.device
-    digests: Path | None = None  # folder that remembers the files' hashes; None: the quantiser's own
+    digests: Path | None = None  # folder that caches the files' hashes; None: the quantiser's own
     meta_init: Callable[[], nn.Module] | None = None  # for `stream.read`; None: the model is read whole
 
 
 class Quantiser:
-    """Quantises the parts of a model that the configuration names, and remembers what it cost.
+    """Quantises the configured parts of a model, and records their sizes and times.
 
     Args:
-        kinds: part of the pipeline (unet, text_encoder …) → kind; parts not named stay as they are.
-        cache: folder of quantised weights, or None: quantise anew at each start.
+        kinds: part of the pipeline (unet, text_encoder …) → kind; other parts are not quantised.
+        cache: folder of quantised weights, or None: quantise again at each start.
     """
 
     def __init__(self, kinds: Mapping[str, enums.QuantKind], cache: Path | None):
@@ -89,7 +89,7 @@ class Quantiser:
         """Load a part's model, quantised if configured. A cached one is loaded without the full-precision weights.
 
         Args:
-            keeps: components of layer names that are left alone.
+            keeps: components of layer names that are not quantised.
         """
         kind = self.kind(part)
         if kind is enums.QuantKind.none:
@@ -164,7 +164,8 @@ def _is_skipped(name: str, keep: str) -> bool:
 
 
 def _streamed(source: Source, skip: Sequence[str], library: Backend) -> nn.Module | None:
-    """Quantise while reading, so that the full-precision model is never whole in memory; None if the files don't allow it."""
+    """Quantise while reading, so that the full-precision model is never completely in memory; None if the files don't allow
+    it."""
     if source.meta_init is None:
         return None
     model = source.meta_init()
@@ -175,11 +176,11 @@ def _streamed(source: Source, skip: Sequence[str], library: Backend) -> nn.Modul
 def quantise(model: nn.Module, kind: enums.QuantKind, skip: Sequence[str], device: torch.device | None = None) -> nn.Module:
     """Quantise a frozen model in place, one layer at a time, so that two whole copies never exist; returns it.
 
-    Convolutions, norms and embeddings are not quantised: they hold few of a denoiser's parameters, and every library can adapt
-    them.
+    Convolutions, norms and embeddings are not quantised: they have few of a denoiser's parameters, and every library can adapt
+    them unquantised.
 
     Args:
-        device: where each layer goes before it is quantised, and the others after; None: where the model is.
+        device: each layer is moved there before it is quantised, and the others afterwards; None: no moves.
     """
     library = backend(kind)
     names, _ = layers_to_quantize(model.requires_grad_(False), skip)

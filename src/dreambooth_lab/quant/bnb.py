@@ -19,7 +19,7 @@ class NF4:
         with torch.device("meta"):
             empty = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, dtype, False, "nf4")
         empty.bias = layer.bias
-        # Else an evaluation on a CPU with AVX512-BF16 repacks the weights for a kernel that has no gradient.
+        # Otherwise an evaluation on a CPU with AVX512-BF16 repacks the weights for a kernel without gradient.
         empty.support_avx512bf16_for_cpu = False
         return empty
 

@@ -18,7 +18,7 @@ TYPES = {"int8": qint8, "int4": qint4, "int2": qint2, "fp8": qfloat8}
 
 
 class _FixedWeight(torch.autograd.Function):
-    """x Wᵀ + b of a quantised weight that doesn't learn: only W is kept for backward, where quanto keeps x too."""
+    """x Wᵀ + b of a frozen quantised weight: only W is saved for backward, whereas quanto saves x too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,7 +32,7 @@ class _FixedWeight(torch.autograd.Function):
 
 
 class FixedLinear(QLinear):
-    """quanto's layer for a base that is frozen."""
+    """quanto's layer for a frozen base."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[… in] → [… out]."""
@@ -59,7 +59,7 @@ class Quanto:
         quantised = FixedLinear.from_module(layer, weights=self.type)
         quantised.load_state_dict(dict(parts), strict=False, assign=True)
         quantised.bias = layer.bias
-        for name in ("input_scale", "output_scale"):  # of activations, which stay as they are
+        for name in ("input_scale", "output_scale"):  # of activations, which are not quantised
             setattr(quantised, name, torch.ones((), device=parts["weight._scale"].device))
         return quantised
 
@@ -67,7 +67,7 @@ class Quanto:
 def _patch() -> None:
     """On the CPU quanto picks fast kernels that fail: int8 with bfloat16 crashes the process (K % 16 ≠ 0, or unaligned
     weights), int4 with bfloat16 refuses layers whose outputs are no multiple of 16, and unpacking int4 and int2 compiles a C++
-    extension into site-packages. Its own pure-torch paths give the same numbers. Other devices keep its kernels."""
+    extension into site-packages. Its pure-torch code gives the same results. Other devices use its kernels."""
     if hasattr(WeightQBitsTensor, "dreambooth_lab"):
         return
     WeightQBitsTensor.dreambooth_lab = True

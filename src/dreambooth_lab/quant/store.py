@@ -1,6 +1,6 @@
-"""Quantised weights on disk: the second start neither reads nor holds the full-precision ones.
+"""Quantised weights on disk: later starts don't read the full-precision ones.
 
-A file's name is the hash of all that its content depends on, the full-precision weights' own hash included.
+A file's name is the hash of everything its content depends on, including the full-precision weights' hash.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ BETWEEN = "::"  # layer name :: part of its weight
 
 
 def path(cache: Path, kind: str, files: Mapping[str, str], dtype: str, device: str, skip: Sequence[str]) -> Path:
-    """Where a model's quantised weights belong.
+    """The file of a model's quantised weights.
 
     Args:
-        files: name → hash, of those that decide the full-precision weights.
+        files: name → hash, of the files with the full-precision weights.
     """
     digests = [f"{name} {value}" for name, value in files.items()]
     words = [VERSION, kind, dtype, device, *sorted(skip), *digests, *map(_version, LIBRARIES)]
@@ -50,10 +50,10 @@ def _version(library: str) -> str:
 
 
 def write(path: Path, model: nn.Module, layers: Sequence[str], library: Backend) -> None:
-    """Every tensor of a model, quantised layers in parts, tied ones once; the file appears whole or not at all."""
+    """Every tensor of a model, quantised layers in parts, tied ones once; the file is written atomically."""
     tensors: dict[str, Tensor] = {}
-    first: dict[int, str] = {}  # of tied parameters and buffers: the name that their tensor is written under
-    tied: dict[str, str] = {}  # and the others' names → that one
+    first: dict[int, str] = {}  # for tied parameters and buffers: the name under which their tensor is written
+    tied: dict[str, str] = {}  # the other names → that one
     specs: dict[str, str] = {}
     quantised = set(layers)
     for name, module in model.named_modules():
@@ -74,7 +74,7 @@ def write(path: Path, model: nn.Module, layers: Sequence[str], library: Backend)
 
 
 def read(path: Path, on_meta: Callable[[], nn.Module], library: Backend, device: torch.device) -> nn.Module | None:
-    """The model that `write` was given, or None: there is no such file, or it is damaged and was removed."""
+    """Read the model of `write`; None if there is no file, or if it was damaged and removed."""
     if not path.is_file():
         return None
     try:
@@ -93,7 +93,7 @@ def read(path: Path, on_meta: Callable[[], nn.Module], library: Backend, device:
                 model.set_submodule(layer, library.unpack(meta, parts, spec))
             return model
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        log.warning("quantised weights in %s are damaged (%s); made again", path, error)
+        log.warning("quantised weights in %s are damaged (%s); quantising again", path, error)
         path.unlink(missing_ok=True)
         return None
 

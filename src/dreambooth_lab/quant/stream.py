@@ -1,5 +1,5 @@
-"""A model in fewer bits straight from its files: each layer is quantised as soon as its tensors are read, so that the
-full-precision model is never whole, neither in memory nor on the device."""
+"""Quantise a model while reading its files: each layer is quantised as soon as its tensors are read, so that the
+full-precision model is never complete, neither in memory nor on the device."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ..heap import trim
 if TYPE_CHECKING:
     from .base import Backend
 
-# Bytes read until a file is opened anew and freed memory given back: what was read of a mapped file counts as memory until then,
-# and the C library keeps the room of the layers that were read and replaced.
+# Bytes read until a file is reopened and freed memory is returned: until then read parts of a mapped file count as memory,
+# and the C library holds the memory of replaced layers.
 PIECE = 64 * 2**20
 
 
 class Parameters:
-    """Where a model without weights wants which tensor.
+    """The parameters of a model without weights, to be filled with tensors.
 
     Args:
-        model: parameters on the meta device, in the dtypes that they are to have; buffers that no file holds are real.
+        model: parameters on the meta device, with their final dtypes; buffers that are in no file are real.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.wanted = model, model.state_dict(keep_vars=True)
-        self.tied: dict[int, list[str]] = {}  # names of one tensor, of which a file holds at least one
+        self.tied: dict[int, list[str]] = {}  # names of one tensor; files contain at least one of them
         for name, tensor in self.wanted.items():
             self.tied.setdefault(id(tensor), []).append(name)
 
     def fit(self, shapes: Mapping[str, Sequence[int]]) -> bool:
-        """Do files of these tensors hold this model, each tensor under its own name?"""
+        """Whether files with these tensors contain this model, each tensor under its own name."""
         same = all(name in self.wanted and tuple(shape) == tuple(self.wanted[name].shape) for name, shape in shapes.items())
         return same and all(any(name in shapes for name in names) for names in self.tied.values())
 
     def put(self, name: str, tensor: Tensor, device: torch.device) -> list[str]:
-        """Place a tensor, and under all the names that are tied to it; returns them."""
+        """Set a tensor under its name and all tied names; returns them."""
         wanted = self.wanted[name]
         placed = tensor.to(device, wanted.dtype, copy=True)  # a mapped tensor is not aligned
         if isinstance(wanted, nn.Parameter):
@@ -55,11 +55,11 @@ class Parameters:
 def read(
     model: nn.Module, files: Sequence[Path], device: torch.device, layers: Sequence[str], library: Backend
 ) -> nn.Module | None:
-    """The model with its weights, some layers quantised; None: the files don't hold it under its own names.
+    """The model with its weights, some layers quantised; None: the files don't contain it under its own names.
 
     Args:
-        model: its skeleton, see `Parameters`.
-        files: safetensors that hold it together.
+        model: without weights, see `Parameters`.
+        files: the safetensors files that contain it.
         layers: linear ones to quantise.
     """
     places = Parameters(model)
@@ -68,7 +68,7 @@ def read(
     lacking = {layer: set(dict(model.get_submodule(layer).named_parameters(recurse=False))) for layer in layers}
     done: set[str] = set()
     for name, tensor in _tensors(files):
-        if name in done:  # tied to one that came before
+        if name in done:  # tied to an earlier one
             continue
         done.update(placed := places.put(name, tensor, device))
         for layer, _, own in (each.rpartition(".") for each in placed):
@@ -87,7 +87,7 @@ def _quantise(model: nn.Module, name: str, library: Backend) -> None:
 
 
 def _move_rest(model: nn.Module, device: torch.device) -> None:
-    """Buffers that no file holds."""
+    """Buffers that are in no file."""
     for module in model.modules():
         for own, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:

@@ -19,8 +19,8 @@ from ..config import LOCAL
 from ..page import picture
 from ..runfolder import RunFolder
 from . import sections
-from .ending import lines
 from .sections import Metrics
+from .summary import lines
 
 PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 USAGE = Template("""# generate images with several adapter strengths (0: the base model):
@@ -42,7 +42,7 @@ def write(folder: RunFolder) -> None:
         prompt=escape(cfg.dataset.instance_prompt),
         steps=f"{steps:,}",
         verdict=sections.verdict(folder, numbers),
-        pictures=_pictures(folder, list(cfg.validation.prompts)),
+        pictures=_images(folder, list(cfg.validation.prompts)),
         curves=sections.losses(folder, numbers),
         metrics=sections.metrics(numbers),
         changes=sections.changed(folder),
@@ -65,7 +65,7 @@ def read_numbers(folder: RunFolder) -> Metrics:
     return numbers
 
 
-def ending(folder: RunFolder) -> list[str]:
+def summary_lines(folder: RunFolder) -> list[str]:
     """The summary at the end of a run: what changed, which step to keep, how to use it."""
     return lines(folder, read_numbers(folder))
 
@@ -73,8 +73,8 @@ def ending(folder: RunFolder) -> list[str]:
 def _usage(folder: RunFolder, steps: int) -> str:
     """Shell commands and Python code, ready to paste."""
     cfg = folder.saved_config()
-    said, root = cfg.dataset.instance_prompt, shlex.quote(str(folder.root))
-    prompt = shlex.quote(f"prompt='{said}'" if "'" not in said else f'prompt="{said}"')
+    prompt_text, root = cfg.dataset.instance_prompt, shlex.quote(str(folder.root))
+    prompt = shlex.quote(f"prompt='{prompt_text}'" if "'" not in prompt_text else f'prompt="{prompt_text}"')
     kept = f"python -m dreambooth_lab.tools.generate file={shlex.quote(str(folder.best_export))} {prompt}   # the best step\n"
     return USAGE.substitute(
         root=root, prompt=prompt, kept=kept if folder.best() else "", more=2 * steps,
@@ -88,12 +88,12 @@ def _code(folder: RunFolder, cfg: DictConfig) -> str:
     code = code.replace(f'export = "{HERE}"', f'export = "{folder.export.as_posix()}"')
     for key in ("pretrained", "config"):
         if str(shown[key]).startswith(LOCAL):
-            said, own = (json.dumps(value, ensure_ascii=False) for value in (shown[key], cfg.model[key]))
-            code = code.replace(said, own)
+            exported, own = (json.dumps(value, ensure_ascii=False) for value in (shown[key], cfg.model[key]))
+            code = code.replace(exported, own)
     return code
 
 
-def _pictures(folder: RunFolder, prompts: list[str]) -> str:
+def _images(folder: RunFolder, prompts: list[str]) -> str:
     """Per prompt the base model's images beside the last ones, with the same noise in each column; every step's grid below."""
     grids = sorted(folder.pictures.glob("step_*.png"))
     if not grids:

@@ -26,19 +26,19 @@ def advice(folder: RunFolder, numbers: Metrics) -> str:
     checkpoint, best = folder.saved_config().checkpoint, folder.best()
     values = dict(numbers.get(checkpoint.monitor or "", []))
     if best and best[1] in values:
-        told = _chosen(checkpoint.monitor, values, best[1], checkpoint.mode is enums.Mode.min)
-        return f"{told} It is in {escape(folder.best_export.name)}/."
+        prefix = _chosen(checkpoint.monitor, values, best[1], checkpoint.mode is enums.Mode.min)
+        return f"{prefix} It is in {escape(folder.best_export.name)}/."
     lows = [(PREFIX[kind] + "eval/loss", dict(numbers.get(PREFIX[kind] + "eval/loss", []))) for kind in (LIVE, EMA)]
-    told = " ".join(_lowest(name, values) for name, values in lows if values)
-    return told or "No step is marked as best; to find it, hold out photos: eval.path=FOLDER checkpoint.monitor=eval/loss."
+    prefix = " ".join(_lowest(name, values) for name, values in lows if values)
+    return prefix or "No step is marked as best; to find it, hold out photos: eval.path=FOLDER checkpoint.monitor=eval/loss."
 
 
 def _chosen(name: str, values: dict[float, float], step: int, least: bool) -> str:
-    told = f"keep step {step:,}: {escape(name)} is {values[step]:.4g} there"
+    prefix = f"keep step {step:,}: {escape(name)} is {values[step]:.4g} there"
     if 0 in values:
         worse = values[step] >= values[0] if least else values[step] <= values[0]
-        told += f", {values[0]:.4g} for the base model" + (" (which is not worse)" if worse else "")
-    return f"{told}, {values[max(values)]:.4g} at the last step ({max(values):,})."
+        prefix += f", {values[0]:.4g} for the base model" + (" (which is not worse)" if worse else "")
+    return f"{prefix}, {values[max(values)]:.4g} at the last step ({max(values):,})."
 
 
 def _lowest(name: str, values: dict[float, float]) -> str:
@@ -71,13 +71,13 @@ def _with_mean(values: Series) -> list[Line]:
 
 def _by_time(folder: RunFolder) -> str:
     """The eval loss by t: of the base model, the best step and the last step."""
-    answers, steps = _eval_rows(folder)
+    rows_read, steps = _eval_rows(folder)
     lines = []
     for place, step in enumerate(steps):
         times: dict[float, list[float]] = {}
-        for answer in answers:
-            if answer.step == step:
-                times.setdefault(answer.t, []).append(answer.loss)
+        for row_read in rows_read:
+            if row_read.step == step:
+                times.setdefault(row_read.t, []).append(row_read.loss)
         lines.append(Line([(t, fmean(found)) for t, found in sorted(times.items())], f"step {step:,}", place))
     caption = "eval/loss by timestep, from data (left) to noise (right)"
     return chart(caption, lines, x="timestep t", y="eval/loss (squared error)") if len(lines) > 1 else ""
@@ -85,23 +85,23 @@ def _by_time(folder: RunFolder) -> str:
 
 def _eval_rows(folder: RunFolder) -> tuple[list[EvalRow], list[int]]:
     """The live weights' rows of the base model, the best step and the last step."""
-    answers: list[EvalRow] = [a for a in CsvLog(folder.eval, EvalRow).read() if a.weights == LIVE]
-    steps, best = sorted({a.step for a in answers}), folder.best()
+    rows_read: list[EvalRow] = [a for a in CsvLog(folder.eval, EvalRow).read() if a.weights == LIVE]
+    steps, best = sorted({a.step for a in rows_read}), folder.best()
     kept = [best[1]] if best and best[1] in steps else []
-    return answers, list(dict.fromkeys([*steps[:1], *kept, *steps[-1:]]))
+    return rows_read, list(dict.fromkeys([*steps[:1], *kept, *steps[-1:]]))
 
 
 def _eval_changes(folder: RunFolder) -> str:
     """Paired with the base model row by row."""
-    answers, steps = _eval_rows(folder)
-    rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in answers if a.step == step} for step in steps}
-    told = ""
+    rows_read, steps = _eval_rows(folder)
+    rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in rows_read if a.step == step} for step in steps}
+    message = ""
     for step in steps[1:]:
         apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]
         low, high = interval(apart)
         against = f"<p>eval/loss at step {step:,} compared with the base model: {fmean(apart):+.4g}"
-        told += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
-    return told
+        message += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
+    return message
 
 
 def _between(low: float, high: float, form: str) -> str:

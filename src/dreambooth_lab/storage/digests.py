@@ -15,8 +15,8 @@ def digest(file: Path, cache: Path | None) -> str:
         cache: its folder `digests` stores the hashes; None: the file is read every time.
     """
     note = cache / "digests" / _state(file) if cache else None
-    if note and note.is_file() and len(said := note.read_text()) == LENGTH:
-        return said
+    if note and note.is_file() and len(stored := note.read_text()) == LENGTH:
+        return stored
     with file.open("rb") as stream:
         value = hashlib.file_digest(stream, "sha256").hexdigest()
     if note:

@@ -1,5 +1,5 @@
-"""Command-line tools beside the training run. Advice of libraries is silenced before any command imports them."""
+"""Command-line tools. Warnings of libraries are silenced before any command imports them."""
 
-from ..quiet import quiet_libraries
+from ..library_warnings import silence_libraries
 
-quiet_libraries()
+silence_libraries()

@@ -1,4 +1,4 @@
-"""`python -m dreambooth_lab.tools.cache stats|verify|prune [FOLDER …]`: what caches hold, whether it is whole, and less of it.
+"""`python -m dreambooth_lab.tools.cache stats|verify|prune [FOLDER …]`: list, verify and prune caches.
 
 A folder is a cache root (`cache=` of a run; `.cache` if none is given) or a folder named by cache_dir_vae or cache_dir.
 """
@@ -19,12 +19,12 @@ from ..config import ConfigError
 from ..data.caching.cache import KINDS, Damaged, Store, current_day
 from .common import cli
 
-LEFT_OVER = 3600  # seconds after which a half-written file has no writer any more
+LEFT_OVER = 3600  # seconds after which a partial file has no writer any more
 
 
 application = cli.app(help=__doc__)
 Folders = Annotated[list[Path] | None, typer.Argument(help="caches; .cache if none is given")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would go, and leave it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="list what would be removed, and remove nothing")]
 
 
 @application.command("stats")
@@ -35,7 +35,7 @@ def _stats(folders: Folders = None) -> None:
 
 @application.command("verify")
 def _verify(folders: Folders = None, dry_run: DryRun = False) -> None:
-    """Read every entry and remove what is damaged; ends with 1 if something was."""
+    """Read every entry and remove damaged ones; exits with 1 if there were any."""
     if verify(stores(folders), dry_run):
         raise typer.Exit(1)
 
@@ -43,23 +43,24 @@ def _verify(folders: Folders = None, dry_run: DryRun = False) -> None:
 @application.command("prune")
 def _prune(
     folders: Folders = None,
-    unused_days: Annotated[int | None, typer.Option(min=0, help="entries that no run has asked for in so many days")] = None,
+    unused_days: Annotated[int | None, typer.Option(min=0, help="remove entries that no run has used for this many days")] = None,
     max_gb: Annotated[
-        float | None, typer.Option(min=0, help="the longest unused, until so many GB are left in each folder")
+        float | None,
+        typer.Option(min=0, help="remove the least recently used entries until each folder has at most this many GB"),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Remove what was not asked for in a while."""
+    """Remove entries that were not used recently."""
     if unused_days is None and max_gb is None:
-        raise ConfigError("prune is told nothing to remove; give --unused-days N, --max-gb N, or both")
+        raise ConfigError("prune has no criterion; give --unused-days N, --max-gb N, or both")
     prune(stores(folders), unused_days, max_gb, dry_run)
 
 
 def stores(folders: list[Path] | None) -> list[Store]:
-    """What lies in cache folders.
+    """The contents of cache folders.
 
     Raises:
-        ConfigError: one is no folder.
+        ConfigError: one is not a folder.
     """
     named = [folder.expanduser() for folder in folders or [Path(".cache")]]
     if absent := [str(folder) for folder in named if not folder.is_dir()]:
@@ -77,14 +78,14 @@ def _size(store: Store, key: str) -> int:
 
 
 def _left_over(store: Store) -> list[Path]:
-    """Half-written files of processes that are gone."""
+    """Partial files of processes that no longer exist."""
     parts = [*store.folder.glob("??/*.part"), *store.folder.glob("*.part")]
     return [path for path in parts if time.time() - path.stat().st_mtime > LEFT_OVER]
 
 
 def stats(stores: list[Store]) -> None:
     """Print entries, sizes and ages by folder."""
-    table = Table("folder", "entries", "MB", "unused for 30 days", "left-over parts")
+    table = Table("folder", "entries", "MB", "unused for 30 days", "partial files")
     for store in stores:
         keys = list(store.keys())
         size = sum(_size(store, key) for key in keys) / 1e6
@@ -94,7 +95,7 @@ def stats(stores: list[Store]) -> None:
 
 
 def verify(stores: list[Store], dry_run: bool) -> bool:
-    """Read every entry; damaged ones are removed, to be made again by the next run that needs them. Returns whether any was."""
+    """Read every entry; damaged ones are removed, and rebuilt by the next run that needs them. Returns whether there were any."""
     total = damaged = 0
     for store in stores:
         for key in track(list(store.keys()), str(store.folder)):
@@ -111,7 +112,7 @@ def verify(stores: list[Store], dry_run: bool) -> bool:
 
 
 def prune(stores: list[Store], unused_days: int | None, max_gb: float | None, dry_run: bool) -> None:
-    """Remove what was not asked for in a while, longest unused first, and left-over parts."""
+    """Remove the least recently used entries, and partial files."""
     count = freed = 0
     for store in stores:
         for key in _to_go(store, unused_days, max_gb):

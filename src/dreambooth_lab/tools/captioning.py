@@ -1,4 +1,4 @@
-"""The work of `tools.caption`: text files beside photos, and a page to look them over."""
+"""The work of `tools.caption`: text files beside photos, and a page to review them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Writer = Callable[[Image.Image], str]
 
 
 class Made:
-    """What came of the photos, by name."""
+    """The results by photo."""
 
     def __init__(self) -> None:
         self.captions: dict[str, str] = {}
-        self.failed: dict[str, str] = {}  # photo → why it has none
+        self.failed: dict[str, str] = {}  # photo → the reason why it has none
         self.fresh = 0
 
 
@@ -48,7 +48,7 @@ def write(input_dir: Path, say: Writer, put_in: Callable[[str], str], force: boo
     photos = Folder(str(input_dir))
     items = list(photos.items())
     if not items:
-        raise ConfigError(f"--input_dir is {str(input_dir)!r}, which holds no photos; give a folder of photos")
+        raise ConfigError(f"--input_dir is {str(input_dir)!r}, which contains no photos; give a folder of photos")
     made, taken = Made(), dict[str, str]()
     for item in track(items, "writing captions"):
         path = input_dir / f"{base.stem(item.name)}.txt"
@@ -67,7 +67,7 @@ def _keep(name: str, path: Path, made: Made) -> None:
     if text:
         made.captions[name] = text
     else:
-        made.failed[name] = f"{path.name} is there and empty; write it, or use --force"
+        made.failed[name] = f"{path.name} exists but is empty; write it, or use --force"
 
 
 def _make(photos: Folder, name: str, path: Path, say: Writer, put_in: Callable[[str], str], made: Made) -> None:
@@ -76,16 +76,16 @@ def _make(photos: Folder, name: str, path: Path, say: Writer, put_in: Callable[[
     except UNREADABLE as error:
         made.failed[name] = f"can't be decoded: {error}"
         return
-    said = say(photo)
-    if not said:
-        made.failed[name] = "the model said nothing; try another --model or --question, or write it by hand"
+    caption = say(photo)
+    if not caption:
+        made.failed[name] = "the model returned nothing; try another --model or --question, or write it by hand"
         return
-    made.captions[name], made.fresh = put_in(said), made.fresh + 1
+    made.captions[name], made.fresh = put_in(caption), made.fresh + 1
     write_text(path, made.captions[name] + "\n")
 
 
 def save_page(input_dir: Path, made: Made, path: Path) -> None:
-    """One HTML file of all photos with their captions, its pictures in it."""
+    """One self-contained HTML file of all photos with their captions."""
     rows = "".join(_row(input_dir, name, made) for name in sorted({*made.captions, *made.failed}))
     text = document("Captions", f"<table>{rows}</table>", STYLE)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,13 +94,13 @@ def save_page(input_dir: Path, made: Made, path: Path) -> None:
 
 def _row(input_dir: Path, name: str, made: Made) -> str:
     if name in made.captions:
-        said = "<br>".join(escape(line) for line in made.captions[name].splitlines())
+        prefix = "<br>".join(escape(line) for line in made.captions[name].splitlines())
     else:
-        said = f"<span class=bad>no caption: {escape(made.failed[name])}</span>"
-    return f"<tr><td>{_picture(input_dir / name)}</td><td>{said}<br><small>{escape(name)}</small></td></tr>"
+        prefix = f"<span class=bad>no caption: {escape(made.failed[name])}</span>"
+    return f"<tr><td>{_image(input_dir / name)}</td><td>{prefix}<br><small>{escape(name)}</small></td></tr>"
 
 
-def _picture(path: Path) -> str:
+def _image(path: Path) -> str:
     try:
         return picture(sheet.small(Image.fromarray(decode.decode(path.read_bytes()).permute(1, 2, 0).numpy()), SHOWN), "")
     except UNREADABLE:

@@ -1,8 +1,8 @@
-"""`python -m dreambooth_lab.tools.doctor [--report FILE]`: what this machine has for training.
+"""`python -m dreambooth_lab.tools.doctor [--report FILE]`: a description of this machine for training.
 
-Versions, devices, quantisation libraries, attention kernels, room on disks, caches, models at hand, and environment
-variables that matter; of secrets only whether they are set. A report holds the same without local paths, user and host
-names, to be shown to others.
+Versions, devices, quantisation libraries, attention kernels, disk space, caches, downloaded models, and relevant environment
+variables; for secrets only whether they are set. A report contains the same without local paths, user and host
+names, so that it can be shared.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PLAIN = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_
          "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "TOKENIZERS_PARALLELISM", "WORLD_SIZE",
          "LOCAL_RANK")  # fmt: skip
 SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "DREAMBOOTH_WATCH_TOKEN", "HF_ENDPOINT", "HTTP_PROXY",
-          "HTTPS_PROXY", "ALL_PROXY")  # fmt: skip  # addresses may hold a password
+          "HTTPS_PROXY", "ALL_PROXY")  # fmt: skip  # URLs may contain a password
 GB = 1e9
 
 
@@ -55,17 +55,17 @@ class Fact(NamedTuple):
     topic: str
     name: str
     value: str
-    path: bool = False  # is the name or value a place on this machine?
-    bad: bool = False  # does training need it?
+    path: bool = False  # whether the name or value is a local path
+    bad: bool = False  # whether it is a problem for training
 
 
 @app.command()
 def doctor(
-    report: Annotated[Path | None, typer.Option(help="File to write without paths and names of this machine.")] = None,
-    runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
-    cache: Annotated[Path, typer.Option(help="The cache's root.")] = Path(".cache"),
+    report: Annotated[Path | None, typer.Option(help="A file for a report without local paths and names.")] = None,
+    runs: Annotated[Path, typer.Option(help="The parent of the run folders.")] = Path("runs"),
+    cache: Annotated[Path, typer.Option(help="The cache folder.")] = Path(".cache"),
 ) -> None:
-    """What this machine has for training; ends with 1 if a library that every run needs is absent."""
+    """Describe this machine for training; exits with 1 if a required library is missing."""
     facts = [*versions(), *devices(), *libraries(), *kernels(), *disks(runs, cache), *models(), *variables()]
     print(as_text(facts))
     if report:
@@ -76,7 +76,7 @@ def doctor(
 
 
 def versions() -> Iterator[Fact]:
-    """Of Python, torch, and what a run imports."""
+    """Versions of Python, torch, and the imported libraries."""
     yield Fact("versions", "system", f"{platform.system()} {platform.machine()}")
     yield Fact("versions", "python", platform.python_version())
     yield Fact("versions", "torch", torch.__version__)
@@ -92,10 +92,10 @@ def versions() -> Iterator[Fact]:
 
 def _answer(words: list[str]) -> str:
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.strip()
+        message = subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        return f"does not answer ({type(error).__name__})"
-    return said.splitlines()[0] if said else "does not answer"
+        return f"not available ({type(error).__name__})"
+    return message.splitlines()[0] if message else "not available"
 
 
 def devices() -> Iterator[Fact]:
@@ -109,7 +109,7 @@ def devices() -> Iterator[Fact]:
         what = f"{known.name}, {free / GB:.1f} of {total / GB:.1f} GB free, capability {known.major}.{known.minor}"
         yield Fact("devices", f"cuda:{i}", what)
     if not torch.cuda.is_available():
-        yield Fact("devices", "cuda", "none that torch can use")
+        yield Fact("devices", "cuda", "none usable by torch")
     if torch.backends.mps.is_available():
         yield Fact("devices", "mps", f"{torch.mps.recommended_max_memory() / GB:.1f} GB")
 
@@ -125,7 +125,7 @@ def libraries() -> Iterator[Fact]:
 
 
 def kernels() -> Iterator[Fact]:
-    """Which of attention's kernels run, tried on 64 tokens."""
+    """Which attention kernels work, tried with 64 tokens."""
     kinds = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
     kinds += [("cuda", dtype) for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available()]
     for device, dtype in kinds:
@@ -145,10 +145,10 @@ def _runs(kernel: SDPBackend, x: torch.Tensor) -> bool:
 
 
 def disks(runs: Path, cache: Path) -> Iterator[Fact]:
-    """Room where runs and caches go, and what the caches hold."""
+    """Free disk space for runs and caches, and the caches' sizes."""
     for name, folder in (("runs", runs), ("cache", cache)):
-        yield Fact("disk", f"room for {name}", f"{free_bytes(folder) / GB:,.1f} GB")
-        yield Fact("disk", f"{name} lies in", str(folder.expanduser().absolute()), path=True)
+        yield Fact("disk", f"free for {name}", f"{free_bytes(folder) / GB:,.1f} GB")
+        yield Fact("disk", f"{name} folder", str(folder.expanduser().absolute()), path=True)
     for kind in KINDS:
         if (cache.expanduser() / kind).is_dir():
             store = Store(cache.expanduser(), kind)
@@ -157,7 +157,7 @@ def disks(runs: Path, cache: Path) -> Iterator[Fact]:
 
 
 def models() -> Iterator[Fact]:
-    """What the hub's cache holds."""
+    """The models in the hub's cache."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -172,7 +172,7 @@ def models() -> Iterator[Fact]:
 
 
 def variables() -> Iterator[Fact]:
-    """Environment variables that change what a run does."""
+    """Environment variables that affect a run."""
     for name in (*PLAIN, *PATHS, *SECRET):
         if name in os.environ:
             yield Fact("environment", name, "set" if name in SECRET else os.environ[name], path=name in PATHS)
@@ -183,13 +183,13 @@ def as_text(facts: list[Fact]) -> str:
     lines, last = list[str](), ""
     for fact in facts:
         lines += ["", fact.topic] if fact.topic != last else []
-        lines.append(f"  {fact.name:<24} {fact.value}{'  ← every run needs it' if fact.bad else ''}")
+        lines.append(f"  {fact.name:<24} {fact.value}{'  ← required' if fact.bad else ''}")
         last = fact.topic
     return "\n".join(lines[1:])
 
 
 def scrubbed(facts: list[Fact]) -> str:
-    """The same without places, user and host names."""
+    """The same without paths, user and host names."""
     text = as_text([fact._replace(value="(a path)") if fact.path else fact for fact in facts])
     home = str(Path.home())
     text = re.sub(rf"(?<![\w.)])(?:{re.escape(home)}|~)?(?:/[^\s,:;'\"()]+)+", "(a path)", text)

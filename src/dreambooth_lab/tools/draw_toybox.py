@@ -1,12 +1,12 @@
-"""Draw the embedded world's picture folders: `python -m dreambooth_lab.tools.draw_toybox [FOLDER]`.
+"""Draw the image folders of the embedded world: `python -m dreambooth_lab.tools.draw_toybox [FOLDER]`.
 
-    photos/SUBJECT/    the held-out individual, as its owner would photograph it
+    photos/SUBJECT/    the held-out subject, as its owner would photograph it
     masks/SUBJECT/     white where it is
-    unseen/SUBJECT/    more photos of it, to be held back from training: for the eval loss
-    classes/SUBJECT/   ordinary members of its class, as a user of prior preservation would collect them
+    unseen/SUBJECT/    more photos of it for the eval loss, not for training
+    classes/SUBJECT/   other members of its class, for prior preservation
 
-The package ships what this writes, so that `dataset=toybox` needs nothing else. With `--place "in the city"` every photo of a
-subject is taken in that one place, as when an owner never leaves home: what a mask is for.
+The package ships this output, so that `dataset=toybox` needs nothing else. With `--place "in the city"` all photos of a
+subject are taken in one place, for experiments with masks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def class_pictures(kind: str, n: int) -> list[Picture]:
 
 
 def write(folder: Path, places: Sequence[str] = PLACES) -> None:
-    """All of it; `places` are those of the subjects' photos, in turn."""
+    """Write all folders; `places` are used for the subjects' photos in turn."""
     for subject, who in track(SUBJECTS.items(), "drawing"):
         drawn = subject_photos(subject, PHOTOS + UNSEEN, places=places)
         for i, photo in enumerate(drawn[:PHOTOS]):
@@ -63,13 +63,13 @@ application = cli.app()
 
 @application.command(help=cli.text(__doc__))
 def main(
-    folder: Annotated[Path, typer.Argument(help="where to; the package's own if none is given", show_default=False)] = SHIPPED,
-    place: Annotated[Place | None, typer.Option(help="where every photo of a subject is taken")] = None,
+    folder: Annotated[Path, typer.Argument(help="output folder; default: the package's own", show_default=False)] = SHIPPED,
+    place: Annotated[Place | None, typer.Option(help="one place for all photos of a subject")] = None,
 ) -> None:
     if place and folder == SHIPPED:
-        raise ConfigError(f"--place is {place!r}, but the pictures that ship have their own places; give a FOLDER")
+        raise ConfigError(f"--place is {place!r}, but the shipped images use several places; give a FOLDER")
     write(folder, (place,) if place else PLACES)
-    print(f"{sum(1 for _ in folder.rglob('*.png'))} pictures in {folder}")
+    print(f"{sum(1 for _ in folder.rglob('*.png'))} images in {folder}")
 
 
 if __name__ == "__main__":

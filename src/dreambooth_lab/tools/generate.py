@@ -1,12 +1,12 @@
-"""Pictures from a run or an exported file, with diffusers' own pipeline:
+"""Generate images from a run or an exported file, with diffusers' own pipeline:
 
     python -m dreambooth_lab.tools.generate run=runs/RUN 'prompt=a photo of sks dog in the snow' seeds=[0,1,2,3]
     python -m dreambooth_lab.tools.generate file=lora.safetensors 'prompt=["a photo of sks dog", "a dog"]' strengths=[0,0.5,1]
-    python -m dreambooth_lab.tools.generate file=lora.safetensors model=owner/sdxl 'prompt=a dog'      # a LoRA made elsewhere
+    python -m dreambooth_lab.tools.generate file=lora.safetensors model=owner/sdxl 'prompt=a dog'      # any other LoRA
 
-Writes each picture, which says how it was made, and grid.png: a row for each prompt and strength, a column for each seed.
-A file made here says in its header what it was trained on, unless that was a folder of its maker's; then, and for any other LoRA
-that diffusers reads, model= says it.
+Writes each image, with its settings in the PNG metadata, and grid.png: a row for each prompt and strength, a column for each
+seed. A file of this project names its base model in the header, unless that was a local folder. In this case, and for any other
+LoRA that diffusers reads, set model=.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from .common import cli
 if TYPE_CHECKING:
     from ..trained import TrainedPipeline
 
-WORDS = ("prompt", "negative")  # taken as they are typed, colons and all; a list in brackets is one
-PLACES = ("run", "file", "model", "image", "out")  # taken as they are typed
+WORDS = ("prompt", "negative")  # taken as typed, including colons; a list in brackets is a list
+PLACES = ("run", "file", "model", "image", "out")  # taken as typed
 
 
 @dataclass
 class GenerateArgs:
-    """What may be said."""
+    """The arguments."""
 
     run: str | None = None  # a run's folder, or
     file: str | None = None  # an exported safetensors file, or the folder of one
-    model: str | None = None  # the base of a file that doesn't say it, or had it on its maker's disk: a folder or hub id
+    model: str | None = None  # the base model of a file that doesn't name it, or names a local folder: a folder or hub id
     prompt: Any = None  # one, or a list
     negative: str = ""  # empty: the unconditional input of the family, as in training
     seeds: Any = 4  # a list, or how many from 0 on
-    strengths: Any = 1.0  # of what was trained; one, or a list: 0 is the base model
+    strengths: Any = 1.0  # of the trained update; one, or a list: 0 is the base model
     steps: int | None = None  # null: the run's validation.num_inference_steps
     guidance: float | None = None  # null: the run's validation.guidance_scale
     resolution: int | None = None  # px; null: the run's validation.resolution
-    image: str | None = None  # to begin from, for models that change a given one: SDXL's refiner, DeepFloyd's stage II
+    image: str | None = None  # the input of image-to-image models: SDXL's refiner, DeepFloyd's stage II
     ema: bool = False  # the averaged weights
-    out: str = "generated"  # a folder; if it is there, the next free number is put behind
+    out: str = "generated"  # a folder; if it exists, the next free number is appended
 
 
 def _known() -> list[str]:
@@ -62,7 +62,7 @@ def _known() -> list[str]:
 
 
 class Picture(NamedTuple):
-    """One picture to draw."""
+    """One image to generate."""
 
     prompt: str
     strength: float
@@ -73,19 +73,19 @@ def read(words: list[str]) -> GenerateArgs:
     """The command line, typed.
 
     Raises:
-        ConfigError: a word that is not known, a value that can't be, or neither a run nor a file.
+        ConfigError: an unknown argument, an invalid value, or neither a run nor a file.
     """
-    said = [(key, value) for key, _, value in (word.partition("=") for word in words)]
-    raw = {key: literal(value) for key, value in said if key in PLACES or (key in WORDS and value[:1] != "[")}
+    lines = [(key, value) for key, _, value in (word.partition("=") for word in words)]
+    raw = {key: literal(value) for key, value in lines if key in PLACES or (key in WORDS and value[:1] != "[")}
     try:
         typed = OmegaConf.from_cli([word for word in words if word.partition("=")[0] not in raw])
         args: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GenerateArgs), typed, raw))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{str(error).splitlines()[0]}; known: {', '.join(_known())}") from error
     if (args.run is None) == (args.file is None):
-        raise ConfigError("say run=FOLDER or file=EXPORT, one of them")
+        raise ConfigError("set either run=FOLDER or file=EXPORT")
     if args.run is not None and args.model is not None:
-        raise ConfigError(f"model is {args.model!r}, but a run says itself what it was trained on; leave it out")
+        raise ConfigError(f"model is {args.model!r}, but a run's base model is known; remove it")
     args.prompt = _listed("prompt", args.prompt, str)
     args.seeds = _listed("seeds", list(range(args.seeds)) if type(args.seeds) is int else args.seeds, int)
     args.strengths = [float(strength) for strength in _listed("strengths", args.strengths, int | float)]
@@ -103,36 +103,36 @@ def _listed(key: str, value: Any, kind: Any) -> list[Any]:
 
 
 def config_from_header(path: Path, model: str | None) -> DictConfig:
-    """The configuration in an export's header, or one for a LoRA made elsewhere on a base model."""
+    """The configuration in an export's header, or one for another LoRA on a base model."""
     if not path.exists():
         raise ConfigError(f"file is {str(path)!r}, which does not exist; give a safetensors file, or a folder with one")
     for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
         try:
             with safe_open(file, "pt") as opened:
-                said = (opened.metadata() or {}).get("config")
+                config_text = (opened.metadata() or {}).get("config")
         except SafetensorError as error:
-            raise ConfigError(f"file is {str(path)!r}, where {file.name} is no safetensors file ({error})") from error
-        if said and "${" in said:  # ours are resolved; another's could read this machine's environment
-            raise ConfigError(f"file is {str(path)!r}, whose configuration interpolates; it is not read: give model=BASE")
-        if said:
-            return _with_local_paths(saved.load(said, f"the header of {str(file)!r}"), path, model)
+            raise ConfigError(f"file is {str(path)!r}, where {file.name} is not a safetensors file ({error})") from error
+        if config_text and "${" in config_text:  # ours are resolved; others could read environment variables
+            raise ConfigError(f"file is {str(path)!r}, whose configuration has interpolations and is not read; set model=BASE")
+        if config_text:
+            return _with_local_paths(saved.load(config_text, f"the header of {str(file)!r}"), path, model)
     if model is None:
-        raise ConfigError(f"file is {str(path)!r}, which does not say how it was made; give model=BASE, or run=FOLDER")
+        raise ConfigError(f"file is {str(path)!r}, which has no configuration in its header; set model=BASE, or run=FOLDER")
     return compose("model=diffusers", f"model.pretrained={model}", "dataset.path=.")
 
 
 def _with_local_paths(cfg: DictConfig, path: Path, model: str | None) -> DictConfig:
-    """A header's configuration with what its maker had on disk found here: the base by `model`, a LyCORIS file beside the export.
+    """A header's configuration with its local paths replaced: the base by `model`, a LyCORIS file by the one beside the export.
 
     Raises:
-        ConfigError: the base was a folder of its maker's, and none is given.
+        ConfigError: the base was a local folder, and `model` is not set.
     """
     if model is not None:
         cfg.model.pretrained = model
     base = cfg.model.pretrained
     if base.startswith(LOCAL):
-        told = f"file is {str(path)!r}, which was trained on {base.removeprefix(LOCAL)!r}, a folder or file of its maker's"
-        raise ConfigError(f"{told}; give model=BASE, where it is here or its hub id")
+        prefix = f"file is {str(path)!r}, which was trained on {base.removeprefix(LOCAL)!r}, a local folder or file of its author"
+        raise ConfigError(f"{prefix}; set model=BASE, its folder on this machine or its hub id")
     for key in ("config", "tae"):
         cfg.model[key] = None if str(cfg.model[key]).startswith(LOCAL) else cfg.model[key]
     if str(cfg.adapter.preset).startswith(LOCAL):
@@ -141,7 +141,7 @@ def _with_local_paths(cfg: DictConfig, path: Path, model: str | None) -> DictCon
 
 
 def generate(args: GenerateArgs) -> Path:
-    """Draw everything that was asked for; returns the grid's path."""
+    """Generate all images; returns the grid's path."""
     from ..trained import TrainedPipeline
 
     export = load(args.run).export(args.ema) if args.run else Path(str(args.file)).expanduser()
@@ -162,10 +162,10 @@ def generate(args: GenerateArgs) -> Path:
 
 
 def begin(trained: TrainedPipeline, place: str | None, edge: int) -> Image.Image | None:
-    """The square picture that pictures are made from, if the model changes given ones."""
+    """The square input image of an image-to-image model."""
     changes = bool(trained.family.image_arguments(None))
     if changes != (place is not None):
-        way_out = "give image=FILE, which it changes" if changes else "leave it out: this model draws from prompts alone"
+        way_out = "set image=FILE, the input image" if changes else "remove it: this model generates from prompts only"
         raise ConfigError(f"image is {place!r}; {way_out}")
     if place is None:
         return None
@@ -174,11 +174,11 @@ def begin(trained: TrainedPipeline, place: str | None, edge: int) -> Image.Image
     try:
         return ImageOps.fit(colour.to_srgb(Image.open(Path(place).expanduser())).convert("RGB"), (edge, edge))
     except OSError as error:
-        raise ConfigError(f"image is {place!r}, which is no picture ({error})") from error
+        raise ConfigError(f"image is {place!r}, which is not an image ({error})") from error
 
 
 def _free(folder: Path) -> Path:
-    """A folder that is not there yet."""
+    """A folder that does not exist yet."""
     taken: Iterator[Path] = (folder.with_name(f"{folder.name}_{i}") for i in range(2, 10_000))
     return folder if not folder.exists() else next(path for path in taken if not path.exists())
 
@@ -187,15 +187,15 @@ def _save(folder: Path, args: GenerateArgs, asked: list[Picture], made: list[Ima
     folder.mkdir(parents=True)
     columns = len(args.seeds)
     for i, (picture, image) in enumerate(zip(asked, made, strict=True)):
-        said = PngInfo()
-        said.add_text("dreambooth_lab", json.dumps(asdict(args) | picture._asdict()))
-        image.save(folder / f"{i // columns:02d}_{i % columns:02d}.png", pnginfo=said)
+        png_info = PngInfo()
+        png_info.add_text("dreambooth_lab", json.dumps(asdict(args) | picture._asdict()))
+        image.save(folder / f"{i // columns:02d}_{i % columns:02d}.png", pnginfo=png_info)
     grid(asked, made, columns).save(folder / "grid.png")
     return folder / "grid.png"
 
 
 def grid(asked: list[Picture], made: list[Image.Image], columns: int) -> Image.Image:
-    """Pictures in rows, each row below its prompt and strength, each column below its seed."""
+    """A grid of images, each row below its prompt and strength, each column below its seed."""
     width, height = made[0].size
     font = ImageFont.load_default(size=max(12, width // 24))
     line = 2 * font.getbbox("Ag")[3]

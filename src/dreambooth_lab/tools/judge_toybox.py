@@ -1,18 +1,18 @@
-"""What a run on the embedded model learned, in numbers: `python -m dreambooth_lab.tools.judge_toybox RUN [RUN …]`.
+"""Metrics of a run with the embedded model: `python -m dreambooth_lab.tools.judge_toybox RUN [RUN …]`.
 
-Looks at the run's validation pictures, the base model's (step 0) beside the last, with the shipped evaluator and scorer:
+Scores the run's validation images, those of the base model (step 0) and the last ones, with the shipped evaluator and scorer:
 
-    class, place   share of pictures that show the class and the place their prompt names
-    home           share of pictures that show a place in which the subject was photographed
-    leak           how far a picture's left and right edges, where the subject hardly reaches, have gone from the base model's (0,
-                   same noise) to the photos' (1): their backgrounds have leaked
-    identity       mean cosine to the subject's photos of the evaluator's who-is-it features: up under the rare token, and
-                   unchanged elsewhere, is what DreamBooth is for
-    CLIP-I         the same with the shipped scorer's picture features
-    diversity      1 - mean cosine of those features between the pictures of one prompt: falls when a class collapses
+    class, place   share of images that show the class and the place of their prompt
+    home           share of images that show a place of the subject's photos
+    leak           position of an image's left and right edges, where the subject rarely is, between the base model's (0,
+                   same noise) and the photos' (1): leak of their backgrounds
+    identity       mean cosine of the evaluator's identity features with the subject's photos: up with the rare token, and
+                   unchanged elsewhere, is the goal of DreamBooth
+    CLIP-I         the same with the shipped scorer's image features
+    diversity      1 - mean cosine of those features between the images of one prompt: falls when a class collapses
 
-With `--steps N` the prompts are drawn anew, from the run's export and from the base model, with N sampler steps and the run's own
-seeds and guidance, and kept in RUN/sampled_N. Numbers go to RUN/toybox.json or RUN/toybox_N.json.
+With `--steps N` images are generated again from the run's export and from the base model, with N sampler steps and the run's own
+seeds and guidance, and written to RUN/sampled_N. The metrics are written to RUN/toybox.json or RUN/toybox_N.json.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from dreambooth_lab.toybox.evaluator import Evaluator
 from dreambooth_lab.toybox.shapes import CLASSES
 from dreambooth_lab.toybox.world import BACKGROUNDS
 
-EDGE = 16  # px of 128 at the left and at the right that count as background
+EDGE = 16  # px of 128 at the left and the right that are considered background
 
 Pictures = Sequence[Image.Image]
 
 
 class Scores(NamedTuple):
-    """Of one prompt's pictures at one step; None where the prompt says nothing of it."""
+    """Metrics of one prompt's images at one step; None if the prompt does not determine it."""
 
     kind: float | None
     place: float | None
@@ -86,7 +86,7 @@ class Judge:
 
 
 def leak(edges: Tensor, before: Tensor, photos: Tensor) -> Tensor:
-    """Where each picture lies on the line from its own `before` (0) to the photos' mean (1) [B]: ⟨y - b, p - b⟩ / ‖p - b‖².
+    """The position of each image on the line from its `before` (0) to the photos' mean (1) [B]: ⟨y - b, p - b⟩ / ‖p - b‖².
 
     Args:
         edges, before: [B D].
@@ -108,14 +108,14 @@ def _edges(pictures: Pictures) -> Tensor:
 
 
 def saved_images(run: Run) -> dict[int, list[Pictures]]:
-    """Step (0 and the last) → a row of validation pictures for each prompt."""
+    """Step (0 and the last) → a row of validation images for each prompt."""
     steps, prompts = sorted(run.images), range(len(run.config.validation.prompts))
     folders = {step: run.images[step].with_suffix("") for step in (steps[0], steps[-1])}
     return {s: [[Image.open(path) for path in sorted(f.glob(f"{i:02d}_*.png"))] for i in prompts] for s, f in folders.items()}
 
 
 def generated_images(run: Run, num_steps: int, bases: dict[str, list[Pictures]]) -> dict[int, list[Pictures]]:
-    """The same, drawn anew with another number of sampler steps; the base model's are shared by the runs that ask the same."""
+    """The same, generated with another number of sampler steps; the base model's are shared by runs with the same settings."""
     asked = OmegaConf.to_yaml(run.config.validation, resolve=True) + run.config.model.pretrained
     if asked not in bases:
         family = build_family(run.config)
@@ -170,11 +170,11 @@ application = cli.app()
 @application.command(help=cli.text(__doc__))
 def main(
     runs: Annotated[list[Path], typer.Argument(help="runs' folders", metavar="RUN …")],
-    steps: Annotated[int | None, typer.Option(min=1, help="draw the pictures anew with this many sampler steps")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="generate the images again with this many sampler steps")] = None,
 ) -> None:
     asked = [load(root) for root in runs]
     if without := [str(run.folder.root) for run in asked if not steps and not run.images]:
-        raise ConfigError(f"{', '.join(without)}: no validation pictures; have them drawn with --steps N")
+        raise ConfigError(f"{', '.join(without)}: no validation images; generate them with --steps N")
     judging, bases = Judge(), dict[str, list[Pictures]]()
     for run in asked:
         records = judge(run, judging, generated_images(run, steps, bases) if steps else saved_images(run))

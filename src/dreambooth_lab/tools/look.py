@@ -1,7 +1,7 @@
-"""`python -m dreambooth_lab.tools.look key=value …`: a page of what training will see of the photos of a configuration.
+"""`python -m dreambooth_lab.tools.look key=value …`: a page that shows the training data of a configuration.
 
-The words are those of a training run. Writes look.html, one file with its pictures in it, and look.png; loads no weights. Ends
-with 1 if something about the data must be mended before it trains.
+The arguments are those of a training run. Writes look.html, a self-contained page, and look.png; loads no weights. Exits
+with 1 if the data have problems that must be fixed before training.
 """
 
 from __future__ import annotations
@@ -28,49 +28,49 @@ application = cli.app()
 
 
 class DatasetInspection(NamedTuple):
-    """What there is to see of one dataset."""
+    """The contents of one dataset."""
 
     id: str
     place: str
     seen: list[InspectedPhoto]
-    left_out: dict[str, str]  # picture → why it isn't trained on
-    remarks: list[str]  # of all together
+    left_out: dict[str, str]  # image → why it isn't trained on
+    remarks: list[str]  # about the whole dataset
 
 
 class Inspection(NamedTuple):
     datasets: list[DatasetInspection]
-    problems: list[str]  # what must be mended
+    problems: list[str]  # what must be fixed
     notices: list[str]
-    tokens: dict[str, dict[str, int]]  # caption → text encoder → how many it is there
+    tokens: dict[str, dict[str, int]]  # caption → text encoder → number of tokens
 
 
 @application.command(help=__doc__)
 def main(
     overrides: Annotated[list[str], typer.Argument(help="as for python -m dreambooth_lab", metavar="KEY=VALUE …")],
     output_dir: Annotated[Path, typer.Option(help="for look.html and look.png")] = Path("look"),
-    most: Annotated[int, typer.Option(min=1, help="photos shown of a dataset")] = 100,
+    most: Annotated[int, typer.Option(min=1, help="maximum number of photos shown per dataset")] = 100,
 ) -> None:
     cfg = training_config.compose_checked(overrides)
-    told = inspect_datasets(cfg, most)
+    inspected = inspect_datasets(cfg, most)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "look.html", page.page(told, overrides))
-    sheet.save(sheet.draw([row for one in told.datasets for row in _rows(one)]), output_dir / "look.png")
-    print(f"{sum(len(one.seen) for one in told.datasets)} photos: look at {output_dir / 'look.html'}")
-    for problem in told.problems:
-        print(f"to be mended: {problem}")
-    if told.problems:
+    write_text(output_dir / "look.html", page.page(inspected, overrides))
+    sheet.save(sheet.draw([row for one in inspected.datasets for row in _rows(one)]), output_dir / "look.png")
+    print(f"{sum(len(one.seen) for one in inspected.datasets)} photos: see {output_dir / 'look.html'}")
+    for problem in inspected.problems:
+        print(f"problem: {problem}")
+    if inspected.problems:
         raise typer.Exit(1)
 
 
 def inspect_datasets(cfg: DictConfig, most: int) -> Inspection:
-    """What training as `cfg` says would see, at most so many photos of a dataset."""
+    """The training data of `cfg`, at most `most` photos per dataset."""
     family: Family = instantiate(cfg, "model", Family, "recommended", cache=Path(cfg.cache).expanduser())
     plan = planning.plan(cfg, str(cfg.prior.path) if _from_folder(cfg) else None)
     collected = Collector(family.stride, Path(cfg.cache).expanduser()).collect(plan.specs)
     problems, notices = list(collected.problems), [*plan.notices, *collected.notices]
     made: list[DatasetInspection] = []
     if cfg.prior.kind is not enums.PriorKind.none and cfg.prior.source is enums.PriorSource.generated:
-        notices.append("class pictures are drawn when training begins, and not shown")
+        notices.append("class images are generated when training starts, and not shown")
     for place in dict.fromkeys((one.where, one.is_class, one.is_eval) for one in plan.specs):
         own = [one for one in plan.specs if (one.where, one.is_class, one.is_eval) == place]
         made.append(_inspect(own, collected, family.factor, most))
@@ -81,7 +81,7 @@ def inspect_datasets(cfg: DictConfig, most: int) -> Inspection:
 
 
 def _inspect(specs: list[DatasetSpec], collected: Collected, factor: int, most: int) -> DatasetInspection:
-    """The photos of one place, at all their resolutions."""
+    """The photos of one dataset, at all resolutions."""
     names = [one.id for one in specs]
     entries = [entry for entry in collected.entries if entry.spec.id in names]
     every = list(dict.fromkeys(entry.picture.name for entry in entries))
@@ -103,7 +103,7 @@ def _from_folder(cfg: DictConfig) -> bool:
 
 
 def _rows(one: DatasetInspection) -> list[sheet.Row]:
-    """A row a crop: the photo, what is trained on, and that under its mask."""
+    """One row per crop: the photo, the crop, and the crop with its mask."""
     return [
         sheet.Row(
             f"{seen.picture.name} for {crop.image.width}x{crop.image.height}",

@@ -1,8 +1,8 @@
-"""`python -m dreambooth_lab.tools.lora inspect|convert|resize|merge|bake …`: what a LoRA's file holds, and other files of it.
+"""`python -m dreambooth_lab.tools.lora inspect|convert|resize|merge|bake …`: inspect, convert and combine LoRA files.
 
 Reads exports of this project and files of diffusers, kohya's sd-scripts, peft (folders) and ai-toolkit; safetensors only.
-Writes diffusers' layout (a file), kohya's (a file, for ComfyUI, A1111 and Forge) or peft's (a folder). In what is
-written the scale is folded into B and alpha is the rank (kohya: the commonest), the same update to every reader.
+Writes diffusers' layout (a file), kohya's (a file, for ComfyUI, A1111 and Forge) or peft's (a folder). In written
+files the scale is folded into B and alpha is the rank (kohya: the most common one), the same update for every reader.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ app = cli.app(help=__doc__, no_args_is_help=True)
 
 
 class Layout(StrEnum):
-    """Where the weights lie in a file."""
+    """The layouts of LoRA files."""
 
     diffusers = "diffusers"
     kohya = "kohya"
@@ -38,7 +38,7 @@ class Layout(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Of the numbers in a file."""
+    """The dtypes of weights in a file."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -47,8 +47,8 @@ class Dtype(StrEnum):
 
 FilePath = Annotated[Path, typer.Argument(help="A safetensors file, or the folder of an export or of peft.", show_default=False)]
 Output = Annotated[Path, typer.Option(help="File to write; for peft a folder.", show_default=False)]
-As = Annotated[Dtype | None, typer.Option(help="Of the numbers; the file's own if not given.")]
-To = Annotated[Layout | None, typer.Option(help="The layout; the file's own if not given.")]
+As = Annotated[Dtype | None, typer.Option(help="Dtype of the weights; default: the file's own.")]
+To = Annotated[Layout | None, typer.Option(help="The layout; default: the file's own.")]
 
 
 @app.command("inspect")
@@ -87,7 +87,7 @@ def resize(
     file: FilePath,
     output: Output,
     rank: Annotated[int | None, typer.Option(min=1, help="Highest rank of a layer.")] = None,
-    keep: Annotated[float | None, typer.Option(help="Instead: share of each layer's squared norm to keep, as 0.95.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Instead: share of each layer's squared norm to keep, such as 0.95.")] = None,
     to: To = None,
     dtype: As = None,
 ) -> None:
@@ -105,7 +105,7 @@ def merge(
     files: Annotated[list[Path], typer.Argument(help="LoRAs of one base model.", show_default=False)],
     weights: Annotated[list[float], typer.Option(help="One for each file: --weights 0.5 0.5", show_default=False)],
     output: Output,
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut the sum to this rank; exact without.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Truncate the sum to this rank; default: exact.")] = None,
     to: To = None,
     dtype: As = None,
 ) -> None:
@@ -115,8 +115,8 @@ def merge(
     found = [_read(file) for file in files]
     whole: Parts = merged([one.parts for one in found], weights)
     print(f"sum of {len(found)} updates, ranks {_counted(layer.rank for own in whole.values() for layer in own.values())}")
-    said = {key: value for key, value in found[0].header.items() if all(one.header.get(key) == value for one in found)}
-    _write(to, output, _cut(whole, rank, None) if rank else whole, found[0]._replace(header=said), dtype)
+    values = {key: value for key, value in found[0].header.items() if all(one.header.get(key) == value for one in found)}
+    _write(to, output, _cut(whole, rank, None) if rank else whole, found[0]._replace(header=values), dtype)
 
 
 @app.command()
@@ -124,13 +124,13 @@ def bake(
     file: FilePath,
     base: Annotated[str, typer.Option(help="The base model: a folder in diffusers' layout, or a hub id.", show_default=False)],
     output: Annotated[Path, typer.Option(help="Folder to write the whole pipeline to.", show_default=False)],
-    strength: Annotated[float, typer.Option(help="Of the update; 1 is what was trained.")] = 1.0,
-    variant: Annotated[str | None, typer.Option(help="Of the base's files, as fp16.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the pipeline's weights.")] = Dtype.float32,
+    strength: Annotated[float, typer.Option(help="Strength of the update; 1 is the trained one.")] = 1.0,
+    variant: Annotated[str | None, typer.Option(help="Variant of the base's files, such as fp16.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the pipeline's weights.")] = Dtype.float32,
 ) -> None:
     """The base model with the update added into its weights, text encoders included, as a pipeline that needs no LoRA."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {str(output)!r} is there and not an empty folder; name a new one")
+        raise ConfigError(f"--output {str(output)!r} exists and is not an empty folder; choose a new one")
     found = _read(file)
     pipeline = _pipeline(base, variant)
     _load(pipeline, found.parts, base)
@@ -144,7 +144,7 @@ def bake(
 def _read(path: Path) -> File:
     found = read(path.expanduser())
     if found.assumed:
-        print(f"note: {found.assumed} layers of {path} say no alpha; taken as alpha = rank, a scale of 1", file=sys.stderr)
+        print(f"note: {found.assumed} layers of {path} have no alpha; alpha = rank is assumed, a scale of 1", file=sys.stderr)
     return found
 
 
@@ -155,7 +155,7 @@ def _write(to: Any, output: Path, parts: Parts, found: File, dtype: Any) -> None
 
 
 def _cut(parts: Parts, rank: int | None, keep: float | None) -> Parts:
-    """Every layer at a lower rank; prints how far that is, beside what the singular values left out amount to."""
+    """Every layer at a lower rank; prints the error, and the error expected from the dropped singular values."""
     whole = far = bound = 0.0
     found: dict[str, dict[str, Any]] = {}
     for part, layers in parts.items():
@@ -165,7 +165,7 @@ def _cut(parts: Parts, rank: int | None, keep: float | None) -> Parts:
             whole, far, bound = whole + squared_norm(layer), far + squared_distance(layer, less), bound + foretold
     error, least = ((square / whole) ** 0.5 if whole else 0.0 for square in (far, bound))
     print(f"ranks    {_counted(layer.rank for own in found.values() for layer in own.values())}")
-    print(f"error    {error:.6g} of ‖ΔW‖; by the singular values left out, the least possible: {least:.6g}")
+    print(f"error    {error:.6g} of ‖ΔW‖; minimum possible, from the dropped singular values: {least:.6g}")
     return found
 
 
@@ -185,22 +185,24 @@ def _pipeline(base: str, variant: str | None) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"--base is {base!r}, which can't be loaded: {reason}; give a folder in diffusers' layout") from error
     if not hasattr(pipeline, "load_lora_weights"):
-        raise ConfigError(f"--base is {base!r}, a {type(pipeline).__name__}, on which diffusers loads no LoRA; use another base")
+        raise ConfigError(
+            f"--base is {base!r}, a {type(pipeline).__name__}, into which diffusers can't load a LoRA; use another base"
+        )
     return pipeline
 
 
 def _load(pipeline: Any, parts: Parts, base: str) -> None:
-    """Put the update on; diffusers only warns about layers that it finds no place for."""
+    """Load the update; diffusers only warns about layers that do not match."""
     if absent := [part for part in parts if getattr(pipeline, part, None) is None]:
         raise ConfigError(
-            f"--base is {base!r}, which has no {absent[0]}, where the LoRA has layers; give the base it was made for"
+            f"--base is {base!r}, which has no {absent[0]}, for which the LoRA has layers; use the LoRA's base model"
         )
     try:
         pipeline.load_lora_weights(layouts.diffusers_weights(parts))
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"--base is {base!r}, on which the LoRA can't be put ({reason}); give the base it was made for"
+            f"--base is {base!r}, into which the LoRA can't be loaded ({reason}); use the LoRA's base model"
         ) from error
     for part, layers in parts.items():
         placed = sum(hasattr(module, "lora_A") for module in getattr(pipeline, part).modules())

@@ -1,6 +1,6 @@
 """`python -m dreambooth_lab.tools.masks --input_dir PHOTOS --output_dir MASKS`: a mask for each photo, for `dataset=masked`.
 
-Takes the options of SimpleTuner's generate_dataset_masks.py. Ends with 1 if some photo got no mask; each is named.
+Takes the options of SimpleTuner's generate_dataset_masks.py. Exits with 1 if a photo got no mask; each is named.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .common import cli
 from .mask_methods.finders import Finder, Method, NoMask, finder
 from .mask_methods.grabcut import Finish, Found, Pixels
 
-LEAST = 0.001  # share of a photo under which what was found counts as nothing
-TEXT_THRESHOLD = 0.4  # CLIPSeg is seldom very sure
+LEAST = 0.001  # minimum share of a photo; smaller masks count as not found
+TEXT_THRESHOLD = 0.4  # CLIPSeg's confidence is rarely high
 
 
 application = cli.app()
@@ -32,28 +32,30 @@ application = cli.app()
 def main(
     input_dir: Annotated[Path, typer.Option(help="the photos, with subfolders")],
     output_dir: Annotated[Path, typer.Option(help="for the masks: x/a.png for x/a.jpg")],
-    text_input: Annotated[str | None, typer.Option(help="text: what to find, as in 'dog'")] = None,
+    text_input: Annotated[str | None, typer.Option(help="text: what to find, such as 'dog'")] = None,
     method: Annotated[Method | None, typer.Option(help="text if --text_input and --model are given, else grabcut")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="text: a CLIPSeg or Florence-2, hub id or folder, as CIDAS/clipseg-rd64-refined; rembg: an .onnx file"),
+        typer.Option(
+            help="text: a CLIPSeg or Florence-2, hub id or folder, such as CIDAS/clipseg-rd64-refined; rembg: an .onnx file"
+        ),
     ] = None,
     rect: Annotated[
         str | None, typer.Option(help="grabcut: LEFT,TOP,WIDTH,HEIGHT of the subject, as shares of the sides")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="how sure is sure enough: 0.4 (text), 0.5")] = None,
-    soft: Annotated[bool, typer.Option(help="keep how sure the method is as grey, above the threshold")] = False,
-    largest_only: Annotated[bool, typer.Option(help="keep the largest piece")] = False,
-    fill_holes: Annotated[bool, typer.Option(help="fill what the subject encloses")] = False,
-    padding: Annotated[int, typer.Option("--padding", "--mask-padding", min=0, help="px by which the subject grows")] = 0,
-    invert: Annotated[bool, typer.Option("--invert", "--invert-mask", help="learn what is around the subject")] = False,
-    blur: Annotated[int, typer.Option("--blur", "--mask-blur", min=0, help="px over which borders fade")] = 0,
-    force: Annotated[bool, typer.Option(help="make masks anew that are there already")] = False,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="minimum confidence: 0.4 (text), 0.5")] = None,
+    soft: Annotated[bool, typer.Option(help="keep the confidence above the threshold as grey levels")] = False,
+    largest_only: Annotated[bool, typer.Option(help="keep only the largest connected component")] = False,
+    fill_holes: Annotated[bool, typer.Option(help="fill holes inside the subject")] = False,
+    padding: Annotated[int, typer.Option("--padding", "--mask-padding", min=0, help="enlarge the subject by this many px")] = 0,
+    invert: Annotated[bool, typer.Option("--invert", "--invert-mask", help="mask the background instead of the subject")] = False,
+    blur: Annotated[int, typer.Option("--blur", "--mask-blur", min=0, help="blur borders over this many px")] = 0,
+    force: Annotated[bool, typer.Option(help="overwrite existing masks")] = False,
     contact_sheet: Annotated[Path | None, typer.Option(help="photo | mask | overlay; default: beside the folders")] = None,
 ) -> None:
     input_dir, output_dir = input_dir.expanduser().resolve(), output_dir.expanduser().resolve()
     if not input_dir.is_dir():
-        raise ConfigError(f"--input_dir is {str(input_dir)!r}, which is no folder; give the folder of the photos")
+        raise ConfigError(f"--input_dir is {str(input_dir)!r}, which is not a folder; give the folder of the photos")
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"--output_dir is {str(output_dir)!r}, which is a file; give a folder")
     if input_dir == output_dir:
@@ -67,7 +69,7 @@ def main(
     made = write(input_dir, output_dir, find, finish, force)
     where = contact_sheet or sheet_path(input_dir, output_dir)
     sheet.save(sheet.draw([_row(input_dir, output_dir, name, made) for name in sorted([*made.masks, *made.failed])]), where)
-    print(f"{made.fresh} masks made, {len(made.masks) - made.fresh} were there (--force makes them anew); look at {where}")
+    print(f"{made.fresh} masks made, {len(made.masks) - made.fresh} existed already (--force overwrites them); see {where}")
     for name, why in made.failed.items():
         print(f"no mask: {name}: {why}")
     if made.failed:
@@ -75,11 +77,11 @@ def main(
 
 
 class Made:
-    """What came of the photos, by name."""
+    """The results by photo."""
 
     def __init__(self) -> None:
         self.masks: dict[str, str] = {}  # photo → its mask
-        self.failed: dict[str, str] = {}  # photo → why it has none
+        self.failed: dict[str, str] = {}  # photo → the reason why it has none
         self.fresh = 0
 
 
@@ -92,7 +94,7 @@ def write(input_dir: Path, output_dir: Path, find: Finder, finish: Finish, force
     photos = Folder(str(input_dir), str(output_dir) if input_dir in output_dir.parents else None)
     items = list(photos.items())
     if not items:
-        raise ConfigError(f"--input_dir is {str(input_dir)!r}, which holds no photos; give a folder of photos")
+        raise ConfigError(f"--input_dir is {str(input_dir)!r}, which contains no photos; give a folder of photos")
     there = {} if force or not output_dir.is_dir() else {base.stem(i.name): i.name for i in Folder(str(output_dir)).items()}
     made, taken = Made(), dict[str, str]()
     for item in track(items, "making masks"):
@@ -123,17 +125,17 @@ def _make(photos: Folder, name: str, path: Path, find: Finder, finish: Finish, m
 
 
 def _mask(found: Found, finish: Finish) -> Pixels:
-    """Raises `NoMask` where there is none to make."""
+    """Make a photo's mask; raises `NoMask` if nothing is found."""
     if (found >= finish.threshold).mean() < LEAST:
         raise NoMask("nothing was found in it; try --rect, a lower --threshold or another --method, or paint it by hand")
     mask = finish.of(found)
     if mask is None:
-        raise NoMask("its mask would be all black; leave --invert out, or take less --padding")
+        raise NoMask("its mask would be all black; remove --invert, or use less --padding")
     return mask
 
 
 def sheet_path(input_dir: Path, output_dir: Path) -> Path:
-    """Beside the folders, where it counts neither as a photo nor as a mask: contact_sheet_NAME.png."""
+    """The default path contact_sheet_NAME.png, beside the folders, so that it is used neither as a photo nor as a mask."""
     inside = input_dir in output_dir.parents
     place = input_dir.parent if inside else output_dir.parent
     while place == input_dir:

@@ -1,9 +1,9 @@
-"""`python -m dreambooth_lab.tools.rank_prompts key=value … --prompts "a photo of sks dog" --prompts "…"`: which prompt is
-nearest to the subject before anything is trained.
+"""`python -m dreambooth_lab.tools.rank_prompts key=value … --prompts "a photo of sks dog" --prompts "…"`: rank prompts by
+the base model's similarity to the subject before training.
 
-The words are those of a training run: they name the model, the photos and the judges (`eval=paper` if none is named). The base
-model draws every prompt from the same noises; a judge compares the pictures with the photos (image-image), and CLIP the photos
-with the prompt (image-text). Writes ranks.csv, scores.csv, sheet.png and the pictures.
+The arguments are those of a training run; they set the model, the photos and the metric models (default `eval=paper`). The base
+model generates every prompt from the same noises. A metric model compares the images with the photos (image-image), and CLIP the
+photos with the prompt (image-text). Writes ranks.csv, scores.csv, sheet.png and the images.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class By(StrEnum):
 def main(
     overrides: Annotated[list[str], typer.Argument(help="as for python -m dreambooth_lab", metavar="KEY=VALUE …")],
     prompts: Annotated[list[str] | None, typer.Option(help="a candidate; may be repeated")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="a text file, a candidate a line")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="a text file, one candidate per line")] = None,
     by: Annotated[By, typer.Option(help="image-image: clip_i, dino, dino_masked; image-text: clip_t")] = By.clip_i,
-    output_dir: Annotated[Path, typer.Option(help="for the tables and pictures")] = Path("ranked_prompts"),
-    force: Annotated[bool, typer.Option(help="write over an earlier ranking")] = False,
+    output_dir: Annotated[Path, typer.Option(help="output folder for the tables and images")] = Path("ranked_prompts"),
+    force: Annotated[bool, typer.Option(help="overwrite an earlier ranking")] = False,
 ) -> None:
     candidates = gathered(prompts or [], prompts_file)
     if output_dir.exists() and not force and any(output_dir.iterdir()):
@@ -45,10 +45,10 @@ def main(
     judged = any(word.startswith(("eval=", "eval.clip_model=")) for word in overrides)
     cfg = training_config.compose_checked([*([] if judged else ["eval=paper"]), *overrides])
     ranking.write(ranking.rank(cfg, candidates, by), output_dir)
-    print(f"look at {output_dir / 'sheet.png'}")
+    print(f"see {output_dir / 'sheet.png'}")
 
 
-def gathered(said: list[str], file: Path | None) -> list[str]:
+def gathered(found: list[str], file: Path | None) -> list[str]:
     """The candidates, each once, in order.
 
     Raises:
@@ -60,7 +60,7 @@ def gathered(said: list[str], file: Path | None) -> list[str]:
             lines = file.expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts_file is {str(file)!r}, which can't be read ({error}); give a text file") from error
-    candidates = list(dict.fromkeys(line.strip() for line in [*said, *lines] if line.strip()))
+    candidates = list(dict.fromkeys(line.strip() for line in [*found, *lines] if line.strip()))
     if len(candidates) < 2:
         raise ConfigError(f"--prompts and --prompts_file give {len(candidates)} prompt(s); give two or more to rank")
     return candidates

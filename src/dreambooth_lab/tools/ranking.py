@@ -1,4 +1,4 @@
-"""The work of `tools.rank_prompts`: draw, judge, compare pair by pair, write."""
+"""The work of `tools.rank_prompts`: generate, score, compare pairwise, write."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SHOWN = 6  # photos in the sheet's first row
 class Measure(NamedTuple):
     """A prompt by one metric."""
 
-    values: list[float]  # a picture each, or for clip_t a photo each; the n-th of two prompts are a pair
+    values: list[float]  # one per image, or for clip_t one per photo; the n-th values of two prompts are a pair
     mean: float
     low: float  # 95 % interval of the mean, by Student's t; nan for fewer than three values
     high: float
-    behind: float  # the best prompt's mean minus this one's, of pairs
+    behind: float  # paired difference of the best prompt's mean from this one's
     behind_low: float
     behind_high: float
 
 
 class Ranked(NamedTuple):
-    prompts: list[str]  # the nearest first
+    prompts: list[str]  # the best first
     by: str
     measures: dict[str, dict[str, Measure]]  # metric → prompt → its values
     pictures: dict[str, list[Image.Image]]
@@ -51,18 +51,20 @@ class Ranked(NamedTuple):
 
 
 def rank(cfg: DictConfig, prompts: Sequence[str], by: str) -> Ranked:
-    """Draw the prompts with the base model and compare them with the photos.
+    """Generate images for the prompts with the base model and compare them with the photos.
 
     Raises:
-        ConfigError: there are no photos, or no judge of this kind.
+        ConfigError: there are no photos, or no such metric model.
     """
     family = base_model.load(cfg)
     photos = _photos(cfg, family)
-    clip, judges = _judges(cfg, family.device)
-    if by not in [*judges, "clip_t"]:
+    clip, extractors = _extractors(cfg, family.device)
+    if by not in [*extractors, "clip_t"]:
         raise ConfigError(f"--by is {by}, but eval.dino_model is null; name a DINO, set eval=paper, or use --by=clip_i")
     drawn = dict(zip(prompts, base_model.images(cfg, family, prompts), strict=True))
-    values = {"clip_t": _texts(clip, prompts, photos)} | {name: _images(judge, drawn, photos) for name, judge in judges.items()}
+    values = {"clip_t": _texts(clip, prompts, photos)} | {
+        name: _images(extractor, drawn, photos) for name, extractor in extractors.items()
+    }
     measures = {name: compared(found) for name, found in values.items()}
     order = sorted(prompts, key=lambda prompt: -measures[by][prompt].mean)
     return Ranked(order, by, measures, drawn, photos)
@@ -75,7 +77,7 @@ def _photos(cfg: DictConfig, family: Family) -> list[Photo]:
     return photos_of(entry for entry in collected.entries if not entry.spec.is_eval)
 
 
-def _judges(cfg: DictConfig, device: torch.device) -> tuple[Clip, dict[str, FeatureExtractor | MaskedDino]]:
+def _extractors(cfg: DictConfig, device: torch.device) -> tuple[Clip, dict[str, FeatureExtractor | MaskedDino]]:
     if not cfg.eval.clip_model:
         raise ConfigError(
             "eval.clip_model is null, but prompts are ranked by CLIP; set eval=paper, or a folder or hub id of a CLIP"
@@ -88,21 +90,21 @@ def _judges(cfg: DictConfig, device: torch.device) -> tuple[Clip, dict[str, Feat
 
 
 def _images(
-    judge: FeatureExtractor | MaskedDino, drawn: dict[str, list[Image.Image]], photos: Sequence[Photo]
+    extractor: FeatureExtractor | MaskedDino, drawn: dict[str, list[Image.Image]], photos: Sequence[Photo]
 ) -> dict[str, list[float]]:
-    """Of each picture, its mean cosine with the photos."""
-    ours = judge.embed_photos(photos)
-    return {prompt: (judge.embed(row) @ ours.T).mean(1).tolist() for prompt, row in drawn.items()}
+    """Each image's mean cosine with the photos."""
+    ours = extractor.embed_photos(photos)
+    return {prompt: (extractor.embed(row) @ ours.T).mean(1).tolist() for prompt, row in drawn.items()}
 
 
 def _texts(clip: Clip, prompts: Sequence[str], photos: Sequence[Photo]) -> dict[str, list[float]]:
-    """Of each photo, its cosine with the prompt."""
+    """Each photo's cosine with the prompt."""
     cosines = clip.embed_texts(prompts) @ clip.embed_photos(photos).T
     return dict(zip(prompts, cosines.tolist(), strict=True))
 
 
 def compared(values: dict[str, list[float]]) -> dict[str, Measure]:
-    """Means with intervals, and how far each is behind the best, pair by pair."""
+    """Means with intervals, and the paired differences from the best."""
     best = max(values.values(), key=fmean)
     made = {}
     for prompt, own in values.items():
@@ -112,7 +114,7 @@ def compared(values: dict[str, list[float]]) -> dict[str, Measure]:
 
 
 def write(ranked: Ranked, folder: Path) -> None:
-    """The tables, the sheet and the pictures; the table is printed too."""
+    """Write the tables, the sheet and the images; print the table."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(ranked.prompts):
         for k, picture in enumerate(ranked.pictures[prompt]):
@@ -136,7 +138,7 @@ def _csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> N
 
 
 def _rows(ranked: Ranked) -> list[sheet.Row]:
-    """The photos, then what was drawn for each prompt."""
+    """A sheet of the photos and each prompt's images."""
     own = ranked.measures[ranked.by]
     drawn = [
         sheet.Row(f"{i}. {prompt}: {ranked.by} {own[prompt].mean:.3f}", ranked.pictures[prompt])

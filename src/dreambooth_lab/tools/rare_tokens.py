@@ -1,11 +1,11 @@
-"""`python -m dreambooth_lab.tools.rare_tokens model=sdxl …`: words for a subject that a model knows little of.
+"""`python -m dreambooth_lab.tools.rare_tokens model=sdxl …`: rare words for a subject.
 
-Lists strings of a few letters that are one token to every text encoder, the rarest first. Three measures count alike: late in the
-vocabulary (which is in the order of frequency), far from all other embeddings, and how little the model's prediction changes
-when the word is put before the class word. Real words, names and code are left out, with their reason.
+Lists strings of a few letters that are one token for every text encoder, the rarest first. Three measures have equal weight: the
+position in the vocabulary (which is ordered by frequency), the distance to all other embeddings, and how little the prediction
+changes when the word is put before the class word. Real words, names and code are left out, with their reason.
 
-KEY=VALUE words are those of a training run; without them --tokenizer names a tokenizer alone, and no model is asked.
-`--audit "sks dog"` tells instead how many tokens words are, and draws what the model takes them for.
+KEY=VALUE arguments are those of a training run; without them --tokenizer sets a tokenizer, and no model is used.
+`--audit "sks dog"` instead counts the tokens of words, and generates images of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 app = cli.app(help=__doc__)
 TOYBOX = Path(__file__).parents[1] / "toybox" / "base"
 AUDIT_SHEET = Path("audit.png")
-SHOWN = 12  # of the words refused for one reason
+SHOWN = 12  # number of listed words per reason
 
 
 @app.command(help=__doc__)
@@ -36,12 +36,16 @@ def rare_tokens(
     overrides: Annotated[list[str] | None, typer.Argument(help="as for python -m dreambooth_lab", metavar="KEY=VALUE …")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Instead of a model: its folder or hub id; else the toybox.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
-    longest: Annotated[int, typer.Option(min=1, help="Letters of a word at most.")] = 4,
-    words: Annotated[Path | None, typer.Option(help="A text file of words to leave out, besides those known.")] = None,
-    class_word: Annotated[str | None, typer.Option(help="What the subject is; default: the class prompt's last word.")] = None,
-    drawn: Annotated[int | None, typer.Option(min=1, help="How many of the rarest the model is asked about; --count.")] = None,
+    longest: Annotated[int, typer.Option(min=1, help="Maximum letters of a word.")] = 4,
+    words: Annotated[Path | None, typer.Option(help="A text file of further words to leave out.")] = None,
+    class_word: Annotated[str | None, typer.Option(help="The subject's class; default: the class prompt's last word.")] = None,
+    drawn: Annotated[
+        int | None, typer.Option(min=1, help="How many of the rarest words are tested with the model; default: --count.")
+    ] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="A file for the whole list.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="A PNG of what the model draws for each; needs KEY=VALUE words.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="A PNG of the model's images for each word; needs KEY=VALUE arguments.")
+    ] = None,
     audit: Annotated[str | None, typer.Option(help="Words to count the tokens of, instead of a list.")] = None,
 ) -> None:
     _require(overrides, tokenizer, words, sheet)
@@ -67,32 +71,34 @@ def rare_tokens(
 
 def _require(overrides: list[str] | None, tokenizer: str | None, words: Path | None, sheet: Path | None) -> None:
     if words and not words.is_file():
-        raise ConfigError(f"--words is {str(words)!r}, which is no file; give a text file of words")
+        raise ConfigError(f"--words is {str(words)!r}, which is not a file; give a text file of words")
     if overrides and tokenizer:
-        raise ConfigError(f"--tokenizer is {tokenizer!r}, but KEY=VALUE words name a model, which has its own; leave one out")
+        raise ConfigError(
+            f"--tokenizer is {tokenizer!r}, but KEY=VALUE arguments set a model, which has its own; remove one of them"
+        )
     if sheet and not overrides:
-        raise ConfigError(f"--sheet is {str(sheet)!r}, but no model is named that could draw; add words such as model=sdxl")
+        raise ConfigError(f"--sheet is {str(sheet)!r}, but no model is set; add arguments such as model=sdxl")
 
 
 def _model(overrides: list[str], class_word: str | None, audit: str | None) -> BaseModelTest:
     from .common import training_config
     from .rare_words.base_model_test import BaseModelTest
 
-    said = (audit or "").split()
-    return BaseModelTest(training_config.compose_checked(overrides), class_word or (said[-1] if len(said) > 1 else None))
+    audited = (audit or "").split()
+    return BaseModelTest(training_config.compose_checked(overrides), class_word or (audited[-1] if len(audited) > 1 else None))
 
 
 class Found(NamedTuple):
     good: list[Candidate]  # the rarest first
     refused: dict[str, list[str]]  # reason → words
-    partly: dict[str, list[str]]  # reader, or several → words that are one token to these alone
+    partly: dict[str, list[str]]  # reader, or several → words that are one token only for these
 
     def print(self) -> None:
-        """Print what was left out."""
+        """Print the excluded words."""
         for reason, some in self.refused.items():
             print(f"left out, {reason}: {_some(some)}")
         for names, some in self.partly.items():
-            print(f"left out, one token to {names} only: {_some(some)}")
+            print(f"left out, one token for {names} only: {_some(some)}")
 
 
 def _some(words: list[str]) -> str:
@@ -101,7 +107,7 @@ def _some(words: list[str]) -> str:
 
 
 def find(readers: Sequence[Reader], longest: int, known: dict[str, str]) -> Found:
-    """Candidates by vocabulary and embeddings, and what is none."""
+    """Candidates by vocabulary and embeddings, and excluded words."""
     from .rare_words import vocabulary
     from .rare_words.dictionary import split
 
@@ -118,8 +124,8 @@ def show(words: Sequence[Candidate], total: int, readers: Sequence[Reader]) -> N
     from rich.console import Console
     from rich.table import Table
 
-    print(f"{total} candidates, one token each to {', '.join(reader.name for reader in readers)}")
-    table = Table("word", "place in the vocabulary", "isolation of the embedding", "movement of the answer")
+    print(f"{total} candidates, one token each for {', '.join(reader.name for reader in readers)}")
+    table = Table("word", "position in the vocabulary", "isolation of the embedding", "change of the prediction")
     for one in words:
         isolation = "no weights here" if one.isolation is None else f"{one.isolation:.3f}"
         table.add_row(one.word, f"{one.rank:.3f}", isolation, "not asked" if one.movement is None else f"{one.movement:.4f}")
@@ -127,7 +133,7 @@ def show(words: Sequence[Candidate], total: int, readers: Sequence[Reader]) -> N
 
 
 def write_csv(path: Path, words: Sequence[Candidate], readers: Sequence[Reader]) -> None:
-    """A row a word, with its token's number to each reader."""
+    """One row per word, with its token id for each reader."""
     from ..storage.durable import write_text
 
     names = [one.word for one in words]
@@ -141,7 +147,7 @@ def write_csv(path: Path, words: Sequence[Candidate], readers: Sequence[Reader])
 
 
 def show_audit(text: str, readers: Sequence[Reader], known: dict[str, str], asked: BaseModelTest | None) -> None:
-    """Print how many tokens each word is to each reader, and how far it moves the model's prediction."""
+    """Print how many tokens each word has for each reader, and how much it changes the model's prediction."""
     from rich.console import Console
     from rich.table import Table
 
@@ -151,7 +157,7 @@ def show_audit(text: str, readers: Sequence[Reader], known: dict[str, str], aske
     for word, movement in zip(words, moved, strict=True):
         tokens = [reader.pieces(word) for reader in readers]
         one = [reader.name for reader, own in zip(readers, tokens, strict=True) if len(own) == 1]
-        partly = f"one token to {', '.join(one)} only" if 0 < len(one) < len(readers) else ""
+        partly = f"one token for {', '.join(one)} only" if 0 < len(one) < len(readers) else ""
         also = "; ".join(filter(None, (known.get(word.lower(), ""), partly)))
         table.add_row(word, *(f"{len(own)}: {' '.join(own)}" for own in tokens), also, *([f"{movement:.4f}"] if asked else []))
     Console().print(table)

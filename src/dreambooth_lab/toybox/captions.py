@@ -17,14 +17,14 @@ NAMES = {who: name for name, who in NAMED.items()}
 
 def details(who: Individual, rng: np.random.Generator) -> str:
     """Its pattern or its feature, when it has one and someone would mention it."""
-    told = []
+    lines = []
     if who.pattern != "plain":
-        told.append(f"{who.second} {who.pattern}" if rng.random() < 0.7 else who.pattern)
+        lines.append(f"{who.second} {who.pattern}" if rng.random() < 0.7 else who.pattern)
     if who.feature:
-        told.append(FEATURES[who.kind])
-    if not told or rng.random() < 0.6:
+        lines.append(FEATURES[who.kind])
+    if not lines or rng.random() < 0.6:
         return ""
-    return f" with {told[rng.integers(len(told))]}"
+    return f" with {lines[rng.integers(len(lines))]}"
 
 
 def noun_phrase(who: Individual, rng: np.random.Generator, chance: float) -> str:

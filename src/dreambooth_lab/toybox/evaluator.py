@@ -64,8 +64,8 @@ class Evaluator(nn.Module):
     @torch.no_grad()
     def judge(self, images: Tensor) -> Verdict:
         answers = self(images)
-        told = {name: [HEADS[name][i] for i in answers[name].argmax(-1).tolist()] for name in Verdict._fields}
-        return Verdict(**told)
+        values = {name: [HEADS[name][i] for i in answers[name].argmax(-1).tolist()] for name in Verdict._fields}
+        return Verdict(**values)
 
     @torch.no_grad()
     def similarity(self, images: Tensor, references: Tensor) -> Tensor:

@@ -107,9 +107,9 @@ class Bank:
         }  # fmt: skip
         hidden = not (lacking and self.cfg.trainer.progress)
         for (item, numbers), absent in track(lacking.items(), "filling the target bank", hidden=hidden):
-            for number, answer in zip(numbers, self._predictions(item, numbers), strict=True):
+            for number, prediction in zip(numbers, self._predictions(item, numbers), strict=True):
                 if number in absent:
-                    self.targets.write(self.key(item, number), {"answer": answer})
+                    self.targets.write(self.key(item, number), {"answer": prediction})
         self.built = sum(map(len, lacking.values()))
 
     def _absent(self, item: Item, numbers: Sequence[int]) -> list[int]:

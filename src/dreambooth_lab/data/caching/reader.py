@@ -29,8 +29,8 @@ class CacheReader:
         self.family.release_encoders()
 
     def _text_key(self, caption: Caption) -> str:
-        said = ("unconditional",) if caption is None else ("text", caption)
-        return cache_key.key(*said, self.text_identity)
+        parts = ("unconditional",) if caption is None else ("text", caption)
+        return cache_key.key(*parts, self.text_identity)
 
     def text(self, caption: Caption) -> Text:
         """The base model's text embeddings of a caption, one row; the caption must be in the filled cache."""

@@ -44,7 +44,7 @@ def _of_text_file(picture: Picture, rule: Captions) -> tuple[str, ...]:
     if text is None:
         raise NoCaption(f"{beside} is missing; write it, or choose another caption strategy")
     lines = [text] if rule.whole_file else text.splitlines()
-    said = tuple(" ".join(line.split()) for line in lines if line.strip())
-    if not said:
+    caption_lines = tuple(" ".join(line.split()) for line in lines if line.strip())
+    if not caption_lines:
         raise NoCaption(f"{beside} is empty; write a caption in it")
-    return said
+    return caption_lines

@@ -113,13 +113,13 @@ class Collector:
             pairs = _share_shapes(pairs, sorted(taken)) if taken else pairs
         for picture, shape, among in pairs:
             try:
-                said = captions(picture, spec.captions)
+                image_captions = captions(picture, spec.captions)
             except NoCaption as error:
                 self.done.problems.append(f"{spec.id}: {picture.name}: {error}")
                 continue
             weight = (spec.repeats + 1) * spec.probability / among
             variants = _variants(spec, picture, shape)[: 1 if spec.is_eval else None]
-            self.done.entries.append(Entry(spec, picture, shape, variants, said, masks.get(picture.name), weight))
+            self.done.entries.append(Entry(spec, picture, shape, variants, image_captions, masks.get(picture.name), weight))
 
     def _masks(self, spec: DatasetSpec, scanned: ScanResult, pictures: list[Picture]) -> dict[str, Mask]:
         if spec.masks is None:

@@ -37,13 +37,13 @@ def notices(entries: list[Entry]) -> list[str]:
 
 
 def _enlarged(entries: list[Entry]) -> list[str]:
-    said = {}
+    values = {}
     for entry in entries:
         (height, width), (high, wide) = entry.picture.size, entry.variants[0].resized
         if (scale := max(high / height, wide / width)) > MUCH_ENLARGED:
             grows = f"{width}×{height} px is enlarged {scale:.3g} times, to {wide}×{high}"
-            said[entry.spec.id, entry.picture.name] = f"{entry.spec.id}: {entry.picture.name}: {grows}"
-    return list(said.values())
+            values[entry.spec.id, entry.picture.name] = f"{entry.spec.id}: {entry.picture.name}: {grows}"
+    return list(values.values())
 
 
 def _copies(entries: list[Entry]) -> list[str]:

@@ -22,7 +22,7 @@ from .entry import (
     Entry,
     columns_of,
     folder_of,
-    has_pictures,
+    has_images,
     has_table,
     is_class,
     kind_of,
@@ -61,7 +61,7 @@ def read(path: Path, cfg: DictConfig) -> DataPlan:
     if problems:
         listed = "\n".join(f"  - {text}" for text in dict.fromkeys(problems))
         raise ConfigError(f"{len(dict.fromkeys(problems))} problem(s) in the dataset file {str(path)!r}:\n{listed}")
-    specs = [_spec(entry, entries, cfg, path) for entry in entries if has_pictures(entry)]
+    specs = [_spec(entry, entries, cfg, path) for entry in entries if has_images(entry)]
     texts = _text_entries(entries)
     notices += idle_notices(named) + list(_text_notices(entries, texts))
     return DataPlan(specs, notices, texts[0].get("cache_dir") if texts else None)
@@ -151,7 +151,7 @@ def _text_notices(entries: list[Entry], texts: list[Entry]) -> Iterator[str]:
     for other in texts[1:]:
         yield f"entry {other['id']!r} is not used: all captions are cached in {texts[0]['id']!r}"
     for entry in entries:
-        if has_pictures(entry) and entry.get("text_embeds") not in (None, *(text["id"] for text in texts[:1])):
+        if has_images(entry) and entry.get("text_embeds") not in (None, *(text["id"] for text in texts[:1])):
             yield f"entry {entry['id']!r}: text_embeds has no effect here: all captions are cached in {texts[0]['id']!r}"
 
 

@@ -27,7 +27,7 @@ def strategy_of(entry: Entry) -> str:
     return text_of(entry, "caption_strategy", "filename")
 
 
-def has_pictures(entry: Entry) -> bool:
+def has_images(entry: Entry) -> bool:
     return kind_of(entry) in ("image", "eval")
 
 
@@ -73,5 +73,5 @@ def place_of(entry: Entry) -> str | None:
 
 def columns_of(entry: Entry) -> tuple[str, ...]:
     """The caption columns."""
-    said = entry.get("csv_caption_column") or options_of(entry).get("caption_column")
-    return tuple(said) if isinstance(said, list) else (said,) if said else ()
+    columns = entry.get("csv_caption_column") or options_of(entry).get("caption_column")
+    return tuple(columns) if isinstance(columns, list) else (columns,) if columns else ()

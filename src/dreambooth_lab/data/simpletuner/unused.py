@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .entry import COLUMN_STRATEGIES, Entry, folder_of, has_pictures, has_table, kind_of, place_of, strategy_of, type_of
+from .entry import COLUMN_STRATEGIES, Entry, folder_of, has_images, has_table, kind_of, place_of, strategy_of, type_of
 from .keys import KEYS, NESTED, Key, Use
 
 GEOMETRY = ("resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
@@ -36,12 +36,12 @@ def _kind(*kinds: str) -> Callable[[Entry], bool]:
 
 
 def _one_caption(entry: Entry) -> bool:
-    return has_pictures(entry) and (strategy_of(entry) == "instanceprompt" or entry.get("only_instance_prompt") is True)
+    return has_images(entry) and (strategy_of(entry) == "instanceprompt" or entry.get("only_instance_prompt") is True)
 
 
 def _no_prompt(entry: Entry) -> bool:
     asks = entry.get("prepend_instance_prompt") or entry.get("only_instance_prompt")
-    return has_pictures(entry) and strategy_of(entry) != "instanceprompt" and not asks
+    return has_images(entry) and strategy_of(entry) != "instanceprompt" and not asks
 
 
 def _only(kind: str, keys: tuple[str, ...]) -> Rule:
@@ -59,7 +59,7 @@ RULES = (
     Rule(("conditioning_type",), _kind("image", "eval", "text_embeds", "image_embeds"), "this entry contains no masks"),
     Rule(TRAINED, _kind("eval"), "eval images are never trained on"),
     Rule(("conditioning_data",), _kind("eval"), "the eval loss uses no masks"),
-    Rule(CUT, lambda e: has_pictures(e) and e.get("crop") is not True, "without crop=true an image keeps its own aspect"),
+    Rule(CUT, lambda e: has_images(e) and e.get("crop") is not True, "without crop=true an image keeps its own aspect"),
     Rule(
         ("crop_aspect_buckets",),
         lambda e: e.get("crop_aspect") not in ("closest", "random"),
@@ -85,15 +85,15 @@ RULES = (
 
 def unused_keys(entry: Entry) -> Iterator[tuple[str, str]]:
     """(key, why) for each; keys that are off or at their neutral value are skipped."""
-    told: set[str] = set()
+    message: set[str] = set()
     for key, known in _known(entry):
         if known.use is Use.idle:
             yield key, known.why
     for rule in RULES:
         if rule.holds(entry):
-            said = [key for key in rule.keys if entry.get(key) not in (None, False) and key not in told]
-            told.update(said)
-            yield from ((key, rule.why) for key in said)
+            lines = [key for key in rule.keys if entry.get(key) not in (None, False) and key not in message]
+            message.update(lines)
+            yield from ((key, rule.why) for key in lines)
 
 
 def _known(entry: Entry) -> Iterator[tuple[str, Key]]:

@@ -31,8 +31,10 @@ def head(data: bytes) -> Header:
     """
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
-        told = image.format != "PNG" or b"eXIf" in data or b"Raw profile type exif" in data  # else getexif decodes a whole PNG
-        turned = told and image.getexif().get(0x0112) in QUARTER_TURNS
+        has_orientation = (
+            image.format != "PNG" or b"eXIf" in data or b"Raw profile type exif" in data
+        )  # else getexif decodes a whole PNG
+        turned = has_orientation and image.getexif().get(0x0112) in QUARTER_TURNS
         size = (width, height) if turned else (height, width)
         return Header(size, digest(data), image.has_transparency_data, colour.profile_status(image))
 

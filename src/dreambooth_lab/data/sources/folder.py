@@ -24,11 +24,11 @@ class SkippedFiles:
 
     def notices(self, root: str) -> list[str]:
         """Notices about them; one line per kind."""
-        said = []
+        lines = []
         if self.hidden:
             names = ", ".join(sorted(self.hidden)[:10]) + (f" and {len(self.hidden) - 10} more" if len(self.hidden) > 10 else "")
-            said.append(f"hidden and system folders and files in {root!r} are skipped: {names}")
-        return said + [f"{name} in {root!r} is not used for images, since masks are read from it" for name in self.masks]
+            lines.append(f"hidden and system folders and files in {root!r} are skipped: {names}")
+        return lines + [f"{name} in {root!r} is not used for images, since masks are read from it" for name in self.masks]
 
 
 class Folder:

@@ -57,8 +57,8 @@ class Hub:
     def items(self) -> Iterator[Item]:
         captions = self.data.select_columns(list(self.where.caption_columns)) if self.where.caption_columns else None
         for i in range(len(self.data)):
-            said = captions[i] if captions is not None else {}
-            yield Item(f"row {i:07d}", f"{self.data._fingerprint}:{i}", _captions(self.where, said))
+            values = captions[i] if captions is not None else {}
+            yield Item(f"row {i:07d}", f"{self.data._fingerprint}:{i}", _captions(self.where, values))
 
     def read(self, name: str) -> bytes:
         return _bytes(self.data[int(name.removeprefix("row "))][self.where.image_column])

@@ -43,8 +43,8 @@ class ScanCache:
     def load(self, source: Source) -> dict[str, list[Any]]:
         try:
             head, _, body = self._path(source).read_bytes().partition(b"\n")
-            said = json.loads(head)
-            whole = said["version"] == VERSION and said["sum"] == hashlib.sha256(body).hexdigest()
+            header = json.loads(head)
+            whole = header["version"] == VERSION and header["sum"] == hashlib.sha256(body).hexdigest()
             return json.loads(body) if whole else {}
         except (OSError, ValueError, TypeError, KeyError):
             return {}

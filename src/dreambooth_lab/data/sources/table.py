@@ -53,8 +53,8 @@ class Table:
         return Item(name, local_stamp(stat), captions)
 
     def _captions(self, row: dict[str, Any]) -> tuple[str, ...]:
-        said = tuple(text for column in self.where.caption_columns for text in _texts(row[column]))
-        return said or (tuple(_texts(row[self.where.fallback_column])) if self.where.fallback_column else ())
+        texts = tuple(text for column in self.where.caption_columns for text in _texts(row[column]))
+        return texts or (tuple(_texts(row[self.where.fallback_column])) if self.where.fallback_column else ())
 
     def _local(self, name: str) -> Path:
         return (self.base / name.removeprefix("file://")).resolve()
@@ -84,8 +84,8 @@ class Table:
         for row in reader:
             if extra := row.get(None):
                 line, has = f"{str(self.path)!r}, line {reader.line_num}", len(row) - 1
-                said = f"{line}, has {has + len(extra)} cells for {has} columns (too many: {', '.join(extra)!r})"
-                raise ConfigError(f"{said}; put captions with commas in double quotes")
+                prefix = f"{line}, has {has + len(extra)} cells for {has} columns (too many: {', '.join(extra)!r})"
+                raise ConfigError(f"{prefix}; put captions with commas in double quotes")
             rows.append(row)
         return rows
 

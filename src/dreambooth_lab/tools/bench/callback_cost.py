@@ -4,7 +4,7 @@
 
 The words are those of a training run. Every kind trains the same steps, several rounds in turn, so that a busy machine slows
 them alike; steps on which pictures are drawn are left out. Kinds: webhooks to receivers of every temper, with previews, and the
-average of the weights. A receiver runs in a process of its own and counts what it took.
+average of the weights. A receiver runs in its own process and counts what it received.
 
     CPU     seconds of the whole process, sending included, a step; the median over rounds of the ratio to the plain run
     wall    the same by the clock
@@ -76,13 +76,13 @@ def hangs(handler: BaseHTTPRequestHandler, age: float) -> None:
 
 
 def closes(handler: BaseHTTPRequestHandler, age: float) -> None:
-    """In the middle of its answer's body."""
+    """Close the connection in the middle of the response's body."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
     handler.connection.close()
 
 
 def floods(handler: BaseHTTPRequestHandler, age: float) -> None:
-    """Ten megabytes of answer."""
+    """Respond with ten megabytes."""
     handler.send_response(200)
     handler.send_header("Content-Length", str(10_000_000))
     handler.end_headers()
@@ -129,7 +129,7 @@ def receive(temper: str, pipe: Any) -> None:
 
 @contextlib.contextmanager
 def receiver(temper: str) -> Iterator[tuple[str, Callable[[], int]]]:
-    """Its address, and what tells how many finished pictures it took."""
+    """Its address, and a function that returns how many finished images it received."""
     if TEMPERS[temper] is None:
         yield "http://127.0.0.1:1/", lambda: 0
         return
@@ -178,8 +178,8 @@ def main(words: list[str]) -> None:
         made.setdefault("average of the weights", []).append(train([*words, "ema.enabled=true", "ema.validation=none"]))
         for temper in TEMPERS:
             with receiver(temper) as (url, taken):
-                told = ["webhook=raw", f"webhook.receivers.raw.url={url}", "preview.enabled=true", "preview.every_n_steps=5"]
-                made.setdefault(f"receiver {temper}", []).append(train([*words, *told]))
+                lines = ["webhook=raw", f"webhook.receivers.raw.url={url}", "preview.enabled=true", "preview.every_n_steps=5"]
+                made.setdefault(f"receiver {temper}", []).append(train([*words, *lines]))
                 delivered.setdefault(f"receiver {temper}", []).append(taken())
     Console(width=130).print(table(made, delivered))
 

@@ -29,7 +29,7 @@ WARM = 2  # steps before any is timed
 
 
 class Measured(NamedTuple):
-    """What a step took; seconds are medians."""
+    """Measurements of a step; seconds are medians."""
 
     rows: int
     step: float  # seconds: the batch, both passes, the optimiser

@@ -26,7 +26,7 @@ from ..common.training_config import command, compose_checked
 
 ROUNDS, WARM = 5, 1
 STRIDES = (1, 4, 8)
-DEEP = 0.4  # t of every row: all strides fit above it
+DEEP = 0.4  # t of every row: there is room for all sampler steps above it
 
 
 class Kind:
@@ -53,18 +53,18 @@ class Kind:
 
     def _train(self, batch: Batch) -> None:
         if self.row_by_row:
-            self._walk_rows(batch)
-            batch = batch._replace(rollout_draws=torch.ones_like(batch.rollout_draws))  # the walk is done already
+            self._roll_out_rows(batch)
+            batch = batch._replace(rollout_draws=torch.ones_like(batch.rollout_draws))  # already rolled out
         self.module.training_step(batch, 0)["loss"].backward()
         self.module.zero_grad()
 
     def _deep(self, batch: Batch) -> Batch:
         """Every row walks the whole way."""
-        walk = torch.tensor([[0.0, 1 - 1e-9]], dtype=batch.rollout_draws.dtype).expand_as(batch.rollout_draws)
-        return batch._replace(rollout_draws=walk, u=torch.full_like(batch.u, DEEP))
+        draws = torch.tensor([[0.0, 1 - 1e-9]], dtype=batch.rollout_draws.dtype).expand_as(batch.rollout_draws)
+        return batch._replace(rollout_draws=draws, u=torch.full_like(batch.u, DEEP))
 
-    def _walk_rows(self, batch: Batch) -> None:
-        """The same walk, one row after the other."""
+    def _roll_out_rows(self, batch: Batch) -> None:
+        """The same rollout, one row after the other."""
         x0 = batch.latents()
         t = self.module.times(batch.u, x0.shape[2:])
         for i in range(len(t)):
@@ -87,11 +87,11 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 def kinds(words: list[str]) -> list[Kind]:
     rolled = ["prior=noise", "rollout.enabled=true", "rollout.ramp_steps=0", "rollout.probability=0.999"]
-    made = [Kind("plain: every row answers the noise", [*words, "prior=noise"])]
+    made = [Kind("plain: the noise is every row's target", [*words, "prior=noise"])]
     made += [Kind("teacher on the class rows", [*words, "prior=teacher"]), Kind("target bank", [*words, "prior=bank"])]
     for k in STRIDES:
-        made.append(Kind(f"{k} strides of all rows, batched", [*words, *rolled, f"rollout.max_step_offset={k}"]))
-        made.append(Kind(f"{k} strides, row by row", [*words, *rolled, f"rollout.max_step_offset={k}"], row_by_row=True))
+        made.append(Kind(f"{k} sampler steps of all rows, batched", [*words, *rolled, f"rollout.max_step_offset={k}"]))
+        made.append(Kind(f"{k} sampler steps, row by row", [*words, *rolled, f"rollout.max_step_offset={k}"], row_by_row=True))
     return made
 
 
@@ -103,9 +103,13 @@ def main(words: list[str]) -> None:
             if i < WARM:
                 kind.seconds.clear()
     cfg = chosen[0].module.cfg
-    said = f"batch {cfg.dataset.batch_size}, class share {cfg.prior.class_fraction:g}, {chosen[0].module.family.device}, "
+    message = f"batch {cfg.dataset.batch_size}, class share {cfg.prior.class_fraction:g}, {chosen[0].module.family.device}, "
     table = Table(
-        "step", "ratio to plain", "seconds", "FLOPs, ratio", title=said + Path(cfg.model.pretrained).name + f", {ROUNDS} rounds"
+        "step",
+        "ratio to plain",
+        "seconds",
+        "FLOPs, ratio",
+        title=message + Path(cfg.model.pretrained).name + f", {ROUNDS} rounds",
     )
     plain = chosen[0].flops()
     for kind in chosen:

@@ -1,4 +1,4 @@
-"""What the base model of a configuration draws for prompts, and how its answer changes from one prompt to another."""
+"""Images of a configuration's base model for prompts, and the change of its prediction between prompts."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def load(cfg: DictConfig) -> Family:
     """The model family of a configuration.
 
     Raises:
-        ConfigError: it draws no pictures from prompts alone.
+        ConfigError: it can't generate images from prompts only.
     """
     family = build_family(cfg)
     if family.needs_image:
         raise ConfigError(
-            f"model.pretrained is {cfg.model.pretrained!r}, which changes given pictures and draws none from prompts"
+            f"model.pretrained is {cfg.model.pretrained!r}, which is image-to-image and can't generate from prompts only"
         )
     return family
 
 
 def images(cfg: DictConfig, family: Family, prompts: Sequence[str], count: int | None = None) -> list[list[Image.Image]]:
-    """A row for each prompt, drawn as validation draws them: picture i of every prompt starts from the same noise.
+    """A row of images for each prompt, generated as in validation: image i of every prompt starts from the same noise.
 
     Args:
-        count: pictures of a prompt; None: validation.num_images.
+        count: images per prompt; None: validation.num_images.
     """
     asked, n = cfg.validation, count or cfg.validation.num_images
     if cfg.dataset.long_captions is enums.LongCaptions.chunk:
@@ -59,24 +59,24 @@ def images(cfg: DictConfig, family: Family, prompts: Sequence[str], count: int |
 
 @torch.no_grad()
 def movement(cfg: DictConfig, family: Family, before: str, prompts: Sequence[str], count: int = 2) -> Tensor:
-    """How far the model's prediction moves from one prompt to each of others: ‖D(x_t, p) - D(x_t, p_0)‖ / ‖D(x_t, p_0)‖, the mean
+    """How much the model's prediction changes from one prompt to others: ‖D(x_t, p) - D(x_t, p_0)‖ / ‖D(x_t, p_0)‖, the mean
     over fixed times and noises [prompts].
 
     Args:
-        before: p_0, whose pictures x_t are noised from.
-        count: pictures of p_0.
+        before: p_0; x_t are its noised images.
+        count: images of p_0.
     """
     latents = _latents(family, images(cfg, family, [before], count)[0])
     texts = _texts(family, [before, *prompts])
     family.release_encoders()
     size = Size((cfg.validation.resolution,) * 2, (0, 0), (cfg.validation.resolution,) * 2)
     shown = [ImageInfo(size, x0, 0, i, cfg.dataset.aesthetic_score) for i, x0 in enumerate(latents)]
-    answers = (
+    predictions = (
         _predictions(family, latents, family.cond(texts[i].repeat(count), shown))
-        for i in track(range(len(prompts) + 1), "asking the model", disable=not cfg.trainer.progress)
+        for i in track(range(len(prompts) + 1), "running the model", disable=not cfg.trainer.progress)
     )
-    first = next(answers)
-    moved = [((answer - first).norm(dim=-1) / first.norm(dim=-1)).mean() for answer in answers]
+    first = next(predictions)
+    moved = [((prediction - first).norm(dim=-1) / first.norm(dim=-1)).mean() for prediction in predictions]
     return torch.stack(moved).cpu() if moved else torch.zeros(0)
 
 
@@ -86,21 +86,21 @@ def _texts(family: Family, prompts: Sequence[str]) -> list[Text]:
 
 
 def _latents(family: Family, drawn: Sequence[Image.Image]) -> Tensor:
-    """The pictures' latents, the posterior's mean [N C h w], on the CPU."""
+    """The images' latents, the posterior's mean [N C h w], on the CPU."""
     arrays = np.stack([np.asarray(picture.convert("RGB")) for picture in drawn])
     pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
     return torch.cat([family.encode_image(one[None].to(family.device))[0].float().cpu() for one in pixels])
 
 
 def _predictions(family: Family, latents: Tensor, cond: Cond) -> Tensor:
-    """The denoiser's predictions at all times [T N D], under noise that is a function of the row and the time alone."""
+    """The denoiser's predictions at all times [T N D], with noise that is a function only of the row and the timestep."""
     device, (low, high) = family.device, family.times
-    told, found = cond.to(device), []
+    conditioning, found = cond.to(device), []
     n, *shape = latents.shape
     for k, share in enumerate(TIMES):
         noise = [draw.normal(0, k * n + i, Purpose.EVALUATION, tuple(shape)) for i in range(n)]
         x0, eps = latents.to(device), torch.stack(noise).to(device)
         t = shift(torch.full((n,), low + (high - low) * share, dtype=torch.float64), family.shift(*shape[1:]))
         x_t = family.path.noise(x0, eps, t.to(device))
-        found.append(family.denoise(x_t, t.to(device), told).float().flatten(1))
+        found.append(family.denoise(x_t, t.to(device), conditioning).float().flatten(1))
     return torch.stack(found)

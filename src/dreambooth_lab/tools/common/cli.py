@@ -1,7 +1,7 @@
-"""What the command-line tools share: spellings, errors, exit codes.
+"""Shared code of the command-line tools: option spelling, errors, exit codes.
 
-Options may be written with dashes or underscores. A tool ends with 0 when all went well, 1 when something was not found or is not
-whole, 2 when it was asked wrongly.
+Options may be written with dashes or underscores. A tool exits with 0 for success, 1 when something was not found or is not
+complete, 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...config import ConfigError
 
 
 def app(**options: Any) -> typer.Typer:
-    """An application of one command or several."""
+    """An application with one or several commands."""
     spelling = {"token_normalize_func": lambda word: word.replace("_", "-")}
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=spelling, **options)
 
@@ -28,7 +28,7 @@ def text(doc: str | None) -> str:
 
 
 def run(command: Callable[[], Any]) -> None:
-    """Call an application; what can't be done is one line and exit code 2."""
+    """Call an application; a ConfigError prints one line and gives exit code 2."""
     try:
         command()
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What the measuring tools measure: a training run's module and data, made as a run makes them."""
+"""A training run's module and data for the benchmarks, built as in a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...factory import attach, build_adapter, build_family, build_trainable_text
 
 
 def build_training(cfg: DictConfig) -> tuple[DreamBooth, DreamBoothData]:
-    """The module, about to train, and its data, encoded."""
+    """The module, ready to train, and its encoded data."""
     family = build_family(cfg)
     data = DreamBoothData(cfg, family)
     data.prepare()

@@ -1,4 +1,4 @@
-"""What the tools share whose words are those of a training run."""
+"""Shared code of the tools that take the arguments of a training run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import cli
 
 
 def compose_checked(words: list[str]) -> DictConfig:
-    """The config of the training run that these words start. Raises `ConfigError` with everything wrong in it."""
+    """The config of a training run with these arguments. Raises `ConfigError` with all problems."""
 
     def compose(more: Sequence[str] = ()) -> DictConfig:
         made: DictConfig = resolve_paths(lab.compose(*words, *more))
@@ -31,7 +31,7 @@ def compose_checked(words: list[str]) -> DictConfig:
 
 
 def command(main: Callable[[list[str]], None], doc: str | None, words: list[str] | None = None) -> None:
-    """The command line of a tool that takes such words alone.
+    """The command line of a tool that takes only such arguments.
 
     Args:
         words: None: the process's own.

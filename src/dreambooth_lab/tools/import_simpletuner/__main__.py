@@ -1,8 +1,8 @@
 """`python -m dreambooth_lab.tools.import_simpletuner config.json`: SimpleTuner's configuration as an experiment.
 
-Reads config.json, config.toml or config.env and writes imported/experiment/NAME.yaml beside it, then says how to run that, and
-what became of each option: mapped, without meaning here, or not supported. Ends with 1 if something is not supported or remains
-to be done, with 2 if this project can't train what is asked for; then nothing is written.
+Reads config.json, config.toml or config.env and writes imported/experiment/NAME.yaml beside it, then prints the command that runs
+it, and the result for each option: mapped, without effect here, or not supported. Exits with 1 if something is not supported or
+has to be set by hand, with 2 if this project does not support the training; then nothing is written.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .read import read
 from .translate import Kind, Mapped, experiment, translate
 
 GROUP = "experiment"  # the folder in which Hydra looks for experiments
-OWN = "imported"  # holds it alone: Hydra takes every folder beside it for a group of options, so cache/ for cache=…
-KEYS = ("cache", "runs", "name", "seed", "resume", "preflight")  # of a run, that are no groups
+OWN = "imported"  # contains nothing else: Hydra takes every sibling folder for a group of options, so cache/ for cache=…
+KEYS = ("cache", "runs", "name", "seed", "resume", "preflight")  # top-level keys of a run
 PACKAGE = Path(__file__).resolve().parents[2]
 
 application = cli.app()
@@ -35,10 +35,10 @@ application = cli.app()
 @application.command(help=__doc__)
 def main(
     config: Annotated[Path, typer.Argument(help="config.json, config.toml or config.env", show_default=False)],
-    multidatabackend: Annotated[Path | None, typer.Option(help="the dataset file, in place of data_backend_config")] = None,
-    lycoris_config: Annotated[Path | None, typer.Option(help="LyCORIS' file, in place of lycoris_config")] = None,
+    multidatabackend: Annotated[Path | None, typer.Option(help="the dataset file, instead of data_backend_config")] = None,
+    lycoris_config: Annotated[Path | None, typer.Option(help="LyCORIS' file, instead of lycoris_config")] = None,
     output: Annotated[Path | None, typer.Option(help="the file to write: FOLDER/experiment/NAME.yaml")] = None,
-    force: Annotated[bool, typer.Option(help="write over an existing file")] = False,
+    force: Annotated[bool, typer.Option(help="overwrite an existing file")] = False,
 ) -> None:
     options = read(config)
     if multidatabackend is not None:
@@ -46,21 +46,21 @@ def main(
     if lycoris_config is not None:
         options |= {"lora_type": "lycoris", "lycoris_config": _file(lycoris_config, "--lycoris_config")}
     target = _target(config, output, force)
-    said, became = translate(options, config.parent)
+    settings, became = translate(options, config.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, experiment(said, target.stem, config.name))
+    write_text(target, experiment(settings, target.stem, config.name))
     _show(became)
     print(f"written: {target}\nrun it:  {command(target)}")
     remaining = problems(target)
     if remaining:
-        print(f"still to be done: {remaining}")
+        print(f"still to be set by hand: {remaining}")
     if remaining or any(one.kind is Kind.left for one in became):
         raise typer.Exit(1)
 
 
 def _file(path: Path, option: str) -> str:
     if not path.expanduser().is_file():
-        raise ConfigError(f"{option} is {str(path)!r}, which is no file; give the JSON file")
+        raise ConfigError(f"{option} is {str(path)!r}, which is not a file; give the JSON file")
     return str(path.expanduser().resolve())
 
 
@@ -78,18 +78,22 @@ def _target(config: Path, output: Path | None, force: bool) -> Path:
         raise ConfigError(f"the experiment would be {str(target)!r}, inside the installed package; give another --output")
     if taken := [key for key in KEYS if (target.parents[1] / key).is_dir()]:
         beside = target.parents[1] / OWN / GROUP / target.name
-        raise ConfigError(f"--output is {str(output)!r}, beside a folder that Hydra takes for {taken[0]}=…; give {str(beside)!r}")
+        raise ConfigError(
+            f"--output is {str(output)!r}, beside a folder that Hydra would use for {taken[0]}=…; give {str(beside)!r}"
+        )
     if not target.stem.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"--output is {str(output)!r}, which names runs; only letters, digits, - and _ are allowed")
+        raise ConfigError(
+            f"--output is {str(output)!r}, which becomes the name of runs; only letters, digits, - and _ are allowed"
+        )
     if target.exists() and not force:
         raise ConfigError(
-            f"{str(target)!r} exists already; give --output FOLDER/experiment/NAME.yaml, or --force to write over it"
+            f"{str(target)!r} exists already; give --output FOLDER/experiment/NAME.yaml, or --force to overwrite it"
         )
     return target
 
 
 def _name(config: Path) -> str:
-    """The file's name, or its folder's where every file is called config."""
+    """The file's name, or its folder's if the file is called config."""
     folder = config.resolve().parent.name
     name = folder if config.name.split(".")[0] in ("config", "") and folder else config.stem
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
@@ -101,7 +105,7 @@ def command(target: Path) -> str:
 
 
 def problems(target: Path) -> str:
-    """What keeps a written experiment from running; "" if nothing does."""
+    """Problems of a written experiment; "" if there are none."""
     where = json.dumps(f"file://{target.parents[1]}", ensure_ascii=False)
     try:
         cfg = resolve_paths(lab.compose(f"experiment={target.stem}", f"hydra.searchpath=[{where}]"))

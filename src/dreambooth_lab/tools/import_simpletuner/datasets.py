@@ -19,9 +19,10 @@ def is_lycoris(options: Options) -> bool:
 
 
 def datasets(value: Any, _: Options) -> Settings:
-    """A dataset file runs as it is; regularisation sets are the base model's own predictions, as SimpleTuner has them."""
+    """A dataset file is used unchanged; the targets of regularisation sets are the base model's predictions, as in
+    SimpleTuner."""
     if value is None:
-        return {"/dataset": "simpletuner"}  # whose path is then missing, and said to be
+        return {"/dataset": "simpletuner"}  # its path is then missing, which is reported
     prior = {"/prior": "teacher"} if _has_classes(Path(str(value))) else {}
     return {"/dataset": "simpletuner", "dataset.path": str(value), **prior}
 
@@ -30,25 +31,25 @@ def _has_classes(path: Path) -> bool:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
-        return False  # reading the dataset file says what is wrong
+        return False  # reading the dataset file reports the error
     if not isinstance(entries, list):
         return False
     return any(is_class(entry) for entry in entries if isinstance(entry, dict) and not entry.get("disabled"))
 
 
 def lycoris(value: Any, options: Options) -> Settings:
-    """The file is taken as it is; its algorithm chooses the adapter."""
+    """The file is used unchanged; its algorithm determines the adapter."""
     if not is_lycoris(options):
         raise NoEffect("is read with lora_type=lycoris")
-    said: Settings = {"/adapter": "lokr", "adapter.preset": str(value)}
+    settings: Settings = {"/adapter": "lokr", "adapter.preset": str(value)}
     try:
         algorithm = str(read_lycoris_file(str(value)).get("algo", "lokr"))
     except ValueError:
-        return said  # the check of what was written says what is wrong
+        return settings  # the check of the written experiment reports the error
     if algorithm in NOT_LYCORIS:
         raise Refused(f"{value} has algo {algorithm!r}, which LyCORIS {NOT_LYCORIS[algorithm]}")
     if algorithm not in ON_LYCORIS:
         raise Refused(f"{value} has algo {algorithm!r}; LyCORIS has {', '.join(ON_LYCORIS)}")
     if algorithm in ADAPTERS:
-        return said | {"/adapter": ADAPTERS[algorithm]}
-    return said | {"adapter.algorithm": algorithm}
+        return settings | {"/adapter": ADAPTERS[algorithm]}
+    return settings | {"adapter.algorithm": algorithm}

@@ -1,6 +1,6 @@
-"""SimpleTuner's model families and flavours: which model of conf/ each is, or why it is refused.
+"""SimpleTuner's model families and flavours: the corresponding model of conf/, or why it is refused.
 
-SimpleTuner trains a flavour of its own choice where the file names none; so does what is written here.
+If a file names no flavour, SimpleTuner has a default one, which is used here too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ BUILT: dict[str, dict[str, Flavour]] = {
         "2.0": ("lumina2", "Alpha-VLLM/Lumina-Image-2.0"), "neta-lumina": ("lumina2", "terminusresearch/neta-lumina-v1"),
     },
 }  # fmt: skip
-EDITS = "edits a picture that is given with the prompt, which is not built"
+EDITS = "edits an input image, which is not supported"
 REFUSED = {  # flavours without a model here
     ("sd1x", "realvis"): "is an SDXL checkpoint under sd1x: use model_family sdxl with it as pretrained_model_name_or_path",
     ("flux", "kontext"): EDITS, ("flux", "libreflux"): "is trained with masked attention, which model=flux does not have",
@@ -85,7 +85,7 @@ UNBUILT = {
         "sanavideo", "wan", "wan_s2v",
     ),
     "makes sound": ("ace_step", "heartmula", "minimaxmusic"),
-    f"is an image family that is not built{GENERAL}": (
+    f"is an image family that is not supported{GENERAL}": (
         "anima", "auraflow", "boogu_image", "bria", "cosmos2image", "ernie", "hidream", "ideogram", "kandinsky5-image", "kolors",
         "krea2", "longcat_image", "mageflow", "omnigen", "pixart_sigma", "sana", "stable_cascade", "z_image_omni", "zlab_i1",
     ),
@@ -106,10 +106,8 @@ def of(options: Options) -> tuple[str, str, Flavour]:
     """
     family = OLD_NAMES.get(str(options["model_family"]), str(options["model_family"]))
     if family not in BUILT:
-        why = next(
-            (why for why, names in UNBUILT.items() if family in names), f"is no family of SimpleTuner's known here{GENERAL}"
-        )
-        raise Refused(f"model_family is {family!r}, which {why}; built are {built()}")
+        why = next((why for why, names in UNBUILT.items() if family in names), f"is not a known family of SimpleTuner{GENERAL}")
+        raise Refused(f"model_family is {family!r}, which {why}; supported are {built()}")
     flavours = BUILT[family]
     flavour = str(options.get("model_flavour") or _by_checkpoint(options, flavours) or next(iter(flavours)))
     if flavour not in flavours:
@@ -120,12 +118,12 @@ def of(options: Options) -> tuple[str, str, Flavour]:
 
 
 def is_assisted(options: Options) -> bool:
-    """Does SimpleTuner train this flavour over an assistant LoRA?"""
+    """Whether SimpleTuner trains this flavour over an assistant LoRA."""
     return of(options)[:2] in ASSISTED
 
 
 def is_flow(options: Options) -> bool:
-    """Does its time shift, which SimpleTuner leaves alone where the model is of noise, mean anything?"""
+    """Whether a time shift has an effect; SimpleTuner ignores it for noise-prediction models."""
     return of(options)[0] not in OF_NOISE
 
 
@@ -136,10 +134,10 @@ def _by_checkpoint(options: Options, flavours: dict[str, Flavour]) -> str | None
 
 def _family(_: Any, options: Options) -> Settings:
     model, checkpoint = of(options)[2]
-    said: Settings = {"/model": model}
+    settings: Settings = {"/model": model}
     if not options.get("pretrained_model_name_or_path") and checkpoint != _own(model):
-        said["model.pretrained"] = checkpoint
-    return said
+        settings["model.pretrained"] = checkpoint
+    return settings
 
 
 def _checkpoint(value: Any, options: Options) -> Settings:
@@ -158,7 +156,7 @@ def _checkpoint(value: Any, options: Options) -> Settings:
 def _assistant(value: Any, options: Options) -> Settings:
     if is_off(value) and is_assisted(options):
         raise Unsupported(
-            "SimpleTuner trains this flavour over an assistant LoRA, which is not built: it may lose its few-step quality"
+            "SimpleTuner trains this flavour over an assistant LoRA, which is not supported; it may lose its few-step quality"
         )
     raise NoEffect("there is no assistant LoRA here")
 

@@ -45,7 +45,7 @@ def _json(text: str, path: Path) -> Options:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{str(path)!r} is broken JSON at {where}: {error.msg}; correct that line") from error
+        raise ConfigError(f"{str(path)!r} is invalid JSON at {where}: {error.msg}; correct that line") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{str(path)!r} is not an object of options; a list of datasets is read by dataset=simpletuner")
     return data
@@ -55,12 +55,12 @@ def _toml(text: str, path: Path) -> Options:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{str(path)!r} is broken TOML: {error}; correct that line") from error
+        raise ConfigError(f"{str(path)!r} is invalid TOML: {error}; correct that line") from error
 
 
 def _env(text: str, path: Path) -> Options:
     """NAME=value lines, with `export`, quotes, comments and ${NAME} of earlier lines. Other shell text is an error."""
-    said: dict[str, str] = {}
+    values: dict[str, str] = {}
     for number, line in enumerate(text.replace("\\\n", " ").splitlines(), 1):
         stripped = line.strip()
         if not stripped or stripped.startswith("#"):
@@ -71,10 +71,10 @@ def _env(text: str, path: Path) -> Options:
                 f"{str(path)!r} has {stripped!r} at line {number}; only NAME=value lines are read, none is executed"
             )
         name, sign, written = found.groups()
-        value = VARIABLE.sub(lambda match: said.get(match[1] or match[2], match[0]), _unquoted(written, path, number))
-        said[name] = f"{said.get(name, '')} {value}".strip() if sign == "+=" else value
-    extra = _arguments(said.pop(EXTRA, ""))
-    return {ENV_NAMES.get(name, name.lower()): value for name, value in said.items() if value} | extra
+        value = VARIABLE.sub(lambda match: values.get(match[1] or match[2], match[0]), _unquoted(written, path, number))
+        values[name] = f"{values.get(name, '')} {value}".strip() if sign == "+=" else value
+    extra = _arguments(values.pop(EXTRA, ""))
+    return {ENV_NAMES.get(name, name.lower()): value for name, value in values.items() if value} | extra
 
 
 def _unquoted(written: str, path: Path, number: int) -> str:
@@ -86,12 +86,12 @@ def _unquoted(written: str, path: Path, number: int) -> str:
 
 def _arguments(text: str) -> dict[str, Any]:
     """--name=value, --name value and --name."""
-    said: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     name = ""
     for word in VARIABLE.sub("", text).split():
         if word.startswith("--"):
             name, sign, value = word.partition("=")
-            said[name] = value if sign else True
+            values[name] = value if sign else True
         elif name:
-            said[name] = word if said[name] is True else f"{said[name]} {word}"
-    return said
+            values[name] = word if values[name] is True else f"{values[name]} {word}"
+    return values

@@ -1,4 +1,4 @@
-"""From SimpleTuner's options to an experiment's text, and what became of each option."""
+"""From SimpleTuner's options to an experiment's text, and the result for each option."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FILES = ("data_backend_config", "lycoris_config", "user_prompt_library", "valida
 FILES_OR_IDS = ("init_lora", "pretrained_model_name_or_path")
 REQUIRED = {"model_family": f"add one of {built()}", "model_type": "add lora or full"}
 HIDDEN = ("token", "secret", "webhook", "password", "api_key", "aws_")  # values that are not shown
-UPWARD = 3  # folders above the configuration's in which a relative path is looked for
+UPWARD = 3  # parent folders of the configuration's in which a relative path is searched
 
 
 class Kind(Enum):
     mapped = "mapped"
-    idle = "no meaning here"
+    idle = "no effect here"
     left = "not supported"
 
 
@@ -39,19 +39,19 @@ class Mapped(NamedTuple):
 
 
 def translate(options: Options, beside: Path) -> tuple[Settings, list[Mapped]]:
-    """What the options say in this project's words, and what became of each.
+    """This project's settings for the options, and the result for each option.
 
     Args:
-        beside: the folder of the configuration, from which relative paths are looked for.
+        beside: the folder of the configuration, for relative paths.
 
     Raises:
-        ConfigError: this project can't train what is asked for.
+        ConfigError: this project does not support the training.
     """
     if missing := [name for name in REQUIRED if not options.get(name)]:
-        raise ConfigError("\n".join(f"{name} is not set, so it is unknown what to train; {REQUIRED[name]}" for name in missing))
+        raise ConfigError("\n".join(f"{name} is not set, but required; {REQUIRED[name]}" for name in missing))
     options = {name: _located(name, value, beside) for name, value in options.items()}
-    options = {"model_family": options["model_family"], **options}  # its refusal is told first
-    said: Settings = {}
+    options = {"model_family": options["model_family"], **options}  # its refusal comes first
+    settings: Settings = {}
     became: list[Mapped] = []
     refusals: list[str] = []
     for name, value in (options | _implied(options, beside)).items():
@@ -60,15 +60,15 @@ def translate(options: Options, beside: Path) -> tuple[Settings, list[Mapped]]:
         except Refused as reason:
             refusals.append(str(reason))
             continue
-        said |= mine
+        settings |= mine
         became.append(one)
     if refusals:
         raise ConfigError("this project can't train it:\n" + "\n".join(f"  - {text}" for text in dict.fromkeys(refusals)))
-    return said, became
+    return settings, became
 
 
 def _implied(options: Options, beside: Path) -> Options:
-    """What SimpleTuner takes where the file says nothing, and what must be told then."""
+    """SimpleTuner's defaults for missing options that need a notice."""
     implied: Options = {}
     if is_lycoris(options) and "lycoris_config" not in options:
         implied["lycoris_config"] = _located("lycoris_config", LYCORIS_DEFAULT, beside)
@@ -78,7 +78,7 @@ def _implied(options: Options, beside: Path) -> Options:
         if "disable_assistant_lora" not in options and is_assisted(options):
             implied["disable_assistant_lora"] = False
     except Refused:
-        pass  # model_family says why
+        pass  # the result of model_family has the reason
     return implied
 
 
@@ -87,8 +87,8 @@ def _one(name: str, value: Any, options: Options) -> tuple[Settings, Mapped]:
     option = OPTIONS.get(name) or other(name)
     if option is None:
         near = get_close_matches(name, OPTIONS, n=1)
-        hint = f"; the nearest known is {near[0]}" if near else ""
-        return {}, Mapped(name, shown, Kind.left, "", f"not known here{hint}")
+        hint = f"; the most similar known one is {near[0]}" if near else ""
+        return {}, Mapped(name, shown, Kind.left, "", f"unknown option{hint}")
     try:
         if "${" in str(value) or "{env:" in str(value):
             raise Unsupported("it reads another value or the environment; write the value itself")
@@ -108,8 +108,8 @@ def _word(value: Any) -> str:
 
 
 def _located(name: str, value: Any, beside: Path) -> Any:
-    """A relative path means the same as to SimpleTuner, from where the program runs; failing that, from beside the file;
-    of files also from a folder above it, as config/x.json is meant. What is no file here stays as it is."""
+    """Resolve a relative path like SimpleTuner, from the working directory; else from the configuration's folder;
+    for files also from a parent folder, for paths such as config/x.json. Other values are not changed."""
     if name not in (*FILES, *FILES_OR_IDS) or not str(value) or "://" in str(value):
         return value
     place = Path(str(value)).expanduser()
@@ -121,12 +121,12 @@ def _located(name: str, value: Any, beside: Path) -> Any:
     return str(found.resolve()) if found else value
 
 
-def experiment(said: Settings, name: str, origin: str) -> str:
+def experiment(settings: Settings, name: str, origin: str) -> str:
     """The text of an experiment file."""
     tree = OmegaConf.create({"name": name})
-    for key, value in said.items():
+    for key, value in settings.items():
         if not key.startswith("/"):
             OmegaConf.update(tree, key, value)
-    groups = "".join(f"  - override {key}: {value}\n" for key, value in said.items() if key.startswith("/"))
-    head = f"# @package _global_\n# Taken over from SimpleTuner's {origin} by tools.import_simpletuner.\n"
+    groups = "".join(f"  - override {key}: {value}\n" for key, value in settings.items() if key.startswith("/"))
+    head = f"# @package _global_\n# Imported from SimpleTuner's {origin} by tools.import_simpletuner.\n"
     return head + (f"defaults:\n{groups}\n" if groups else "") + OmegaConf.to_yaml(tree)

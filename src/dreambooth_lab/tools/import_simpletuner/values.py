@@ -1,4 +1,4 @@
-"""What an option's value becomes: converters, and the three ways in which an option is not taken over."""
+"""Converters of option values, and the three ways in which an option is not mapped."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ Options = dict[str, Any]  # the whole configuration
 
 
 class NoEffect(Exception):
-    """An option has no meaning here; the text says why."""
+    """An option has no effect here; the message says why."""
 
 
 class Unsupported(Exception):
-    """An option asks for something that is not built; the text says what, and what to do instead."""
+    """An option is not supported; the message says what to do instead."""
 
 
 class Refused(Exception):
-    """An option makes the run another one than this project can train, so nothing is written."""
+    """An option requires training that this project does not support, so nothing is written."""
 
 
 class Option(NamedTuple):
@@ -34,7 +34,7 @@ def number(value: Any) -> float | int:
     try:
         made = float(value)
     except (TypeError, ValueError) as error:
-        raise Unsupported(f"{value!r} is no number") from error
+        raise Unsupported(f"{value!r} is not a number") from error
     return int(made) if made.is_integer() and "e" not in str(value).lower() and "." not in str(value) else made
 
 
@@ -48,7 +48,7 @@ def edge(value: Any) -> float | int:
     """1024, "1024x1024", or the first of "1024x1024,1280x768"."""
     sides = str(value).lower().split(",")[0].strip().split("x")
     if len(set(sides)) > 1:
-        raise Unsupported(f"{value!r}: validation pictures are square; set validation.resolution")
+        raise Unsupported(f"{value!r}: validation images are square; set validation.resolution")
     return number(sides[0])
 
 
@@ -59,7 +59,7 @@ def to(key: str, convert: Callable[[Any], Any] = lambda value: value, note: str 
 def choice(key: str, names: dict[str, Any], note: str = "") -> Option:
     def say(value: Any, _: Options) -> Settings:
         if str(value) not in names:
-            raise Unsupported(f"{value!r} is not built; there are {', '.join(names)}")
+            raise Unsupported(f"{value!r} is not supported; supported are {', '.join(names)}")
         return {key: names[str(value)]}
 
     return Option(say, note)
@@ -76,7 +76,7 @@ def unbuilt(why: str) -> Option:
     """Not supported, unless it is off."""
 
     def say(value: Any, _: Options) -> Settings:
-        raise NoEffect("off, and not built here") if is_off(value) else Unsupported(why)
+        raise NoEffect("off, and not supported here") if is_off(value) else Unsupported(why)
 
     return Option(say)
 
@@ -85,6 +85,6 @@ def refused(why: str) -> Option:
     """Refuses the whole configuration, unless it is off."""
 
     def say(value: Any, _: Options) -> Settings:
-        raise NoEffect("off, and not built here") if is_off(value) else Refused(why)
+        raise NoEffect("off, and not supported here") if is_off(value) else Refused(why)
 
     return Option(say)

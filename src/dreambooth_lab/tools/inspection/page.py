@@ -1,4 +1,4 @@
-"""The page of `tools.look`: one HTML file with its pictures in it."""
+"""The page of `tools.look`: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .photos import ANALYSIS_SIZE, BLURRED, Crop, InspectedPhoto
 if TYPE_CHECKING:
     from ..look import DatasetInspection, Inspection
 
-Tokens = dict[str, dict[str, int]]  # caption → text encoder → how many it is there
+Tokens = dict[str, dict[str, int]]  # caption → text encoder → number of tokens
 SHOWN = 320  # px: a picture's longest side on the page
 STYLE = """article{border-top:1px solid #8885;padding:1em 0}
 figure{display:inline-block;margin:0 1em .5em 0;vertical-align:top;max-width:100%}"""
 
 
-def page(told: Inspection, overrides: list[str]) -> str:
+def page(inspected: Inspection, overrides: list[str]) -> str:
     """The whole page."""
     command = shlex.join(["python", "-m", "dreambooth_lab", *overrides])
     body = [f"<p><code>{escape(command)}</code></p>"]
-    body += [_list(told.problems, "bad"), _list(told.notices, "odd")]
-    body += [_dataset(one, told.tokens) for one in told.datasets]
+    body += [_list(inspected.problems, "bad"), _list(inspected.notices, "odd")]
+    body += [_dataset(one, inspected.tokens) for one in inspected.datasets]
     body.append(
         f"<p><small>Blurred: the variance of the Laplacian of the brightness, at a longest side of {ANALYSIS_SIZE} px, is "
-        f"under {BLURRED:g}. Under a mask, what is coloured counts less; a square is a cell of the latent grid.</small></p>"
+        f"under {BLURRED:g}. In masked images, tinted areas have less weight; a square is a cell of the latent grid.</small></p>"
     )
-    return document("What training will see", "".join(body), STYLE)
+    return document("Training data", "".join(body), STYLE)
 
 
 def _list(lines: Iterable[str], kind: str) -> str:
@@ -50,22 +50,22 @@ def _dataset(one: DatasetInspection, tokens: Tokens) -> str:
 def _photo(seen: InspectedPhoto, tokens: Tokens) -> str:
     height, width = seen.picture.size
     facts = f"<h3>{escape(seen.picture.name)}</h3>{_list(seen.problems, 'bad')}{_list(seen.remarks, 'odd')}"
-    said = "".join(f"<br>“{escape(caption)}” <small>{_counts(tokens[caption])}</small>" for caption in seen.captions)
+    prefix = "".join(f"<br>“{escape(caption)}” <small>{_counts(tokens[caption])}</small>" for caption in seen.captions)
     whole = _figure(seen.image, f"{width}×{height} px, sharpness {seen.sharpness:.0f}")
-    return f"<article>{facts}<p>captions:{said}</p>{whole}{''.join(_crop(crop) for crop in seen.crops)}</article>"
+    return f"<article>{facts}<p>captions:{prefix}</p>{whole}{''.join(_crop(crop) for crop in seen.crops)}</article>"
 
 
 def _counts(counts: dict[str, int]) -> str:
-    parts = (f"{number} to {part}" for part, number in counts.items())
+    parts = (f"{number} for {part}" for part, number in counts.items())
     return f"tokens: {', '.join(parts)}"
 
 
 def _crop(crop: Crop) -> str:
-    text = f"{crop.entry.spec.id}: {crop.image.width}×{crop.image.height}, {notices.cropped_share(crop.entry):.0%} cut away"
+    text = f"{crop.entry.spec.id}: {crop.image.width}×{crop.image.height}, {notices.cropped_share(crop.entry):.0%} cropped away"
     text += ", mirrored" if crop.mirrored else ""
     if crop.mask is None:
         return _figure(crop.image, text)
-    return _figure(crop.image, text) + _figure(sheet.overlay(crop.image, crop.mask), f"{text}, under its mask")
+    return _figure(crop.image, text) + _figure(sheet.overlay(crop.image, crop.mask), f"{text}, with its mask")
 
 
 def _figure(image: Image.Image, text: str) -> str:

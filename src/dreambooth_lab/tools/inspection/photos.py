@@ -1,4 +1,4 @@
-"""What training will see of each photo: crops and masks, made by the code that makes the encoded ones; and what is odd."""
+"""The training data of each photo: crops and masks, made by the same code as the encoded ones, and remarks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...data.sources.base import Picture
 from ...data.sources.colour import CONVERTED
 from ...data.sources.decode import UNREADABLE
 
-BLURRED = 25.0  # variance of the Laplacian, of levels of 255, under which a photo is called blurred …
+BLURRED = 25.0  # variance of the Laplacian, of levels of 255, below which a photo is reported as blurred …
 ANALYSIS_SIZE = 512  # … when its longest side is at most so many px
 ALIKE = 0.1  # share of the bits of their hashes in which near-duplicates may differ
 HASH = 16  # the hash has HASH² bits
@@ -32,18 +32,18 @@ class Crop(NamedTuple):
     entry: Entry
     mirrored: bool
     image: Image.Image  # RGB
-    mask: Image.Image | None  # L, a square of equal pixels for each latent cell: the loss' weights before its settings
+    mask: Image.Image | None  # L, a square of equal pixels for each latent cell: the mask as the loss gets it
 
 
 class InspectedPhoto(NamedTuple):
-    """One photo of one place."""
+    """One photo of a dataset."""
 
     picture: Picture
     image: Image.Image  # whole, upright, in sRGB
     crops: list[Crop]
     sharpness: float  # variance of the Laplacian
     hash: NDArray[np.bool_]
-    problems: list[str]  # what keeps it from being trained on
+    problems: list[str]  # why it can't be trained on
 
     @property
     def captions(self) -> list[str]:
@@ -52,25 +52,27 @@ class InspectedPhoto(NamedTuple):
 
     @property
     def remarks(self) -> list[str]:
-        """What a person may want to know of it."""
-        said = ["colours converted from its ICC profile to sRGB"] if self.picture.colours == CONVERTED else []
+        """Remarks about the photo."""
+        lines = ["colours converted from its ICC profile to sRGB"] if self.picture.colours == CONVERTED else []
         if self.picture.colours not in ("", CONVERTED):
-            said.append(f"colours kept as they are: its ICC profile is {self.picture.colours}")
+            lines.append(f"colours not converted: its ICC profile is {self.picture.colours}")
         if self.sharpness < BLURRED:
-            said.append(f"blurred? variance of the Laplacian {self.sharpness:.3g} < {BLURRED:g}")
-        return said + list(dict.fromkeys(line for crop in self.crops for line in of_crop(crop.entry)))
+            lines.append(f"blurred? variance of the Laplacian {self.sharpness:.3g} < {BLURRED:g}")
+        return lines + list(dict.fromkeys(line for crop in self.crops for line in of_crop(crop.entry)))
 
 
 def of_crop(entry: Entry) -> list[str]:
-    """What a crop loses, and how much it grows, where that is much."""
+    """Remarks about a large cropped-away area or a large enlargement."""
     (height, width), (high, wide) = entry.picture.size, entry.variants[0].resized
     grows, lost = max(high / height, wide / width), notices.cropped_share(entry)
-    said = [f"small: grows {grows:.3g} times for {entry.shape[1]}×{entry.shape[0]}"] if grows > notices.MUCH_ENLARGED else []
-    return said + ([f"{lost:.0%} is cut away for {entry.shape[1]}×{entry.shape[0]}"] if lost > notices.MUCH_CROPPED else [])
+    lines = [f"small: enlarged {grows:.3g} times for {entry.shape[1]}×{entry.shape[0]}"] if grows > notices.MUCH_ENLARGED else []
+    return lines + (
+        [f"{lost:.0%} is removed by the crop to {entry.shape[1]}×{entry.shape[0]}"] if lost > notices.MUCH_CROPPED else []
+    )
 
 
 def inspect(entries: Iterable[Entry], factor: int) -> Iterator[InspectedPhoto | tuple[Picture, str]]:
-    """Each photo once, with all its crops, in the entries' order; or why it can't be seen.
+    """Each photo once, with all its crops, in the entries' order; or why it can't be shown.
 
     Args:
         factor: pixels per latent cell.
@@ -99,7 +101,7 @@ def _inspected(picture: Picture, pixels: Tensor, entries: list[Entry], factor: i
         for variant in entry.variants:
             grid = None if whole is None else mask.to_grid(whole, variant, factor)
             if grid is not None and not grid.any():
-                problems.append(f"a {entry.shape[1]}×{entry.shape[0]} crop sees nothing of its mask, and is left out")
+                problems.append(f"a {entry.shape[1]}×{entry.shape[0]} crop is outside of its mask, and is not used")
             cells = None if grid is None else _cells(grid, factor)
             crops.append(Crop(entry, variant.mirror, to_image(geometry.apply(variant, pixels)), cells))
     return InspectedPhoto(picture, image, crops, sharpness(image), fingerprint(image), list(dict.fromkeys(problems)))
@@ -132,12 +134,12 @@ def fingerprint(image: Image.Image) -> NDArray[np.bool_]:
 
 
 def duplicates(seen: list[InspectedPhoto]) -> list[str]:
-    """Photos that are the same bytes, or look alike, each pair named."""
-    said = []
+    """Duplicate or similar photos, each pair named."""
+    lines = []
     for one, other in combinations(seen, 2):
         names = f"{one.picture.name} and {other.picture.name}"
         if one.picture.digest == other.picture.digest:
-            said.append(f"{names} are copies: the same bytes")
+            lines.append(f"{names} are duplicates: equal bytes")
         elif (apart := float(np.mean(one.hash != other.hash))) <= ALIKE:
-            said.append(f"{names} are nearly the same: {apart:.0%} of their hashes' bits differ")
-    return said
+            lines.append(f"{names} are near-duplicates: {apart:.0%} of their hashes' bits differ")
+    return lines

@@ -1,4 +1,4 @@
-"""How photos are searched for what a mask should show: the methods of `tools.masks`."""
+"""The methods of `tools.masks` for finding the subject in photos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...config import ConfigError
 from ...data.sources import decode
 from .grabcut import Found, Rect, grabcut
 
-Finder = Callable[[bytes, Image.Image], Found]  # a photo's file and the photo, upright → how sure
+Finder = Callable[[bytes, Image.Image], Found]  # a photo's file and the photo, upright → confidence
 
 
 class Method(StrEnum):
@@ -25,25 +25,25 @@ class Method(StrEnum):
 
 
 class NoMask(Exception):
-    """A photo gets no mask; the text says why."""
+    """A photo gets no mask; the message says why."""
 
 
 def finder(method: Method, text: str | None, model: str | None, rect: str | None) -> Finder:
-    """How photos are searched.
+    """The function that finds the subject in a photo.
 
     Raises:
-        ConfigError: the method lacks an option, or has one that it can't read.
+        ConfigError: the method lacks an option, or does not use a given one.
     """
     if rect is not None and method is not Method.grabcut:
-        raise ConfigError(f"--rect is {rect!r}, which --method={method} does not read; leave it out, or use --method=grabcut")
+        raise ConfigError(f"--rect is {rect!r}, which --method={method} does not use; remove it, or use --method=grabcut")
     if model is not None and method not in (Method.text, Method.rembg):
-        raise ConfigError(f"--model is {model!r}, which --method={method} does not read; add --text_input and --method=text")
+        raise ConfigError(f"--model is {model!r}, which --method={method} does not use; add --text_input and --method=text")
     if method is Method.text:
         return _by_text(text, model)
     if method is Method.rembg:
         return _rembg(model)
     if text is not None:
-        print(f"--text_input={text!r} is not read by {method}; to search by words, add --model=CIDAS/clipseg-rd64-refined")
+        print(f"--text_input={text!r} is not used by {method}; to search by text, add --model=CIDAS/clipseg-rd64-refined")
     if method is Method.alpha:
         return _alpha
     shares = _shares(rect) if rect is not None else None
@@ -62,7 +62,7 @@ def _by_text(text: str | None, model: str | None) -> Finder:
 
 
 def _rembg(model: str | None) -> Finder:
-    """A network of U²-Net's kind, by rembg, which reads one from a local file in the folder that it calls its home."""
+    """A U²-Net-like network, run by rembg, which reads it from a local file in its home folder."""
     path = Path(model).expanduser().resolve() if model else None
     if path is None or path.suffix != ".onnx" or not path.is_file():
         raise ConfigError(f"--method is rembg, but --model is {model!r}; give an .onnx file, such as rembg's u2net.onnx")
@@ -77,7 +77,7 @@ def _rembg(model: str | None) -> Finder:
 
 def _alpha(data: bytes, photo: Image.Image) -> Found:
     if not decode.head(data).alpha:
-        raise NoMask("has no transparency; give it some, or use another --method")
+        raise NoMask("has no transparency; add an alpha channel, or use another --method")
     found: Found = decode.decode_mask(data, alpha=True)[0].numpy().astype(np.float32) / np.float32(255)
     return found
 

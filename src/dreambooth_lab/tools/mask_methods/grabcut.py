@@ -1,4 +1,4 @@
-"""How masks are found without a network, and what is done to them: GrabCut, holes, pieces, borders. OpenCV does the work."""
+"""Masks without a network (GrabCut) and their post-processing (holes, components, borders), with OpenCV."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from ...config import ConfigError
 
 Pixels = NDArray[np.uint8]  # [H W 3] in sRGB
-Found = NDArray[np.float32]  # [H W]: how surely each pixel is the subject's, in [0, 1]
+Found = NDArray[np.float32]  # [H W]: confidence that a pixel belongs to the subject, in [0, 1]
 Rect = tuple[int, int, int, int]  # left, top, width, height, in pixels
 
-WORKING = 384  # px: longer sides are shrunk for GrabCut, whose time grows with the area
+WORKING = 384  # px: longer sides are downscaled for GrabCut, whose time grows with the area
 ROUNDS = 4  # of GrabCut
-EDGE = 0.04  # share of a side along the border that is taken for background
+EDGE = 0.04  # share of a side along the border that is assumed to be background
 CORE = 0.25  # half axes of the ellipse that GrabCut starts from, as shares of the sides
 
 
@@ -33,9 +33,10 @@ def opencv() -> Any:
 
 
 def grabcut(pixels: Pixels, rect: Rect | None = None) -> Found:
-    """GrabCut (Rother et al. 2004): the share of three starts that call a pixel the subject's; of one with a rectangle given.
+    """GrabCut (Rother et al. 2004): the share of three starting regions with which a pixel is foreground; of one with a given
+    rectangle.
 
-    The starts are a rectangle just inside the border, an ellipse in the middle, and what is central and unlike the border.
+    The regions are a rectangle just inside the border, an ellipse in the middle, and central pixels unlike the border.
     """
     cv2 = opencv()
     height, width = pixels.shape[:2]
@@ -85,7 +86,7 @@ def _starts(pixels: Pixels) -> list[Pixels]:
 
 
 def _unlike_border(pixels: Pixels, middle: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """What lies in the middle and is far in Lab from the colours along the border, split by Otsu's threshold."""
+    """Central pixels whose Lab colour is far from the border's colours, by Otsu's threshold."""
     cv2 = opencv()
     lab = cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB).astype(np.float32)
     width = max(round(min(lab.shape[:2]) * EDGE), 2)
@@ -102,18 +103,18 @@ def _unlike_border(pixels: Pixels, middle: NDArray[np.float64]) -> NDArray[np.bo
 
 
 class Finish(NamedTuple):
-    """What is done to what was found, in this order."""
+    """The post-processing steps, in this order."""
 
-    threshold: float = 0.5  # how sure is sure enough
-    soft: bool = False  # keep how sure the method is, where it is sure enough, as grey
+    threshold: float = 0.5  # minimum confidence
+    soft: bool = False  # keep the confidence above the threshold as grey levels
     largest_only: bool = False
     fill_holes: bool = False
     padding: int = 0  # px by which the subject grows
     invert: bool = False
-    blur: int = 0  # px beyond which no border is felt
+    blur: int = 0  # px over which borders are blurred
 
     def of(self, found: Found) -> Pixels | None:
-        """The mask [H W], 255 where the loss looks; None if nothing was found."""
+        """The mask [H W], 255 inside; None if nothing was found."""
         sure = found >= self.threshold
         if not sure.any():
             return None
@@ -132,13 +133,13 @@ class Finish(NamedTuple):
 
 
 def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Of pieces that touch, by sides or corners, the largest."""
+    """The largest connected component (8-connectivity)."""
     _, labels, facts, _ = opencv().connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     return labels == 1 + facts[1:, opencv().CC_STAT_AREA].argmax()
 
 
 def _holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Background from which no way leads to the border."""
+    """Background that is not connected to the border."""
     around = np.pad(~mask, 1, constant_values=True).astype(np.uint8)
     _, labels = opencv().connectedComponents(around, connectivity=4)
     return (labels != labels[0, 0])[1:-1, 1:-1] & ~mask

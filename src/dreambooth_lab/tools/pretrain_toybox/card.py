@@ -52,8 +52,8 @@ def minutes(path: Path) -> str:
     """Of each stage, repeats and resumed parts added up, in the order of the file; those under half a minute are left out."""
     spent: dict[str, float] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
-        told = json.loads(line)
-        spent[told["stage"]] = spent.get(told["stage"], 0) + told["wall_s"] / 60
+        record = json.loads(line)
+        spent[record["stage"]] = spent.get(record["stage"], 0) + record["wall_s"] / 60
     return ", ".join(f"{stage} {m:.0f}" for stage, m in spent.items() if m >= 0.5)
 
 
@@ -69,13 +69,13 @@ def card(cfg: Any) -> str:
         "scorer": "Scorer, zero-shot over all 288 prompts, accuracy on held-out scenes",
         "dino": "DINO's stand-in, the nearest of 127 pictures shows the same individual",
     }
-    for name, told in told_of.items():
+    for name, text in told_of.items():
         numbers = read(out / name / "accuracies.json")
         if numbers:
-            lines.append(f"- {told}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
+            lines.append(f"- {text}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
     judged = read(out / "judge/judge.json")
     if judged:
-        told = ", ".join(f"{k} {v}" for k, v in judged.items() if k in ("class", "colour", "background"))
-        lines.append(f"- {judged['prompts']} prompts, judged by the evaluator (`stage=judge`): {told}")
+        text = ", ".join(f"{k} {v}" for k, v in judged.items() if k in ("class", "colour", "background"))
+        lines.append(f"- {judged['prompts']} prompts, judged by the evaluator (`stage=judge`): {text}")
     lines.append(f"- Minutes of the stages on {cfg.threads} threads: {minutes(out / 'times.jsonl')}")
     return TEXT.format(numbers="\n".join(lines))

@@ -52,8 +52,8 @@ def soften(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 def batch_of(scenes: list[Scene], size: Size) -> Pairs:
     images = torch.stack([to_tensor(np.asarray(render(s, size).image)) for s in scenes])
-    told = [labels(s) for s in scenes]
-    return Pairs(images, {name: torch.tensor([t[name] for t in told]) for name in HEADS})
+    lines = [labels(s) for s in scenes]
+    return Pairs(images, {name: torch.tensor([t[name] for t in lines]) for name in HEADS})
 
 
 def draw_batch(step: int, cfg: Any, seed: int) -> Pairs:
@@ -85,9 +85,9 @@ class EvaluatorStage(Stage):
     def loss(self, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         net = self.nets["evaluator"]
         answers = net(batch.images)
-        told = torch.stack([F.cross_entropy(answers[k].float(), y, ignore_index=-1) for k, y in batch.labels.items()]).sum()
+        label_loss = torch.stack([F.cross_entropy(answers[k].float(), y, ignore_index=-1) for k, y in batch.labels.items()]).sum()
         identity = same_individual(net.features(batch.images).float())
-        return told + identity, {"told": told.detach(), "identity": identity.detach()}
+        return label_loss + identity, {"told": label_loss.detach(), "identity": identity.detach()}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dreambooth_lab.tools.pretrain_toybox.runner import fit
-from dreambooth_lab.tools.pretrain_toybox.vae import VaeBatch, VaeStage, draw_batch, picture_loss, show
+from dreambooth_lab.tools.pretrain_toybox.vae import VaeBatch, VaeStage, draw_batch, image_loss, show
 
 
 class PolishStage(VaeStage):
@@ -22,7 +22,7 @@ class PolishStage(VaeStage):
             z = vae.encode(x).latent_dist.mean.float()
         random = torch.Generator().manual_seed(batch.seed)
         y = vae.decode(z + batch.noise * z.std() * torch.randn(z.shape, generator=random)).sample.float()
-        loss = picture_loss(y, x, batch.mask)
+        loss = image_loss(y, x, batch.mask)
         return loss, {"loss": loss.detach(), "mse": (y - x).square().mean().detach()}
 
 

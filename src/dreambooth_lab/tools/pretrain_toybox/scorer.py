@@ -44,10 +44,10 @@ def said(s: Scene, text: str) -> dict[str, bool]:
 
 
 def fitting(scenes: list[Scene], texts: list[str]) -> Tensor:
-    told, mentioned = [labels(s) for s in scenes], [said(s, t) for s, t in zip(scenes, texts, strict=True)]
+    lines, mentioned = [labels(s) for s in scenes], [said(s, t) for s, t in zip(scenes, texts, strict=True)]
     fits = torch.ones(len(scenes), len(texts), dtype=torch.bool)
     for name in TOLD:
-        is_, says = torch.tensor([t[name] for t in told]), torch.tensor([m[name] for m in mentioned])
+        is_, says = torch.tensor([t[name] for t in lines]), torch.tensor([m[name] for m in mentioned])
         fits &= (is_[:, None] == is_[None]) | ~says[None]
     return fits | torch.eye(len(scenes), dtype=torch.bool)
 
@@ -106,8 +106,10 @@ class ScorerStage(Stage):
         scores, fits = out.logits_per_image.float(), batch.fits.float()
         contrast = matching(scores, fits) + matching(scores.T, fits.T)
         seen = out.vision_model_output.pooler_output  # [B width], projected
-        told = torch.stack([F.cross_entropy(heads[k](seen).float(), y, ignore_index=-1) for k, y in batch.labels.items()]).sum()
-        return contrast + told, {"contrast": contrast.detach(), "told": told.detach()}
+        label_loss = torch.stack(
+            [F.cross_entropy(heads[k](seen).float(), y, ignore_index=-1) for k, y in batch.labels.items()]
+        ).sum()
+        return contrast + label_loss, {"contrast": contrast.detach(), "told": label_loss.detach()}
 
 
 @torch.no_grad()

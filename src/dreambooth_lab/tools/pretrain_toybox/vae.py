@@ -78,7 +78,7 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def picture_loss(y: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+def image_loss(y: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """Mask-weighted L1 + L2, chroma, and the differences between neighbours."""
     weight = 1 + 4 * mask
     weight = weight / weight.mean()
@@ -101,7 +101,7 @@ class VaeStage(Stage):
         if batch.half:
             latents, x, mask = F.avg_pool2d(latents, 2), F.avg_pool2d(x, 2), F.avg_pool2d(mask, 2)
         y = vae.decode(latents).sample.float()
-        fit_loss = picture_loss(y, x, mask)
+        fit_loss = image_loss(y, x, mask)
         total = fit_loss + 0.1 * batch.guide * guide + self.cfg.kl * posterior.kl().mean() / z[0].numel()
         seen = {} if batch.half else {"loss": fit_loss.detach(), "mse": (y - x).square().mean().detach()}
         return total, seen

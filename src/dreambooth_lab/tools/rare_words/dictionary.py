@@ -1,4 +1,4 @@
-"""Short words that are no free names for a subject, each with its reason."""
+"""Short words that are unsuitable as names of a subject, each with its reason."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 LISTS = Path(__file__).with_name("short_words.txt")
-DICTIONARY = Path("/usr/share/dict/words")  # where a system has one
+DICTIONARY = Path("/usr/share/dict/words")  # on systems that have one
 
 
 def known(more: Path | None) -> dict[str, str]:
-    """Word → what it is. Lists of this project, Python's own words, the system's dictionary, and a file."""
+    """Word → its kind. Lists of this project, Python's own words, the system's dictionary, and a file."""
     found = {word.lower(): "a word of code" for word in (*keyword.kwlist, *dir(builtins), *sys.stdlib_module_names)}
     for path in (DICTIONARY, more):
         lines = path.read_text(encoding="utf-8", errors="replace").split() if path and path.is_file() else []
@@ -32,7 +32,7 @@ def _listed() -> Iterator[tuple[str, str]]:
 
 
 def split(words: Sequence[str], known: dict[str, str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Words that may be used, and reason → those that may not."""
+    """Usable words, and reason → unusable ones."""
     good, refused = list[str](), defaultdict[str, list[str]](list)
     for word in words:
         reason = "a single letter or digit" if len(word) == 1 else "a number" if word.isdigit() else known.get(word)

@@ -1,4 +1,5 @@
-"""The vocabularies of a model's text encoders: which words are one token, how late they come, how alone they lie."""
+"""The vocabularies of a model's text encoders: which words are one token, their positions, and the isolation of their
+embeddings."""
 
 from __future__ import annotations
 
@@ -19,21 +20,21 @@ AROUND = "a"  # a word that stands before and after another in `Reader.ids`
 
 
 class Reader(NamedTuple):
-    """A text encoder's way to read."""
+    """A text encoder's tokenizer."""
 
     name: str  # tokenizer, tokenizer_2, …
     tokenizer: Any
-    rows: Tensor | None  # [tokens width], if its encoder's weights are there
+    rows: Tensor | None  # [tokens width], if its encoder's weights exist locally
 
     def ids(self, words: Sequence[str]) -> list[list[int]]:
         """Tokens of words as they stand inside a prompt: many tokenizers have one for a word after a space, and another for the
         same word at a text's start."""
-        said = [f"{AROUND} {word} {AROUND}" for word in words]
-        before, both, *found = self.tokenizer([AROUND, f"{AROUND} {AROUND}", *said], add_special_tokens=False).input_ids
+        lines = [f"{AROUND} {word} {AROUND}" for word in words]
+        before, both, *found = self.tokenizer([AROUND, f"{AROUND} {AROUND}", *lines], add_special_tokens=False).input_ids
         return [own[len(before) : len(own) - (len(both) - len(before))] for own in found]
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """What single tokens say, without the space before them."""
+        """The texts of single tokens, without the space before them."""
         return [text.strip() for text in self.tokenizer.batch_decode([[i] for i in ids])]
 
     def pieces(self, word: str) -> list[str]:
@@ -41,23 +42,23 @@ class Reader(NamedTuple):
         return list(self.tokenizer.convert_ids_to_tokens(self.ids([word])[0]))
 
     def single(self, words: Sequence[str]) -> list[str]:
-        """Those that are one token, and read back as they are."""
+        """The words that are one token, and are decoded unchanged."""
         one = [(word, own[0]) for word, own in zip(words, self.ids(words), strict=True) if len(own) == 1]
         back = self.texts([i for _, i in one])
         return [word for (word, _), text in zip(one, back, strict=True) if text == word]
 
 
 class Candidate(NamedTuple):
-    """A word that is one token to all."""
+    """A word that is one token for all encoders."""
 
     word: str
-    rank: float  # place in the vocabulary, 0 … 1, mean over the encoders
+    rank: float  # position in the vocabulary, 0 … 1, mean over the encoders
     isolation: float | None  # 1 − largest cosine with another token's embedding, mean over the encoders that have weights
-    movement: float | None = None  # of the model's prediction from the class prompt's, when the word stands before the class word
+    movement: float | None = None  # change of the model's prediction from the class prompt's, with the word before the class word
 
 
 def load(source: str) -> list[Reader]:
-    """The tokenizers of a pipeline, with their encoders' embeddings where the weights are there; or a lone tokenizer.
+    """The tokenizers of a pipeline, with their encoders' embeddings if the weights exist locally; or a single tokenizer.
 
     Raises:
         ConfigError: there is none.
@@ -72,7 +73,7 @@ def load(source: str) -> list[Reader]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"--tokenizer is {source!r}, which holds no tokenizer ({reason}); give a model's folder or id"
+            f"--tokenizer is {source!r}, which contains no tokenizer ({reason}); give a model's folder or id"
         ) from error
 
 
@@ -89,7 +90,7 @@ def _embedding(encoder: Any) -> Tensor:
 
 
 def _from_hub(source: str) -> Path:
-    """Where a hub id's files lie; weights only if they are there already."""
+    """The folder of a hub id's files; weights only if they are already cached."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -102,7 +103,7 @@ def _from_hub(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=["*token*", "vocab*", "merges.txt", "config.json", "tokenizer*/*"]))
     except Exception as error:
         raise ConfigError(
-            f"--tokenizer is {source!r}, which is no folder here and could not be fetched ({type(error).__name__}); give a folder"
+            f"--tokenizer is {source!r}, which is no folder and could not be downloaded ({type(error).__name__}); give a folder"
         ) from error
 
 
@@ -118,9 +119,9 @@ def _rows(folder: Path, place: Path) -> Tensor | None:
 
 
 def single(readers: Sequence[Reader], longest: int) -> dict[str, list[str]]:
-    """Words of lower-case letters and digits → names of the readers to which they are one token."""
-    said = {text for reader in readers for text in reader.texts(range(len(reader.tokenizer)))}
-    words = sorted(w for w in said if 0 < len(w) <= longest and w.isascii() and w.isalnum() and w == w.lower())
+    """Words of lower-case letters and digits → names of the readers for which they are one token."""
+    texts = {text for reader in readers for text in reader.texts(range(len(reader.tokenizer)))}
+    words = sorted(w for w in texts if 0 < len(w) <= longest and w.isascii() and w.isalnum() and w == w.lower())
     found: dict[str, list[str]] = {}
     for reader in readers:
         for word in reader.single(words) if words else []:
@@ -129,7 +130,7 @@ def single(readers: Sequence[Reader], longest: int) -> dict[str, list[str]]:
 
 
 def measured(words: Sequence[str], readers: Sequence[Reader]) -> list[Candidate]:
-    """Their places in the vocabularies, and how far their embeddings are from any other."""
+    """Their positions in the vocabularies, and the distances of their embeddings from any other."""
     ranks, far = torch.zeros(len(words)), list[Tensor]()
     for reader in readers:
         ids = [own[0] for own in reader.ids(words)] if words else []
@@ -152,7 +153,7 @@ def isolation(rows: Tensor, ids: Tensor) -> Tensor:
 
 
 def ranked(words: Sequence[Candidate]) -> list[Candidate]:
-    """The rarest first: by the mean of the places that the measures give, of those that all the words have."""
+    """Sort by rarity: by the mean rank over the measures that all words have."""
     places: dict[str, float] = defaultdict(float)
     for measure, sign in (("rank", 1), ("isolation", 1), ("movement", -1)):
         values = [(getattr(one, measure), one.word) for one in words]

@@ -1,1 +1,1 @@
-"""The live page: previews, pictures and curves of runs as they come."""
+"""The live page: previews, images and curves of running runs."""

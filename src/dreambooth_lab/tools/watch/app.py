@@ -1,4 +1,4 @@
-"""The page's server: webhooks come in, server-sent events go out, a token guards both."""
+"""The page's server: receives webhooks and sends server-sent events; both require a token."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .board import Board, Event
 from .payload import InvalidPayload, read
 
 HERE = Path(__file__).parent
-MOST_BODY = 32 * 2**20  # bytes of a message
-STILL_HERE = 15.0  # seconds of silence after which a browser is told that all is well
+MOST_BODY = 32 * 2**20  # maximum bytes of a message
+STILL_HERE = 15.0  # seconds between keep-alive messages to a browser
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
-}  # nothing runs or loads but our own files; plotly writes styles into the page
+}  # only our own files can run or load; plotly adds styles to the page
 
 
 class Guard:
-    """Lets only those through who know the token: runs by "Bearer", browsers by "Basic" with any name. What browsers send by
-    themselves (Basic) opens nothing that changes anything, so another site can't speak through them."""
+    """Requires the token: runs send it as "Bearer", browsers as "Basic" with any name. Credentials that browsers send
+    automatically (Basic) allow only reading, so that other sites can't misuse them."""
 
     def __init__(self, app: ASGIApp, token: str):
         self.app, self.token = app, token.encode()
@@ -50,14 +50,14 @@ class Guard:
                 message["headers"] = [*message["headers"], *own]
             await send(message)
 
-        said = dict(scope["headers"]).get(b"authorization", b"")
-        if self._knows(said, scope["method"]):
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        if self._knows(authorization, scope["method"]):
             return await self.app(scope, receive, with_headers)
         challenge = {"WWW-Authenticate": 'Basic realm="dreambooth-lab", charset="UTF-8"'}
         await PlainTextResponse("the token is missing or wrong", 401, challenge)(scope, receive, with_headers)
 
-    def _knows(self, said: bytes, method: str) -> bool:
-        scheme, _, given = said.partition(b" ")
+    def _knows(self, authorization: bytes, method: str) -> bool:
+        scheme, _, given = authorization.partition(b" ")
         if scheme.lower() == b"basic" and method in ("GET", "HEAD"):
             try:
                 given = base64.b64decode(given, validate=True).partition(b":")[2]
@@ -72,7 +72,7 @@ def build(token: str) -> Starlette:
     """The application, with an empty board.
 
     Args:
-        token: what runs and browsers must know.
+        token: required from runs and browsers.
     """
     board = Board()
 

@@ -1,4 +1,4 @@
-"""What the page knows of its runs, and who is looking. Bounded in every direction: the oldest gives way."""
+"""The page's state: its runs and connected browsers. Everything is bounded; the oldest entries are dropped."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any, NamedTuple
 from .payload import Metrics, Picture
 
 MOST_RUNS, MOST_SERIES, MOST_POINTS = 20, 300, 5000
-MOST_BYTES = 256 * 2**20  # of pictures, all runs together
-MOST_REPLACED = 32  # previews that are still served though newer ones have come
-MOST_WAITING = 1000  # events for one browser; one that is slower must come anew
+MOST_BYTES = 256 * 2**20  # of images of all runs
+MOST_REPLACED = 32  # replaced previews that are still served
+MOST_WAITING = 1000  # queued events per browser; a slower one must reconnect
 
 Slot = tuple[Any, ...]
 Event = dict[str, Any]
 
 
 class StoredImage(NamedTuple):
-    number: int  # names it in addresses
+    number: int  # its id in URLs
     slot: Slot
     picture: Picture
 
     def event(self) -> Event:
-        said = self.picture
-        about = {"run": said.run, "prompt": said.prompt, "weights": said.weights, "final": said.final}
-        return {"kind": "picture", "number": self.number, **about, **said.facts}
+        picture = self.picture
+        about = {"run": picture.run, "prompt": picture.prompt, "weights": picture.weights, "final": picture.final}
+        return {"kind": "picture", "number": self.number, **about, **picture.facts}
 
 
 class Board:
     def __init__(self) -> None:
-        self.runs: OrderedDict[str, dict[str, deque[tuple[int, float | None]]]] = OrderedDict()  # numbers by name
+        self.runs: OrderedDict[str, dict[str, deque[tuple[int, float | None]]]] = OrderedDict()  # metrics by name
         self.pictures: OrderedDict[Slot, StoredImage] = OrderedDict()
         self.by_number: dict[int, StoredImage] = {}
-        self.replaced: OrderedDict[int, bytes] = OrderedDict()  # previews that a browser may be about to ask for
+        self.replaced: OrderedDict[int, bytes] = OrderedDict()  # previews that a browser may be about to request
         self.bytes = 0
         self.numbers = count(1)
         self.listeners: set[asyncio.Queue[Event | None]] = set()
 
     def receive(self, letter: Picture | Metrics) -> None:
-        """Keep what a run says, and tell whoever looks."""
+        """Store a run's message, and send it to all browsers."""
         self._know(letter.run)
-        self._publish(self._picture(letter) if isinstance(letter, Picture) else self._numbers(letter))
+        self._publish(self._image_event(letter) if isinstance(letter, Picture) else self._metrics_event(letter))
 
     def _know(self, run: str) -> None:
         self.runs.setdefault(run, {})
@@ -53,20 +53,20 @@ class Board:
                 self._drop(slot)
             self._publish({"kind": "gone", "run": gone})
 
-    def _picture(self, said: Picture) -> Event:
-        place = (said.run, said.weights, said.prompt, said.facts["image_index"])
-        self._replace((*place, "preview"))  # there is one preview of a picture, the newest, until it is done
-        slot = (*place, said.facts["training_step"]) if said.final else (*place, "preview")
+    def _image_event(self, message: Picture) -> Event:
+        place = (message.run, message.weights, message.prompt, message.facts["image_index"])
+        self._replace((*place, "preview"))  # only the newest preview of an image is kept, until the image is done
+        slot = (*place, message.facts["training_step"]) if message.final else (*place, "preview")
         self._drop(slot)
-        kept = StoredImage(next(self.numbers), slot, said)
+        kept = StoredImage(next(self.numbers), slot, message)
         self.pictures[slot] = self.by_number[kept.number] = kept
-        self.bytes += len(said.png)
+        self.bytes += len(message.png)
         while self.bytes > MOST_BYTES and len(self.pictures) > 1:
             self._drop(next(iter(self.pictures)))
         return kept.event()
 
     def _replace(self, slot: Slot) -> None:
-        """Drop it from the board, but not at once from under a browser that has just heard of it."""
+        """Remove it from the board, but serve it for a while for browsers that are about to request it."""
         if slot in self.pictures:
             old = self.pictures[slot]
             self.replaced[old.number] = old.picture.png
@@ -80,29 +80,29 @@ class Board:
             del self.by_number[kept.number]
             self.bytes -= len(kept.picture.png)
 
-    def _numbers(self, said: Metrics) -> Event:
-        series = self.runs[said.run]
-        lines = [line for line in said.lines if line[1] in series or len(series) < MOST_SERIES]
+    def _metrics_event(self, message: Metrics) -> Event:
+        series = self.runs[message.run]
+        lines = [line for line in message.lines if line[1] in series or len(series) < MOST_SERIES]
         for step, name, value in lines:
             points = series.setdefault(name, deque(maxlen=MOST_POINTS))
-            while points and points[-1][0] >= step:  # a run that was taken up from an earlier step tells it anew
+            while points and points[-1][0] >= step:  # a run that was resumed from an earlier step sends it again
                 points.pop()
             points.append((step, value))
-        return {"kind": "numbers", "run": said.run, "lines": lines}
+        return {"kind": "numbers", "run": message.run, "lines": lines}
 
     def png(self, number: int) -> bytes | None:
         return self.by_number[number].picture.png if number in self.by_number else self.replaced.get(number)
 
     def snapshot(self) -> list[Event]:
-        """Events that bring a new browser up to date."""
-        told: list[Event] = [
+        """Events with the current state, for a new browser."""
+        lines: list[Event] = [
             {"kind": "numbers", "run": run, "lines": [(step, name, v) for name, points in series.items() for step, v in points]}
             for run, series in self.runs.items()
         ]
-        return told + [kept.event() for kept in self.pictures.values()]
+        return lines + [kept.event() for kept in self.pictures.values()]
 
     def join(self) -> asyncio.Queue[Event | None]:
-        """A browser begins to look; None in its queue says that it must come anew."""
+        """Connect a browser; None in its queue means that it must reconnect."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue(MOST_WAITING)
         self.listeners.add(queue)
         return queue

@@ -1,4 +1,4 @@
-"""What runs send, checked before it is believed: the raw webhook's messages."""
+"""Validation of the raw webhook's messages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import math
 from typing import Any, NamedTuple
 
 LONGEST = {"run": 200, "prompt": 2000, "weights": 20, "name": 200}  # characters
-MOST_LINES = 5000  # numbers in a message
+MOST_LINES = 5000  # metrics in a message
 PNG = b"\x89PNG\r\n\x1a\n"
 FACTS = ("training_step", "sampler_step", "total_steps", "seed", "image_index")
 
 
 class InvalidPayload(Exception):
-    """A message is not what the webhook sends; the text says what is wrong."""
+    """An invalid message; the text says why."""
 
 
 class Picture(NamedTuple):
@@ -35,39 +35,46 @@ class Metrics(NamedTuple):
 def read(body: bytes) -> Picture | Metrics:
     """
     Raises:
-        Refused: it can't be read, or a part is missing, too long or of another kind.
+        InvalidPayload: it can't be parsed, or a field is missing, too long or of another type.
     """
     try:
-        said = json.loads(body)
+        message = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InvalidPayload("no JSON") from error
-    if not isinstance(said, dict):
-        raise InvalidPayload("no JSON object")
-    if said.get("type") == "metrics":
-        return Metrics(_text(said, "run"), _lines(said.get("lines")))
-    if said.get("type") not in ("preview", "image"):
+    if not isinstance(message, dict):
+        raise InvalidPayload("not a JSON object")
+    if message.get("type") == "metrics":
+        return Metrics(_text(message, "run"), _lines(message.get("lines")))
+    if message.get("type") not in ("preview", "image"):
         raise InvalidPayload("type must be preview, image or metrics")
-    facts = {name: _whole(said, name) for name in FACTS}
-    return Picture(_text(said, "run"), said["type"] == "image", _text(said, "prompt"), _text(said, "weights"), facts, _png(said))
+    facts = {name: _whole(message, name) for name in FACTS}
+    return Picture(
+        _text(message, "run"),
+        message["type"] == "image",
+        _text(message, "prompt"),
+        _text(message, "weights"),
+        facts,
+        _png(message),
+    )
 
 
-def _text(said: dict[str, Any], key: str) -> str:
-    value = said.get(key)
+def _text(values: dict[str, Any], key: str) -> str:
+    value = values.get(key)
     if not isinstance(value, str) or len(value) > LONGEST[key]:
         raise InvalidPayload(f"{key} must be a text of at most {LONGEST[key]} characters")
     return value
 
 
-def _whole(said: dict[str, Any], key: str) -> int:
-    value = said.get(key)
+def _whole(values: dict[str, Any], key: str) -> int:
+    value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
         raise InvalidPayload(f"{key} must be a whole number")
     return value
 
 
-def _png(said: dict[str, Any]) -> bytes:
+def _png(values: dict[str, Any]) -> bytes:
     try:
-        data = base64.b64decode(said.get("image", ""), validate=True)
+        data = base64.b64decode(values.get("image", ""), validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise InvalidPayload("image must be base64") from error
     if not data.startswith(PNG):

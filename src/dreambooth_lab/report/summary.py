@@ -29,12 +29,12 @@ def lines(folder: RunFolder, numbers: Metrics) -> list[str]:
 
 def learned(folder: RunFolder, numbers: Metrics) -> str:
     """Metrics compared with the base model: scores of validation images, and the loss on held-out images."""
-    said = [f"{c.metric} {c.first:.3f} → {c.last:.3f}" for c in changes(read_scores(folder), LIVE)][:MOST]
+    changed = [f"{c.metric} {c.first:.3f} → {c.last:.3f}" for c in changes(read_scores(folder), LIVE)][:MOST]
     held = dict(numbers.get("eval/loss", []))
     if 0 in held and len(held) > 1:
-        said.insert(0, f"eval/loss {held[0]:.4g} → {held[max(held)]:.4g}")
-    if said:
-        return f"{'; '.join(said)} (base model → step {_last(numbers):,})"
+        changed.insert(0, f"eval/loss {held[0]:.4g} → {held[max(held)]:.4g}")
+    if changed:
+        return f"{'; '.join(changed)} (base model → step {_last(numbers):,})"
     losses = [value for _, value in numbers.get("train/loss", [])]
     tenth = max(len(losses) // 10, 1)
     train = (

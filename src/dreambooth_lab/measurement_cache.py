@@ -15,7 +15,7 @@ from .storage.durable import write_text
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lycoris-lora", "dreambooth-lab")
 
 
-def remembered(folder: Path, depends_on: object, measure: Callable[[], Any]) -> Any:
+def cached_measurement(folder: Path, depends_on: object, measure: Callable[[], Any]) -> Any:
     """The result of `measure`, cached by everything it depends on, including the libraries' versions.
 
     Args:

@@ -19,7 +19,7 @@ MESSAGES = (
 )
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """Silence warnings that don't apply here; warnings about the training itself are shown."""
     for name, level in LOGGERS.items():
         logging.getLogger(name).setLevel(level)

@@ -36,11 +36,11 @@ def lead(metric: str, found: Sequence[Difference]) -> str:
 
 def parts(found: Sequence[Difference]) -> list[Part]:
     """One part per arm, significant differences first."""
-    told = [one for one in found if one.pairing != NOT_TOLD]
-    if found and not told:
+    lines = [one for one in found if one.pairing != NOT_TOLD]
+    if found and not lines:
         return [Part("no conclusion is possible, because one run per arm gives no interval", False)]
-    made = [Part(_sure(one), True) if one.p_holm < ALPHA else Part(_unsure(one), False) for one in told]
-    made += [Part(f"no conclusion is possible for “{one.arm}”: it has only one run", False) for one in found if one not in told]
+    made = [Part(_sure(one), True) if one.p_holm < ALPHA else Part(_unsure(one), False) for one in lines]
+    made += [Part(f"no conclusion is possible for “{one.arm}”: it has only one run", False) for one in found if one not in lines]
     return sorted(made, key=lambda part: not part.sure)
 
 
