@@ -16,6 +16,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from . import dreambench
 from .enums import SIMPLETUNER_QUANT
 from .migrations import migrate_file
 from .prompts import prompts_of
@@ -59,6 +60,8 @@ for theirs, ours in SIMPLETUNER_QUANT.items():
 Plugins.instance().register(ExperimentFolder)
 SourcesRegistry.instance().types["file"] = FileConfigSource
 OmegaConf.register_new_resolver("prompt_library", prompts_of, replace=True)
+OmegaConf.register_new_resolver("dreambench_class", dreambench.class_of, replace=True)
+OmegaConf.register_new_resolver("dreambench_prompts", dreambench.prompts_of, replace=True)
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 
 
