@@ -131,7 +131,7 @@ def test_blurred_small_and_much_cut_photos_are_named(words: list[str], album: Pa
     (one,) = inspect_datasets(lab.compose(*words, "dataset.crop_aspect=square"), 100).datasets
     said = {seen.picture.name: seen.remarks for seen in one.seen}
     assert said["0.png"] == [f"blurred? variance of the Laplacian {one.seen[0].sharpness:.3g} < 25"]
-    assert said["1.png"] == ["small: grows 2.67 times for 64×64"]
+    assert said["1.png"] == ["small: enlarged 2.67 times for 64×64"]
     assert said["2.png"] == ["40% is removed by the crop to 64×64"]
 
 

@@ -166,7 +166,7 @@ def test_a_second_run_makes_only_what_is_missing(album: Path, tmp_path: Path) ->
     by_hand.save(masks / "a.b.webp", lossless=True)  # another extension is still this photo's mask
     (masks / "more" / "c.png").unlink()
     result = run(album, masks)
-    assert "1 masks made, 1 were there" in result.output
+    assert "1 masks made, 1 existed already" in result.output
     assert (masks / "more" / "c.png").is_file() and not (masks / "a.b.png").exists()
     by_hand.resize((96, 128)).save(masks / "more" / "c.png")
     run(album, masks)
