@@ -267,7 +267,7 @@ def test_rembg_reads_a_network_from_a_local_file(album: Path, tmp_path: Path) ->
 def test_what_cannot_be_done_is_said(album: Path, tmp_path: Path) -> None:
     for words, said in [
         (["--method=text"], "--text_input is None"),
-        (["--model=x"], "--method=grabcut does not read"),
+        (["--model=x"], "--method=grabcut does not use"),
         (["--text_input=dog", f"--model={tmp_path}"], "could not be loaded"),
         (["--rect=0.5,0.5,0.6,0.2"], "shares of the sides"),
         (["--rect=0,0,1,1"], "some background outside"),
@@ -275,7 +275,7 @@ def test_what_cannot_be_done_is_said(album: Path, tmp_path: Path) -> None:
         ([f"--input_dir={tmp_path / 'none'}"], "which is no folder"),
         (["--method=rembg"], "give an .onnx file"),
         (["--method=rembg", f"--model={album / 'a.b.png'}"], "give an .onnx file"),
-        (["--method=alpha", "--rect=0,0,1,1"], "--method=alpha does not read"),
+        (["--method=alpha", "--rect=0,0,1,1"], "--method=alpha does not use"),
     ]:
         error = run(album, tmp_path / "masks", *words).exception
         assert isinstance(error, ConfigError) and said in str(error), words
