@@ -99,7 +99,7 @@ def test_captions_are_counted_and_mirrored_crops_are_said(words: list[str], tmp_
     assert {crop.mirrored for crop in told.datasets[0].seen[0].crops} == {False, True}
     call([*words, "dataset.flip=true"], tmp_path / "out")
     page = (tmp_path / "out" / "look.html").read_text()
-    assert ", mirrored" in page and f"tokens: {min(letters.values())} to text_encoder" in page
+    assert ", mirrored" in page and f"tokens: {min(letters.values())} for text_encoder" in page
 
 
 def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ def test_what_cannot_be_done_is_said(album: Path, tmp_path: Path) -> None:
         (["--rect=0.5,0.5,0.6,0.2"], "shares of the sides"),
         (["--rect=0,0,1,1"], "some background outside"),
         ([f"--output_dir={album / 'a.b.png'}"], "which is a file"),
-        ([f"--input_dir={tmp_path / 'none'}"], "which is no folder"),
+        ([f"--input_dir={tmp_path / 'none'}"], "which is not a folder"),
         (["--method=rembg"], "give an .onnx file"),
         (["--method=rembg", f"--model={album / 'a.b.png'}"], "give an .onnx file"),
         (["--method=alpha", "--rect=0,0,1,1"], "--method=alpha does not use"),
