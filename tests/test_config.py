@@ -159,7 +159,7 @@ def test_bad_values_are_refused_with_their_key(override, said):
 
 def test_prompts_that_no_caption_takes_up_are_refused():
     words = ["dataset.path=.", "dataset.prompts=[a,b]", "dataset.caption=filename", "validation.prompts=[a]"]
-    assert "dataset.caption=filename reads none" in problems(*words)
+    assert "dataset.caption=filename ignores it" in problems(*words)
     check(lab.compose("model=sdxl", "dataset=folder", *words, "dataset.prepend_instance_prompt=true"))
 
 

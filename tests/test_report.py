@@ -46,7 +46,7 @@ def test_it_says_which_step_to_keep_and_how_to_use_it(folder):
     assert f"keep step {step}: eval/loss is " in page
     for said in (f"resume={folder.root} trainer.max_steps=8", f"generate run={folder.root}", str(folder.best_export)):
         assert said in page
-    assert "<th>ema</th>" in page and "against the base model" in page
+    assert "<th>ema</th>" in page and "compared with the base model" in page
 
 
 def test_the_verdict_is_honest_about_the_base_model():

@@ -113,7 +113,7 @@ def test_what_a_failed_job_held_is_free_for_the_next(member, tmp_path):
 
 def test_what_came_of_each_job_is_told(member, tmp_path):
     def refused(cfg):
-        raise ConfigError("dataset.path is '/x', which is no folder")
+        raise ConfigError("dataset.path is '/x', which is not a folder")
 
     def stopped(cfg):
         raise KeyboardInterrupt
@@ -125,7 +125,7 @@ def test_what_came_of_each_job_is_told(member, tmp_path):
         member(stopped, 1)
     assert ended.value.code == 128 + signal.SIGINT
     assert [job.state for _, job in sweep.jobs(tmp_path)] == [State.failed, State.stopped, State.done]
-    assert list(sweep.table(tmp_path).columns[4].cells) == ["dataset.path is '/x', which is no folder", "", ""]
+    assert list(sweep.table(tmp_path).columns[4].cells) == ["dataset.path is '/x', which is not a folder", "", ""]
 
 
 def test_a_finished_job_is_not_run_again(member, tmp_path):

@@ -86,7 +86,7 @@ def test_commas_part_the_runs_of_a_sweep(text, values):
 def test_a_prompt_that_the_shell_took_apart_is_shown_in_quotes():
     with pytest.raises(ConfigError) as caught:
         as_hydra_reads(["dataset.class_prompt=a", "photo", "of", "a", "dog", "seed=1"])
-    shown = shlex.split(str(caught.value).partition("the whole: ")[2])
+    shown = shlex.split(str(caught.value).partition("around both: ")[2])
     assert shown == ["dataset.class_prompt=a photo of a dog"]
     assert as_hydra_reads(["name=x", "--config-dir", "y"]) == ['name="x"', "--config-dir", "y"]
 

@@ -92,7 +92,7 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best(stopped):
     [
         (["checkpoint.patience=3"], "checkpoint.patience is 3, but nothing is monitored"),
         (["checkpoint.monitor=loss"], "which is not a logged metric; they start with train/"),
-        (["checkpoint.monitor=eval/loss"], "which needs eval pictures"),
+        (["checkpoint.monitor=eval/loss"], "which needs eval images"),
         (["checkpoint.monitor=clip/mean"], "which needs eval.clip_model"),
         (["checkpoint.monitor=train/loss", "checkpoint.mode=max"], "a loss; use min"),
         (["checkpoint.monitor=ema/eval/loss", "eval.path=."], "but only the live weights are evaluated"),
@@ -109,5 +109,5 @@ def test_what_cannot_work_is_refused(small, words, said):
 
 
 def test_a_number_that_is_not_logged_is_refused_with_its_neighbours(small, tmp_path):
-    with pytest.raises(ConfigError, match=r"'train/los', which this run does not log; near: train/loss"):
+    with pytest.raises(ConfigError, match=r"'train/los', which this run does not log; similar: train/loss"):
         run(lab.compose(*small, "checkpoint.monitor=train/los", "validation.every_n_steps=0"), tmp_path / "run")

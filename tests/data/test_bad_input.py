@@ -279,7 +279,7 @@ ENTRIES = [
     ({"repeats": -1}, "repeats is -1; it must be at least 0"),
     ({"repeat": 3}, "unknown key 'repeat'; did you mean 'repeats'?"),
     ({"instance_promt": "x"}, "did you mean 'instance_prompt'?"),
-    ({"zzzzqqqq": 1}, "unknown key 'zzzzqqqq'; leave it out"),
+    ({"zzzzqqqq": 1}, "unknown key 'zzzzqqqq'; remove it"),
     ({"is_regularization_dat": True}, "did you mean 'is_regularization_data'?"),
     ({"instance_data_dir": None}, "it needs instance_data_dir"),
     ({"instance_prompt": None}, 'it needs an "instance_prompt"'),
@@ -329,7 +329,7 @@ FILES = [
     ("{}", "contains no list of datasets"),
     ("[]", "contains no list of datasets"),
     ("[1]", "entry 1 is 1; it must be an object"),
-    ('[{"id": "a", "id": "b"}]', "key 'id' comes twice"),
+    ('[{"id": "a", "id": "b"}]', "key 'id' occurs twice"),
     (b"\xff\xfe[]", "is not UTF-8"),
     ("[" * 100_000, "can't be read"),
     ("// a comment\n[]", "line 1, column 1"),
@@ -413,7 +413,7 @@ def test_cache_folders_in_which_nothing_can_be_written_are_refused_together(tmp_
     with pytest.raises(ConfigError) as caught:
         Stores(tmp_path / "file").place(DataPlan([asked], [], str(tmp_path / "file")))
     named = ("cache is", "'photos': cache_dir_vae is", "text_embeds: cache_dir is")
-    assert all(name in str(caught.value) for name in named) and str(caught.value).count("give another folder") == 3
+    assert all(name in str(caught.value) for name in named) and str(caught.value).count("set another folder") == 3
 
 
 def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path):

@@ -32,6 +32,6 @@ def test_small_pictures_and_copies_are_noticed_by_name(tmp_path):
     shutil.copy(folder / "00.png", folder / "copy.png")
     grown, copies = notices.notices(entries(tmp_path, folder, Shaping(128, aspect=enums.CropAspect.square)))[-2:]
     said = notices.notices(entries(tmp_path, folder, Shaping(64)))
-    assert said[0] == "p: 01.png: 1×1 px grows 64 times, to 64×64" and len(said) == 2
+    assert said[0] == "p: 01.png: 1×1 px is enlarged 64 times, to 64×64" and len(said) == 2
     assert copies == "p: 00.png, copy.png are the same image (equal bytes), which is used 2 times as often"
-    assert grown == "p: 02.png: 40×40 px grows 3.2 times, to 128×128"
+    assert grown == "p: 02.png: 40×40 px is enlarged 3.2 times, to 128×128"

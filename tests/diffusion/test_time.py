@@ -60,7 +60,7 @@ def test_more_u_is_more_noise_so_that_pairs_stay_comparable():
 def test_a_range_outside_what_the_model_knows_is_refused():
     cfg = lab.compose("objective.min_time=0.5").objective
     assert build_times(cfg, (0.0, 0.8), none)(torch.tensor([0.0, 1.0]), SIZE).tolist() == pytest.approx([0.5, 0.8])
-    with pytest.raises(ConfigError, match=r"objective\.min_time=0\.5 .* leave nothing of the times this model knows, 0 to 0\.2"):
+    with pytest.raises(ConfigError, match=r"objective\.min_time=0\.5 .* exclude all of this model.s training range, 0 to 0\.2"):
         build_times(cfg, (0.0, 0.2), none)
 
 

@@ -92,11 +92,11 @@ def test_where_the_instance_prompt_goes() -> None:
 def test_a_caption_that_is_there_stays_and_a_broken_call_goes_on(album: Path, says: list[str]) -> None:
     (album / "a.txt").write_text("mine\n")
     done = call(album, *PROMPTS)
-    assert done.exit_code == 0 and "1 captions written, 1 were there" in done.output
+    assert done.exit_code == 0 and "1 captions written, 1 existed already" in done.output
     assert (album / "a.txt").read_text() == "mine\n"
     assert (album / "sub" / "b.txt").read_text() == "a brown sks dog on a beach\n"
     says[:] = ["other"]
-    assert "0 captions written, 2 were there" in call(album).output
+    assert "0 captions written, 2 existed already" in call(album).output
     assert call(album, "--force").exit_code == 0 and (album / "a.txt").read_text() == "other\n"
 
 

@@ -51,7 +51,7 @@ def test_it_tells_versions_devices_kernels_models_and_variables(someone, capsys)
     assert "math" in rows["cpu float32"] and "cudnn" not in rows["cpu float32"]
     assert "imports" in rows["quanto"] and "no: ModuleNotFoundError" in rows["broken"]
     assert rows["OMP_NUM_THREADS"].endswith("3") and str(someone / "hf") in rows["HF_HOME"]
-    assert "GB" in rows["room for runs"] and "0.01 GB" in rows["owner/model"]
+    assert "GB" in rows["free for runs"] and "0.01 GB" in rows["owner/model"]
 
 
 def test_secrets_are_only_said_to_be_set(someone, capsys, tmp_path):
@@ -78,4 +78,4 @@ def test_paths_inside_messages_are_cut(someone):
 def test_a_needed_library_that_is_absent_is_said_and_ends_with_1(someone, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "NEEDED", ("nosuch-library",))
     code, said = tell(capsys)
-    assert code == 1 and "nosuch-library" in said and "every run needs it" in said
+    assert code == 1 and "nosuch-library" in said and "required" in said

@@ -99,7 +99,7 @@ def test_captions_are_counted_and_mirrored_crops_are_said(words: list[str], tmp_
     assert {crop.mirrored for crop in told.datasets[0].seen[0].crops} == {False, True}
     call([*words, "dataset.flip=true"], tmp_path / "out")
     page = (tmp_path / "out" / "look.html").read_text()
-    assert ", mirrored" in page and f"tokens: {min(letters.values())} to text_encoder" in page
+    assert ", mirrored" in page and f"tokens: {min(letters.values())} for text_encoder" in page
 
 
 def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_blurred_small_and_much_cut_photos_are_named(words: list[str], album: Pa
     (one,) = inspect_datasets(lab.compose(*words, "dataset.crop_aspect=square"), 100).datasets
     said = {seen.picture.name: seen.remarks for seen in one.seen}
     assert said["0.png"] == [f"blurred? variance of the Laplacian {one.seen[0].sharpness:.3g} < 25"]
-    assert said["1.png"] == ["small: grows 2.67 times for 64×64"]
+    assert said["1.png"] == ["small: enlarged 2.67 times for 64×64"]
     assert said["2.png"] == ["40% is removed by the crop to 64×64"]
 
 

@@ -166,7 +166,7 @@ def test_a_second_run_makes_only_what_is_missing(album: Path, tmp_path: Path) ->
     by_hand.save(masks / "a.b.webp", lossless=True)  # another extension is still this photo's mask
     (masks / "more" / "c.png").unlink()
     result = run(album, masks)
-    assert "1 masks made, 1 were there" in result.output
+    assert "1 masks made, 1 existed already" in result.output
     assert (masks / "more" / "c.png").is_file() and not (masks / "a.b.png").exists()
     by_hand.resize((96, 128)).save(masks / "more" / "c.png")
     run(album, masks)
@@ -267,15 +267,15 @@ def test_rembg_reads_a_network_from_a_local_file(album: Path, tmp_path: Path) ->
 def test_what_cannot_be_done_is_said(album: Path, tmp_path: Path) -> None:
     for words, said in [
         (["--method=text"], "--text_input is None"),
-        (["--model=x"], "--method=grabcut does not read"),
+        (["--model=x"], "--method=grabcut does not use"),
         (["--text_input=dog", f"--model={tmp_path}"], "could not be loaded"),
         (["--rect=0.5,0.5,0.6,0.2"], "shares of the sides"),
         (["--rect=0,0,1,1"], "some background outside"),
         ([f"--output_dir={album / 'a.b.png'}"], "which is a file"),
-        ([f"--input_dir={tmp_path / 'none'}"], "which is no folder"),
+        ([f"--input_dir={tmp_path / 'none'}"], "which is not a folder"),
         (["--method=rembg"], "give an .onnx file"),
         (["--method=rembg", f"--model={album / 'a.b.png'}"], "give an .onnx file"),
-        (["--method=alpha", "--rect=0,0,1,1"], "--method=alpha does not read"),
+        (["--method=alpha", "--rect=0,0,1,1"], "--method=alpha does not use"),
     ]:
         error = run(album, tmp_path / "masks", *words).exception
         assert isinstance(error, ConfigError) and said in str(error), words
