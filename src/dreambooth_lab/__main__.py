@@ -45,7 +45,7 @@ def job(cfg: DictConfig) -> dict[str, float]:
     check(cfg)
     if hydra_cfg.mode is RunMode.MULTIRUN and "optuna" in hydra_cfg.sweeper._target_ and cfg.search_metric is None:
         raise ConfigError("hydra/sweeper is optuna, but search_metric is null; set it to a logged number, such as eval/loss")
-    if cfg.sweep.race:
+    if cfg.race:
         _check_race(cfg, folder)
     own = any(word.startswith("hydra.run.dir=") for word in hydra_cfg.overrides.hydra)
     if cfg.trainer.num_nodes > 1 and cfg.resume is None and not own:
@@ -65,7 +65,7 @@ def job(cfg: DictConfig) -> dict[str, float]:
 
 def _check_race(cfg: DictConfig, folder: RunFolder) -> None:
     """Raise `ConfigError` where no other run can be raced against."""
-    said = f"sweep.race is {cfg.sweep.race}"
+    said = f"race is {cfg.race}"
     if sweep.recorded(folder) is None:
         raise ConfigError(f"{said}, but this is a single run; start a sweep (-m, or sweep=NAME), or leave it out")
     if HydraConfig.get().mode is RunMode.MULTIRUN and "optuna" in HydraConfig.get().sweeper._target_:

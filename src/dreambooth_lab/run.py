@@ -69,7 +69,7 @@ def _run(cfg: DictConfig, folder: RunFolder, tables: Sequence[Table]) -> dict[st
     if cfg.preflight == "only":
         return {}
     with phases("training"):
-        lost = build_race(cfg, folder, data) if cfg.sweep.race else None
+        lost = build_race(cfg, folder, data) if cfg.race else None
         callbacks = build_callbacks(cfg, folder, data, family, start[1] if start else 0, leads(), lost)
         trainer = build_trainer(cfg, folder, callbacks, phases)
     try:
@@ -97,10 +97,10 @@ def build_race(cfg: DictConfig, folder: RunFolder, data: DreamBoothData) -> Call
         ConfigError: the run has fewer evaluations than it must be behind at.
     """
     evaluations = builders.evaluations(cfg, cfg.eval, data) - 1  # less that of the base model
-    if evaluations <= cfg.sweep.race:
-        told = f"sweep.race is {cfg.sweep.race}, but the run has {evaluations} evaluations of the eval loss, its end included"
-        raise ConfigError(f"{told}; lower eval.every_n_steps or sweep.race")
-    return lambda step: race.lost(folder, step, cfg.sweep.race, evaluations)
+    if evaluations <= cfg.race:
+        told = f"race is {cfg.race}, but the run has {evaluations} evaluations of the eval loss, its end included"
+        raise ConfigError(f"{told}; lower eval.every_n_steps or race")
+    return lambda step: race.lost(folder, step, cfg.race, evaluations)
 
 
 def settle_steps(cfg: DictConfig, data: DreamBoothData) -> None:

@@ -31,7 +31,7 @@ AUTO, LATEST = "auto", "latest"  # values of `resume` other than a folder
 
 CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "trainer.strategy",
               "optimizer.on_extend", "cache", "validation", "eval", "preview", "webhook", "checkpoint", "export", "logger",
-              "resume", "runs", "name", "preflight", "search_metric", "sweep")  # fmt: skip
+              "resume", "runs", "name", "preflight", "search_metric", "race")  # fmt: skip
 DIVISION = ("trainer.devices", "trainer.num_nodes", "dataset.batch_size")  # changeable if their product stays the same
 METRICS_HEADER = ["step", "name", "value"]
 PACKAGES = (

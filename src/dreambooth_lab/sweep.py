@@ -30,7 +30,7 @@ KEYS = "sweep.json"  # in the sweep's folder: the varied keys
 PAGE = "compare.html"  # in the same folder
 LONGEST = 80  # characters of a job's overrides in its folder's name
 # Keys that affect where a run writes and reports, not its training or metrics.
-ASIDE = ("resume", "runs", "cache", "preflight", "search_metric", "name", "logger", "webhook", "preview", "sweep",
+ASIDE = ("resume", "runs", "cache", "preflight", "search_metric", "name", "logger", "webhook", "preview", "race",
          "trainer.progress")  # fmt: skip
 
 
@@ -40,7 +40,7 @@ class State(StrEnum):
     done = "done"
     stopped = "stopped"
     failed = "failed"
-    lost = "lost"  # the race: sweep.race
+    lost = "lost"  # a race (`race`)
 
 
 class Job(NamedTuple):

@@ -57,7 +57,7 @@ def build_callbacks(
     Args:
         step: of the checkpoint that the run resumes from; 0 for a new run.
         leads: whether this is the first rank.
-        lost: step → why the run need not go on, or None; only in a race (`sweep.race`).
+        lost: step → why the run need not go on, or None; only in a race (`race`).
     """
     metrics = StepMetrics(cfg.trainer.log_every_n_steps)
     kept = step or -1  # a run that starts again writes its step 0 again

@@ -38,4 +38,4 @@ class Race(Callback):
             self.interruption.save(trainer, pl_module)
             root = self.interruption.folder.root
             raise Lost(f"{why}; stopped at step {step} and saved; to go on with it all the same: "
-                       f"python -m dreambooth_lab hydra.mode=RUN resume={root} sweep.race=0")  # fmt: skip
+                       f"python -m dreambooth_lab hydra.mode=RUN resume={root} race=0")  # fmt: skip

@@ -36,7 +36,7 @@ class Interrupted(RunError):
 
 
 class Lost(RunError):
-    """A run of a sweep was stopped because another arm leads (`sweep.race`). It is saved where it was."""
+    """A run of a sweep was stopped because another arm leads (`race`). It is saved where it was."""
 
 
 def check(cfg: DictConfig) -> None:

@@ -64,7 +64,7 @@ VERSIONS: tuple[tuple[Step, ...], ...] = (
         NewValue("rollout.kind", "walk", "model"),
         Rename("optimizer.on_longer", "optimizer.on_extend"),
         Added("search_metric", None),
-        Added("sweep", {"race": 0}),
+        Added("race", 0),
         Added("trainer.num_nodes", 1),
         Added("trainer.strategy", "auto"),
         Added("trainer.max_epochs", None),

@@ -37,11 +37,11 @@ def problems(read: Reader) -> Iterator[str | None]:
 
 
 def _race_problem(read: Reader) -> str | None:
-    race = read("sweep.race")
+    race = read("race")
     if race and not _evaluates(read):
-        return f"sweep.race is {race}, but runs have no eval loss to race by; it needs {METRICS['eval/']}"
+        return f"race is {race}, but runs have no eval loss to race by; it needs {METRICS['eval/']}"
     if race and read("eval.num_images") == read("eval.timesteps") == 1:
-        return f"sweep.race is {race}, but an eval loss of one image at one time has no interval; raise eval.timesteps"
+        return f"race is {race}, but an eval loss of one image at one time has no interval; raise eval.timesteps"
     return None
 
 

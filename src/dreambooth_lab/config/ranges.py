@@ -35,7 +35,7 @@ RANGES: dict[str, Range] = {
     "adapter.rank": RANK, "adapter.alpha": (1e-6, 10**6), "adapter.dropout": (0, 0.99), "adapter.blocks.rank": RANK,
     "adapter.blocks.lr_ratio": RATIO, "adapter.text_encoders": (1, 9), "adapter.text_lr_ratio": RATIO,
     "adapter.token_lr_ratio": RATIO,
-    "sweep.race": (0, 100),
+    "race": (0, 100),
     "memory.card_gib": (0.1, 2**20),
     "dataset.resolutions": (0.01, 2**14), "dataset.max_aspect": (1, 8), "dataset.minimum_image_size": SIZE,
     "dataset.maximum_image_size": (1e-3, 10**6), "dataset.target_downsample_size": (1e-3, 10**6),

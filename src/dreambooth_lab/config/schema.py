@@ -317,11 +317,6 @@ class LoggerConfig:
 
 
 @dataclass
-class SweepConfig:
-    race: int
-
-
-@dataclass
 class Config:
     model: ModelConfig
     adapter: AdapterConfig
@@ -349,4 +344,4 @@ class Config:
     resume: str | None
     preflight: str
     search_metric: str | None
-    sweep: SweepConfig
+    race: int
