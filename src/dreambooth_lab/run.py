@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 from rich.table import Table
 
-from . import heap, preflight, report, terminal
+from . import heap, preflight, report, sweep, terminal
 from .callbacks import builders
 from .callbacks.builders import Callbacks, build_callbacks
 from .callbacks.checkpoint import AtomicCheckpointIO
@@ -30,6 +30,7 @@ from .library_warnings import silence_libraries
 from .models.family import Family
 from .optimizer import check_installed as require_optimizer
 from .profiling.phases import Phases
+from .profiling.speed import step_flops
 from .runfolder import STOPPED_COST, RunFolder
 from .storage import disk
 
@@ -82,12 +83,21 @@ def _run(cfg: DictConfig, folder: RunFolder, tables: Sequence[Table]) -> dict[st
     if not trainer.is_global_zero:
         return {}
     folder.save_cost(phases.cost())
+    if sweep.recorded(folder):  # its page compares what runs cost
+        save_flops(folder, module, data)
     report.write(folder)
     terminal.show(phases.table())
     for line in report.summary_lines(folder):
         log.info(line)
     log.info("done: %s", folder.report)
     return callbacks.metrics.last
+
+
+def save_flops(folder: RunFolder, module: DreamBooth, data: DreamBoothData) -> None:
+    try:
+        folder.save_flops(step_flops(module, data))
+    except (RuntimeError, NotImplementedError) as error:  # by a library's own kernel; the run is complete without it
+        log.warning("the FLOPs of a step could not be counted: %s", error)
 
 
 def build_race(cfg: DictConfig, folder: RunFolder, data: DreamBoothData) -> Callable[[int], str | None]:

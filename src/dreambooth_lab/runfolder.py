@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PART = ".part"  # suffix of files that are being written
 COST, STOPPED_COST = "cost", "cost_until_stopped"  # of a start: the first if the run finished
+FLOPS = "flops_per_step"  # of a start, where they were counted
 AUTO, LATEST = "auto", "latest"  # values of `resume` other than a folder
 
 CHANGEABLE = ("trainer.max_steps", "trainer.log_every_n_steps", "trainer.progress", "trainer.accelerator", "trainer.strategy",
@@ -186,6 +187,12 @@ class RunFolder:
         """Time and memory of the newest start: phase → seconds, MiB."""
         starts = self.starts()
         starts[-1][key] = cost
+        durable.write_text(self.environment, json.dumps(starts, indent=2) + "\n")
+
+    def save_flops(self, flops: float) -> None:
+        """FLOPs of an optimiser step."""
+        starts = self.starts()
+        starts[-1][FLOPS] = flops
         durable.write_text(self.environment, json.dumps(starts, indent=2) + "\n")
 
     def save_environment(self, device: str) -> None:

@@ -37,6 +37,16 @@ def test_flops_are_counted_over_the_buckets_and_leave_no_gradient(made):
     assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in module.parameters())
 
 
+def test_flops_of_a_step_are_those_of_its_rows(made):
+    data, module = made
+    state = torch.get_rng_state()
+    each = {bucket.shape: speed.row_flops(module, data.text(""), [bucket]) for bucket in data.schedule.buckets}
+    batches = [data.build(data.schedule.batch(number)).latents() for number in range(4)]
+    expected = [len(x0) * each[x0.shape[2] * module.family.factor, x0.shape[3] * module.family.factor] for x0 in batches]
+    assert speed.step_flops(module, data, 4) == pytest.approx(sum(expected) / 4, rel=1e-3)
+    assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in module.parameters())
+
+
 def test_the_bar_tells_the_pace_and_its_share_of_the_peak(made, monkeypatch):
     data, module = made
     bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 9))

@@ -193,14 +193,14 @@ def test_the_page_needs_nothing_else(page):
 def test_what_a_killed_start_took_is_not_known(base, tmp_path):
     folder = save(tmp_path / "run", base, {"train/loss": [(1, 1.0), (2, 1.0)]})
     finished = folder.starts()[0]
-    killed = {"started": "2025-01-01"}
+    killed, finished["flops_per_step"] = {"started": "2025-01-01"}, 7.0
     stopped = {
         "started": "2025-06-01",
         "cost_until_stopped": {"training": {"seconds": 3.0, "memory_mib": 400, "device_memory_mib": 7}},
     }
     folder.environment.write_text(json.dumps([killed, stopped, finished]))
     cost = arms.run_of(folder).cost()
-    assert cost == {"seconds": 5.0, "killed_starts": 1, "process_peak_mib": 400, "device_peak_mib": 7}
+    assert cost == {"seconds": 5.0, "flops": 14.0, "killed_starts": 1, "process_peak_mib": 400, "device_peak_mib": 7}
     made = compare.write([tmp_path], tmp_path / "page")
     assert "<td>≥ 5.0</td>" in made.read_text(encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from yaml import YAMLError
 
 from .. import sweep
 from ..config import ConfigError
-from ..runfolder import RunFolder
+from ..runfolder import FLOPS, RunFolder
 
 SEED = "seed"
 TRAIN_LOSS = "train/loss"  # prefix of the names of training losses
@@ -44,16 +45,23 @@ class Run(NamedTuple):
     def cost(self) -> dict[str, float]:
         """Seconds, summed over its phases and starts, and peak memory of the process and the device in MiB.
 
-        Starts that were killed are missing: `killed_starts` is their number.
+        Starts that were killed are missing: `killed_starts` is their number. FLOPs are those of training alone.
         """
         known = self.folder.costs()
         phases = [phase for _, cost in known for phase in cost.values()]
         return {
             "seconds": sum(phase["seconds"] for phase in phases),
+            "flops": self._flops(),
             "killed_starts": len(self.folder.starts()) - len(known),
             "process_peak_mib": max((phase["memory_mib"] for phase in phases), default=0),
             "device_peak_mib": max((phase["device_memory_mib"] for phase in phases), default=0),
         }
+
+    def _flops(self) -> float:
+        """Of all optimiser steps; NaN where they were not counted."""
+        per_step = [start[FLOPS] for start in self.folder.starts() if FLOPS in start]
+        steps = max((series[-1][0] for series in self.series.values()), default=0)
+        return per_step[-1] * steps if per_step else nan
 
 
 class Arm(NamedTuple):

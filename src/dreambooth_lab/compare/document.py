@@ -165,9 +165,11 @@ def _strips(row: Sequence[shared.Strip]) -> str:
 
 
 def _cost(study: Study) -> str:
-    head = "<tr><th></th><th>seconds per run, mean</th><th>process, peak MiB</th><th>device, peak MiB</th></tr>"
+    titles = ("", "seconds per run, mean", "TFLOPs per run, mean", "process, peak MiB", "device, peak MiB")
+    head = f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"
     rows = "".join(f"<tr><th>{escape(arm.name)}</th>{_cost_cells(arm)}</tr>" for arm in study.arms)
     note = "Wall time of all phases. Jobs in one process share its peak: the largest resident size so far. "
+    note += "FLOPs are those of all training steps on one device, from 8 counted ones; in sweeps only. "
     note += "≥: a run was killed and resumed; its time before is unknown."
     return f"{_table(head, rows)}<p><small>{note}</small></p>"
 
@@ -177,7 +179,10 @@ def _cost_cells(arm: Arm) -> str:
     device = max(cost["device_peak_mib"] for cost in costs)
     least = "≥ " if any(cost["killed_starts"] for cost in costs) else ""
     seconds, process = fmean(cost["seconds"] for cost in costs), max(cost["process_peak_mib"] for cost in costs)
-    return f"<td>{least}{seconds:,.1f}</td><td>{process:,.0f}</td><td>{f'{device:,.0f}' if device else '–'}</td>"
+    flops = fmean(cost["flops"] for cost in costs) / 1e12
+    counted = f"{flops:,.4g}" if flops == flops else "–"
+    cells = (f"{least}{seconds:,.1f}", counted, f"{process:,.0f}", f"{device:,.0f}" if device else "–")
+    return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
 def _runs(study: Study) -> str:

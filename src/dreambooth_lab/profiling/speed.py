@@ -1,11 +1,14 @@
-"""Which share of the device's peak FLOP/s a run uses."""
+"""FLOPs of a run, and which share of the device's peak it uses."""
 
 from __future__ import annotations
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.throughput import get_available_flops, measure_flops
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..batch import Text
+from ..data.module import DreamBoothData
 from ..data.sampling.schedule import Bucket
 from ..dreambooth import DreamBooth
 from .memory import probe
@@ -14,6 +17,24 @@ from .memory import probe
 def peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """The specified peak FLOP/s of the device for dense matrix products of this type; None if unknown."""
     return get_available_flops(device, dtype) if device.type == "cuda" else None
+
+
+def step_flops(module: DreamBooth, data: DreamBoothData, batches: int = 8) -> float:
+    """FLOPs of an optimiser step on one device, as torch counts them, the teacher and rollouts included.
+
+    The mean over the first batches of the data, which are computed once more. Weights and random generators stay as they are.
+    """
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.random.fork_rng(),
+        torch.enable_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):
+        for number in range(batches):
+            batch = move_data_to_device(data.build(data.schedule.batch(number)), module.family.device)
+            module.training_step(batch, number)["loss"].backward()
+    module.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / batches * module.cfg.trainer.accumulate_grad_batches
 
 
 def row_flops(module: DreamBooth, text: Text, buckets: list[Bucket]) -> float:
