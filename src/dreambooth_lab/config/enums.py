@@ -139,6 +139,12 @@ class PriorSource(Enum):
     folder = "folder"
     generated = "generated"
     captions = "captions"
+    blank = "blank"
+
+    @property
+    def recaptions(self) -> bool:
+        """Whether class rows are the subject's own photos under other captions."""
+        return self in (PriorSource.captions, PriorSource.blank)
 
 
 class Outside(Enum):

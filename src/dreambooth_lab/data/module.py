@@ -128,10 +128,10 @@ class DreamBoothData(LightningDataModule):
         return [e for e in entries if (e.spec.id, e.picture.name) not in lost]
 
     def _fill_bank(self) -> Bank:
-        caption, times = self.cfg.prior.prompt, build_times(self.cfg.objective, self.family.times, self.family.shift)
-        bank = Bank(self.cfg, self.family, self.stores.placed[None], caption, self.text(caption), times)
-        mine = [entry for entry in self.entries if entry.spec.is_class]
-        bank.fill([item(self.cache_reader, entry, which) for entry in mine for which in range(len(entry.variants))])
+        times = build_times(self.cfg.objective, self.family.times, self.family.shift)
+        bank = Bank(self.cfg, self.family, self.stores.placed[None], self.text, times)
+        mine = [(entry, said) for entry in self.entries if entry.spec.is_class for said in entry.captions]
+        bank.fill([item(self.cache_reader, one, which, said) for one, said in mine for which in range(len(one.variants))])
         return bank
 
     def _schedule(self, world_size: int) -> Schedule:
