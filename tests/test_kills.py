@@ -29,6 +29,7 @@ CONFIGURATIONS = {
     "rollout": ROLLOUT,
     "bank of generated pictures": BANK,
     "DoRA": ["adapter=dora"],
+    "T-LoRA": ["adapter.rank_schedule=tlora", "+adapter.options.init=ortho_tail", "model.gradient_checkpointing=true"],
     "LoKr on int8": ["adapter=lokr", "quant=int8"],
     "full": ["adapter=full", "adapter.rank=1", "optimizer.lr=1e-4"],
     "text encoders and token": ["adapter.text_encoders=[1,2]", "adapter.train_token=true", "adapter.token=z"],

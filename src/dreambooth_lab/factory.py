@@ -64,6 +64,7 @@ def build_method(cfg: DictConfig, family: Family) -> tuple[DreamBooth, list[str]
 def attach(cfg: DictConfig, family: Family, adapter: Adapter, text: TrainableText | None) -> list[str]:
     """Attach the adapter to all adapted layers and load its initial weights; returns the layers' names."""
     layers = adapter.attach(family.denoiser, family.target_modules, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
+    adapter.follow_time(family.denoiser, family.time_of)
     family.denoiser.to(family.device)  # adapters of offloaded blocks were created on the host, like the blocks
     for number, part in enumerate(family.text_encoder_parts, 1):
         if text and number in cfg.adapter.text_encoders:
@@ -117,6 +118,11 @@ def require_supported(cfg: DictConfig, family: Family) -> None:
         raise ConfigError(
             "prior.source is generated, but this model is image-to-image and can't generate from prompts only; set "
             "prior.source=folder with class images in prior.path, or prior.source=captions"
+        )
+    if cfg.adapter.rank_schedule is not enums.RankSchedule.none and family.clock is None:
+        raise ConfigError(
+            f"adapter.rank_schedule is {cfg.adapter.rank_schedule.name}, but this model's network has a clock not known here; "
+            "use rank_schedule=none, or a model of conf/model/ other than diffusers"
         )
     able = [number for number, part in enumerate(family.text_encoder_parts, 1) if part in family.trainable_text_encoder_parts]
     if beyond := [number for number in cfg.adapter.text_encoders if number not in able]:

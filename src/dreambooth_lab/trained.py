@@ -25,6 +25,7 @@ class TrainedPipeline:
         family = self.family
         self.adapter, self.pipeline = build_adapter(cfg), family.pipeline()
         self.adapter.load_into(self.pipeline, family.denoiser_part, export, family.target_modules)
+        self.adapter.follow_time(getattr(self.pipeline, family.denoiser_part), family.time_of)
         folder = export if export.is_dir() else export.parent
         self.scale_token = family.load_token(self.pipeline, folder, word) if word else None
         self.pipeline.to(family.device)

@@ -6,7 +6,7 @@ import difflib
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -76,6 +76,7 @@ class Adapter(ABC):
             name, prefixed with its text encoder's name if it has one), `rank` or None, `lr_ratio` (factor of the learning rate).
         options: further arguments of the library, under its names.
         preset: LyCORIS only: the name of one of its presets, or a lycoris_config.json.
+        rank_schedule, min_rank: how many ranks act at a time; LoRA only.
     """
 
     model: nn.Module
@@ -85,8 +86,9 @@ class Adapter(ABC):
     def __init__(
         self, rank: int, alpha: float, dropout: float, parts: Sequence[str], targets: Sequence[str], algorithm: str = "lora",
         blocks: Sequence[Any] = (), options: Mapping[str, Any] | None = None, preset: str | None = None,
-        text_parts: Sequence[str] = (),
+        text_parts: Sequence[str] = (), rank_schedule: enums.RankSchedule = enums.RankSchedule.none, min_rank: int | None = None,
     ):  # fmt: skip
+        self.rank_schedule, self.min_rank = rank_schedule, min_rank
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.parts, self.targets, self.algorithm = list(parts), list(targets), algorithm
         self.blocks, self.options, self.preset, self.text_parts = list(blocks), dict(options or {}), preset, list(text_parts)
@@ -102,6 +104,13 @@ class Adapter(ABC):
     def attach_text(self, part: str, encoder: nn.Module, target_modules: Mapping[str, tuple[str, ...]], seed: int) -> list[str]:
         """The same for the text encoder `part` of a pipeline; the returned names begin with `part`."""
         raise ConfigError(f"adapter.text_encoders is set, but {self.algorithm} does not support text encoders; use lora or dora")
+
+    def follow_time(self, model: nn.Module, time_of: Callable[[Tensor], Tensor]) -> None:  # noqa: B027 most know no time
+        """Let the layers of a denoiser act by its time, if `rank_schedule` says so.
+
+        Args:
+            time_of: the t of a timestep that the denoiser is called with.
+        """
 
     @abstractmethod
     def load_weights(self, path: Path) -> None:

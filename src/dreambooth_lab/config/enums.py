@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+ORTHO_TAIL = "ortho_tail"  # adapter.options.init
 REGEX = "re:"  # prefix of an adapter target that is a regular expression
 
 
@@ -70,6 +71,13 @@ class LongCaptions(Enum):
 
     truncate = "truncate"
     chunk = "chunk"
+
+
+class RankSchedule(Enum):
+    """How many of an adapter's ranks act at a time."""
+
+    none = "none"
+    tlora = "tlora"
 
 
 class Metadata(Enum):

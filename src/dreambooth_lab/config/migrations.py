@@ -68,6 +68,8 @@ VERSIONS: tuple[tuple[Step, ...], ...] = (
         Added("trainer.num_nodes", 1),
         Added("trainer.strategy", "auto"),
         Added("trainer.max_epochs", None),
+        Added("adapter.rank_schedule", "none"),
+        Added("adapter.min_rank", None),
         Added("export.name", "kohya"),  # as the file for other programs was called
         Added("export.dtype", "float32"),
         Added("export.formats", ["diffusers", "comfyui", "peft"]),

@@ -54,6 +54,8 @@ class AdapterConfig:
     _target_: str
     algorithm: str
     rank: int
+    rank_schedule: enums.RankSchedule
+    min_rank: int | None
     alpha: float
     dropout: float
     parts: list[str]

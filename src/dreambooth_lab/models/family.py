@@ -41,6 +41,7 @@ class Family(ABC):
     factor: int  # pixels per latent cell
     channels: int  # C of the latents
     times: tuple[float, float] = (0.0, 1.0)  # the range of t that the model was trained on
+    clock: ClassVar[tuple[float, float] | None] = None  # native = first · timestep + second, of a denoiser's timestep, if known
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]]  # group → suffixes of layer names, or "re:" and a regular expression
     text_target_modules: ClassVar[Mapping[str, tuple[str, ...]]]  # the same for the text encoders that can be trained
     denoiser_part: str  # name of the denoiser's sub-folder in a diffusers checkpoint
@@ -66,6 +67,12 @@ class Family(ABC):
     @abstractmethod
     def shift(self, height: int, width: int) -> float:
         """The sampler's time shift s for latents of this size (cells): t' = s t / (1 + (s - 1) t); 1 means no shift."""
+
+    def time_of(self, timestep: Tensor) -> Tensor:
+        """The t of what the denoiser is called with, by this class or by any pipeline."""
+        assert self.clock is not None  # factory.require_supported
+        scale, offset = self.clock
+        return (scale * timestep.float() + offset) / self.path.num_steps
 
     @property
     @abstractmethod

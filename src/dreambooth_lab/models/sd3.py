@@ -19,6 +19,7 @@ class StableDiffusion3(PipelineFamily):
     """Any checkpoint of the architecture: medium, 3.5-medium, 3.5-large."""
 
     pipelines = ("StableDiffusion3Pipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (1.0, 0.0)  # the path's own
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (
             "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
