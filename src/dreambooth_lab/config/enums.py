@@ -204,6 +204,13 @@ class Weight(Enum):
     debiased = "debiased"
 
 
+class Anchor(Enum):
+    """What holds the instance rows near the base model."""
+
+    none = "none"
+    dco = "dco"
+
+
 class LossKind(Enum):
     l2 = "l2"
     huber = "huber"

@@ -49,7 +49,7 @@ RANGES: dict[str, Range] = {
     "mask.min_weight": SHARE, "mask.drop_probability": SHARE,
     "objective.logit_mean": (-100, 100), "objective.logit_std": (1e-3, 100), "objective.shift": (1e-3, 1000),
     "objective.min_time": SHARE, "objective.max_time": SHARE, "objective.gamma": (1e-6, 10**6), "objective.huber_c": (1e-6, 1000),
-    "objective.noise_offset": STRENGTH, "objective.noise_offset_probability": SHARE,
+    "objective.anchor_beta": (1e-3, 10**7), "objective.noise_offset": STRENGTH, "objective.noise_offset_probability": SHARE,
     "rollout.max_step_offset": (1, 1000), "rollout.num_steps": SAMPLER_STEPS, "rollout.shift": (1e-3, 1000),
     "rollout.probability": SHARE, "rollout.ramp_steps": NO_STEPS, "rollout.min_time": SHARE, "rollout.perturbation": STRENGTH,
     "rollout.reflexflow.direction": RATIO, "rollout.reflexflow.frequency": RATIO,

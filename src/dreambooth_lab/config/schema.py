@@ -170,6 +170,8 @@ class ObjectiveConfig:
     max_time: float
     weight: enums.Weight
     gamma: float
+    anchor: enums.Anchor
+    anchor_beta: float
     loss: enums.LossKind
     huber_c: float
     huber_schedule: enums.HuberSchedule
