@@ -69,8 +69,8 @@ def consistency(error: Tensor, base_error: Tensor, beta: float) -> Tensor:
 
     e and e_base are the errors of the model and of the base model at the same (x_t, t, ε), as means over the elements, times the
     weight of their time; β stands for the paper's β T. The factor 2 / β is ours: with it the gradient of a model that is the base
-    is that of the plain loss, whatever β, and so it is in the limit of β = 0. A row's gradient is 2 σ(β (e - e_base)) ∇e: it fades
-    once the model beats the base there, and at most doubles where it is worse.
+    is that of the plain loss, whatever β, as it is in the limit of β = 0. A row's gradient is 2 σ(β (e - e_base)) ∇e: it fades
+    once the model beats the base there, and at most doubles where it is worse. (The authors' script compares means over a batch.)
     """
     return (2 / beta) * F.softplus(beta * (error - base_error))
 
