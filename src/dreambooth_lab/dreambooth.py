@@ -73,7 +73,11 @@ class DreamBooth(LightningModule):
         error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
         error = self.anchored(error, target, batch, at.x_t, t)
         loss = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.row_counts, self.cfg.prior.weight)
+        moved = self.adapter.squared_update() if self.cfg.prior.kind is enums.PriorKind.weights else None
+        if moved is not None:
+            loss = loss + self.cfg.prior.weight * moved  #                               λ ‖ΔW‖²
         parts = {"loss": loss, "total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
+        parts |= {} if moved is None else {"weights": moved.detach()}
         terms = {"instance": batch.instance_rows, "prior": batch.class_rows}  # a term without rows is omitted, not 0
         return parts | {name: error[rows].detach().mean() for name, rows in terms.items() if len(rows)}
 

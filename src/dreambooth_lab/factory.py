@@ -114,7 +114,7 @@ def require_supported(cfg: DictConfig, family: Family) -> None:
     Raises:
         ConfigError: names the possible values.
     """
-    if family.needs_image and cfg.prior.kind is not enums.PriorKind.none and cfg.prior.source is enums.PriorSource.generated:
+    if family.needs_image and cfg.prior.kind.has_class_rows and cfg.prior.source is enums.PriorSource.generated:
         raise ConfigError(
             "prior.source is generated, but this model is image-to-image and can't generate from prompts only; set "
             "prior.source=folder with class images in prior.path, or prior.source=captions"

@@ -124,6 +124,14 @@ class Adapter(ABC):
     def base(self) -> AbstractContextManager[None]:
         """A context in which the model is exactly the base model."""
 
+    def squared_update(self) -> Tensor:
+        """‖ΔW‖², the squared distance of all adapted weights from the base model's, differentiable.
+
+        Raises:
+            ConfigError: this adapter does not have it.
+        """
+        raise ConfigError(f"prior.kind is weights, but {self.algorithm} has no ‖ΔW‖² at hand; use adapter=lora or adapter=full")
+
     @abstractmethod
     def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
         """Write the files that other programs load; returns each file or folder, relative to `folder`, and its purpose: one of

@@ -168,6 +168,11 @@ class LoRA(Adapter):
             for layer, disabled in zip(layers, before, strict=True):
                 layer._disable_adapters = disabled
 
+    def squared_update(self) -> Tensor:
+        models = (self.model, *self.text.values())
+        layers = (layer for model in models for layer in timed_rank.layers_of(model).values())
+        return torch.stack([squared_update(layer, NAME) for layer in layers]).sum()
+
     def copies(self, formats: Collection[enums.Format]) -> int:
         return len({enums.Format.diffusers, enums.Format.peft, enums.Format.comfyui} & set(formats))
 
@@ -241,6 +246,16 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
                 ranks = {self.layer_of(key): float(len(tensor)) for key, tensor in layers.items() if ".lora_A." in key}
                 made |= kohya.convert(weights_to_export.kohya[part], layers, ranks, self._exported_rank)
         return made
+
+
+def squared_update(layer: Any, adapter: str) -> Tensor:
+    """‖s B A‖² = s² tr(BᵀB · AAᵀ) of a layer, by r × r matrices; less its orthogonal start, if it has one."""
+    a, b = layer.lora_A[adapter].weight.float().flatten(1), layer.lora_B[adapter].weight.float().flatten(1)
+    if hasattr(layer, timed_rank.DOWN):
+        start_a, start_b = (getattr(layer, name).flatten(1) for name in (timed_rank.DOWN, timed_rank.UP))
+        a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], 1)
+    norm: Tensor = layer.scaling[adapter] ** 2 * ((b.T @ b) * (a @ a.T)).sum()
+    return norm
 
 
 LENGTHS = ".lora_magnitude_vector"  # DoRA's; transformers expects the name of the parameter in them

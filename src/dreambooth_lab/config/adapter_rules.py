@@ -27,6 +27,7 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from _adapter_problems(read)
     yield from _layer_problems(read)
     yield from _rank_problems(read)
+    yield from _weights_problems(read)
     yield from _text_encoder_problems(read)
     for key in ("quant.kind", "quant.text_encoder_1", "quant.text_encoder_2", "quant.text_encoder_3"):
         if read(key) is enums.QuantKind.nf4 and not installed("bitsandbytes"):
@@ -95,6 +96,15 @@ def _layer_problems(read: Reader) -> Iterator[str | None]:
     init = (read("adapter.options") or {}).get("init_lora_weights", True)
     if init not in (True, "gaussian", "orthogonal"):
         yield f"adapter.options.init_lora_weights is {init!r}, which changes the base's predictions; use true or gaussian"
+
+
+def _weights_problems(read: Reader) -> Iterator[str | None]:
+    """‖ΔW‖² is at hand where the update is B A, or the weights themselves learn."""
+    if read("prior.kind") is not enums.PriorKind.weights:
+        return
+    algorithm, target = read("adapter.algorithm"), str(read("adapter._target_"))
+    if not (algorithm == "full" or (algorithm == "lora" and target.endswith(".LoRA"))):
+        yield f"prior.kind is weights with adapter.algorithm={algorithm}, whose ‖ΔW‖² is not at hand; use adapter=lora or full"
 
 
 def _rank_problems(read: Reader) -> Iterator[str | None]:

@@ -28,7 +28,7 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
 
 def _prior_problems(read: Reader) -> Iterator[str | None]:
     kind, source, path = read("prior.kind"), read("prior.source"), read("prior.path")
-    if kind in (None, enums.PriorKind.none) or read("dataset.type") is enums.DatasetType.simpletuner:
+    if kind is None or not kind.has_class_rows or read("dataset.type") is enums.DatasetType.simpletuner:
         return
     if source is enums.PriorSource.folder and path is None:
         ways = "prior.path=FOLDER, prior.source=generated (by the base model), or prior=none"

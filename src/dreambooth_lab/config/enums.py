@@ -141,6 +141,12 @@ class PriorKind(Enum):
     noise = "noise"
     teacher = "teacher"
     bank = "bank"
+    weights = "weights"
+
+    @property
+    def has_class_rows(self) -> bool:
+        """Whether it trains class pictures."""
+        return self not in (PriorKind.none, PriorKind.weights)
 
 
 class PriorSource(Enum):

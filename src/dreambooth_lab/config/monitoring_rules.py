@@ -103,8 +103,9 @@ def _checkpoint_problems(read: Reader) -> Iterator[str | None]:
     judged = _generates_images(read) and (read("eval.clip_model") or (read("eval.dino_model") and family != "clip/"))
     if not {"train/": True, "eval/": _evaluates(read)}.get(family, judged):
         yield f"{start}, which needs {METRICS[family]}"
-    if name == "train/loss_prior" and read("prior.kind") is enums.PriorKind.none:
-        yield f"{start}, but prior is none; choose another prior or another metric"
+    kind = read("prior.kind")
+    if name == "train/loss_prior" and kind is not None and not kind.has_class_rows:
+        yield f"{start}, but prior is {kind.name}; choose another prior or another metric"
     looked = read("ema.validation") if read("ema.enabled") else enums.EmaValidation.none
     if family != "train/" and looked is (enums.EmaValidation.none if averaged else enums.EmaValidation.ema_only):
         yield f"{start}, but {'only' if averaged else 'not'} the live weights are evaluated; set ema.enabled and ema.validation"

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def class_folder(cfg: DictConfig, family: Family) -> str | None:
-    """The folder (or URL) of the class images, generated now if necessary; None without a prior."""
-    if cfg.prior.kind is enums.PriorKind.none:
+    """The folder (or URL) of the class images, generated now if necessary; None without class rows."""
+    if not cfg.prior.kind.has_class_rows:
         return None
     if cfg.prior.source is enums.PriorSource.folder:
         return str(cfg.prior.path)

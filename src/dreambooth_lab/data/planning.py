@@ -56,7 +56,7 @@ def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
     columns = (data.caption_column,) if data.caption_column else ()
     where = Where(data.type, str(data.path), data.image_column, columns, None, data.split, data.streaming)
     made = [DatasetSpec("instance", where, _captions(cfg), _shaping(cfg, 0), repeats=data.repeats, masks=_masks(cfg))]
-    if prior.kind is not enums.PriorKind.none and (classes or prior.source.recaptions):
+    if prior.kind.has_class_rows and (classes or prior.source.recaptions):
         class_captions = Captions(enums.CaptionKind.instanceprompt, _class_prompts(cfg))
         recaptioned = prior.source.recaptions
         place = where if recaptioned else Where(enums.DatasetType.folder, classes or "")

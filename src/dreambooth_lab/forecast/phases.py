@@ -60,7 +60,7 @@ class Forecast:
 
     def _caching(self) -> list[Need]:
         prior, edge = self.cfg.prior, _edge(self.cfg)
-        drawn = prior.kind is not enums.PriorKind.none and prior.source is enums.PriorSource.generated
+        drawn = prior.kind.has_class_rows and prior.source is enums.PriorSource.generated
         reading, encoding = self._reading(), self._encoding(edge)
         there = {"denoiser": self._step().base.size} if drawn else {}
         needs = [Need("captions", {"text encoders": reading.weights.size, "reading one": _at_work(reading)})]
