@@ -119,6 +119,14 @@ def require_supported(cfg: DictConfig, family: Family) -> None:
             "prior.source is generated, but this model is image-to-image and can't generate from prompts only; set "
             "prior.source=folder with class images in prior.path, or prior.source=captions"
         )
+    validation = cfg.validation
+    steers = validation.superclass is not enums.Superclass.none or validation.personal_guidance is not None
+    if steers and not family.guides_in_one_batch:
+        key = "superclass" if validation.superclass is not enums.Superclass.none else "personal_guidance"
+        raise ConfigError(
+            f"validation.{key} is set, which is there for SD, SDXL, SD3 and toybox only; leave validation.superclass and "
+            "validation.personal_guidance out"
+        )
     if cfg.adapter.rank_schedule is not enums.RankSchedule.none and family.clock is None:
         raise ConfigError(
             f"adapter.rank_schedule is {cfg.adapter.rank_schedule.name}, but this model's network has a clock not known here; "

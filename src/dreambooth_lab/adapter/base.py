@@ -154,6 +154,14 @@ class Adapter(ABC):
     def set_scale(self, pipeline: Any, strength: float) -> None:
         """Scale the update of an adapter loaded by `load_into`: 0 is the base model, 1 the trained one."""
 
+    def weakened(self, model: nn.Module, strength: float) -> AbstractContextManager[None]:
+        """A context in which the update of an attached or loaded adapter is scaled, as by `set_scale`.
+
+        Raises:
+            ConfigError: this adapter has no strength while it trains.
+        """
+        raise ConfigError(f"validation.personal_guidance is set, but {self.algorithm} has no strength to be set; use null")
+
     def extra_module(self) -> nn.Module | None:
         """The module that holds the adapter's parameters, or None if they are in the model itself."""
         return None

@@ -154,6 +154,20 @@ class LoRA(Adapter):
             layer.set_scale(NAME, strength)
 
     @contextmanager
+    def weakened(self, model: nn.Module, strength: float) -> Iterator[None]:
+        layers = list(timed_rank.layers_of(model).values())
+        before = [(layer._disable_adapters, dict(layer.scaling)) for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = layer._disable_adapters or strength == 0
+            layer.scaling.update({name: scale * strength for name, scale in layer.scaling.items()})
+        try:
+            yield
+        finally:
+            for layer, (disabled, scales) in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
+                layer.scaling.update(scales)
+
+    @contextmanager
     def base(self) -> Iterator[None]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 

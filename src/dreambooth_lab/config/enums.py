@@ -176,6 +176,14 @@ class RolloutTarget(Enum):
     original = "original"
 
 
+class Superclass(Enum):
+    """How sampling takes the class prompt in."""
+
+    none = "none"
+    switch = "switch"
+    mix = "mix"
+
+
 class EmaValidation(Enum):
     none = "none"
     ema_only = "ema_only"

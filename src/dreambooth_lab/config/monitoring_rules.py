@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from . import enums
 from .data_rules import lacks_prompt
-from .prompts import library
+from .prompts import library, rare_word
 from .reader import Reader, installed, is_absent_folder
 
 METRICS = {  # requirements of each family of logged metrics
@@ -27,6 +27,7 @@ NEEDED = {
 
 def problems(read: Reader) -> Iterator[str | None]:
     yield from _prompt_problems(read)
+    yield from steering_problems(read)
     yield from _eval_problems(read)
     yield from _preview_problems(read)
     yield from _export_problems(read)
@@ -71,6 +72,27 @@ def _prompt_problems(read: Reader) -> Iterator[str | None]:
         and not lacks_prompt(read)
     ):
         yield "validation.prompts is empty; list some, set dataset.instance_prompt, or validation.every_n_steps=0 for no images"
+
+
+def steering_problems(read: Reader) -> Iterator[str | None]:
+    """What sampling with the class prompt or with weaker weights needs."""
+    superclass, share, personal = (read(f"validation.{key}") for key in ("superclass", "superclass_share", "personal_guidance"))
+    if superclass not in (None, enums.Superclass.none):
+        said = f"validation.superclass is {superclass.name}"
+        if not read("adapter.token") and rare_word(read("dataset.instance_prompt") or "", read("dataset.class_prompt")) is None:
+            yield f"{said}, but the rare word that the class prompt lacks is not clear; set dataset.class_prompt or adapter.token"
+        if share in (0, 1):
+            yield f"validation.superclass_share is {share:g} with {said}; it must lie between 0 and 1, or use superclass=none"
+    if personal is None:
+        return
+    if personal == 1:
+        yield "validation.personal_guidance is 1, which is plain guidance; set it below 1, or to null"
+    if read("validation.guidance_scale") is not None and read("validation.guidance_scale") <= 1:
+        scale = f"validation.guidance_scale={read('validation.guidance_scale'):g}"
+        yield f"validation.personal_guidance is {personal:g} with {scale}, where there is no guidance; raise it, or use null"
+    if read("adapter.algorithm") == "full":
+        said = f"validation.personal_guidance is {personal:g} with adapter=full"
+        yield f"{said}, whose strength can't be set while it trains; use null"
 
 
 def _eval_problems(read: Reader) -> Iterator[str | None]:

@@ -57,7 +57,7 @@ RANGES: dict[str, Range] = {
     "validation.every_n_steps": NO_STEPS, "validation.every_n_epochs": EPOCHS, "validation.num_images": (1, 10**4),
     "validation.batch_size": ROWS,
     "validation.num_inference_steps": SAMPLER_STEPS, "validation.guidance_scale": GUIDANCE, "validation.seed": SEED,
-    "validation.resolution": PIXELS,
+    "validation.resolution": PIXELS, "validation.superclass_share": SHARE, "validation.personal_guidance": SHARE,
     "eval.batch_size": ROWS, "eval.every_n_steps": NO_STEPS, "eval.every_n_epochs": EPOCHS, "eval.num_images": PICTURES,
     "eval.timesteps": (1, 10**4),
     "preview.every_n_steps": SAMPLER_STEPS,

@@ -222,6 +222,9 @@ class ValidationConfig:
     batch_size: int
     num_inference_steps: int
     guidance_scale: float
+    superclass: enums.Superclass
+    superclass_share: float
+    personal_guidance: float | None
     seed: int
     resolution: int
 

@@ -52,6 +52,7 @@ class Family(ABC):
     spec: Spec  # their names of the base model
     loads_lora: bool  # whether the diffusers pipeline has `load_lora_weights`
     chunks: int = 1  # number of chunks that every caption is encoded in; see `fit_chunks`
+    guides_in_one_batch: ClassVar[bool] = False  # guidance's two predictions are halves of one call, the unconditional one first
     needs_image: bool = False  # an image-to-image model: validation gives it the subject's photos to start from
     device: torch.device = torch.device("cpu")
     quantiser: Quantiser = Quantiser({}, None)  # which parts are quantised
