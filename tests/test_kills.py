@@ -29,6 +29,8 @@ CONFIGURATIONS = {
     "rollout": ROLLOUT,
     "bank of generated pictures": BANK,
     "DoRA": ["adapter=dora"],
+    "blank, DCO": ["prior.source=blank", "prior.path=null", "objective.anchor=dco"],
+    "weights": ["prior=weights", "prior.path=null"],
     "T-LoRA": ["adapter.rank_schedule=tlora", "+adapter.options.init=ortho_tail", "model.gradient_checkpointing=true"],
     "LoKr on int8": ["adapter=lokr", "quant=int8"],
     "full": ["adapter=full", "adapter.rank=1", "optimizer.lr=1e-4"],

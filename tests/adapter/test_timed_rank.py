@@ -7,14 +7,16 @@ import torch
 from safetensors import safe_open
 from test_matrix import ALL
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 from dreambooth_lab import lab
 from dreambooth_lab.adapter import ExportWeights, timed_rank
 from dreambooth_lab.adapter.files import read
 from dreambooth_lab.adapter.timed_rank import least_rank, rank_at, tail_values
-from dreambooth_lab.config import ConfigError, check
+from dreambooth_lab.config import ConfigError, check, saved
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.factory import build_family, build_method
+from dreambooth_lab.tools.lora import app as tool
 from dreambooth_lab.trained import TrainedPipeline
 
 TIMED, ORTHO = ["adapter.rank_schedule=tlora"], ["+adapter.options.init=ortho_tail"]
@@ -139,6 +141,25 @@ def test_the_header_says_what_programs_do_not_know(made, tmp_path):
     for file in (tmp_path / path for path in files if path.suffix == ".safetensors"):
         with safe_open(file, "pt") as opened:
             assert "2 of 4 ranks" in opened.metadata()["rank_schedule"].replace("+ 2 of", "2 of")
+
+
+def test_a_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_path):
+    """The ranks of a resized file are others, in the order of the singular values."""
+    module, _ = made(*TIMED, "adapter.min_rank=1")
+    move(module)
+    owned = module.by_owner(module.trainable_parameters())
+    header = {"config": saved.dump(module.cfg), "other": "kept"}
+    module.adapter.export(tmp_path, ExportWeights("unet", owned["unet"], {}, header, module.family.kohya, ALL))
+    for word, schedule in (("resize", "none"), ("convert", "tlora")):
+        made_file = tmp_path / f"{word}.safetensors"
+        more = ["--rank", "4"] if word == "resize" else ["--to", "diffusers"]
+        done = CliRunner().invoke(tool, [word, str(tmp_path / "kohya.safetensors"), "--output", str(made_file), *more])
+        assert done.exit_code == 0, done.output
+        with safe_open(made_file, "pt") as opened:
+            said = opened.metadata()
+        assert said["other"] == "kept" and ("rank_schedule" in said) is (schedule == "tlora")
+        adapter = saved.load(said["config"], "it").adapter
+        assert (adapter.rank_schedule.name, adapter.min_rank) == (schedule, 1 if schedule == "tlora" else None)
 
 
 def test_an_orthogonal_start_changes_nothing_and_is_orthogonal(made):

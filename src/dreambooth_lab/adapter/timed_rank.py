@@ -11,6 +11,7 @@ own clock says: training, evaluation and any pipeline's sampler leave out the sa
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -152,6 +153,15 @@ def said(min_rank: int | None, rank: int) -> str:
         f"trained as T-LoRA: at time t (1 is noise) the first floor(({rank} - {least}) (1 - t)) + {least} of {rank} ranks acted; "
         "programs that do not know this apply all ranks at all times"
     )
+
+
+def without_schedule(header: Mapping[str, str]) -> dict[str, str]:
+    """The header of a file whose ranks are mixed, by a resize or merge, so that no schedule holds for them."""
+    kept = {key: value for key, value in header.items() if key != KEY}
+    if "config" in kept:
+        text = re.sub(r"(?m)^( +rank_schedule): tlora$", r"\1: none", kept["config"])
+        kept["config"] = re.sub(r"(?m)^( +min_rank): \d+$", r"\1: null", text)
+    return kept
 
 
 def with_start(model: nn.Module, layers: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
