@@ -21,8 +21,9 @@ pytestmark = [
         ["adapter.dropout=0.0", "rollout.enabled=true", "rollout.ramp_steps=0", "rollout.probability=1"],
         ["quant=int8", "model.gradient_checkpointing=true"],
         ["adapter=locon"],
+        ["adapter.rank_schedule=tlora", "+adapter.options.init=ortho_tail", "model.gradient_checkpointing=true"],
     ],
-    ids=["lora and rollout", "int8 and checkpointing", "locon"],
+    ids=["lora and rollout", "int8 and checkpointing", "locon", "T-LoRA"],
 )
 def test_compiled_blocks_train_alike(words, small, tmp_path):
     """Three steps with the teacher and pictures; two shapes of pictures come by."""

@@ -172,6 +172,7 @@ CLASS = 'dataset.class_prompt="a photo of a dog"'
         (["prior=teacher"], "set prior.path=FOLDER, prior.source=generated"),
         (["prior=teacher", "prior.source=generated", "prior.path=."], "which prior.source=generated does not read"),
         (["prior=noise", "prior.source=captions"], "would train the class towards the subject"),
+        (["prior=noise", "prior.source=blank"], "prior.source=blank, which would train the class towards the subject"),
         (["prior=bank", "prior.path=.", "rollout.enabled=true"], "use prior=teacher, or set rollout.enabled=false"),
         (["prior=bank", "prior.path=.", "prior.bank.draws=0"], "prior.bank.draws is 0; it must be at least 1"),
         (["rollout.kind=input_perturbation", "rollout.reflexflow.direction=1"], "has no rollout for them"),

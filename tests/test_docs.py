@@ -132,7 +132,7 @@ def composed(words: Sequence[str]) -> None:
         cfg = copy.deepcopy(chosen(of_groups))
         for one in said:
             if one.input_line not in of_groups:
-                OmegaConf.update(cfg, one.key_or_group, one.value())
+                OmegaConf.update(cfg, one.key_or_group, one.value(), force_add=one.is_add())
         check(cfg)
 
 

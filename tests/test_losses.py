@@ -11,6 +11,7 @@ from dreambooth_lab.config import ConfigError, enums
 from dreambooth_lab.data.sampling.schedule import Bucket, Group, Schedule
 from dreambooth_lab.diffusion.path import RectifiedFlow, VariancePreserving
 from dreambooth_lab.losses import (
+    consistency,
     huber_width,
     masked_error,
     outside_error,
@@ -225,3 +226,21 @@ def test_the_huber_schedule_is_wide_at_data_and_narrow_at_noise():
     assert_close(width, (1 - 0.1) / (1 + sigmas) ** 2 + 0.1, rtol=1e-4, atol=1e-6)
     assert (width.diff() < 0).all() and width.shape == (7,)
     assert (huber_width(enums.HuberSchedule.constant, 0.1, snr) == 0.1).all()
+
+
+@given(st.floats(-0.01, 0.01), st.floats(1, 5000))
+def test_consistency_is_the_papers_loss_and_its_gradient_the_plain_one_where_the_model_is_the_base(apart, beta):
+    base = torch.tensor([0.1], dtype=torch.float64)
+    error = (base + apart).requires_grad_()
+    ours = consistency(error, base, beta)
+    assert_close(ours * beta / 2, -torch.log(torch.sigmoid(-beta * (error - base))), atol=1e-9, rtol=1e-6)
+    (slope,) = torch.autograd.grad(ours.sum(), error)
+    assert_close(slope, 2 * torch.sigmoid(beta * (error.detach() - base)))
+    same = base.clone().requires_grad_()
+    assert torch.autograd.grad(consistency(same, base, beta).sum(), same)[0].item() == pytest.approx(1)
+
+
+def test_consistency_is_the_plain_error_less_a_constant_for_a_small_beta():
+    error, base = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), torch.tensor([0.2, 0.2, 0.9], dtype=torch.float64)
+    apart = consistency(error, base, 1e-6) - error
+    assert_close(apart - apart[2], -(base - base[2]), atol=1e-6, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from dreambooth_lab import lab
+from dreambooth_lab.config import ConfigError, check, enums
 from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.diffusion.path import RectifiedFlow
 from dreambooth_lab.dreambooth import DreamBooth
@@ -338,3 +340,58 @@ def test_times_are_the_objectives(made):
     )
     t = torch.cat([times(module, next(stream)) for _ in range(20)])
     assert 0.4 <= t.min() < t.max() <= 0.6
+
+
+DCO = ["prior=none", "prior.path=null", "objective.anchor=dco", "objective.anchor_beta=500"]
+
+
+def test_dco_starts_with_the_plain_gradient_and_touches_instance_rows_only(made):
+    """A fresh adapter is the base."""
+    for words in ([], ["prior=teacher", "prior.source=captions"], ["objective.weight=min_snr"]):
+        module, stream = made(*DCO, *words)
+        batch = next(stream)
+        anchored = gradients(module, batch)
+        module.cfg.objective.anchor = enums.Anchor.none
+        for ours, plain in zip(anchored, gradients(module, batch), strict=True):
+            assert_close(ours, plain)
+
+
+def test_dco_lets_go_of_what_is_better_than_the_base_and_pulls_at_what_is_worse(made):
+    """The gradient is the plain one times 2 σ(β (e - e_base)) of the row."""
+    module, stream = made(*DCO, "dataset.batch_size=1")
+    move(module, 0.1)
+    batch = next(stream)
+    x0, t = batch.latents(), times(module, batch)
+    x_t = module.path.noise(x0, batch.eps, t)
+    with torch.no_grad():
+        e = (module.predict(x_t, t, batch.cond) - module.path.target(x0, batch.eps, t)).square().mean()
+        with module.adapter.base():
+            e_base = (module.predict(x_t, t, batch.cond) - module.path.target(x0, batch.eps, t)).square().mean()
+    assert abs(e - e_base) > 1e-5
+    anchored = gradients(module, batch)
+    module.cfg.objective.anchor = enums.Anchor.none
+    for ours, plain in zip(anchored, gradients(module, batch), strict=True):
+        assert_close(ours, 2 * torch.sigmoid(500 * (e - e_base)) * plain, rtol=1e-4, atol=1e-7)
+
+
+def test_dco_compares_under_the_same_mask(made):
+    module, stream = made(*DCO)
+    batch = next(stream)
+    mask = torch.zeros_like(batch.mean[:, :1])
+    mask[..., :4] = 1
+    loss = module.training_step(batch._replace(mask=mask), 0)["loss"]
+    assert_close(loss.detach(), torch.tensor(2 / 500 * math.log(2)) * len(batch.instance_rows) / batch.row_counts.instances)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective.loss=huber"], "it compares squared errors"),
+        (["rollout.enabled=true", "rollout.reflexflow.direction=1"], "which the base model has none of"),
+        (["objective.anchor_beta=0"], "objective.anchor_beta is 0"),
+    ],
+)
+def test_what_dco_can_not_be_of_is_refused(words, said):
+    with pytest.raises(ConfigError) as caught:
+        check(lab.compose("objective.anchor=dco", *words))
+    assert said in str(caught.value)

@@ -22,6 +22,7 @@ from .diffusion.time import build_times
 from .draw import Purpose
 from .losses import (
     Penalty,
+    consistency,
     huber_width,
     masked_error,
     outside_error,
@@ -70,8 +71,13 @@ class DreamBooth(LightningModule):
         target = self.path.target(x0, at.eps, t)
         target = self.prior(target, batch, at.x_t, t)  #                                            class rows only
         error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
+        error = self.anchored(error, target, batch, at.x_t, t)
         loss = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.row_counts, self.cfg.prior.weight)
+        moved = self.adapter.squared_update() if self.cfg.prior.kind is enums.PriorKind.weights else None
+        if moved is not None:
+            loss = loss + self.cfg.prior.weight * moved  #                               λ ‖ΔW‖²
         parts = {"loss": loss, "total": loss.detach()}  # Lightning divides "loss" by the number of micro-batches
+        parts |= {} if moved is None else {"weights": moved.detach()}
         terms = {"instance": batch.instance_rows, "prior": batch.class_rows}  # a term without rows is omitted, not 0
         return parts | {name: error[rows].detach().mean() for name, rows in terms.items() if len(rows)}
 
@@ -91,6 +97,16 @@ class DreamBooth(LightningModule):
             return error
         teacher_output = self.teacher.predict_base(batch, at.x_t, t, rows)
         return error.index_add(0, rows, outside_error(output[rows], teacher_output, mask[rows], floor, self.penalty(t[rows])))
+
+    def anchored(self, error: Tensor, target: Tensor, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
+        """Weighted errors [B] with those of the instance rows held to the base model's, if `objective.anchor` says so."""
+        rows, cfg = batch.instance_rows, self.cfg.objective
+        if cfg.anchor is enums.Anchor.none or len(rows) == 0:
+            return error
+        base_output, mask = self.teacher.predict_base(batch, x_t, t, rows), self.cfg.mask
+        shown = None if batch.mask is None else batch.mask[rows]
+        base_error = masked_error(base_output, target[rows], shown, mask.normalize, mask.min_weight, self.penalty(t[rows]))
+        return error.index_copy(0, rows, consistency(error[rows], base_error * self.weight(t[rows]), cfg.anchor_beta))
 
     def penalty(self, t: Tensor) -> Penalty:
         """The elementwise loss for rows at times t."""

@@ -64,6 +64,7 @@ def build_method(cfg: DictConfig, family: Family) -> tuple[DreamBooth, list[str]
 def attach(cfg: DictConfig, family: Family, adapter: Adapter, text: TrainableText | None) -> list[str]:
     """Attach the adapter to all adapted layers and load its initial weights; returns the layers' names."""
     layers = adapter.attach(family.denoiser, family.target_modules, draw.torch_seed(cfg.seed, 0, Purpose.ADAPTER_INIT))
+    adapter.follow_time(family.denoiser, family.time_of)
     family.denoiser.to(family.device)  # adapters of offloaded blocks were created on the host, like the blocks
     for number, part in enumerate(family.text_encoder_parts, 1):
         if text and number in cfg.adapter.text_encoders:
@@ -113,10 +114,23 @@ def require_supported(cfg: DictConfig, family: Family) -> None:
     Raises:
         ConfigError: names the possible values.
     """
-    if family.needs_image and cfg.prior.kind is not enums.PriorKind.none and cfg.prior.source is enums.PriorSource.generated:
+    if family.needs_image and cfg.prior.kind.has_class_rows and cfg.prior.source is enums.PriorSource.generated:
         raise ConfigError(
             "prior.source is generated, but this model is image-to-image and can't generate from prompts only; set "
             "prior.source=folder with class images in prior.path, or prior.source=captions"
+        )
+    validation = cfg.validation
+    steers = validation.superclass is not enums.Superclass.none or validation.personal_guidance is not None
+    if steers and not family.guides_in_one_batch:
+        key = "superclass" if validation.superclass is not enums.Superclass.none else "personal_guidance"
+        raise ConfigError(
+            f"validation.{key} is set, which is there for SD, SDXL, SD3 and toybox only; leave validation.superclass and "
+            "validation.personal_guidance out"
+        )
+    if cfg.adapter.rank_schedule is not enums.RankSchedule.none and family.clock is None:
+        raise ConfigError(
+            f"adapter.rank_schedule is {cfg.adapter.rank_schedule.name}, but this model's network has a clock not known here; "
+            "use rank_schedule=none, or a model of conf/model/ other than diffusers"
         )
     able = [number for number, part in enumerate(family.text_encoder_parts, 1) if part in family.trainable_text_encoder_parts]
     if beyond := [number for number in cfg.adapter.text_encoders if number not in able]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import RowCounts
@@ -61,6 +62,17 @@ def outside_error(output: Tensor, teacher_output: Tensor, mask: Tensor, floor: f
     """The error outside the mask against the base model's prediction: mean((1 - w) · penalty(output - taught)) [B]."""
     weight = (1 - floor) * (1 - mask)  # [B 1 h w]
     return (penalty(output.float() - teacher_output.float()) * weight).mean((1, 2, 3))
+
+
+def consistency(error: Tensor, base_error: Tensor, beta: float) -> Tensor:
+    """(2 / β) · -log σ(-β (e - e_base)) of each row [B]: Direct Consistency Optimization (Lee et al. 2024).
+
+    e and e_base are the errors of the model and of the base model at the same (x_t, t, ε), as means over the elements, times the
+    weight of their time; β stands for the paper's β T. The factor 2 / β is ours: with it the gradient of a model that is the base
+    is that of the plain loss, whatever β, as it is in the limit of β = 0. A row's gradient is 2 σ(β (e - e_base)) ∇e: it fades
+    once the model beats the base there, and at most doubles where it is worse. (The authors' script compares means over a batch.)
+    """
+    return (2 / beta) * F.softplus(beta * (error - base_error))
 
 
 def preserve_prior(error: Tensor, instance_rows: Tensor, class_rows: Tensor, row_counts: RowCounts, weight: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from omegaconf import DictConfig
 
 from .config import enums
 from .factory import build_adapter, build_family, trained_token
+from .models.steering import Steering, steered
+
+UNSTEERED = Steering(enums.Superclass.none, 0.0, None)
 
 
 class TrainedPipeline:
@@ -25,6 +29,7 @@ class TrainedPipeline:
         family = self.family
         self.adapter, self.pipeline = build_adapter(cfg), family.pipeline()
         self.adapter.load_into(self.pipeline, family.denoiser_part, export, family.target_modules)
+        self.adapter.follow_time(getattr(self.pipeline, family.denoiser_part), family.time_of)
         folder = export if export.is_dir() else export.parent
         self.scale_token = family.load_token(self.pipeline, folder, word) if word else None
         self.pipeline.to(family.device)
@@ -35,19 +40,32 @@ class TrainedPipeline:
         if self.scale_token:
             self.scale_token(strength)
 
-    def draw(self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int, image: Any = None) -> list[Any]:
+    def draw(
+        self, prompt: str, negative: str, edge: int, steps: int, guidance: float, seed: int, image: Any = None,
+        steering: Steering = UNSTEERED, about_class: str | None = None,
+    ) -> list[Any]:  # fmt: skip
         """Generate one image.
 
         Args:
             negative: empty for the unconditional input, as in training.
             edge: of the square, px.
             image: the input of image-to-image models.
+            about_class: the same prompt about the class, for steering.
         """
         self.pipeline.set_progress_bar_config(disable=True)
-        arguments = self._prompt_arguments(prompt, negative)
-        arguments |= self.family.image_arguments(image) if image else self.family.size_arguments(edge, edge)
-        arguments |= self.family.guidance(guidance)
-        return self.pipeline(num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **arguments).images
+        denoiser = getattr(self.pipeline, self.family.denoiser_part)
+
+        def call(words: str) -> list[Any]:
+            arguments = self._prompt_arguments(words, negative) | self.family.guidance(guidance)
+            arguments |= self.family.image_arguments(image) if image else self.family.size_arguments(edge, edge)
+            made: list[Any] = self.pipeline(
+                num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **arguments
+            ).images
+            return made
+
+        class_call = partial(call, about_class) if about_class else None
+        with steered(denoiser, steering, steps, class_call, partial(self.adapter.weakened, denoiser)):
+            return call(prompt)
 
     @torch.no_grad()
     def _prompt_arguments(self, prompt: str, negative: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from dreambooth_lab import lab
 from dreambooth_lab.data.class_images import class_folder, generate
-from dreambooth_lab.data.module import DreamBoothData
+from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.factory import build_family
 from dreambooth_lab.models.sdxl import SDXL
 
@@ -116,3 +117,34 @@ def test_captions_are_the_photos_under_the_class_prompt(setting, photos):
         {data.cache_reader.key(e, i) for e in data.entries for i in range(len(e.variants))}
     ), "their latents are shared"
     assert {e.captions for e in data.entries if e.spec.is_class} == {("a photo of a dog",)}
+
+
+def test_blank_is_the_photos_under_no_prompt_and_under_the_class_prompt_each_row_one(setting):
+    cfg, family = setting("prior.source=blank")
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    mine = {e.picture.name for e in data.entries if e.spec.is_class}
+    assert mine == {e.picture.name for e in data.entries if not e.spec.is_class}
+    stream = iter(Samples(data, data.schedule, 0, 0, 1))
+    said = Counter(b.captions[i] for b in (next(stream) for _ in range(60)) for i in b.class_rows.tolist())
+    assert set(said) == {"", "a photo of a dog"} and min(said.values()) > 0.3 * said.total(), "about half of each"
+    cfg, family = setting("prior.source=blank", "prior.prompt=null")
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    assert {e.captions for e in data.entries if e.spec.is_class} == {("",)}
+
+
+def test_a_bank_of_blank_rows_holds_the_answer_to_each_rows_own_caption(setting):
+    cfg, family = setting("prior.source=blank", "prior=bank", "prior.bank.draws=2")
+    data = DreamBoothData(cfg, family)
+    data.prepare()
+    stream, seen = iter(Samples(data, data.schedule, 0, 0, 1)), set()
+    for batch in (next(stream) for _ in range(12)):
+        for row, taught in zip(batch.class_rows.tolist(), batch.teacher_output if len(batch.class_rows) else (), strict=True):
+            one = torch.tensor([row])
+            with torch.no_grad():
+                x_t = family.path.noise(batch.latents()[one], batch.eps[one], batch.u[one])
+                own = family.denoise(x_t, batch.u[one], batch.cond.select(one))[0]
+            torch.testing.assert_close(taught, own, atol=1e-5, rtol=1e-5)
+            seen.add(batch.captions[row])
+    assert seen == {"", "a photo of a dog"}

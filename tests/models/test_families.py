@@ -22,6 +22,7 @@ import tiny_families
 from dreambooth_lab import lab
 from dreambooth_lab.adapter import ExportWeights, Form, Full, LoRA
 from dreambooth_lab.adapter.base import matching_layers
+from dreambooth_lab.adapter.timed_rank import RankClock
 from dreambooth_lab.batch import ImageInfo, Size, Text
 from dreambooth_lab.config import ConfigError, conf_dir, enums
 from dreambooth_lab.factory import build_family
@@ -112,6 +113,16 @@ def test_the_answer_is_the_pipelines_own_at_its_first_step(name, folders):
     cond = family.cond(family.encode_text([CAPTION]), [ImageInfo(Size((64, 64), (0, 0), (64, 64)), x[0], 0, 0, 7.0)])
     t = family.path.time(native[None]) if hasattr(family.path, "time") else native[None] / 1000
     assert_close(family.denoise(x, t, cond), unpacked(pipeline, answer, family, height, width).float(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_denoisers_clock_is_read_back_as_the_time_it_was_asked_about(name, folders):
+    family = load(folders, name)
+    seen = []
+    RankClock(None, lambda timestep: seen.append(family.time_of(timestep)) or timestep).watch(family.denoiser)
+    x, t, cond = told(family, [CAPTION, "a dog"])
+    family.denoise(x, t, cond)
+    assert_close(seen[0].double(), t.double(), atol=1.01 / family.path.num_steps, rtol=0)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMED if n in FROM_PROMPTS])

@@ -6,7 +6,7 @@ import difflib
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -76,6 +76,7 @@ class Adapter(ABC):
             name, prefixed with its text encoder's name if it has one), `rank` or None, `lr_ratio` (factor of the learning rate).
         options: further arguments of the library, under its names.
         preset: LyCORIS only: the name of one of its presets, or a lycoris_config.json.
+        rank_schedule, min_rank: how many ranks act at a time; LoRA only.
     """
 
     model: nn.Module
@@ -85,8 +86,9 @@ class Adapter(ABC):
     def __init__(
         self, rank: int, alpha: float, dropout: float, parts: Sequence[str], targets: Sequence[str], algorithm: str = "lora",
         blocks: Sequence[Any] = (), options: Mapping[str, Any] | None = None, preset: str | None = None,
-        text_parts: Sequence[str] = (),
+        text_parts: Sequence[str] = (), rank_schedule: enums.RankSchedule = enums.RankSchedule.none, min_rank: int | None = None,
     ):  # fmt: skip
+        self.rank_schedule, self.min_rank = rank_schedule, min_rank
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.parts, self.targets, self.algorithm = list(parts), list(targets), algorithm
         self.blocks, self.options, self.preset, self.text_parts = list(blocks), dict(options or {}), preset, list(text_parts)
@@ -103,6 +105,13 @@ class Adapter(ABC):
         """The same for the text encoder `part` of a pipeline; the returned names begin with `part`."""
         raise ConfigError(f"adapter.text_encoders is set, but {self.algorithm} does not support text encoders; use lora or dora")
 
+    def follow_time(self, model: nn.Module, time_of: Callable[[Tensor], Tensor]) -> None:  # noqa: B027 most know no time
+        """Let the layers of a denoiser act by its time, if `rank_schedule` says so.
+
+        Args:
+            time_of: the t of a timestep that the denoiser is called with.
+        """
+
     @abstractmethod
     def load_weights(self, path: Path) -> None:
         """Load the weights of an export, a folder or a file.
@@ -114,6 +123,14 @@ class Adapter(ABC):
     @abstractmethod
     def base(self) -> AbstractContextManager[None]:
         """A context in which the model is exactly the base model."""
+
+    def squared_update(self) -> Tensor:
+        """‖ΔW‖², the squared distance of all adapted weights from the base model's, differentiable.
+
+        Raises:
+            ConfigError: this adapter does not have it.
+        """
+        raise ConfigError(f"prior.kind is weights, but {self.algorithm} has no ‖ΔW‖² at hand; use adapter=lora or adapter=full")
 
     @abstractmethod
     def export(self, folder: Path, weights_to_export: ExportWeights) -> dict[Path, str]:
@@ -136,6 +153,14 @@ class Adapter(ABC):
     @abstractmethod
     def set_scale(self, pipeline: Any, strength: float) -> None:
         """Scale the update of an adapter loaded by `load_into`: 0 is the base model, 1 the trained one."""
+
+    def weakened(self, model: nn.Module, strength: float) -> AbstractContextManager[None]:
+        """A context in which the update of an attached or loaded adapter is scaled, as by `set_scale`.
+
+        Raises:
+            ConfigError: this adapter has no strength while it trains.
+        """
+        raise ConfigError(f"validation.personal_guidance is set, but {self.algorithm} has no strength to be set; use null")
 
     def extra_module(self) -> nn.Module | None:
         """The module that holds the adapter's parameters, or None if they are in the model itself."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ConfigError, enums
 from .base import Adapter, ExportWeights, Form, read_weights, rounded, temporarily_replaced
@@ -57,6 +57,10 @@ class Full(Adapter):
     def base(self) -> Iterator[None]:
         with temporarily_replaced(self.learning, self.reference):
             yield
+
+    def squared_update(self) -> Tensor:
+        moved = (p.float() - self.reference[name].float() for name, p in self.learning.items())
+        return torch.stack([each.square().sum() for each in moved]).sum()
 
     def copies(self, formats: Collection[enums.Format]) -> int:
         return 1

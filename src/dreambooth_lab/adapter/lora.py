@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import ConfigError, enums
-from . import kohya, low_precision
+from . import kohya, low_precision, timed_rank
 from .base import Adapter, ExportWeights, Form, full_name, matching_layers, read_weights, refuse_unknown, rounded, target_suffixes
 from .files import CLIP, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, SAID, read
 from .layouts import refuse_fused
@@ -43,13 +43,14 @@ class LoRA(Adapter):
     def _inject(self, model: nn.Module, layers: list[str], part: str, seed: int) -> list[str]:
         from peft import LoraConfig, inject_adapter_in_model
 
-        refuse_unknown(self.options, OPTIONS, "a LoRA of this project")
+        refuse_unknown(self.options, (*OPTIONS, "init"), "a LoRA of this project")
+        options = {name: value for name, value in self.options.items() if name != "init"}
         ranks = self.ranks(layers, part)
         alphas: Any = {layer: self.alpha * rank / self.rank for layer, rank in ranks.items()}  # the same scale at every rank
         alpha: Any = self.alpha  # peft's own type says int
         config = LoraConfig(
             r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=layers, use_dora=self.algorithm == "dora",
-            rank_pattern=ranks, alpha_pattern=alphas, **self.options,
+            rank_pattern=ranks, alpha_pattern=alphas, **options,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -58,7 +59,21 @@ class LoRA(Adapter):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         low_precision.use(model, NAME)
+        if self._starts_orthogonal:
+            timed_rank.start_orthogonal(model, NAME, seed)
         return [full_name(part, layer) for layer in layers]
+
+    @property
+    def _starts_orthogonal(self) -> bool:
+        return bool(self.options.get("init") == enums.ORTHO_TAIL)
+
+    def follow_time(self, model: nn.Module, time_of: Callable[[Tensor], Tensor]) -> None:
+        if self.rank_schedule is enums.RankSchedule.none:
+            return
+        layers = list(timed_rank.layers_of(model))
+        strange = timed_rank.follow(model, self.min_rank, time_of, dict.fromkeys(layers, self.rank) | self.ranks(layers))
+        if strange:
+            log.warning("%d layers have another rank than was trained (%s): all their ranks act", len(strange), strange[0])
 
     def load_weights(self, path: Path) -> None:
         from peft import set_peft_model_state_dict
@@ -119,6 +134,7 @@ class LoRA(Adapter):
 
     def load_into(self, pipeline: Any, part: str, path: Path, target_modules: Mapping[str, tuple[str, ...]]) -> None:
         if not hasattr(pipeline, "load_lora_weights"):
+            self._take_exported_ranks()
             super().load_into(pipeline, part, path, target_modules)
             return
         try:
@@ -138,6 +154,20 @@ class LoRA(Adapter):
             layer.set_scale(NAME, strength)
 
     @contextmanager
+    def weakened(self, model: nn.Module, strength: float) -> Iterator[None]:
+        layers = list(timed_rank.layers_of(model).values())
+        before = [(layer._disable_adapters, dict(layer.scaling)) for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = layer._disable_adapters or strength == 0
+            layer.scaling.update({name: scale * strength for name, scale in layer.scaling.items()})
+        try:
+            yield
+        finally:
+            for layer, (disabled, scales) in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
+                layer.scaling.update(scales)
+
+    @contextmanager
     def base(self) -> Iterator[None]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -151,6 +181,11 @@ class LoRA(Adapter):
         finally:
             for layer, disabled in zip(layers, before, strict=True):
                 layer._disable_adapters = disabled
+
+    def squared_update(self) -> Tensor:
+        models = (self.model, *self.text.values())
+        layers = (layer for model in models for layer in timed_rank.layers_of(model).values())
+        return torch.stack([squared_update(layer, NAME) for layer in layers]).sum()
 
     def copies(self, formats: Collection[enums.Format]) -> int:
         return len({enums.Format.diffusers, enums.Format.peft, enums.Format.comfyui} & set(formats))
@@ -172,6 +207,8 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
         models = {weights_to_export.part: (self.model, weights_to_export.weights)}
         models |= {part: (encoder, weights_to_export.text[part]) for part, encoder in self.text.items()}
         header, form, files = {"format": "pt", **weights_to_export.header}, weights_to_export.form, dict[Path, str]()
+        if self.rank_schedule is not enums.RankSchedule.none:
+            header[timed_rank.KEY] = timed_rank.said(self.min_rank, self.rank)
         written = {part: self._written(model, weights) for part, (model, weights) in models.items()}
         inside = {part: _named(layers) if part in self.text else layers for part, (layers, _) in written.items()}
         if enums.Format.diffusers in form.formats:
@@ -179,7 +216,7 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
             _save(folder / DIFFUSERS_FILE, _keyed(inside), form, header | {SAID: json.dumps(values, sort_keys=True)})
             files[Path(DIFFUSERS_FILE)] = "diffusers"
         if enums.Format.comfyui in form.formats and self.algorithm == "lora":
-            more = kohya.header(self.rank, self.rank)
+            more = kohya.header(self._exported_rank, self._exported_rank)
             _save(folder / f"{form.name}.safetensors", self._for_programs(inside, weights_to_export), form, header | more)
             files[Path(f"{form.name}.safetensors")] = "comfyui"
         if enums.Format.peft in form.formats:
@@ -195,8 +232,23 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
             return layers, metadata
         scales = _scales(model)
         folded = {key: tensor * scales[self.layer_of(key)] if ".lora_B." in key else tensor for key, tensor in layers.items()}
+        if self._starts_orthogonal:
+            folded = timed_rank.with_start(model, folded, scales)
+            patterns = {layer: 2 * rank for layer, rank in metadata["rank_pattern"].items()}
+            metadata |= {"r": 2 * metadata["r"], "rank_pattern": patterns}
         alphas = {"lora_alpha": metadata["r"], "alpha_pattern": metadata["rank_pattern"], "use_rslora": False}
         return folded, metadata | alphas
+
+    def _take_exported_ranks(self) -> None:
+        """Of an orthogonal start, which files hold as further ranks."""
+        if self._starts_orthogonal:
+            self.options.pop("init")
+            self.blocks = [{**block, "rank": 2 * block["rank"] if block["rank"] else None} for block in self.blocks]
+            self.rank, self.alpha = 2 * self.rank, 2 * self.alpha
+
+    @property
+    def _exported_rank(self) -> int:
+        return 2 * self.rank if self._starts_orthogonal else self.rank
 
     def _for_programs(self, parts: Mapping[str, Mapping[str, Tensor]], weights_to_export: ExportWeights) -> dict[str, Tensor]:
         """kohya's keys if the family has them, with one alpha, this adapter's rank; else diffusers' keys."""
@@ -206,8 +258,18 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
         for part, layers in parts.items():
             if part in weights_to_export.kohya:
                 ranks = {self.layer_of(key): float(len(tensor)) for key, tensor in layers.items() if ".lora_A." in key}
-                made |= kohya.convert(weights_to_export.kohya[part], layers, ranks, self.rank)
+                made |= kohya.convert(weights_to_export.kohya[part], layers, ranks, self._exported_rank)
         return made
+
+
+def squared_update(layer: Any, adapter: str) -> Tensor:
+    """‖s B A‖² = s² tr(BᵀB · AAᵀ) of a layer, by r × r matrices; less its orthogonal start, if it has one."""
+    a, b = layer.lora_A[adapter].weight.float().flatten(1), layer.lora_B[adapter].weight.float().flatten(1)
+    if hasattr(layer, timed_rank.DOWN):
+        start_a, start_b = (getattr(layer, name).flatten(1) for name in (timed_rank.DOWN, timed_rank.UP))
+        a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], 1)
+    norm: Tensor = layer.scaling[adapter] ** 2 * ((b.T @ b) * (a @ a.T)).sum()
+    return norm
 
 
 LENGTHS = ".lora_magnitude_vector"  # DoRA's; transformers expects the name of the parameter in them

@@ -138,6 +138,21 @@ class Lycoris(Adapter):
         self.network.set_multiplier(strength * trained)
 
     @contextmanager
+    def weakened(self, model: nn.Module, strength: float) -> Iterator[None]:
+        if strength == 0:
+            with self.base():
+                yield
+            return
+        before = [layer.multiplier for layer in self.network.loras]
+        for layer in self.network.loras:
+            layer.multiplier = layer.multiplier * strength
+        try:
+            yield
+        finally:
+            for layer, multiplier in zip(self.network.loras, before, strict=True):
+                layer.multiplier = multiplier
+
+    @contextmanager
     def base(self) -> Iterator[None]:
         for layer in self.network.loras:  # a multiplier of 0 is not the base model with weight decomposition
             layer.org_module[0].forward = layer.org_forward

@@ -71,13 +71,17 @@ pipeline({json.dumps(cfg.dataset.instance_prompt, ensure_ascii=False)}).images[0
 ## Files
 
 {table(folder, files, family, readers)}
-{programs(files, readers, form.name)}{word_usage(word, embedding, family.programs) if word and embedding else ""}{_base_note(cfg)}
+{programs(files, readers, form.name)}{word_usage(word, embedding, family.programs) if word and embedding else ""}{_notes(cfg)}
 ## Images
 
 {shown}
 ## Metrics
 
 {_metrics(run)}"""
+
+
+def _notes(cfg: DictConfig) -> str:
+    return _base_note(cfg) + _rank_note(cfg)
 
 
 def _base_note(cfg: DictConfig) -> str:
@@ -91,6 +95,19 @@ def _base_note(cfg: DictConfig) -> str:
 
 The base model was quantised to {kind} during training and for the images shown here. With the base in full precision the update's
 effect differs.{measured} Load the base in {kind} to reproduce the images.
+"""
+
+
+def _rank_note(cfg: DictConfig) -> str:
+    """What a rank by time means for who uses the file elsewhere."""
+    if cfg.adapter.rank_schedule is enums.RankSchedule.none:
+        return ""
+    return """
+## The rank
+
+At noisy times some of the ranks were left out while this was trained (T-LoRA), and the pictures are drawn so. Other programs
+apply all ranks at all times, the code above too, which draws other pictures. `python -m dreambooth_lab.tools.generate file=FILE`
+draws as in training.
 """
 
 

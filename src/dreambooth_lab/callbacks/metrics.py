@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..runfolder import METRICS_HEADER, RunFolder
 from .async_read import Event, read, record_event
 
-NAMES = {"total": "train/loss", "instance": "train/loss_instance", "prior": "train/loss_prior"}
+NAMES = {"total": "train/loss", "instance": "train/loss_instance", "prior": "train/loss_prior", "weights": "train/loss_weights"}
 
 
 def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
@@ -26,7 +26,7 @@ def record(trainer: Trainer, values: dict[str, float], step: int) -> None:
 
 class StepMetrics(Callback):
     """Means over the micro-batches and ranks of an optimiser step, logged with the number of finished steps: of the minimised
-    loss, and of the errors of the step's instance rows and class rows, if it has any.
+    loss, of the errors of the step's instance rows and class rows, if it has any, and of ‖ΔW‖² with prior=weights.
 
     Args:
         every_n_steps: write every n-th step; the values of the others are not read from the device.
@@ -50,7 +50,7 @@ class StepMetrics(Callback):
         self.rate = float(optimizer.param_groups[0]["lr"])  # at the end of the batch it is already the next step's
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        rows = {"total": 1, "instance": len(batch.instance_rows), "prior": len(batch.class_rows)}
+        rows = {"total": 1, "instance": len(batch.instance_rows), "prior": len(batch.class_rows), "weights": 1}
         for name in NAMES.keys() & outputs.keys():
             self.parts.setdefault(name, []).append((outputs[name], rows[name]))
         if trainer.global_step == self.step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ..batch import Caption, Text
-from ..data.module import DreamBoothData
+from ..data.module import DreamBoothData, class_prompts
 from ..dreambooth import DreamBooth
+from ..models.family import OnStep
+from ..models.steering import Steering, steered
 from ..runfolder import RunFolder
 from . import image_grids
 from .ema import EMA, LIVE, PREFIX, EvalWeights
@@ -38,6 +41,7 @@ class Validation(Periodic):
     ):  # fmt: skip
         super().__init__(interval)
         self.cfg, self.data, self.folder, self.weights, self.previews, self.scores = cfg, data, folder, weights, previews, scores
+        self.class_prompts = class_prompts(data.cfg)
 
     def evaluate(self, step: int, trainer: Trainer, module: DreamBooth) -> None:
         scores: list[Score] = []
@@ -117,16 +121,27 @@ class Validation(Periodic):
         text, against = self._text(module, prompt), self._text(module, self.cfg.negative_prompt or None)
         photos, size = self._photos(module, n), self.cfg.batch_size
         drawn: list[Image.Image] = []
+        about_class = self.class_prompts.get(prompt)
+        instead = self._text(module, about_class) if about_class else None
         for first in range(0, n, size):
             some = seeds[first : first + size]
-            drawn += module.family.generate(
-                text.repeat(len(some)), against.repeat(len(some)), height=self.cfg.resolution, width=self.cfg.resolution,
-                generator=[torch.Generator().manual_seed(seed) for seed in some],
-                num_inference_steps=self.cfg.num_inference_steps, guidance_scale=self.cfg.guidance_scale,
-                photos=photos[first : first + size],
-                on_step=self.previews.on_step(facts, some, first) if self.previews else None,
-            )  # fmt: skip
+            draw = partial(self._generate, module, against, some, photos[first : first + size])
+            with steered(
+                module.family.denoiser, Steering.of(self.cfg), self.cfg.num_inference_steps,
+                partial(draw, instead, None) if instead else None, partial(module.adapter.weakened, module.family.denoiser),
+            ):  # fmt: skip
+                drawn += draw(text, self.previews.on_step(facts, some, first) if self.previews else None)
         return drawn
+
+    def _generate(
+        self, module: DreamBooth, against: Text, seeds: range, photos: list[Image.Image], text: Text, on_step: OnStep | None
+    ) -> list[Image.Image]:  # fmt: skip
+        return module.family.generate(
+            text.repeat(len(seeds)), against.repeat(len(seeds)), height=self.cfg.resolution, width=self.cfg.resolution,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=self.cfg.num_inference_steps, guidance_scale=self.cfg.guidance_scale,
+            photos=photos, on_step=on_step,
+        )  # fmt: skip
 
 
 def gathered(own: Drawn, failed: str, trainer: Trainer) -> tuple[Drawn, str]:

@@ -23,6 +23,7 @@ from .lycoris_file import (
 )
 from .prompts import (
     Subject,
+    class_prompt_of,
     rare_word,
     words,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "RunError",
     "Subject",
     "check",
+    "class_prompt_of",
     "conf_dir",
     "processes",
     "rare_word",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import enums
-from .enums import REGEX
+from .enums import ORTHO_TAIL, REGEX
 from .lycoris_file import SUFFIX, read_lycoris_file
 from .reader import Reader, installed
 
@@ -26,6 +26,8 @@ NOT_LYCORIS = {
 def problems(read: Reader) -> Iterator[str | None]:
     yield from _adapter_problems(read)
     yield from _layer_problems(read)
+    yield from _rank_problems(read)
+    yield from _weights_problems(read)
     yield from _text_encoder_problems(read)
     for key in ("quant.kind", "quant.text_encoder_1", "quant.text_encoder_2", "quant.text_encoder_3"):
         if read(key) is enums.QuantKind.nf4 and not installed("bitsandbytes"):
@@ -94,6 +96,43 @@ def _layer_problems(read: Reader) -> Iterator[str | None]:
     init = (read("adapter.options") or {}).get("init_lora_weights", True)
     if init not in (True, "gaussian", "orthogonal"):
         yield f"adapter.options.init_lora_weights is {init!r}, which changes the base's predictions; use true or gaussian"
+
+
+def _weights_problems(read: Reader) -> Iterator[str | None]:
+    """‖ΔW‖² is at hand where the update is B A, or the weights themselves learn."""
+    if read("prior.kind") is not enums.PriorKind.weights:
+        return
+    algorithm, target = read("adapter.algorithm"), str(read("adapter._target_"))
+    if not (algorithm == "full" or (algorithm == "lora" and target.endswith(".LoRA"))):
+        yield f"prior.kind is weights with adapter.algorithm={algorithm}, whose ‖ΔW‖² is not at hand; use adapter=lora or full"
+
+
+def _rank_problems(read: Reader) -> Iterator[str | None]:
+    """What a rank by time and an orthogonal start need."""
+    schedule, least, rank = read("adapter.rank_schedule"), read("adapter.min_rank"), read("adapter.rank")
+    algorithm, options = read("adapter.algorithm"), dict(read("adapter.options") or {})
+    off = schedule in (None, enums.RankSchedule.none)
+    is_lora = algorithm == "lora" and str(read("adapter._target_")).endswith(".LoRA")
+    lowest = least or max((rank or 1) // 2, 1)
+    if off and least is not None:
+        yield f"adapter.min_rank is {least}, which only a schedule reads; set adapter.rank_schedule=tlora, or leave it out"
+    if not off and not is_lora:
+        what = f"adapter.rank_schedule is {schedule.name} with adapter.algorithm={algorithm}"
+        yield f"{what}, which can't follow it; use adapter=lora"
+    if not off and read("adapter.text_encoders"):
+        said = f"adapter.rank_schedule is {schedule.name} with adapter.text_encoders={list(read('adapter.text_encoders'))}"
+        yield f"{said}, which know no time; use text_encoders=[], or rank_schedule=none"
+    if not off and is_lora and rank is not None and rank <= lowest:
+        said = f"adapter.rank_schedule is {schedule.name} with adapter.rank={rank} and adapter.min_rank={lowest}"
+        yield f"{said}, which leaves no rank out; set min_rank below rank, or rank_schedule=none"
+    if (init := options.get("init")) is None:
+        return
+    if init != ORTHO_TAIL or not is_lora:
+        yield f"adapter.options.init is {init!r} with adapter.algorithm={algorithm}; it must be {ORTHO_TAIL}, of adapter=lora"
+    if "init_lora_weights" in options:
+        yield f"adapter.options has init={init} and init_lora_weights, which both say how a LoRA starts; leave one out"
+    if read("adapter.init_from") is not None:
+        yield f"adapter.options.init is {init!r} with adapter.init_from, where the start is a file's; leave one of them out"
 
 
 def _regex_problem(pattern: str) -> str | None:

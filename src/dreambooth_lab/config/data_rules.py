@@ -28,7 +28,7 @@ def _data_problems(read: Reader) -> Iterator[str | None]:
 
 def _prior_problems(read: Reader) -> Iterator[str | None]:
     kind, source, path = read("prior.kind"), read("prior.source"), read("prior.path")
-    if kind in (None, enums.PriorKind.none) or read("dataset.type") is enums.DatasetType.simpletuner:
+    if kind is None or not kind.has_class_rows or read("dataset.type") is enums.DatasetType.simpletuner:
         return
     if source is enums.PriorSource.folder and path is None:
         ways = "prior.path=FOLDER, prior.source=generated (by the base model), or prior=none"
@@ -37,10 +37,10 @@ def _prior_problems(read: Reader) -> Iterator[str | None]:
         yield read.pictures("prior.path", "class pictures")
     elif path is not None and source is not None:
         yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or remove it"
-    if source is enums.PriorSource.captions and kind is enums.PriorKind.noise:
-        wrong = "prior.kind is noise with prior.source=captions, which would train the class towards the subject"
+    if source is not None and source.recaptions and kind is enums.PriorKind.noise:
+        wrong = f"prior.kind is noise with prior.source={source.name}, which would train the class towards the subject"
         yield f"{wrong}; use prior=teacher or prior=bank"
-    if not read("prior.prompt"):
+    if not read("prior.prompt") and source is not enums.PriorSource.blank:
         yield 'prior.prompt is empty; set dataset.class_prompt="a photo of a dog" (the subject\'s class)'
     if read("prior.class_fraction") in (0, 1):
         yield f"prior.class_fraction is {read('prior.class_fraction')}; it must be between 0 and 1, or use prior=none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+ORTHO_TAIL = "ortho_tail"  # adapter.options.init
 REGEX = "re:"  # prefix of an adapter target that is a regular expression
 
 
@@ -72,6 +73,13 @@ class LongCaptions(Enum):
     chunk = "chunk"
 
 
+class RankSchedule(Enum):
+    """How many of an adapter's ranks act at a time."""
+
+    none = "none"
+    tlora = "tlora"
+
+
 class Metadata(Enum):
     """The metadata in an export's headers and card."""
 
@@ -133,12 +141,24 @@ class PriorKind(Enum):
     noise = "noise"
     teacher = "teacher"
     bank = "bank"
+    weights = "weights"
+
+    @property
+    def has_class_rows(self) -> bool:
+        """Whether it trains class pictures."""
+        return self not in (PriorKind.none, PriorKind.weights)
 
 
 class PriorSource(Enum):
     folder = "folder"
     generated = "generated"
     captions = "captions"
+    blank = "blank"
+
+    @property
+    def recaptions(self) -> bool:
+        """Whether class rows are the subject's own photos under other captions."""
+        return self in (PriorSource.captions, PriorSource.blank)
 
 
 class Outside(Enum):
@@ -154,6 +174,14 @@ class RolloutKind(Enum):
 class RolloutTarget(Enum):
     corrected = "corrected"
     original = "original"
+
+
+class Superclass(Enum):
+    """How sampling takes the class prompt in."""
+
+    none = "none"
+    switch = "switch"
+    mix = "mix"
 
 
 class EmaValidation(Enum):
@@ -188,6 +216,13 @@ class Weight(Enum):
     min_snr = "min_snr"
     soft_min_snr = "soft_min_snr"
     debiased = "debiased"
+
+
+class Anchor(Enum):
+    """What holds the instance rows near the base model."""
+
+    none = "none"
+    dco = "dco"
 
 
 class LossKind(Enum):

@@ -12,6 +12,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # gpu and cuda are the sam
 
 def problems(read: Reader) -> Iterator[str | None]:
     yield from _objective_problems(read)
+    yield from _anchor_problems(read)
     yield from _model_problems(read)
     yield from _optimizer_problems(read)
 
@@ -65,6 +66,16 @@ def _objective_problems(read: Reader) -> Iterator[str | None]:
     terms = [read(f"rollout.reflexflow.{name}") for name in ("direction", "frequency")]
     if any(terms) and read("rollout.kind") is enums.RolloutKind.input_perturbation:
         yield "rollout.reflexflow has terms, but rollout.kind=input_perturbation has no rollout for them; set them to 0"
+
+
+def _anchor_problems(read: Reader) -> Iterator[str | None]:
+    """DCO compares squared errors of the same prediction, which the base model's can be computed of too."""
+    if read("objective.anchor") in (None, enums.Anchor.none):
+        return
+    if read("objective.loss") is enums.LossKind.huber:
+        yield "objective.anchor is dco with objective.loss=huber; it compares squared errors: use loss=l2, or anchor=none"
+    if read("rollout.enabled") and any(read(f"rollout.reflexflow.{name}") for name in ("direction", "frequency")):
+        yield "objective.anchor is dco with terms of rollout.reflexflow, which the base model has none of; set them to 0"
 
 
 def _model_problems(read: Reader) -> Iterator[str | None]:

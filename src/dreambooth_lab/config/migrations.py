@@ -68,6 +68,13 @@ VERSIONS: tuple[tuple[Step, ...], ...] = (
         Added("trainer.num_nodes", 1),
         Added("trainer.strategy", "auto"),
         Added("trainer.max_epochs", None),
+        Added("validation.superclass", "none"),
+        Added("validation.superclass_share", 0.3),
+        Added("validation.personal_guidance", None),
+        Added("objective.anchor", "none"),
+        Added("objective.anchor_beta", 1000.0),
+        Added("adapter.rank_schedule", "none"),
+        Added("adapter.min_rank", None),
         Added("export.name", "kohya"),  # as the file for other programs was called
         Added("export.dtype", "float32"),
         Added("export.formats", ["diffusers", "comfyui", "peft"]),

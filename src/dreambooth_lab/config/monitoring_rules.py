@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from . import enums
 from .data_rules import lacks_prompt
-from .prompts import library
+from .prompts import library, rare_word
 from .reader import Reader, installed, is_absent_folder
 
 METRICS = {  # requirements of each family of logged metrics
@@ -27,6 +27,7 @@ NEEDED = {
 
 def problems(read: Reader) -> Iterator[str | None]:
     yield from _prompt_problems(read)
+    yield from steering_problems(read)
     yield from _eval_problems(read)
     yield from _preview_problems(read)
     yield from _export_problems(read)
@@ -73,6 +74,27 @@ def _prompt_problems(read: Reader) -> Iterator[str | None]:
         yield "validation.prompts is empty; list some, set dataset.instance_prompt, or validation.every_n_steps=0 for no images"
 
 
+def steering_problems(read: Reader) -> Iterator[str | None]:
+    """What sampling with the class prompt or with weaker weights needs."""
+    superclass, share, personal = (read(f"validation.{key}") for key in ("superclass", "superclass_share", "personal_guidance"))
+    if superclass not in (None, enums.Superclass.none):
+        said = f"validation.superclass is {superclass.name}"
+        if not read("adapter.token") and rare_word(read("dataset.instance_prompt") or "", read("dataset.class_prompt")) is None:
+            yield f"{said}, but the rare word that the class prompt lacks is not clear; set dataset.class_prompt or adapter.token"
+        if share in (0, 1):
+            yield f"validation.superclass_share is {share:g} with {said}; it must lie between 0 and 1, or use superclass=none"
+    if personal is None:
+        return
+    if personal == 1:
+        yield "validation.personal_guidance is 1, which is plain guidance; set it below 1, or to null"
+    if read("validation.guidance_scale") is not None and read("validation.guidance_scale") <= 1:
+        scale = f"validation.guidance_scale={read('validation.guidance_scale'):g}"
+        yield f"validation.personal_guidance is {personal:g} with {scale}, where there is no guidance; raise it, or use null"
+    if read("adapter.algorithm") == "full":
+        said = f"validation.personal_guidance is {personal:g} with adapter=full"
+        yield f"{said}, whose strength can't be set while it trains; use null"
+
+
 def _eval_problems(read: Reader) -> Iterator[str | None]:
     for key in ("eval.clip_model", "eval.dino_model"):
         if read(key) and not _generates_images(read):
@@ -103,8 +125,9 @@ def _checkpoint_problems(read: Reader) -> Iterator[str | None]:
     judged = _generates_images(read) and (read("eval.clip_model") or (read("eval.dino_model") and family != "clip/"))
     if not {"train/": True, "eval/": _evaluates(read)}.get(family, judged):
         yield f"{start}, which needs {METRICS[family]}"
-    if name == "train/loss_prior" and read("prior.kind") is enums.PriorKind.none:
-        yield f"{start}, but prior is none; choose another prior or another metric"
+    kind = read("prior.kind")
+    if name == "train/loss_prior" and kind is not None and not kind.has_class_rows:
+        yield f"{start}, but prior is {kind.name}; choose another prior or another metric"
     looked = read("ema.validation") if read("ema.enabled") else enums.EmaValidation.none
     if family != "train/" and looked is (enums.EmaValidation.none if averaged else enums.EmaValidation.ema_only):
         yield f"{start}, but {'only' if averaged else 'not'} the live weights are evaluated; set ema.enabled and ema.validation"

@@ -57,6 +57,16 @@ class Subject:
         return contains_phrase(prompt, self.noun) and not self.is_subject(prompt) and not self.doubtful & {*words(prompt)}
 
 
+def class_prompt_of(prompt: str, instance_prompt: str, class_prompt: str | None, token: str | None) -> str | None:
+    """The same prompt about the class: without the rare word, and with the class prompt's article. None if it lacks the word."""
+    rare = token or rare_word(instance_prompt, class_prompt)
+    if rare is None or not contains_phrase(prompt, words(rare)):
+        return None
+    before = (class_prompt or "").lower().split()[-2:-1]
+    article = f"{before[0]} " if before and before[0] in ARTICLES else ""
+    return re.sub(rf"\b(?:(?:{'|'.join(ARTICLES)})\s+)?{re.escape(rare)}\b\s*", article, prompt, flags=re.IGNORECASE)
+
+
 def contains_phrase(prompt: str, phrase: list[str]) -> bool:
     """Whether a prompt contains these words in sequence; False for no words."""
     prompt_words, n = words(prompt), len(phrase)

@@ -54,6 +54,8 @@ class AdapterConfig:
     _target_: str
     algorithm: str
     rank: int
+    rank_schedule: enums.RankSchedule
+    min_rank: int | None
     alpha: float
     dropout: float
     parts: list[str]
@@ -168,6 +170,8 @@ class ObjectiveConfig:
     max_time: float
     weight: enums.Weight
     gamma: float
+    anchor: enums.Anchor
+    anchor_beta: float
     loss: enums.LossKind
     huber_c: float
     huber_schedule: enums.HuberSchedule
@@ -218,6 +222,9 @@ class ValidationConfig:
     batch_size: int
     num_inference_steps: int
     guidance_scale: float
+    superclass: enums.Superclass
+    superclass_share: float
+    personal_guidance: float | None
     seed: int
     resolution: int
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..batch import Batch, Caption, Text
-from ..config import enums, processes
+from ..config import class_prompt_of, enums, processes
 from ..diffusion.time import build_times
 from ..models.family import Family
 from ..models.feature_extractors import Photo
@@ -101,6 +101,7 @@ class DreamBoothData(LightningDataModule):
     def _captions(self, entries: list[Entry]) -> set[Caption]:
         """All captions and prompts of the run."""
         message: set[Caption] = {caption for entry in entries for caption in entry.captions}
+        message |= {*class_prompts(self.cfg).values()}
         return message | {"", self.cfg.validation.negative_prompt or None, *self.cfg.validation.prompts}
 
     def text(self, caption: Caption) -> Text:
@@ -128,10 +129,10 @@ class DreamBoothData(LightningDataModule):
         return [e for e in entries if (e.spec.id, e.picture.name) not in lost]
 
     def _fill_bank(self) -> Bank:
-        caption, times = self.cfg.prior.prompt, build_times(self.cfg.objective, self.family.times, self.family.shift)
-        bank = Bank(self.cfg, self.family, self.stores.placed[None], caption, self.text(caption), times)
-        mine = [entry for entry in self.entries if entry.spec.is_class]
-        bank.fill([item(self.cache_reader, entry, which) for entry in mine for which in range(len(entry.variants))])
+        times = build_times(self.cfg.objective, self.family.times, self.family.shift)
+        bank = Bank(self.cfg, self.family, self.stores.placed[None], self.text, times)
+        mine = [(entry, said) for entry in self.entries if entry.spec.is_class for said in entry.captions]
+        bank.fill([item(self.cache_reader, one, which, said) for one, said in mine for which in range(len(one.variants))])
         return bank
 
     def _schedule(self, world_size: int) -> Schedule:
@@ -192,6 +193,15 @@ class DreamBoothData(LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start = state["batches"]
+
+
+def class_prompts(cfg: DictConfig) -> dict[str, str]:
+    """Validation prompt about the subject → the same about its class, if sampling takes it in."""
+    if cfg.validation.superclass is enums.Superclass.none:
+        return {}
+    data = cfg.dataset
+    made = {p: class_prompt_of(p, data.instance_prompt, data.class_prompt, cfg.adapter.token) for p in cfg.validation.prompts}
+    return {prompt: about for prompt, about in made.items() if about is not None}
 
 
 def photos_of(entries: Iterable[Entry]) -> list[Photo]:

@@ -56,9 +56,9 @@ def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
     columns = (data.caption_column,) if data.caption_column else ()
     where = Where(data.type, str(data.path), data.image_column, columns, None, data.split, data.streaming)
     made = [DatasetSpec("instance", where, _captions(cfg), _shaping(cfg, 0), repeats=data.repeats, masks=_masks(cfg))]
-    if prior.kind is not enums.PriorKind.none and (classes or prior.source is enums.PriorSource.captions):
-        class_captions = Captions(enums.CaptionKind.instanceprompt, (prior.prompt,))
-        recaptioned = prior.source is enums.PriorSource.captions
+    if prior.kind.has_class_rows and (classes or prior.source.recaptions):
+        class_captions = Captions(enums.CaptionKind.instanceprompt, _class_prompts(cfg))
+        recaptioned = prior.source.recaptions
         place = where if recaptioned else Where(enums.DatasetType.folder, classes or "")
         shared: dict[str, Any] = {
             "share_shapes": True,
@@ -68,6 +68,13 @@ def _own(cfg: DictConfig, classes: str | None) -> list[DatasetSpec]:
         }
         made.append(DatasetSpec("class", place, class_captions, _shaping(cfg, 0), True, **shared))
     return _at_each_size(cfg, made)
+
+
+def _class_prompts(cfg: DictConfig) -> tuple[str, ...]:
+    """What class rows say; each draws one. With `prior.source=blank` the empty prompt, and the class prompt if there is one."""
+    blank = cfg.prior.source is enums.PriorSource.blank
+    own = (cfg.prior.prompt,) if cfg.prior.prompt or not blank else ()
+    return ("", *own) if blank else own
 
 
 def _at_each_size(cfg: DictConfig, specs: list[DatasetSpec]) -> list[DatasetSpec]:

@@ -73,7 +73,7 @@ class DatasetSpec(NamedTuple):
     masks: Masks | None = None
     most: int | None = None  # maximum number of images, chosen by id
     latents: str | None = None  # its own cache folder
-    recaptioned: bool = False  # the subject's own photos with the class prompt
+    recaptioned: bool = False  # the subject's own photos with the class prompt, or without one
     named: str = "dataset.path"  # the key of its location, for messages
 
 

@@ -60,7 +60,7 @@ class Forecast:
 
     def _caching(self) -> list[Need]:
         prior, edge = self.cfg.prior, _edge(self.cfg)
-        drawn = prior.kind is not enums.PriorKind.none and prior.source is enums.PriorSource.generated
+        drawn = prior.kind.has_class_rows and prior.source is enums.PriorSource.generated
         reading, encoding = self._reading(), self._encoding(edge)
         there = {"denoiser": self._step().base.size} if drawn else {}
         needs = [Need("captions", {"text encoders": reading.weights.size, "reading one": _at_work(reading)})]
@@ -77,6 +77,7 @@ class Forecast:
         cfg, step, rows, edge = self.cfg, self._step(), self.cfg.dataset.batch_size, _edge(self.cfg)
         walks = cfg.rollout.enabled and cfg.rollout.kind is enums.RolloutKind.model
         beside = cfg.prior.kind is enums.PriorKind.teacher or cfg.mask.outside is enums.Outside.teacher
+        beside = beside or cfg.objective.anchor is enums.Anchor.dco
         beside = beside or bool(cfg.rollout.enabled and cfg.rollout.reflexflow.frequency)
         predicted = self._sampling(rows, edge).work if walks or beside else 0
         work = max(step.work, predicted + (step.kept if beside else 0)) + step.base.at_work

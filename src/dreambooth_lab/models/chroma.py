@@ -15,6 +15,7 @@ class Chroma(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("ChromaPipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (1000.0, 0.0)  # its share of the path's
     target_modules = Flux.target_modules
     kohya: ClassVar[Mapping[str, str]] = {"transformer": "lora_transformer"}
     programs: ClassVar[tuple[str, ...]] = ("ComfyUI",)

@@ -30,6 +30,7 @@ class DeepFloyd1(PipelineFamily):
     """Stage I. The learned variance, which the network outputs besides ε, is not trained."""
 
     pipelines = ("IFPipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (1.0, 0.0)  # the path's own
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"),
         "convolution": (r"re:.*resnets\..*\.(conv1|conv2|conv_shortcut)",),

@@ -41,6 +41,7 @@ class Family(ABC):
     factor: int  # pixels per latent cell
     channels: int  # C of the latents
     times: tuple[float, float] = (0.0, 1.0)  # the range of t that the model was trained on
+    clock: ClassVar[tuple[float, float] | None] = None  # native = first · timestep + second, of a denoiser's timestep, if known
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]]  # group → suffixes of layer names, or "re:" and a regular expression
     text_target_modules: ClassVar[Mapping[str, tuple[str, ...]]]  # the same for the text encoders that can be trained
     denoiser_part: str  # name of the denoiser's sub-folder in a diffusers checkpoint
@@ -51,6 +52,7 @@ class Family(ABC):
     spec: Spec  # their names of the base model
     loads_lora: bool  # whether the diffusers pipeline has `load_lora_weights`
     chunks: int = 1  # number of chunks that every caption is encoded in; see `fit_chunks`
+    guides_in_one_batch: ClassVar[bool] = False  # guidance's two predictions are halves of one call, the unconditional one first
     needs_image: bool = False  # an image-to-image model: validation gives it the subject's photos to start from
     device: torch.device = torch.device("cpu")
     quantiser: Quantiser = Quantiser({}, None)  # which parts are quantised
@@ -66,6 +68,12 @@ class Family(ABC):
     @abstractmethod
     def shift(self, height: int, width: int) -> float:
         """The sampler's time shift s for latents of this size (cells): t' = s t / (1 + (s - 1) t); 1 means no shift."""
+
+    def time_of(self, timestep: Tensor) -> Tensor:
+        """The t of what the denoiser is called with, by this class or by any pipeline."""
+        assert self.clock is not None  # factory.require_supported
+        scale, offset = self.clock
+        return (scale * timestep.float() + offset) / self.path.num_steps
 
     @property
     @abstractmethod

@@ -16,6 +16,7 @@ class Flux2Klein(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("Flux2KleinPipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (1000.0, 0.0)  # its share of the path's
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (
             "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",

@@ -14,6 +14,7 @@ class Lumina2(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("Lumina2Pipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (-1000.0, 1000.0)  # runs backwards, from 0 to 1
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         "feed_forward": ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),

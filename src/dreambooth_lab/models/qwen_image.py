@@ -14,6 +14,7 @@ class QwenImage(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("QwenImagePipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (1000.0, 0.0)  # its share of the path's
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (
             "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",

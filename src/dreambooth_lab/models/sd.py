@@ -20,6 +20,8 @@ class StableDiffusion(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("StableDiffusionPipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (1.0, 0.0)  # the path's own
+    guides_in_one_batch: ClassVar[bool] = True
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = UNET_LEARNS
     kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}
     programs: ClassVar[tuple[str, ...]] = UNET_PROGRAMS

@@ -19,6 +19,8 @@ class StableDiffusion3(PipelineFamily):
     """Any checkpoint of the architecture: medium, 3.5-medium, 3.5-large."""
 
     pipelines = ("StableDiffusion3Pipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (1.0, 0.0)  # the path's own
+    guides_in_one_batch: ClassVar[bool] = True
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (
             "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

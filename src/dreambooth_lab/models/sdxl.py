@@ -24,6 +24,8 @@ class SDXL(PipelineFamily):
     """Any checkpoint of SDXL's architecture, of any size, with any number of latent channels."""
 
     pipelines = ("StableDiffusionXLPipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (1.0, 0.0)  # the path's own
+    guides_in_one_batch: ClassVar[bool] = True
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = UNET_LEARNS
     kohya: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     programs: ClassVar[tuple[str, ...]] = UNET_PROGRAMS

@@ -28,6 +28,7 @@ class SDXLRefiner(SDXL):
     spec = Spec("sdxl_refiner_v1-0", "stable-diffusion-xl-v1-refiner", SDXL.spec.implementation)
     times = (0.0, 0.2)
     needs_image = True
+    guides_in_one_batch: ClassVar[bool] = False  # prompts are not what its pictures begin from
 
     def _read_facts(self) -> None:
         super()._read_facts()

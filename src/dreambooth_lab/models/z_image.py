@@ -14,6 +14,7 @@ class ZImage(PipelineFamily):
     """Any checkpoint of the architecture."""
 
     pipelines = ("ZImagePipeline",)
+    clock: ClassVar[tuple[float, float] | None] = (-1000.0, 1000.0)  # runs backwards, from 0 to 1
     target_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
         "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),

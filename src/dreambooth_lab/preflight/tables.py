@@ -116,6 +116,8 @@ def _prior(cfg: DictConfig, data: DreamBoothData) -> str:
     prior = cfg.prior
     if prior.kind is enums.PriorKind.none:
         return "none"
+    if not prior.kind.has_class_rows:
+        return f"{prior.kind.name}, weight {prior.weight:g}"
     bank = f", {prior.bank.draws} draws per image, {data.bank.built} computed now" if data.bank else ""
     return f"{prior.kind.name}, weight {prior.weight:g}, class images: {prior.source.name}{bank}"
 

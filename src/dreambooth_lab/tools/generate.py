@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
-from ..config import LOCAL, ConfigError, saved
+from ..config import LOCAL, ConfigError, class_prompt_of, saved
+from ..config.monitoring_rules import steering_problems
+from ..config.reader import Reader
 from ..config.saved import literal
 from ..lab import compose, load
 from .common import cli
@@ -52,6 +54,9 @@ class GenerateArgs:
     steps: int | None = None  # null: the run's validation.num_inference_steps
     guidance: float | None = None  # null: the run's validation.guidance_scale
     resolution: int | None = None  # px; null: the run's validation.resolution
+    superclass: str | None = None  # none, switch or mix; null: the run's validation.superclass
+    superclass_share: float | None = None  # null: the run's validation.superclass_share
+    personal_guidance: float | None = None  # null: the run's validation.personal_guidance
     image: str | None = None  # the input of image-to-image models: SDXL's refiner, DeepFloyd's stage II
     ema: bool = False  # the averaged weights
     out: str = "generated"  # a folder; if it exists, the next free number is appended
@@ -142,11 +147,13 @@ def _with_local_paths(cfg: DictConfig, path: Path, model: str | None) -> DictCon
 
 def generate(args: GenerateArgs) -> Path:
     """Generate all images; returns the grid's path."""
+    from ..models.steering import Steering
     from ..trained import TrainedPipeline
 
     export = load(args.run).export(args.ema) if args.run else Path(str(args.file)).expanduser()
     export = export / "ema" if args.ema and not args.run else export
     cfg = load(args.run).config if args.run else config_from_header(export, args.model)
+    steer(cfg, args)
     trained = TrainedPipeline(cfg, export)
     edge = args.resolution or cfg.validation.resolution
     image = begin(trained, args.image, edge)
@@ -157,8 +164,29 @@ def generate(args: GenerateArgs) -> Path:
         made += trained.draw(
             picture.prompt, args.negative, edge, args.steps or cfg.validation.num_inference_steps,
             cfg.validation.guidance_scale if args.guidance is None else args.guidance, picture.seed, image,
+            Steering.of(cfg.validation),
+            class_prompt_of(picture.prompt, cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token),
         )  # fmt: skip
     return _save(_free(Path(args.out).expanduser()), args, asked, made)
+
+
+def steer(cfg: DictConfig, args: GenerateArgs) -> None:
+    """Put the steering that is asked for into a run's configuration.
+
+    Raises:
+        ConfigError: it can't be.
+    """
+    node = cfg.validation
+    for key in ("superclass", "superclass_share", "personal_guidance"):
+        if (value := getattr(args, key)) is not None:
+            try:
+                node[key] = value
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{key} is {value!r}; it must be none, switch or mix") from error
+    if args.guidance is not None:
+        node.guidance_scale = args.guidance
+    if wrong := [problem for problem in steering_problems(Reader(cfg, set())) if problem]:
+        raise ConfigError("; ".join(wrong))
 
 
 def begin(trained: TrainedPipeline, place: str | None, edge: int) -> Image.Image | None:

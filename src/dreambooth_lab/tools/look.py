@@ -69,7 +69,7 @@ def inspect_datasets(cfg: DictConfig, most: int) -> Inspection:
     collected = Collector(family.stride, Path(cfg.cache).expanduser()).collect(plan.specs)
     problems, notices = list(collected.problems), [*plan.notices, *collected.notices]
     made: list[DatasetInspection] = []
-    if cfg.prior.kind is not enums.PriorKind.none and cfg.prior.source is enums.PriorSource.generated:
+    if cfg.prior.kind.has_class_rows and cfg.prior.source is enums.PriorSource.generated:
         notices.append("class images are generated when training starts, and not shown")
     for place in dict.fromkeys((one.where, one.is_class, one.is_eval) for one in plan.specs):
         own = [one for one in plan.specs if (one.where, one.is_class, one.is_eval) == place]
@@ -98,7 +98,7 @@ def _inspect(specs: list[DatasetSpec], collected: Collected, factor: int, most: 
 
 
 def _from_folder(cfg: DictConfig) -> bool:
-    ours = cfg.dataset.type is not enums.DatasetType.simpletuner and cfg.prior.kind is not enums.PriorKind.none
+    ours = cfg.dataset.type is not enums.DatasetType.simpletuner and cfg.prior.kind.has_class_rows
     return ours and cfg.prior.source is enums.PriorSource.folder
 
 

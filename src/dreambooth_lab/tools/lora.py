@@ -21,6 +21,7 @@ from rich.table import Table
 from ..adapter import layouts
 from ..adapter.factors import Parts, cut, merged, squared_distance, squared_norm
 from ..adapter.files import File, block_of, read
+from ..adapter.timed_rank import without_schedule
 from ..config import ConfigError
 from ..storage.durable import atomic_folder
 from .common import cli
@@ -97,7 +98,7 @@ def resize(
     if keep is not None and not 0 < keep <= 1:
         raise ConfigError(f"--keep is {keep:g}; it is a share of the squared norm, above 0 and at most 1")
     found = _read(file)
-    _write(to, output, _cut(found.parts, rank, keep), found, dtype)
+    _write(to, output, _cut(found.parts, rank, keep), found._replace(header=without_schedule(found.header)), dtype)
 
 
 @app.command()
@@ -116,7 +117,7 @@ def merge(
     whole: Parts = merged([one.parts for one in found], weights)
     print(f"sum of {len(found)} updates, ranks {_counted(layer.rank for own in whole.values() for layer in own.values())}")
     values = {key: value for key, value in found[0].header.items() if all(one.header.get(key) == value for one in found)}
-    _write(to, output, _cut(whole, rank, None) if rank else whole, found[0]._replace(header=values), dtype)
+    _write(to, output, _cut(whole, rank, None) if rank else whole, found[0]._replace(header=without_schedule(values)), dtype)
 
 
 @app.command()

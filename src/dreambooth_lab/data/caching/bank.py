@@ -6,7 +6,7 @@ pass, for any adapter, including full fine-tuning. The number of draws limits ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,14 +27,15 @@ from .reader import CacheReader
 
 
 class Item(NamedTuple):
-    """A cached variant of a class image and its size conditioning."""
+    """A cached variant of a class image, its size conditioning and its caption."""
 
     latents: str  # key of its latents
     size: Size
+    caption: str
 
 
-def item(cache_reader: CacheReader, entry: Entry, which: int) -> Item:
-    return Item(cache_reader.key(entry, which), entry.variants[which].size())
+def item(cache_reader: CacheReader, entry: Entry, which: int, caption: str) -> Item:
+    return Item(cache_reader.key(entry, which), entry.variants[which].size(), caption)
 
 
 class Bank:
@@ -42,24 +43,26 @@ class Bank:
 
     Args:
         latents: the latent cache, filled.
-        caption, text: of the class, the same for every class row.
+        texts: the cached text of a caption.
         times: the training distribution of t.
     """
 
-    def __init__(self, cfg: DictConfig, family: Family, latents: cache.Store, caption: str, text: Text, times: Times):
-        self.cfg, self.family, self.latents, self.caption, self.text, self.times = cfg, family, latents, caption, text, times
+    def __init__(self, cfg: DictConfig, family: Family, latents: cache.Store, texts: Callable[[str], Text], times: Times):
+        self.cfg, self.family, self.latents, self.texts, self.times = cfg, family, latents, texts, times
         self.score = cfg.dataset.aesthetic_score
         self.draws = int(cfg.prior.bank.draws)
         self.targets = cache.Store(latents.folder.parent, "bank")
         self.built = 0
-        self.made_by = cache_key.key(
-            family.denoiser_identity(), family.text_identity(), caption, str(cfg.seed), str(self.draws), str(self.score),
-            repr((cfg.objective.noise_offset, cfg.objective.noise_offset_probability)),
-        )  # fmt: skip
+        self.model = family.denoiser_identity(), family.text_identity()
+
+    def made_by(self, caption: str) -> str:
+        """Key of all that the predictions for a caption depend on besides the item."""
+        offset = repr((self.cfg.objective.noise_offset, self.cfg.objective.noise_offset_probability))
+        return cache_key.key(*self.model, caption, str(self.cfg.seed), str(self.draws), str(self.score), offset)
 
     def key(self, item: Item, number: int) -> str:
         times = self.times.describe(self._cells(item))
-        return cache_key.key("bank", self.made_by, times, item.latents, repr(item.size), str(number))
+        return cache_key.key("bank", self.made_by(item.caption), times, item.latents, repr(item.size), str(number))
 
     def _cells(self, item: Item) -> tuple[int, int]:
         """Height and width of an item's latents."""
@@ -126,6 +129,6 @@ class Bank:
         eps = torch.stack([row_draws.noise_draws(self.cfg, index, shape) for index in indices])
         t = self.times(torch.tensor([self.u(item, number) for number in numbers], dtype=torch.float64), self._cells(item))
         shown = [ImageInfo(item.size, posterior["mean"], self.cfg.seed, index, self.score) for index in indices]
-        cond = self.family.cond(Text.stack([self.text] * len(numbers)), shown)
+        cond = self.family.cond(Text.stack([self.texts(item.caption)] * len(numbers)), shown)
         device = self.family.device
         return self.family.denoise(self.family.path.noise(x0, eps, t).to(device), t.to(device), cond.to(device)).cpu()

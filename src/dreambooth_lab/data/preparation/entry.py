@@ -147,7 +147,7 @@ def _trained_on(entries: list[Entry]) -> list[str]:
 
 
 def _as_class_too(entries: list[Entry]) -> list[str]:
-    """Class images that are also the subject's photos (equal bytes), each named; `prior.source=captions` does so on purpose."""
+    """Class images that are also the subject's photos (equal bytes), each named; not those of `captions` and `blank`."""
     mine = {e.picture.digest: f"{e.spec.id}: {e.picture.name}" for e in entries if not (e.spec.is_class or e.spec.is_eval)}
     both = [e for e in entries if e.spec.is_class and not e.spec.recaptioned and e.picture.digest in mine]
     way_out = "remove it from one of them, or use a separate folder for class images"

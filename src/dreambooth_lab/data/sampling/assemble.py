@@ -88,13 +88,12 @@ class Assembler:
         entry, seed, sample = self.entries[row.entry], self.cfg.seed, row.sample
         which = int(draw.uniform(seed, sample, Purpose.VARIANT) * len(entry.variants))
         posterior, mask = self.cached.posterior(entry, which), self.cached.mask(entry, which)
-        keyed, u, taught = sample, None, None
+        keyed, u, taught, caption = sample, None, None, self.caption(sample, entry)
         if self.bank and entry.spec.is_class:
-            asked, number = item(self.cached, entry, which), self.bank.pick(sample)
+            asked, number = item(self.cached, entry, which, caption), self.bank.pick(sample)
             keyed, u, taught = self.bank.index(asked, number), self.bank.u(asked, number), self.bank.read(asked, number)
         u = draw.uniform(seed, sample, Purpose.TIME) if u is None else u
-        size, caption = entry.variants[which].size(), self.caption(sample, entry)
-        return RowTensors(posterior["mean"], posterior["std"], size, caption, mask, keyed, u, taught)
+        return RowTensors(posterior["mean"], posterior["std"], entry.variants[which].size(), caption, mask, keyed, u, taught)
 
     def caption(self, sample: int, entry: Entry) -> str:
         """One of the image's captions; dropped for a share of the instance rows, never for class rows."""

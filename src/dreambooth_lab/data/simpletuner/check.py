@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ...config import enums
 from .entry import COLUMN_STRATEGIES, Entry, columns_of, is_class, kind_of, mask_entries, place_key, place_of, strategy_of
 from .keys import KEYS, NESTED, Key, Use
 
@@ -129,7 +128,7 @@ def file_problems(entries: list[Entry], cfg: DictConfig) -> Iterator[str]:
         if isinstance(entry.get("text_embeds"), str) and entry["text_embeds"] not in texts:
             yield f"entry {entry.get('id')!r}: text_embeds is {entry['text_embeds']!r}, and no text_embeds entry has that id"
     classes = [entry.get("id") for entry in pictures if is_class(entry)]
-    if classes and cfg.prior.kind is enums.PriorKind.none:
+    if classes and not cfg.prior.kind.has_class_rows:
         yield (
             f"{', '.join(map(repr, classes))}: regularisation data needs a prior: add prior=teacher (the base model's own "
             'prediction, as in SimpleTuner) or prior=noise; or set "disabled": true; or remove the flag to train on them as usual'
