@@ -244,7 +244,7 @@ def test_a_pickle_is_refused_and_not_read(file, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("key", "told"),
-    [("unet.conv.weight", "no LoRA"), ("lora_unet_a.hada_w1_a", "LoHa"), ("unet.a.lora_magnitude_vector", "DoRA"),
+    [("unet.conv.weight", "is not a LoRA"), ("lora_unet_a.hada_w1_a", "LoHa"), ("unet.a.lora_magnitude_vector", "DoRA"),
      ("unet.a.lora_A.weight", "lacks")],
 )  # fmt: skip
 def test_a_file_that_is_no_plain_lora_is_refused_by_name(key, told, tmp_path, capsys):
@@ -258,7 +258,7 @@ def test_wrong_questions_name_their_option(exports, tmp_path, capsys):
     assert "--keep is 2" in refused(capsys, "resize", file, "--keep", "2", "--output", out)
     assert "--rank R or --keep" in refused(capsys, "resize", file, "--output", out)
     assert "--weights has 1" in refused(capsys, "merge", file, file, "--weights", "0.5", "--output", out)
-    assert "no file" in refused(capsys, "inspect", tmp_path / "absent.safetensors")
+    assert "does not exist" in refused(capsys, "inspect", tmp_path / "absent.safetensors")
     assert not out.exists()
 
 
