@@ -78,7 +78,7 @@ def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_pat
     ("edit", "said"),
     [
         (("dreambooth_lab.adapter.LoRA", "subprocess.Popen"), "subprocess.Popen', which is no Adapter of this project"),
-        (("name: dreambooth", "name: ${oc.env:HOME}"), "interpolates"),
+        (("name: dreambooth", "name: ${oc.env:HOME}"), "has interpolations"),
     ],
 )
 def test_a_strangers_file_chooses_no_code_and_reads_no_secret(edit, said, finished, tiny_sdxl, tmp_path):
@@ -120,14 +120,14 @@ def test_words_are_read_as_they_were_typed():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["prompt=x"], "one of them"),
-        (["run=a", "file=b", "prompt=x"], "one of them"),
+        (["prompt=x"], "either run=FOLDER or file=EXPORT"),
+        (["run=a", "file=b", "prompt=x"], "either run=FOLDER or file=EXPORT"),
         (["run=a"], "prompt is None; give one, or a list"),
         (["run=a", "prompt=x", "seeds=[]"], "seeds is"),
         (["run=a", "prompt=x", "strengths=[a]"], "strengths is"),
         (["run=a", "prompt=x", "sedes=3"], "known: run, file"),
         (["run=a", "prompt=x", "steps=0"], "steps is 0"),
-        (["run=a", "prompt=x", "model=b"], "leave it out"),
+        (["run=a", "prompt=x", "model=b"], "remove it"),
         (["run=.", "prompt=x"], "is not a run folder"),
         (["file=/no/such.safetensors", "prompt=x"], "which does not exist"),
     ],

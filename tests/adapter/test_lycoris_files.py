@@ -105,7 +105,7 @@ def test_what_is_not_there_or_twice_is_refused(make, tmp_path):
         make(preset=str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match=r"adapter\.preset is 'attn'; give a lycoris_config\.json, or one of full, "):
         make(preset="attn")
-    with pytest.raises(ConfigError, match=r"leave adapter\.targets out"):
+    with pytest.raises(ConfigError, match=r"remove adapter\.targets, or the preset"):
         make(preset="attn-mlp", targets=["to_q"])
     with pytest.raises(ConfigError, match=r"adapter\.options has 'factr', which LyCORIS' lokr does not know; similar: factor"):
         make(options={"factr": 4})

@@ -202,7 +202,7 @@ def test_v_prediction_and_other_channel_counts_are_read_from_the_files(tmp_path)
 def test_a_long_caption_is_said_not_cut_in_silence(family):
     assert family.truncated_part(["a dog", ""]) == []
     for line, part in zip(family.truncated_part(["a dog", "word " * 60]), family.text_encoder_parts, strict=True):
-        assert line.startswith(f"1 of 2 captions are longer than the 77 tokens that {part} takes: ")
+        assert line.startswith(f"1 of 2 captions are longer than the limit of {part}, 77 tokens: ")
         assert "tokens are ignored" in line
 
 

@@ -99,7 +99,7 @@ def test_a_lock_is_held_by_the_living_only(tmp_path):
 def test_what_a_disk_cannot_hold_is_refused_before_the_work(small, tmp_path, monkeypatch):
     cfg = lab.compose(*small, "validation.resolution=512", "checkpoint.monitor=train/loss")
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 3e5)
-    with pytest.raises(ConfigError, match=r"0 MB free, and this run will write about \d+ MB there \(3 checkpoints .*pictures"):
+    with pytest.raises(ConfigError, match=r"0 MB free, and this run will write about \d+ MB \(3 checkpoints .*images"):
         run(cfg, tmp_path / "run")
     assert names(tmp_path / "run") == [".lock"], "nothing was written"
     cfg.cache = str(tmp_path / "cache")

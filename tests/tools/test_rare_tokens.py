@@ -57,7 +57,7 @@ def test_candidates_are_one_token_to_all_and_known_words_are_left_out_with_a_rea
     reasons = {line.partition(":")[0]: line.partition(":")[2] for line in out.splitlines() if line.startswith("left out")}
     assert "dog" in reasons["left out, a word"] and "emma" in reasons["left out, a name"]
     assert "def" in reasons["left out, a word of code"] and "sks" in reasons["left out, a thing that models draw"]
-    assert reasons["left out, one token to tokenizer only"].strip() == "bnha"
+    assert reasons["left out, one token for tokenizer only"].strip() == "bnha"
 
 
 def test_isolation_is_the_distance_to_the_nearest_other_row():
