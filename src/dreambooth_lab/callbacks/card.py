@@ -105,9 +105,9 @@ def _rank_note(cfg: DictConfig) -> str:
     return """
 ## The rank
 
-At noisy times some of the ranks were left out while this was trained (T-LoRA), and the pictures are drawn so. Other programs
-apply all ranks at all times, the code above too, which draws other pictures. `python -m dreambooth_lab.tools.generate file=FILE`
-draws as in training.
+At noisy timesteps some of the ranks were left out in training (T-LoRA), and in the images of this card. Other programs apply all
+ranks at all timesteps, as does the code above, and generate other images. `python -m dreambooth_lab.tools.generate file=FILE`
+samples as in training.
 """
 
 

@@ -53,7 +53,7 @@ def steered(
 
     Args:
         steps: of the sampler.
-        class_call: begins to draw the same pictures under the class prompt; None: the prompt is not about the subject.
+        class_call: starts sampling the same images with the class prompt; None: the prompt is not about the subject.
     """
     by_class = steering.superclass is not enums.Superclass.none and class_call is not None
     if not by_class and steering.personal is None:
