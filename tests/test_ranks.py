@@ -179,7 +179,7 @@ def test_apples_gpu_is_taken_where_there_is_one_and_none_of_cuda(monkeypatch):
     assert device_of("auto") == device_of("mps") == torch.device("mps") and device_of("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"trainer.devices is 2, but MPS has only one device"):
         device_of("auto", 2)
-    with pytest.raises(ConfigError, match="sees no CUDA device"):
+    with pytest.raises(ConfigError, match="finds no CUDA device"):
         device_of("gpu")
 
 

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from itertools import combinations
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from dreambooth_lab import lab
@@ -38,15 +40,18 @@ def drawn(small, folder, size):
     module, sent = DreamBooth(cfg, family, adapter), Sent()
     validation = Validation(None, cfg.validation, data, RunFolder(folder), None, sent, None)
     images = validation._draw_all(0, "live", folder, SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True), module)[0]
-    return [image.tobytes() for image in images], sent
+    return [np.asarray(image).astype(int) for image in images], sent
 
 
-def test_a_picture_does_not_depend_on_how_many_are_drawn_with_it(small, tmp_path):
+def test_an_image_does_not_depend_on_how_many_are_sampled_with_it(small, tmp_path):
+    """Its noise is its own. Kernels add in another order for other numbers of rows, which may round a level up or down."""
     alone, told = drawn(small, tmp_path / "a", 1)
     assert told.firsts == [(i, [i]) for i in range(5)] and len(told.paths) == 5
     some, told = drawn(small, tmp_path / "b", 2)
     assert told.firsts == [(0, [0, 1]), (2, [2, 3]), (4, [4])]
-    assert alone == some == drawn(small, tmp_path / "c", 5)[0] and len(set(alone)) == 5
+    for other in (some, drawn(small, tmp_path / "c", 5)[0]):
+        assert all(abs(one - two).max() <= 1 for one, two in zip(alone, other, strict=True))
+    assert all(abs(one - two).max() > 20 for one, two in combinations(alone, 2))
 
 
 def test_the_vae_sees_one_picture_at_a_time(small, monkeypatch):
