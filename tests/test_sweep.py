@@ -12,6 +12,7 @@ from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+import tiny
 from commands import call, start
 from dreambooth_lab import __main__ as cli
 from dreambooth_lab import lab, pages, sweep
@@ -189,6 +190,44 @@ def test_a_sweep_that_is_stopped_and_killed_runs_what_is_missing(small, tmp_path
     assert call(*said, cwd=whole).returncode == 0
     for ours, theirs in zip(sorted(first.parent.glob("*/metrics.csv")), sorted(whole.glob("runs/*/*/metrics.csv")), strict=True):
         assert ours.read_text() == theirs.read_text(), "to the bit"
+
+
+def test_a_job_that_has_lost_the_race_ends_and_is_not_run_again(small, tmp_path):
+    """A rate so small that it learns nothing, after one that learns; the loser can be resumed by itself."""
+    held_out = [f"eval.path={tiny.save_photos(tmp_path / 'held', [(80, 80)] * 4, seed=7)}", "eval.every_n_steps=2"]
+    said = ["-m", *small, *held_out, "validation.every_n_steps=0", "trainer.max_steps=10", "race=2", "optimizer.lr=0.5,1e-4"]
+    done = call(*said, "resume=auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (winner, kept), (loser, lost) = sweep.jobs(next(tmp_path.glob("runs/*")))
+    assert (kept.state, lost.state) == (State.done, State.lost)
+    steps = max(step for step, *_ in loser.read_metrics())
+    assert 4 <= steps < 10 and loser.newest() is not None and f"stopped at step {steps} and saved" in lost.told
+    assert sweep.finished(winner) is not None and (loser.export / "pytorch_lora_weights.safetensors").is_file()
+    page = (winner.root.parent / "compare.html").read_text()
+    assert "lost the race: behind" in page and len(pd.read_csv(winner.root.parent / "compare.csv")) == 1
+
+    again = call(*said, "resume=auto", cwd=tmp_path)
+    assert "job 1 has lost the race already" in again.stdout and len(loser.starts()) == 1
+    assert call("hydra.mode=RUN", f"resume={loser.root}", "race=0", cwd=tmp_path).returncode == 0
+    assert max(step for step, *_ in loser.read_metrics()) == 10
+
+
+def test_a_race_needs_a_sweep_and_an_eval_loss(small, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="race is 3, but runs have no eval loss to race by"):
+        check(lab.compose(*small, "race=3"))
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.RUN}))
+    with pytest.raises(ConfigError, match=r"race is 3, but this is a single run; start a sweep \(-m, or sweep=NAME\)"):
+        cli._check_race(OmegaConf.create({"race": 3}), RunFolder(tmp_path))
+    folder = RunFolder(tmp_path)
+    folder.job.write_text('{"number": 0, "words": [], "state": "began", "told": ""}')
+    cli._check_race(OmegaConf.create({"race": 3}), folder)
+    hydra_cfg = {
+        "mode": RunMode.MULTIRUN,
+        "sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"},
+    }
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create(hydra_cfg))
+    with pytest.raises(ConfigError, match="Optuna needs the whole of each run"):
+        cli._check_race(OmegaConf.create({"race": 3}), folder)
 
 
 def test_jobs_that_cannot_run_are_named_before_the_first_begins(tmp_path, monkeypatch):
