@@ -24,7 +24,7 @@ demo: install  ## teach the embedded model a robot from five photos, and look at
 	$(BIN)/python -m dreambooth_lab.tools.judge_toybox "$$(ls -d runs/*_demo | tail -n 1)"
 	@run="$$(ls -d runs/*_demo | tail -n 1)"; echo; echo "Look at:"; \
 	 echo "  $$run/report.html                      the page of the run"; \
-	 echo "  $$run/pictures/before_after.png        left the base model, right after training; a row a prompt"; \
+	 echo "  $$run/images/before_after.png          left the base model, right after training; a row a prompt"; \
 	 echo "  $$run/export/                          the LoRA and the learned token"
 
 test: install  ## the tests that need no GPU and no patience, on two cores

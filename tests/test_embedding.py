@@ -108,6 +108,6 @@ def test_a_run_learns_exports_and_reloads_its_token(small, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
     picture = pipeline("a photo of q dog", generator=torch.Generator().manual_seed(0), **options).images[0]
-    saved = Image.open(done.folder.pictures / "step_0000006" / "00_00.png")
+    saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
     difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
     assert difference.abs().max() <= 1

@@ -80,7 +80,7 @@ def test_a_family_trains_and_its_pipeline_reads_the_export(name, variant, folder
     numbers = folder.read_metrics()
     assert all(np.isfinite(value) for _, _, value in numbers)
     assert {(0, "eval/loss"), (2, "eval/loss"), (2, "train/loss")} <= {(step, key) for step, key, _ in numbers}
-    assert sorted(picture.name for picture in folder.pictures.glob("step_*.png")) == ["step_0000000.png", "step_0000002.png"]
+    assert sorted(picture.name for picture in folder.image_folder.glob("step_*.png")) == ["step_0000000.png", "step_0000002.png"]
     assert changes(TrainedPipeline(cfg, folder.export)) > 0, "what was trained changes the answer of the pipeline"
 
 

@@ -42,7 +42,7 @@ def test_strength_0_is_the_base_model_and_1_what_training_showed(kind, finished,
     done = finished[kind]
     words = [f"run={done.folder.root}", *FAST, "seeds=2", "strengths=[1,0,0.5,1]", f"out={tmp_path / 'out'}"]
     assert generate(read(words)) == tmp_path / "out" / "grid.png"
-    shown = done.folder.pictures
+    shown = done.folder.image_folder
     for seed in range(2):
         made = [tmp_path / "out" / f"{row:02d}_{seed:02d}.png" for row in range(4)]
         assert close(made[0], shown / "step_0000003" / f"00_{seed:02d}.png") <= 1

@@ -10,6 +10,9 @@ from omegaconf import OmegaConf
 
 from commands import call
 from dreambooth_lab import lab
+from dreambooth_lab.callbacks.csv_log import CsvLog
+from dreambooth_lab.callbacks.eval_loss import EvalRow
+from dreambooth_lab.compare.shared import eval_rows
 from dreambooth_lab.config import ConfigError, check, migrations, saved
 from dreambooth_lab.config.migrations import Added, NewValue, Removed, Rename, migrate
 from dreambooth_lab.runfolder import RunFolder
@@ -112,3 +115,13 @@ def test_saved_values_are_what_they_are_and_refer_to_nothing(prompt):
     text = saved.dump(cfg)
     again = saved.load(text, "x")
     assert again.dataset.instance_prompt == prompt and saved.dump(again) == text
+
+
+def test_images_and_eval_losses_of_a_run_that_began_under_other_names_are_found(tmp_path):
+    (tmp_path / "old" / "pictures").mkdir(parents=True)
+    assert RunFolder(tmp_path / "old").image_folder.name == "pictures"
+    assert RunFolder(tmp_path / "new").image_folder.name == "images"
+    folder = RunFolder(tmp_path / "old")
+    folder.eval.write_text("step,weights,dataset,picture,t,loss,stratum\n3,live,eval,a.png,0.5,1.25,0.5\n")
+    assert CsvLog(folder.eval, EvalRow).read() == [EvalRow(3, "live", "eval", "a.png", 0.5, 1.25, 0.5)]
+    assert eval_rows(folder)["image"].tolist() == ["a.png"]

@@ -44,7 +44,7 @@ def test_the_tables_show_everything_at_any_width(data, width):
         console.print(table)
     told = console.file.getvalue()
     joined = "".join(c for c in told if c not in "│\n ")
-    headings = ("dataset", "use", "pictures", "rejected", "masks", "buckets", "rows/epoch", "share", "cached", "encoded")
+    headings = ("dataset", "use", "images", "rejected", "masks", "buckets", "rows/epoch", "share", "cached", "encoded")
     assert all(word in told for word in headings) and "…" not in told
     for notice in data.notices:
         assert notice.split()[-1] in joined and len(data.notices) == 2

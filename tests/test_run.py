@@ -38,7 +38,7 @@ def test_a_run_leaves_everything_in_its_folder(done):
 
 def test_what_it_took_is_told_by_phase(done):
     cost = done.folder.starts()[-1]["cost"]
-    assert list(cost) == ["photos, text and caches", "adapter and preflight", "training", "pictures", "saving"]
+    assert list(cost) == ["photos, text and caches", "adapter and preflight", "training", "images", "saving"]
     assert all(phase["memory_mib"] > 0 for phase in cost.values())
 
 
@@ -60,7 +60,7 @@ def test_the_first_pictures_are_the_base_models_and_training_changes_them(done):
         guidance_scale=5.0,
         generator=torch.Generator().manual_seed(1),
     )[0]
-    saved = [Image.open(done.folder.pictures / f"step_{step:07d}" / "00_01.png") for step in (0, 6)]
+    saved = [Image.open(done.folder.image_folder / f"step_{step:07d}" / "00_01.png") for step in (0, 6)]
     assert saved[0].tobytes() == picture.tobytes() != saved[1].tobytes()
 
 
@@ -116,7 +116,7 @@ def test_lab_gives_config_metrics_and_a_working_pipeline(done):
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
     picture = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
-    saved = Image.open(done.folder.pictures / "step_0000006" / "00_00.png")
+    saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
     difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
     assert difference.abs().max() <= 1, "what validation showed is what a user gets"
     assert done.pipeline(ema=True) is not None

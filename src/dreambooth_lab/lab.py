@@ -77,7 +77,7 @@ class Run:
     @property
     def images(self) -> dict[int, Path]:
         """Step → its grid of validation images."""
-        return {int(path.stem.removeprefix("step_")): path for path in sorted(self.folder.pictures.glob("step_*.png"))}
+        return {int(path.stem.removeprefix("step_")): path for path in sorted(self.folder.image_folder.glob("step_*.png"))}
 
     def module(self, checkpoint: Which = "last", ema: bool = False) -> DreamBooth:
         """The LightningModule with the weights of a checkpoint, in evaluation mode, on this machine's device.

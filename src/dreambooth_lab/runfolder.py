@@ -64,11 +64,11 @@ class RunFolder:
         self.metrics = self.root / "metrics.csv"
         self.scores = self.root / "scores.csv"
         self.eval = self.root / "eval.csv"
-        self.pictures = self.root / "pictures"
-        self.averaged = self.pictures / "ema"  # images of the average, if both are generated
-        self.compared = self.pictures / "base_live_ema"
-        self.base = self.pictures / "step_0000000.png"
-        self.before_after = self.pictures / "before_after.png"
+        self.image_folder = _existing(self.root / "pictures", self.root / "images")
+        self.averaged = self.image_folder / "ema"  # images of the average, if both are generated
+        self.compared = self.image_folder / "base_live_ema"
+        self.base = self.image_folder / "step_0000000.png"
+        self.before_after = self.image_folder / "before_after.png"
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
         self.best_export = self.root / "export_best"
@@ -102,7 +102,7 @@ class RunFolder:
 
     def newest_image(self, averaged: bool = False) -> Path | None:
         """The first image of the newest validation after step 0; the average's if it exists and is requested."""
-        folders = [self.averaged, self.pictures] if averaged else [self.pictures]
+        folders = [self.averaged, self.image_folder] if averaged else [self.image_folder]
         found = [sorted(folder.glob("step_*/00_00.png")) for folder in folders]
         paths = next((paths for paths in found if paths), [])
         return paths[-1] if paths and int(paths[-1].parent.name.removeprefix("step_")) > 0 else None
@@ -278,6 +278,11 @@ def _division(before: DictConfig, refused: list[str]) -> str:
     if not set(refused) & set(DIVISION):
         return ""
     return f" ({' times '.join(DIVISION)} may change if their product stays {rows_per_batch(before)})"
+
+
+def _existing(old: Path, new: Path) -> Path:
+    """The folder's former name in runs that began under it."""
+    return old if old.is_dir() and not new.is_dir() else new
 
 
 def _format(value: Any) -> str:

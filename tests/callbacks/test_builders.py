@@ -42,7 +42,7 @@ def test_loggers_get_the_numbers_and_those_that_can_the_pictures(done):
     events = EventAccumulator(str(done.folder.root / "tensorboard")).Reload()
     seen = {name: [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
     assert seen == done.series
-    assert [image.step for image in events.Images("pictures/live")] == sorted(done.images)
+    assert [image.step for image in events.Images("images/live")] == sorted(done.images)
     table = (done.folder.root / "csv" / "version_1" / "metrics.csv").read_text().splitlines()
     assert {"train/loss", "eval/loss"} <= set(table[0].split(",")) and len(table) > 9
 

@@ -134,7 +134,7 @@ def test_the_export_is_pushed_once_at_the_end_and_the_token_is_written_nowhere(h
     run(lab.compose(*small, *QUICK, *PUSH, "checkpoint.every_n_steps=1"), tmp_path / "run")
     made, sent = hub.calls
     assert made == ("create", "me/sks-dog", True, True) and sent[1] == "me/sks-dog" and sent[3].endswith("2 steps")
-    assert {"README.md", "pictures.png", "pytorch_lora_weights.safetensors"} <= sent[2]
+    assert {"README.md", "images.png", "pytorch_lora_weights.safetensors"} <= sent[2]
     assert 'export = snapshot_download("me/sks-dog")' in (tmp_path / "run" / "export" / "README.md").read_text()
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
@@ -224,7 +224,7 @@ def test_other_programs_list_the_file_under_its_base_and_show_what_it_is(finishe
         kind, _, data = said["modelspec.thumbnail"].partition(",")
         picture = Image.open(io.BytesIO(base64.b64decode(data)))
         assert kind == "data:image/jpeg;base64" and max(picture.size) <= 256
-        shown = Image.open(next(finished.folder.pictures.glob("step_0000002/00_00.png"))).convert("L")
+        shown = Image.open(next(finished.folder.image_folder.glob("step_0000002/00_00.png"))).convert("L")
         assert (
             picture.size == shown.size and np.abs(np.asarray(picture.convert("L"), float) - np.asarray(shown, float)).mean() < 12
         )

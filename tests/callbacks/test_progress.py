@@ -65,12 +65,12 @@ def test_the_bar_tells_the_pace_and_its_share_of_the_peak(made, monkeypatch):
 def test_the_time_left_is_that_of_the_steps_and_looks_to_come(start):
     """2 s a step, 30 s for the first ones; 10 s for each look, every 8 steps and at the end, and at the base model."""
     when = Interval(8, 0.0, 1.0, 44)
-    left = TimeLeft({"pictures": when}, 44)
+    left = TimeLeft({"images": when}, 44)
     now, took = (10.0, 10.0) if start == 0 else (0.0, 0.0)
     left.begin(start, now)
     for step in range(start + 1, 45):
         now += 30.0 if step <= start + FIRST else 2.0
-        told = left.seconds(step, now, {"pictures": took})
+        told = left.seconds(step, now, {"images": took})
         if step <= start + FIRST:
             assert told is None
         elif took:

@@ -249,7 +249,7 @@ def test_a_validation_of_20_steps_sends_previews_at_5_10_15_20_and_then_the_pict
         assert [m["sampler_step"] for m in mine if m["type"] == "preview"] == [5, 10, 15, 20]
         (final,) = (m for m in mine if m["type"] == "image")
         picture = Image.open(io.BytesIO(base64.b64decode(final["image"])))
-        saved = Image.open(tmp_path / "run" / "pictures" / f"step_{step:07d}" / "00_00.png")
+        saved = Image.open(tmp_path / "run" / "images" / f"step_{step:07d}" / "00_00.png")
         assert picture.tobytes() == saved.tobytes()
         last = next(m for m in mine if m["sampler_step"] == 20 and m["type"] == "preview")
         shown = Image.open(io.BytesIO(base64.b64decode(last["image"])))

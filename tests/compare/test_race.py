@@ -28,7 +28,7 @@ def run(sweep, rate, seed, error, number, steps=STEPS, spread=0.01):
             for i in range(8):
                 loss = 1 + picture + 0.3 * i + error(step) + spread * own.standard_normal()
                 rows.append((step, "live", "eval", f"{picture}.png", i / 8, loss, i / 8))
-    pd.DataFrame(rows, columns=["step", "weights", "dataset", "picture", "t", "loss", "stratum"]).to_csv(folder.eval, index=False)
+    pd.DataFrame(rows, columns=["step", "weights", "dataset", "image", "t", "loss", "stratum"]).to_csv(folder.eval, index=False)
     return folder
 
 

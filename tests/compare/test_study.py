@@ -174,9 +174,9 @@ def test_pictures_of_one_prompt_and_noise_stand_side_by_side(base, tmp_path):
         cfg.adapter.rank, cfg.dataset.instance_prompt = rank, "a photo of <i>sks</i> robot"
         folder = save(tmp_path / str(rank), cfg, {"eval/loss": [(1, 0.1 * rank)]})
         for step, shade in ((0, 0), (9, grey)):
-            (folder.pictures / f"step_{step:07d}").mkdir(parents=True)
+            (folder.image_folder / f"step_{step:07d}").mkdir(parents=True)
             for image in (0, 1):
-                Image.new("RGB", (32, 32), (shade,) * 3).save(folder.pictures / f"step_{step:07d}" / f"00_{image:02d}.png")
+                Image.new("RGB", (32, 32), (shade,) * 3).save(folder.image_folder / f"step_{step:07d}" / f"00_{image:02d}.png")
     (row,) = compare.shared.strips(arms.read([tmp_path]), 0)
     assert [strip.arm for strip in row] == ["base model", "4", "8"]
     assert [strip.picture.getpixel((5, 5))[0] for strip in row] == [0, 50, 200]

@@ -67,7 +67,7 @@ def test_networks_that_read_lengths_from_values_are_foreseen_as_well(folders, na
 @pytest.mark.parametrize("name", tiny_families.PIPELINES)
 def test_every_family_is_foreseen(folders, name, small, tmp_path):
     needs = plans._forecast(lab.compose(*of_family(small, folders, name)), CachedCounts(tmp_path))
-    assert [need.phase for need in needs] == ["captions", "pictures", "training", "validation"]
+    assert [need.phase for need in needs] == ["captions", "images", "training", "validation"]
     assert all(need.total > 0 for need in needs)
 
 
@@ -118,10 +118,10 @@ def test_what_was_counted_is_read_again(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "phases"),
     [
-        ([], ["captions", "pictures", "training", "validation"]),
-        (["validation.every_n_steps=0"], ["captions", "pictures", "training"]),
-        (["prior.source=generated", "prior.prompt=a dog"], ["captions", "class pictures", "pictures", "training", "validation"]),
-        (["prior=bank"], ["captions", "pictures", "bank", "training", "validation"]),
+        ([], ["captions", "images", "training", "validation"]),
+        (["validation.every_n_steps=0"], ["captions", "images", "training"]),
+        (["prior.source=generated", "prior.prompt=a dog"], ["captions", "class images", "images", "training", "validation"]),
+        (["prior=bank"], ["captions", "images", "bank", "training", "validation"]),
     ],
 )
 def test_every_phase_of_a_run_is_foreseen(small, tmp_path, words, phases):

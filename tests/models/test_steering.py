@@ -105,7 +105,7 @@ def test_a_runs_pictures_are_those_that_generate_draws(small, tmp_path, words):
     with pytest.raises(ConfigError, match="which is plain guidance"):
         generate(read([f"run={tmp_path / 'run'}", f"prompt={SUBJECT}", "personal_guidance=1.0"]))
     for i in range(2):
-        ours = Image.open(tmp_path / "run" / "pictures" / "step_0000003" / f"{i:02d}_00.png").convert("RGB").tobytes()
+        ours = Image.open(tmp_path / "run" / "images" / "step_0000003" / f"{i:02d}_00.png").convert("RGB").tobytes()
         theirs = Image.open(tmp_path / "out" / f"{i:02d}_00.png").convert("RGB").tobytes()
         assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1
 

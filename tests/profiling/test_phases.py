@@ -17,9 +17,9 @@ def test_a_phase_inside_another_counts_for_itself_alone():
         with phases.profile("[Callback]Ema.on_train_batch_end"), phases.profile("[Strategy]X.training_step"):
             time.sleep(0.02)
     whole = time.perf_counter() - begun
-    assert list(phases.of) == ["training", "pictures"]
+    assert list(phases.of) == ["training", "images"]
     assert sum(phase.seconds for phase in phases.of.values()) == pytest.approx(whole, abs=0.06)
-    assert phases.of["pictures"].seconds > phases.of["training"].seconds - 0.03
+    assert phases.of["images"].seconds > phases.of["training"].seconds - 0.03
     assert phases.open == []
 
 

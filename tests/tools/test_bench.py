@@ -61,7 +61,7 @@ def test_what_can_not_be_planned_is_refused(small, word, said):
 
 def test_the_command_measures_and_plans(small):
     measured = CliRunner().invoke(app, ["--steps", "2", *small])
-    assert measured.exit_code == 0 and "pictures / s" in measured.output and "peak memory" in measured.output
+    assert measured.exit_code == 0 and "images / s" in measured.output and "peak memory" in measured.output
     beside = CliRunner().invoke(app, ["--steps", "1", "--against_autocast", *small, *BF16])
     assert beside.exit_code == 0 and "of autocast's" in beside.output
     planned = CliRunner().invoke(app, ["--plan", "--side", "64", *small, *BF16])

@@ -50,7 +50,7 @@ def test_the_subjects_class_comes_first_on_the_toybox(words: list[str], tmp_path
     assert len([s for s in scores if s["metric"] == "clip_t"]) == 3 * 5, "a value for each photo"
     with Image.open(tmp_path / "out" / "sheet.png") as drawn:
         assert drawn.height == 4 * (128 + sheet.TITLE + sheet.GAP) + sheet.GAP, "the photos once, and a row a prompt"
-    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 9
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 9
     again = call(words, PROMPTS, tmp_path / "out")
     assert isinstance(again.exception, ConfigError) and "--force" in str(again.exception)
 

@@ -88,7 +88,7 @@ def build_callbacks(
 
 def time_left(cfg: DictConfig, data: DreamBoothData) -> TimeLeft:
     """The schedules of future evaluations, by the names of their phases."""
-    watched = {"pictures": cfg.validation} | ({"eval loss": cfg.eval} if data.held_out else {})
+    watched = {"images": cfg.validation} | ({"eval loss": cfg.eval} if data.held_out else {})
     due = {phase: interval(cfg, node, data) for phase, node in watched.items() if node.every_n_steps or node.every_n_epochs}
     return TimeLeft(due, cfg.trainer.max_steps)
 

@@ -28,7 +28,7 @@ CHANGES = {
     "int8": "1.4 %",
 }  # change of a LoRA's effect on the full base, by the quantisation it was trained with
 HERE = "."  # the folder of the card
-BASE, TRAINED = "pictures_base.png", "pictures.png"
+BASE, TRAINED = "images_base.png", "images.png"
 
 
 def card(
@@ -156,7 +156,7 @@ def _front_matter(cfg: DictConfig) -> str:
 
 
 def _images(cfg: DictConfig, run: RunFolder, folder: Path) -> str:
-    grids = sorted(run.pictures.glob("step_*.png"))
+    grids = sorted(run.image_folder.glob("step_*.png"))
     if not grids:
         return "There are no validation images.\n"
     shutil.copyfile(grids[0], folder / BASE)

@@ -33,8 +33,8 @@ FOR = {  # an adapter's name of a file → its purpose
 NOT_FOR_COMFYUI = "; **not for ComfyUI**, which skips its attention layers without a warning"
 OTHERS = {
     "README.md": "this page",
-    "pictures.png": "images with the adapter",
-    "pictures_base.png": "images of the base model",
+    "images.png": "images with the adapter",
+    "images_base.png": "images of the base model",
     "ema": "the averaged weights",
 }
 

@@ -37,7 +37,7 @@ class EvalRow(NamedTuple):
     step: int
     weights: str  # live or ema
     dataset: str
-    picture: str
+    image: str
     t: float
     loss: float
     stratum: float  # t before the model's time shift, which depends on the image size

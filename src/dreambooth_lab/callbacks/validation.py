@@ -47,13 +47,13 @@ class Validation(Periodic):
         scores: list[Score] = []
         for kind, holds_for in self.weights.at_step(step):
             second = step > 0 and kind != self.weights.kinds[0]
-            folder = self.folder.averaged if second else self.folder.pictures
+            folder = self.folder.averaged if second else self.folder.image_folder
             with self.weights(module, kind):
                 rows = self._draw_all(step, kind, folder, trainer, module)
             if not trainer.is_global_zero:
                 continue
             sheet = image_grids.save_grid(folder, step, rows)
-            image_grids.show(trainer.loggers, f"pictures/{kind}", sheet, step)
+            image_grids.show(trainer.loggers, f"images/{kind}", sheet, step)
             seen = self.scores(self.cfg.prompts, rows) if self.scores else []
             for name in holds_for if seen else ():
                 scores += [score._replace(step=step, weights=name) for score in seen]
@@ -86,11 +86,11 @@ class Validation(Periodic):
     def _compare(self, step: int, trainer: Trainer) -> None:
         """A grid of the images of the base model, the live weights and the average."""
         name = f"step_{step:07d}.png"
-        paths = (self.folder.base, self.folder.pictures / name, self.folder.averaged / name)
+        paths = (self.folder.base, self.folder.image_folder / name, self.folder.averaged / name)
         sheet = image_grids.beside([Image.open(path) for path in paths], len(self.cfg.prompts))
         self.folder.compared.mkdir(exist_ok=True)
         sheet.save(self.folder.compared / name)
-        image_grids.show(trainer.loggers, "pictures/base_live_ema", sheet, step)
+        image_grids.show(trainer.loggers, "images/base_live_ema", sheet, step)
 
     def _photos(self, module: DreamBooth, n: int) -> list[Image.Image]:
         """The initial images of image-to-image families: the subject's photos in turn."""

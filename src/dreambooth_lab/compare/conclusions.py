@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .stats import ALPHA, BY_PICTURE, BY_SEED, NOT_TOLD, UNPAIRED, Difference
+from .stats import ALPHA, BY_IMAGE, BY_SEED, NOT_TOLD, UNPAIRED, Difference
 
 PAIRS = {
     BY_SEED: "paired by seed, {n} pairs",
     UNPAIRED: "unpaired, {n} runs or more per arm",
-    BY_PICTURE: "paired by image, {n} pairs",
+    BY_IMAGE: "paired by image, {n} pairs",
 }
 
 
@@ -47,7 +47,7 @@ def parts(found: Sequence[Difference]) -> list[Part]:
 def _sure(one: Difference) -> str:
     where = "higher" if one.mean > 0 else "lower"
     page = "" if one.p_page < ALPHA else ", but not significant with all comparisons of this page corrected together"
-    of = " on these images (one training seed, so other seeds may differ)" if one.pairing == BY_PICTURE else ""
+    of = " on these images (one training seed, so other seeds may differ)" if one.pairing == BY_IMAGE else ""
     return f"“{one.arm}” is {where}{of} by {abs(one.mean):.3g} ({_interval(one)}; {_p(one.p_holm)} after Holm{page})"
 
 

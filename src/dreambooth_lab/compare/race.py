@@ -17,9 +17,10 @@ from scipy import stats
 from .. import sweep
 from ..runfolder import RunFolder
 from .arms import SEED, aside, flat
+from .shared import eval_rows
 
 ALPHA = 0.05
-PAIRED_BY = ["dataset", "picture", "t"]
+PAIRED_BY = ["dataset", "image", "t"]
 Losses = dict[int, pd.DataFrame]  # an arm's: seed → rows of the eval loss of the live weights, as far as the run has come
 
 
@@ -109,5 +110,5 @@ def _seed(folder: RunFolder) -> int:
 def _rows(folder: RunFolder) -> pd.DataFrame:
     if not folder.eval.is_file():
         return pd.DataFrame(columns=["step", *PAIRED_BY, "loss"])
-    table = pd.read_csv(folder.eval)
+    table = eval_rows(folder)
     return table[table["weights"] == "live"]

@@ -45,7 +45,7 @@ def _row(runs: Sequence[tuple[Arm, Run]], number: int) -> list[Strip]:
     made: list[Strip] = []
     for arm, run in runs:
         prompt = run.values["validation.prompts"][number] if number < len(run.values["validation.prompts"]) else None
-        steps = sorted(path for path in run.folder.pictures.glob("step_*/") if any(path.glob(f"{number:02d}_*.png")))
+        steps = sorted(path for path in run.folder.image_folder.glob("step_*/") if any(path.glob(f"{number:02d}_*.png")))
         if prompt is None or not steps:
             continue
         known = any(strip.arm == BASE and strip.prompt == prompt for strip in made)
@@ -91,16 +91,21 @@ def paired(study: Study) -> dict[tuple[str, str], list[float]]:
 
 def _rows(folder: RunFolder) -> tuple[pd.Series, pd.Series]:
     """The last step's scores and errors of the live weights, indexed for pairing."""
-    scores, errors = _none("metric", "prompt", "image"), _none("metric", "dataset", "picture", "t")
+    scores, errors = _none("metric", "prompt", "image"), _none("metric", "dataset", "image", "t")
     if folder.scores.is_file():
         table = _newest(pd.read_csv(folder.scores))
         table["prompt"] = pd.factorize(table["prompt"])[0]
         table["metric"] = [names.of_score(metric) for metric in table["metric"]]
         scores = table.set_index(["metric", "prompt", "image"])["value"]
     if folder.eval.is_file():
-        table = _newest(pd.read_csv(folder.eval)).assign(metric="eval/loss")
-        errors = table.set_index(["metric", "dataset", "picture", "t"])["loss"]
+        table = _newest(eval_rows(folder)).assign(metric="eval/loss")
+        errors = table.set_index(["metric", "dataset", "image", "t"])["loss"]
     return scores, errors
+
+
+def eval_rows(folder: RunFolder) -> pd.DataFrame:
+    """All rows of a run's eval loss."""
+    return pd.read_csv(folder.eval).rename(columns={"picture": "image"})  # its former name
 
 
 def _newest(table: pd.DataFrame) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from .arms import Arm, Study
 
 LEVEL = 0.95
 ALPHA = 1 - LEVEL
-BY_SEED, UNPAIRED, BY_PICTURE, NOT_TOLD = "seed", "none", "picture", "too few"
+BY_SEED, UNPAIRED, BY_IMAGE, NOT_TOLD = "seed", "none", "image", "too few"
 NOT_JUDGED = ("train/lr", "clip/min", "clip/max", "clip/std")
 PARTS = "eval/loss_"  # of the eval loss: by dataset, by time
 
@@ -126,7 +126,7 @@ def _difference(metric: str, reference: Arm, arm: Arm, pictures: Sequence[float]
         return Difference(*who, UNPAIRED, min(len(ours), len(theirs)), apart_by, low, high, p)
     if len(pictures) > 1:
         low, high, p = _t(stats.ttest_1samp, pictures, 0.0)
-        return Difference(*who, BY_PICTURE, len(pictures), sum(pictures) / len(pictures), low, high, p)
+        return Difference(*who, BY_IMAGE, len(pictures), sum(pictures) / len(pictures), low, high, p)
     if not (ours and theirs):
         return None
     apart_by = sum(ours.values()) / len(ours) - sum(theirs.values()) / len(theirs)

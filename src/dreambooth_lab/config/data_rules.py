@@ -34,7 +34,7 @@ def _prior_problems(read: Reader) -> Iterator[str | None]:
         ways = "prior.path=FOLDER, prior.source=generated (by the base model), or prior=none"
         yield f"prior.path is null, but prior.kind={kind.name} needs class images; set {ways}"
     elif source is enums.PriorSource.folder:
-        yield read.pictures("prior.path", "class pictures")
+        yield read.pictures("prior.path", "class images")
     elif path is not None and source is not None:
         yield f"prior.path is {path!r}, which prior.source={source.name} does not read; use prior.source=folder, or remove it"
     if source is not None and source.recaptions and kind is enums.PriorKind.noise:

@@ -145,7 +145,7 @@ class PriorKind(Enum):
 
     @property
     def has_class_rows(self) -> bool:
-        """Whether it trains class pictures."""
+        """Whether it trains class images."""
         return self not in (PriorKind.none, PriorKind.weights)
 
 

@@ -66,8 +66,8 @@ class Forecast:
         needs = [Need("captions", {"text encoders": reading.weights.size, "reading one": _at_work(reading)})]
         if drawn:
             asked = prior.generated
-            needs.append(Need("class pictures", there | self._drawing(2 * asked.batch_size, asked.resolution)))
-        needs.append(Need("pictures", there | {"VAE": encoding.weights.size, f"encoding {edge}² px": encoding.work}))
+            needs.append(Need("class images", there | self._drawing(2 * asked.batch_size, asked.resolution)))
+        needs.append(Need("images", there | {"VAE": encoding.weights.size, f"encoding {edge}² px": encoding.work}))
         if prior.kind is enums.PriorKind.bank:
             rows, base = prior.bank.batch_size, {"denoiser": self._step().base.size}
             needs.append(Need("bank", base | {f"{rows} × {edge}² px": _at_work(self._sampling(rows, edge))}))

@@ -17,7 +17,7 @@ from ..terminal import table
 
 
 def datasets(data: DreamBoothData) -> Table:
-    columns = ("dataset", "use", "pictures", "rejected", "masks", "buckets")
+    columns = ("dataset", "use", "images", "rejected", "masks", "buckets")
     made = table("Datasets", *columns, wraps=("dataset",))
     for s in data.summaries():
         use = "eval" if s.spec.is_eval else "class" if s.spec.is_class else "instance"
@@ -59,7 +59,7 @@ def notices(data: DreamBoothData) -> Table:
 
 
 def rejected(summaries: list[Summary]) -> Table:
-    made = table("Rejected pictures", "dataset", "picture", "rule", wraps=("dataset", "picture", "rule"))
+    made = table("Rejected images", "dataset", "image", "rule", wraps=("dataset", "image", "rule"))
     for summary in summaries:
         for item in summary.rejected:
             made.add_row(summary.spec.id, item.name, item.reason)

@@ -95,12 +95,12 @@ def _code(folder: RunFolder, cfg: DictConfig) -> str:
 
 def _images(folder: RunFolder, prompts: list[str]) -> str:
     """Per prompt the base model's images beside the last ones, with the same noise in each column; every step's grid below."""
-    grids = sorted(folder.pictures.glob("step_*.png"))
+    grids = sorted(folder.image_folder.glob("step_*.png"))
     if not grids:
         return "<p>There are no validation images.</p>"
     beside([Image.open(grids[i]) for i in (0, -1)], len(prompts)).save(folder.before_after)
     best = folder.best()
-    kept = folder.pictures / f"step_{best[1]:07d}.png" if best else None
+    kept = folder.image_folder / f"step_{best[1]:07d}.png" if best else None
     rows = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
     pair = f"left: {_step(grids[0])}; right: {_step(grids[-1])}; the same column on both sides starts from the same noise"
     compared = sorted(folder.compared.glob("step_*.png"))

@@ -94,7 +94,7 @@ def _eval_rows(folder: RunFolder) -> tuple[list[EvalRow], list[int]]:
 def _eval_changes(folder: RunFolder) -> str:
     """Paired with the base model row by row."""
     rows_read, steps = _eval_rows(folder)
-    rows = {step: {(a.dataset, a.picture, a.t): a.loss for a in rows_read if a.step == step} for step in steps}
+    rows = {step: {(a.dataset, a.image, a.t): a.loss for a in rows_read if a.step == step} for step in steps}
     message = ""
     for step in steps[1:]:
         apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]

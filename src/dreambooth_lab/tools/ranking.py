@@ -118,7 +118,7 @@ def write(ranked: Ranked, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(ranked.prompts):
         for k, picture in enumerate(ranked.pictures[prompt]):
-            sheet.save(picture, folder / "pictures" / f"{i:02d}_{k:02d}.png")
+            sheet.save(picture, folder / "images" / f"{i:02d}_{k:02d}.png")
     _csv(folder / "ranks.csv", ("rank", "prompt", "metric", "mean", "low", "high", "behind", "behind_low", "behind_high"), [
         (place, prompt, name, *of[prompt][1:])
         for place, prompt in enumerate(ranked.prompts, 1) for name, of in ranked.measures.items()

@@ -164,7 +164,7 @@ def fill_latents(stores: Stores, entries: list[Entry], encoder: Encoder, progres
     Yields:
         The result of each entry, as it is done.
     """
-    wanted = track(entries, "encoding pictures", hidden=not (progress and entries))
+    wanted = track(entries, "encoding images", hidden=not (progress and entries))
     for entry, pixels in _decoded(wanted):
         if isinstance(pixels, str):
             yield Failed(entry, pixels)

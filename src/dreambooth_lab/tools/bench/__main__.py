@@ -32,7 +32,7 @@ def bench(
         bool, typer.Option("--against-autocast", help="Also time the LoRA as diffusers' training scripts run it.")
     ] = False,
     side: Annotated[
-        int | None, typer.Option(min=8, help="--plan: pixels of a square picture; model.resolution if left out.")
+        int | None, typer.Option(min=8, help="--plan: pixels of a square image; model.resolution if left out.")
     ] = None,
 ) -> None:
     """What a training step of your own configuration costs."""
@@ -52,7 +52,7 @@ def _measure(words: list[str], steps: int, against_autocast: bool) -> None:
     low, high = found.spread
     table.add_row("step", f"{found.step * 1e3:.1f} ms (median; {low * 1e3:.1f} to {high * 1e3:.1f})")
     table.add_row("steps / s", f"{1 / found.step:.2f}")
-    table.add_row("pictures / s", f"{found.rows / found.step:.2f}")
+    table.add_row("images / s", f"{found.rows / found.step:.2f}")
     table.add_row("outside the denoiser", f"{max(1 - found.denoiser / found.step, 0):.0%} of the step")
     if found.autocast:
         ratio = f"{found.denoiser / found.autocast:.2f} of autocast's {found.autocast * 1e3:.1f} ms"

@@ -44,7 +44,7 @@ PATIENCE = 4.0  # seconds that a run waits for its receivers in the end; the lab
 
 
 class Stopwatch(Callback):
-    """From one step's start to the next one's, but for the steps that draw pictures. Comes first of the callbacks."""
+    """From one step's start to the next one's, except for steps that generate images. Comes first of the callbacks."""
 
     def __init__(self, drawn: Interval):
         self.drawn = drawn
@@ -102,7 +102,7 @@ TAKES = {"takes all", "closes mid-body", "answers 10 MB"}  # whose status is 200
 
 
 def receive(temper: str, pipe: Any) -> None:
-    """A receiver's process: tells its port, then, when asked, how many finished pictures it answered with 200."""
+    """A receiver's process: tells its port, then, when asked, how many finished images it answered with 200."""
     answer: Answer = TEMPERS[temper] or hangs
     taken: Counter[bool] = Counter()
     first: list[float] = []  # when the first message came
@@ -186,7 +186,7 @@ def main(words: list[str]) -> None:
 
 def table(made: dict[str, list[Measured]], delivered: dict[str, list[int]]) -> Table:
     shown = Table(title=f"medians of {ROUNDS} rounds; counts of the last", title_justify="left")
-    columns = ("kind", "CPU", "wall", "CPU s a step", "sent", "retried", "dropped", "numbers", "finished pictures it took")
+    columns = ("kind", "CPU", "wall", "CPU s a step", "sent", "retried", "dropped", "numbers", "finished images received")
     for column in columns:
         shown.add_column(column)
     plain = made["nobody watches"]

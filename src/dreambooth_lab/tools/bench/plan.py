@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 def analyse(cfg: DictConfig, rows: int, side: int, as_peers: bool = False) -> Step:
-    """A step of `rows` pictures of `side` × `side` px.
+    """A step of `rows` images of `side` × `side` px.
 
     Args:
         as_peers: as diffusers' training scripts run it: float32 factors under autocast.
