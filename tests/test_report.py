@@ -38,7 +38,7 @@ def test_what_users_type_is_escaped(folder):
 
 
 def test_it_tells_what_the_run_took(folder):
-    assert "<td>pictures</td>" in folder.report.read_text()
+    assert "<td>images</td>" in folder.report.read_text()
 
 
 def test_it_says_which_step_to_keep_and_how_to_use_it(folder):
