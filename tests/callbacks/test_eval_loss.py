@@ -36,7 +36,7 @@ def made(small, held, *overrides):
 
 def losses(data, module, rows=4):
     asked = eval_batches(data, 3, rows)
-    return {(a.dataset, a.picture, a.t): a.loss for exam in asked for a in evaluate(exam, 0, module)}
+    return {(a.dataset, a.image, a.t): a.loss for exam in asked for a in evaluate(exam, 0, module)}
 
 
 def test_the_same_weights_give_the_same_bits_and_the_rows_are_fixed(small, held):
@@ -103,7 +103,7 @@ def test_a_step_told_again_replaces_what_was_told(tmp_path):
     for step in (0, 1, 2):
         ledger.add(step, [EvalRow(step, "live", "d", "p, q", 0.25, 0.1 + step, 0.25)])
     ledger.add(1, [EvalRow(1, "live", "d", "p, q", 0.25, 9.0, 0.25)])
-    assert [(a.step, a.picture, a.loss) for a in ledger.read()] == [(0, "p, q", 0.1), (1, "p, q", 9.0)]
+    assert [(a.step, a.image, a.loss) for a in ledger.read()] == [(0, "p, q", 0.1), (1, "p, q", 9.0)]
 
 
 @pytest.mark.parametrize(
