@@ -71,7 +71,7 @@ def post(url, message, headers=BEARER):
 
 def told(url, n):
     """The first n events."""
-    with httpx.stream("GET", f"{url}/events", auth=("me", TOKEN), timeout=5) as stream:
+    with httpx.stream("GET", f"{url}/events", auth=("me", TOKEN), timeout=30) as stream:
         lines = (line for line in stream.iter_lines() if line.startswith("data: "))
         return [json.loads(next(lines).removeprefix("data: ")) for _ in range(n)]
 
@@ -158,12 +158,12 @@ def test_it_starts_only_with_a_token_and_never_says_it():
     command = [sys.executable, "-m", "dreambooth_lab.tools.watch", "--port", "0"]
     bare = {key: value for key, value in os.environ.items() if key != "DREAMBOOTH_WATCH_TOKEN"}
     for env in (bare, bare | {"DREAMBOOTH_WATCH_TOKEN": "short"}):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and "has no token" in done.stderr and "short" not in done.stderr
     running = subprocess.Popen(command, env=bare | {"DREAMBOOTH_WATCH_TOKEN": TOKEN}, stdout=subprocess.PIPE, text=True)
     first = running.stdout.readline()
     running.terminate()
-    assert first.startswith("http://127.0.0.1:") and TOKEN not in first + running.communicate(timeout=30)[0]
+    assert first.startswith("http://127.0.0.1:") and TOKEN not in first + running.communicate(timeout=120)[0]
 
 
 def test_a_run_appears_in_the_browser_as_it_goes(small, tmp_path, monkeypatch):
