@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from . import draw, heap
 from .adapter import Adapter
-from .config import ConfigError, enums, rare_word, words
+from .config import ConfigError, enums, is_sharded, processes, rare_word, words
 from .draw import Purpose
 from .dreambooth import DreamBooth
 from .models.family import Family
@@ -98,6 +98,7 @@ def build_family(cfg: DictConfig) -> Family:
     cache = Path(cfg.cache).expanduser()
     family: Family = instantiate(cfg, "model", Family, "recommended", cache=cache)
     family.device = device_of(cfg.trainer.accelerator, cfg.trainer.devices)
+    family.shards = processes(cfg) if is_sharded(cfg) else 0
     family.check_device()
     require_supported(cfg, family)
     kinds = {family.denoiser_part: cfg.quant.kind}

@@ -7,12 +7,10 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 from rich.table import Table
 
@@ -22,7 +20,7 @@ from .callbacks.builders import Callbacks, build_callbacks
 from .callbacks.checkpoint import AtomicCheckpointIO
 from .callbacks.export import export_form
 from .compare import race
-from .config import ConfigError, RunError, check, processes
+from .config import ConfigError, RunError, check
 from .data.module import DreamBoothData
 from .dreambooth import DreamBooth
 from .factory import build_family, build_method, device_of, leads
@@ -33,6 +31,7 @@ from .profiling.phases import Phases
 from .profiling.speed import step_flops
 from .runfolder import STOPPED_COST, RunFolder
 from .storage import disk
+from .strategy import build_strategy
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +93,9 @@ def _run(cfg: DictConfig, folder: RunFolder, tables: Sequence[Table]) -> dict[st
 
 
 def save_flops(folder: RunFolder, module: DreamBooth, data: DreamBoothData) -> None:
+    if module.family.shards:
+        log.warning("the FLOPs of a step are not counted with trainer.strategy=fsdp: the other processes have ended")
+        return
     try:
         folder.save_flops(step_flops(module, data))
     except (RuntimeError, NotImplementedError) as error:  # by a library's own kernel; the run is complete without it
@@ -162,24 +164,13 @@ def build_trainer(cfg: DictConfig, folder: RunFolder, callbacks: Callbacks, phas
     return Trainer(
         accelerator=device_of(cfg.trainer.accelerator).type, devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
-        strategy=_strategy(cfg), precision="32-true",
+        strategy=build_strategy(cfg), precision="32-true",
         max_steps=cfg.trainer.max_steps, max_epochs=-1, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         gradient_clip_val=cfg.trainer.gradient_clip_norm or None, deterministic=cfg.trainer.deterministic,
         callbacks=callbacks.callbacks, plugins=[AtomicCheckpointIO()], logger=callbacks.loggers or False,
         default_root_dir=folder.root, profiler=phases,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
-    )  # fmt: skip
-
-
-def _strategy(cfg: DictConfig) -> Strategy | str:
-    """With several devices, one process per device, each with its own rows of every batch; gradients are averaged."""
-    if processes(cfg) == 1 and cfg.trainer.strategy == "auto":
-        return "auto"
-    return DDPStrategy(
-        find_unused_parameters=bool(cfg.adapter.train_token or cfg.adapter.text_encoders),  # a rank's captions may lack the token
-        init_sync=False, forward_sync_buffers=False,  # all ranks initialise the same weights from the seed
-        timeout=timedelta(days=1),  # the other ranks wait while the first scores images and writes
     )  # fmt: skip
 
 

@@ -98,6 +98,14 @@ def test_offloaded_blocks_count_with_the_largest(small):
     assert (away.learning, away.added) == (whole.learning, whole.added)
 
 
+def test_divided_blocks_count_with_their_share(small):
+    words = ["trainer.devices=4", "model.gradient_checkpointing=true"]
+    whole, divided = (counts.step(lab.compose(*small, *words, f"trainer.strategy={kind}"), 2, 64) for kind in ("ddp", "fsdp"))
+    (away,) = {counts.step(lab.compose(*small, *words, "model.offload=blocks"), 2, 64).base.away}
+    assert whole.base.size - divided.base.size == pytest.approx(away * 3 / 4, abs=1)
+    assert 0 < divided.base.block < away and divided.base.away == 0
+
+
 def test_what_was_counted_is_read_again(small, tmp_path, monkeypatch):
     cfg = lab.compose(*small)
     first = Forecast(cfg, CachedCounts(tmp_path)).phases()

@@ -115,7 +115,7 @@ def test_only_the_blocks_stay_when_a_model_moves(small):
     family.denoiser.to(torch.float64)
     for name, parameter in family.denoiser.named_parameters():
         assert parameter.dtype is (torch.float32 if id(parameter) in own else torch.float64), name
-    assert sum(blocks.sizes()) == sum(4 * home.numel() for homes in blocks.homes for home in homes.values())
+    assert sum(blocks.sizes) == sum(4 * home.numel() for homes in blocks.homes for home in homes.values())
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,22 @@ def test_only_the_blocks_stay_when_a_model_moves(small):
 def test_what_cannot_work_is_refused(small, words, why):
     with pytest.raises(ConfigError, match=why):
         check(lab.compose(*small, "trainer.accelerator=auto", "model.offload=blocks", *words))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["trainer.devices=1"], "trainer.strategy is fsdp with one process"),
+        (["model.gradient_checkpointing=false"], "trainer.strategy is fsdp without gradient checkpointing"),
+        (["model.offload=blocks"], "model.offload is blocks with trainer.strategy=fsdp"),
+        (["model.compile=true"], "trainer.strategy is fsdp with model.compile=true"),
+        (["adapter=full"], "trainer.strategy is fsdp with adapter=full"),
+        (["quant=nf4"], "trainer.strategy is fsdp with quant.kind=nf4"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(small, words, why):
+    with pytest.raises(ConfigError, match=why):
+        check(lab.compose(*small, *ON, "trainer.devices=2", "trainer.strategy=fsdp", *words))
 
 
 def test_without_a_gpu_there_is_nowhere_to_offload_to(small, tmp_path):

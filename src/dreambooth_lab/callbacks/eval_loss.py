@@ -70,6 +70,7 @@ class EvalLoss(Periodic):
         }
         parts: list[dict[int, list[EvalRow]]] = [own] * trainer.world_size
         if trainer.world_size > 1:
+            trainer.strategy.barrier("eval loss")
             dist.all_gather_object(parts, own)
         whole = {i: rows for part in parts for i, rows in part.items()}
         return [row for i in sorted(whole) for row in whole[i]]

@@ -149,6 +149,7 @@ def gathered(own: Drawn, failed: str, trainer: Trainer) -> tuple[Drawn, str]:
     if trainer.world_size == 1:
         return own, failed
     parts: list[tuple[Drawn, str]] = [(own, failed)] * trainer.world_size
+    trainer.strategy.barrier("validation images")
     dist.gather_object((own, failed), parts if trainer.is_global_zero else None)
     if not trainer.is_global_zero:
         return {}, failed

@@ -16,7 +16,7 @@ from .check import (
     check,
 )
 from .compose import LOCAL, PLACES, conf_dir, resolve_paths
-from .division import processes, rows_per_batch, rows_per_step
+from .division import is_sharded, processes, rows_per_batch, rows_per_step
 from .enums import REGEX, SIMPLETUNER_QUANT
 from .lycoris_file import (
     read_lycoris_file,
@@ -52,6 +52,7 @@ __all__ = [
     "check",
     "class_prompt_of",
     "conf_dir",
+    "is_sharded",
     "processes",
     "rare_word",
     "read_lycoris_file",

@@ -8,16 +8,17 @@ from omegaconf import DictConfig
 
 from .reader import Reader
 
-STRATEGIES = ("auto", "ddp")
-WHOLE_WEIGHTS = (
-    "each process must hold the whole network for adapters, exports and images; quant=int8, quant=nf4 or model.offload=blocks "
-    "make a large one fit one device"
-)
+STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 def processes(cfg: DictConfig) -> int:
     """Number of training processes on all machines."""
     return int(cfg.trainer.devices * cfg.trainer.num_nodes)
+
+
+def is_sharded(cfg: DictConfig) -> bool:
+    """Whether the processes divide the base model's weights."""
+    return bool(cfg.trainer.strategy == "fsdp")
 
 
 def rows_per_batch(cfg: DictConfig) -> int:
@@ -33,5 +34,7 @@ def rows_per_step(cfg: DictConfig) -> int:
 def problems(read: Reader) -> Iterator[str | None]:
     strategy = read("trainer.strategy")
     if strategy not in (None, *STRATEGIES):
-        why = f", which would split the network; {WHOLE_WEIGHTS}" if "fsdp" in strategy or "deepspeed" in strategy else ""
-        yield f"trainer.strategy is {strategy!r}{why}; it must be {' or '.join(STRATEGIES)}"
+        near = "; fsdp divides frozen weights as ZeRO-3 does" if "deepspeed" in strategy else ""
+        yield f"trainer.strategy is {strategy!r}; it must be {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}{near}"
+    if strategy == "fsdp" and read("trainer.devices") == 1 and read("trainer.num_nodes") == 1:
+        yield "trainer.strategy is fsdp with one process, which has nothing to divide; set trainer.devices, or strategy=auto"

@@ -87,7 +87,7 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
     cuda_only = read("model.attention") in (enums.Attention.efficient, enums.Attention.cudnn)
     if cuda_only and read("trainer.accelerator") == "cpu":
         yield f"model.attention is {read('model.attention').name}, which only CUDA devices have; use auto, flash or math"
-    yield from _offload_problems(read)
+    yield from _block_problems(read)
     if (accelerator := read("trainer.accelerator")) not in (None, *ACCELERATORS):
         why = ", which is not supported" if accelerator in ("tpu", "xpu", "hpu") else ""
         yield f"trainer.accelerator is {accelerator!r}{why}; it must be {', '.join(ACCELERATORS[:-1])} or {ACCELERATORS[-1]}"
@@ -98,19 +98,26 @@ def _model_problems(read: Reader) -> Iterator[str | None]:
             yield f"{key} is {read(key)}; it must be a multiple of 8"
 
 
-def _offload_problems(read: Reader) -> Iterator[str | None]:
-    if read("model.offload") is not enums.Offload.blocks:
+def _block_problems(read: Reader) -> Iterator[str | None]:
+    """Problems of blocks whose weights are elsewhere until they run."""
+    offloads, divides = read("model.offload") is enums.Offload.blocks, read("trainer.strategy") == "fsdp"
+    if not (offloads or divides):
         return
+    setting, off = (
+        ("trainer.strategy is fsdp", "trainer.strategy=ddp") if divides else ("model.offload is blocks", "model.offload=none")
+    )
     if read("model.gradient_checkpointing") is False:
         yield (
-            "model.offload is blocks without gradient checkpointing, so backward would need every block on the GPU; set "
-            "model.gradient_checkpointing=true, or model.offload=none"
+            f"{setting} without gradient checkpointing, so backward would need every block on the device; set "
+            f"model.gradient_checkpointing=true, or {off}"
         )
-    if read("trainer.accelerator") == "cpu":
+    if offloads and divides:
+        yield "model.offload is blocks with trainer.strategy=fsdp, which stores the blocks itself; set model.offload=none"
+    if offloads and read("trainer.accelerator") == "cpu":
         yield "model.offload is blocks, but trainer.accelerator is cpu, so there is nothing to offload; set model.offload=none"
     if read("model.compile"):
-        yield "model.offload is blocks with model.compile=true, whose compiled blocks hold their weights; turn one of them off"
+        yield f"{setting} with model.compile=true, whose compiled blocks hold their weights; turn one of them off"
     if read("adapter.algorithm") == "full":
-        yield "model.offload is blocks with adapter=full, which trains the blocks themselves; set model.offload=none"
+        yield f"{setting} with adapter=full, which trains the blocks themselves; set {off}"
     if read("quant.kind") is enums.QuantKind.nf4:
-        yield "model.offload is blocks with quant.kind=nf4, whose weights can't be moved block by block; use int8 or int4"
+        yield f"{setting} with quant.kind=nf4, whose weights can't be moved block by block; use int8 or int4"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ..batch import Cond
-from ..config import enums
+from ..config import enums, is_sharded, processes
 from ..dreambooth import DreamBooth
 from ..factory import attach, build_adapter, build_family, build_trainable_text
 from ..fake_tensors import LiveBytes, fake
@@ -29,7 +29,7 @@ class Network(NamedTuple):
 
     size: int  # on the device
     written_out: int = 0  # of the largest quantised layer, dequantised for its forward pass
-    block: int = 0  # of the largest offloaded block, which is copied one ahead
+    block: int = 0  # of the largest offloaded or divided block, which is copied one ahead
     away: int = 0  # in host memory
 
     @property
@@ -71,6 +71,7 @@ def meta_family(cfg: DictConfig) -> Iterator[CheckpointFamily]:
     """A context with a configuration's family without weights, on the CPU; its tensors are fake."""
     with skip_weights():
         family = cast(CheckpointFamily, build_family(on_cpu(cfg)))
+        family.shards = processes(cfg) if is_sharded(cfg) else 0  # not those on the CPU
         family.truncated_part([CAPTION])  # loads tokenizers and schedulers, which need real tensors
         with fake():
             yield family
@@ -165,4 +166,5 @@ def network(family: CheckpointFamily, part: str, model: nn.Module) -> Network:
     blocks = family.blocks.homes if family.blocks and model is family.denoiser else []
     away = [sum(size.pop(id(home)) for home in homes.values()) for homes in blocks]
     largest = max((p.nbytes for name, p in model.named_parameters() if name in fewer), default=0)
-    return Network(sum(size.values()), largest, max(away, default=0), sum(away))
+    own = sum(away) // family.shards if family.shards else 0
+    return Network(sum(size.values()) + own, largest, max(away, default=0), 0 if family.shards else sum(away))

@@ -25,7 +25,9 @@ MODEL = (
     "model._target_", "model.pretrained", "model.revision", "model.variant", "model.config", "model.prediction_type",
     "model.dtype", "model.encoder_dtype", "model.options", "model.empty_caption",
 )  # fmt: skip
-SAMPLED = (*MODEL, "model.attention", "model.offload", "quant.kind")
+SAMPLED = (
+    *MODEL, "model.attention", "model.offload", "quant.kind", "trainer.strategy", "trainer.devices", "trainer.num_nodes",
+)  # fmt: skip
 
 
 class Need(NamedTuple):

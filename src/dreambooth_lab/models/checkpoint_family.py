@@ -22,6 +22,7 @@ from . import files, kernels, latents, pipeline_without_networks, schedule, sing
 from .checkpoint import Checkpoint, without_weights
 from .family import Family, Spec, TextEncoders
 from .offload import Blocks
+from .sharding import Lockstep
 from .weights import LEFT_OUT
 
 SAID = (
@@ -88,7 +89,7 @@ class CheckpointFamily(Family):
         self.dtype, self.encoder_dtype = getattr(torch, dtype.value), getattr(torch, encoder_dtype.value)
         self.gradient_checkpointing, self.attention, self.compiles = gradient_checkpointing, attention, compile
         self.vae_tiling, self.offload = vae_tiling, offload
-        self.blocks: Blocks | None = None  # of the denoiser, once it is loaded, if they are offloaded
+        self.blocks: Blocks | None = None  # of the denoiser, once it is loaded, if they are offloaded or divided
         self.named = f"model.pretrained is {pretrained!r}, which"
         self._read_parts()
         self._read_facts()
@@ -158,7 +159,7 @@ class CheckpointFamily(Family):
 
     @cached_property
     def denoiser(self) -> nn.Module:
-        offloaded = self.offload is enums.Offload.blocks
+        offloaded = self.offload is enums.Offload.blocks or self.shards > 0
         model = self._load(self.denoiser_part, self.dtype, torch.device("cpu") if offloaded else None)
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -167,7 +168,12 @@ class CheckpointFamily(Family):
         return kernels.choose(model, self.attention, self.compiles)
 
     def offloaded(self) -> list[int]:
-        return self.blocks.sizes() if self.blocks else []
+        return self.blocks.sizes if self.blocks else []
+
+    def shard(self) -> Lockstep:
+        model, blocks = self.denoiser, self.blocks
+        assert blocks is not None  # the denoiser was loaded with `shards`
+        return blocks.divide(model)
 
     @cached_property
     def vae(self) -> Any:

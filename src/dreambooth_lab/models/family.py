@@ -20,6 +20,7 @@ from ..batch import Caption, Cond, ImageInfo, Text
 from ..diffusion.path import Path
 from ..embedding import Slot
 from ..quant import Quantiser
+from .sharding import Lockstep
 
 OnStep = Callable[[int, Tensor], None]
 TextEncoders = list[tuple[Any, nn.Module]]  # each with its tokenizer before it
@@ -54,6 +55,7 @@ class Family(ABC):
     chunks: int = 1  # number of chunks that every caption is encoded in; see `fit_chunks`
     guides_in_one_batch: ClassVar[bool] = False  # guidance's two predictions are halves of one call, the unconditional one first
     needs_image: bool = False  # an image-to-image model: validation gives it the subject's photos to start from
+    shards: int = 0  # number of processes that the denoiser's blocks are divided over; 0: not divided
     device: torch.device = torch.device("cpu")
     quantiser: Quantiser = Quantiser({}, None)  # which parts are quantised
 
@@ -81,8 +83,12 @@ class Family(ABC):
         """The network that is fine-tuned. It is loaded at first use, frozen and in evaluation mode."""
 
     def offloaded(self) -> list[int]:
-        """Bytes of each of the denoiser's blocks that are offloaded to host memory."""
+        """Bytes of each of the denoiser's blocks that are offloaded to host memory, or divided over processes."""
         return []
+
+    @abstractmethod
+    def shard(self) -> Lockstep:
+        """Divide the denoiser's blocks over the `shards` processes, all of which call this, instead of offloading them."""
 
     @property
     @abstractmethod

@@ -5,7 +5,8 @@ backward pass needs them (convolutions and norms then fail). Here a block's para
 while its forward runs, so tensors saved by autograd stay valid. With gradient checkpointing nothing
 is saved in the first pass, so that at most two blocks are on the device at once: the running one and the next.
 
-On CUDA the next block's weights are copied from page-locked memory in a separate stream while this block computes.
+On CUDA the next block's weights are copied from page-locked memory in a separate stream while this block computes. Instead of
+host memory, the weights can be divided over the processes of a run (`divide`; see `sharding`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import ConfigError
-
-Place = tuple[nn.Module, str]  # the layer that has a parameter, and its name there
+from .sharding import Lockstep, Place, Shard, parts
 
 
 class PendingCopy(NamedTuple):
@@ -43,7 +43,10 @@ class Blocks:
         self.order: dict[int, int] = {}  # block → its position in the forward pass, recorded in the first one
         self.last = 0  # position of the block that ran last
         self.coming: tuple[int, PendingCopy] | None = None  # a position, and the copy started ahead of it
+        self.lockstep: Lockstep | None = None  # once the weights are divided
         self.homes = [_homes(block) for block in repeated(model)]
+        self.sizes = [sum(part.nbytes for home in homes.values() for part in parts(home)) for homes in self.homes]
+        self.loads: list[Callable[[], dict[Place, nn.Parameter]]] = [partial(_copies, homes, device) for homes in self.homes]
         number: int
         block: Any
         for number, block in enumerate(repeated(model)):
@@ -53,15 +56,30 @@ class Blocks:
                     module._apply = partial(_stay, module)
         model.to(device)
 
+    def divide(self, model: nn.Module) -> Lockstep:
+        """Divide the weights over all processes, which must have called this too, each with a whole model.
+
+        From then on, every process must run the network together with the others; see `Lockstep`.
+        """
+        self.lockstep = lockstep = Lockstep(self._arrived)
+        self.coming = None
+        for number, homes in enumerate(self.homes):
+            shard = Shard(homes, lockstep.gathering, self.device)
+            self.homes[number], self.loads[number] = shard.placeholders, shard.gather
+            _place(shard.placeholders)
+        model.register_forward_pre_hook(lambda *_: lockstep.wait() if torch.is_grad_enabled() else None)
+        return lockstep
+
     def _wrapped(self, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            homes = self.homes[number]
+            if self.lockstep and not torch.is_grad_enabled():
+                self.lockstep.announce(number)
             _place(self._arrived(number).weights)
             try:
                 return forward(*args, **kwargs)
             finally:
-                _place(homes)
+                _place(self.homes[number])
 
         return run
 
@@ -84,18 +102,13 @@ class Blocks:
         return mine
 
     def _send(self, number: int) -> PendingCopy:
-        homes = self.homes[number]
         if not self.stream:
-            return PendingCopy({place: _copy(home, self.device) for place, home in homes.items()}, None)
+            return PendingCopy(self.loads[number](), None)
         with torch.cuda.stream(self.stream):
-            weights = {place: _copy(home, self.device) for place, home in homes.items()}
+            weights = self.loads[number]()
             arrival = torch.cuda.Event()
             arrival.record()
         return PendingCopy(weights, arrival)
-
-    def sizes(self) -> list[int]:
-        """Bytes of each block."""
-        return [sum(part.nbytes for home in homes.values() for part in parts(home)) for homes in self.homes]
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:
@@ -110,13 +123,6 @@ def repeated(model: nn.Module) -> list[nn.Module]:
     if not blocks:
         raise ConfigError(f"model.offload is blocks, but a {kind.__name__} defines no repeated blocks; set model.offload=none")
     return blocks
-
-
-def parts(weight: Tensor) -> list[Tensor]:
-    """The plain tensors of a weight; a quantised one is a wrapper around several."""
-    if not is_traceable_wrapper_subclass(weight):
-        return [weight]
-    return [part for name in weight.__tensor_flatten__()[0] for part in parts(getattr(weight, name))]
 
 
 def _homes(block: nn.Module) -> dict[Place, nn.Parameter]:
@@ -143,8 +149,9 @@ def _pin(tensor: Tensor) -> Tensor:
     return kind.__tensor_unflatten__(inner, rest, tensor.size(), tensor.stride())
 
 
-def _copy(home: nn.Parameter, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(home.detach().to(device, non_blocking=True, copy=True), requires_grad=False)
+def _copies(homes: Mapping[Place, nn.Parameter], device: torch.device) -> dict[Place, nn.Parameter]:
+    copied = ((place, home.detach().to(device, non_blocking=True, copy=True)) for place, home in homes.items())
+    return {place: nn.Parameter(weight, requires_grad=False) for place, weight in copied}
 
 
 def _place(weights: Mapping[Place, nn.Parameter]) -> None:

@@ -27,7 +27,8 @@ SIDE = 16  # of the smaller probes, latent cells; at least the family's stride i
 
 
 def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size: int, average: bool) -> dict[str, int]:
-    """Bytes on the device by purpose; of offloaded blocks the largest is counted, which is copied one ahead.
+    """Bytes on the device by purpose; of offloaded or divided blocks the largest is counted, which is copied one ahead,
+    and this process's part of divided ones.
 
     Args:
         text: any caption's embedding; only its size matters.
@@ -37,8 +38,9 @@ def estimate(module: DreamBooth, text: Text, shape: tuple[int, int], batch_size:
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     frozen, blocks = stored(p for p in module.parameters() if not p.requires_grad), module.family.offloaded()
     worked = working(module, text, shape, batch_size)
+    own = sum(blocks) // module.family.shards if module.family.shards else 0
     parts = {
-        "frozen weights": frozen - sum(blocks) + max(blocks, default=0),
+        "frozen weights": frozen - sum(blocks) + max(blocks, default=0) + own,
         "trainable weights": learning,
         "optimiser": state_bytes(module.cfg.optimizer._target_, module.trainable_parameters().values()),
         "average of the weights": learning if average else 0,
@@ -69,7 +71,8 @@ def _network(module: DreamBooth, text: Text) -> object:
     weights = [(name, type(p).__name__, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
     groups = [OmegaConf.to_container(cfg[group], resolve=True) for group in ("model", "adapter", "quant")]
     shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in text.items()]
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, weights, groups, shapes
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return kind, weights, groups, shapes, module.family.shards > 0
 
 
 def _probe(module: DreamBooth, text: Text, side: int, rows: int) -> int:
