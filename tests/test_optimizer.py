@@ -17,8 +17,8 @@ from dreambooth_lab.config import ConfigError, check, conf_dir, enums, set_sched
 from dreambooth_lab.dreambooth import DreamBooth
 from dreambooth_lab.factory import attach, build_adapter, build_family
 from dreambooth_lab.optimizer import Rate, build_optimizer, build_schedule, check_installed, learning_rate
+from dreambooth_lab.resuming import resume_config
 from dreambooth_lab.run import run
-from dreambooth_lab.runfolder import resume_config
 
 ALL = sorted(path.stem for path in (conf_dir() / "optimizer").glob("*.yaml"))
 

@@ -21,7 +21,8 @@ from dreambooth_lab import lab
 from dreambooth_lab.callbacks import validation
 from dreambooth_lab.config import ConfigError, check
 from dreambooth_lab.factory import device_of, leads
-from dreambooth_lab.runfolder import RunFolder, resume_config
+from dreambooth_lab.resuming import resume_config
+from dreambooth_lab.runfolder import RunFolder
 
 
 def call(*words: str, cwd: Path) -> str:

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from dreambooth_lab import lab
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.factory import build_family
+from dreambooth_lab.resuming import resume_config
 from dreambooth_lab.run import run
-from dreambooth_lab.runfolder import RunFolder, resume_config
+from dreambooth_lab.runfolder import RunFolder
 
 
 @pytest.fixture(scope="module")

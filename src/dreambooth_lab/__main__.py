@@ -26,7 +26,8 @@ from dreambooth_lab.config.typed import as_hydra_reads
 from dreambooth_lab.data.planning import plan
 from dreambooth_lab.library_warnings import silence_libraries
 from dreambooth_lab.pages import Pages
-from dreambooth_lab.runfolder import AUTO, LATEST, RunFolder, resume_config
+from dreambooth_lab.resuming import resume_config
+from dreambooth_lab.runfolder import AUTO, LATEST, RunFolder
 from dreambooth_lab.storage import disk, durable
 from dreambooth_lab.sweep import JobFailed, State
 

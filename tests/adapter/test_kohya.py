@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from comfyui import text_names, unet_names
 from dreambooth_lab.adapter import kohya, matching_layers
-from dreambooth_lab.adapter.lora import _saved
+from dreambooth_lab.adapter.peft_layout import saved_name
 from dreambooth_lab.dreambooth import DreamBooth
 from dreambooth_lab.factory import attach, build_adapter, build_family, build_trainable_text
 from dreambooth_lab.models.sdxl import SDXL
@@ -41,7 +41,7 @@ def test_every_layer_of_sdxl_that_learns_has_a_name_comfyui_knows(real):
     for part, model in real.items():
         target_modules = SDXL.target_modules if part == "unet" else SDXL.text_target_modules
         layers = matching_layers(model, [ending for endings in target_modules.values() for ending in endings])
-        layers = [layer if part == "unet" else _saved(layer) for layer in layers]
+        layers = [layer if part == "unet" else saved_name(layer) for layer in layers]
         one = {f"{layer}.lora_{which}.weight": torch.zeros(1) for layer in layers for which in "AB"}
         names = kohya.convert(SDXL.kohya[part], one, dict.fromkeys(layers, 1.0), 1.0)
         assert len(names) == 3 * len(layers), "no two layers share a name"

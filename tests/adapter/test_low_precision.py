@@ -8,8 +8,8 @@ import torch
 import tiny
 from dreambooth_lab import lab
 from dreambooth_lab.adapter import LoRA
-from dreambooth_lab.adapter.lora import NAME
 from dreambooth_lab.adapter.low_precision import ROUNDED, lengths, rounded
+from dreambooth_lab.adapter.peft_layout import NAME
 from dreambooth_lab.config import conf_dir, enums
 from dreambooth_lab.models.sdxl import SDXL
 from dreambooth_lab.optimizer import Rate, build_optimizer

@@ -1,4 +1,4 @@
-"""LoRA and DoRA. The only module that imports peft."""
+"""LoRA and DoRA, through peft."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import ConfigError, enums
-from . import kohya, low_precision, timed_rank
-from .base import Adapter, ExportWeights, Form, full_name, matching_layers, read_weights, refuse_unknown, rounded, target_suffixes
-from .files import CLIP, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, SAID, read
+from . import kohya, low_precision, peft_layout, timed_rank
+from .base import Adapter, ExportWeights, Form, full_name, matching_layers, read_weights, refuse_unknown, target_suffixes
+from .files import DIFFUSERS_FILE, SAID, read
 from .layouts import refuse_fused
+from .peft_layout import NAME
 
 OPTIONS = ("use_rslora", "init_lora_weights")  # options of peft's LoraConfig that don't change the base and can be exported
-NAME = "default"  # the one adapter of a run, as diffusers' loader calls it
 PEFT_FOLDER = "peft"
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,9 @@ class LoRA(Adapter):
             model = self.text.get(part, self.model)
             own = {name.partition(".")[2]: tensor for name, tensor in saved.items() if name.startswith(part + ".")}
             try:
-                result: Any = set_peft_model_state_dict(model, {_live(n, model): w for n, w in own.items()}, adapter_name=NAME)
+                result: Any = set_peft_model_state_dict(
+                    model, {peft_layout.live_name(n, model): w for n, w in own.items()}, adapter_name=NAME
+                )
             except RuntimeError as error:  # sizes
                 raise ConfigError(f"adapter.init_from is {str(path)!r}, where {str(error).splitlines()[1].strip()}") from error
             wrong += [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]
@@ -122,9 +123,9 @@ class LoRA(Adapter):
         saved = dict[str, Tensor]()
         for part, layers in found.parts.items():
             model = self.text.get(part, self.model)
-            scales = _scales(model)
+            scales = peft_layout.scales(model)
             for name, layer in layers.items():
-                scale = layer.scale / scales.get(_live(name, model), layer.scale)
+                scale = layer.scale / scales.get(peft_layout.live_name(name, model), layer.scale)
                 saved[f"{part}.{name}.lora_A.weight"] = layer.down.float()
                 saved[f"{part}.{name}.lora_B.weight"] = layer.up.float() * scale
         return saved
@@ -210,27 +211,33 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
         if self.rank_schedule is not enums.RankSchedule.none:
             header[timed_rank.KEY] = timed_rank.said(self.min_rank, self.rank)
         written = {part: self._written(model, weights) for part, (model, weights) in models.items()}
-        inside = {part: _named(layers) if part in self.text else layers for part, (layers, _) in written.items()}
+        inside = {
+            part: peft_layout.with_saved_names(layers) if part in self.text else layers for part, (layers, _) in written.items()
+        }
         if enums.Format.diffusers in form.formats:
             values = {f"{part}.{key}": value for part, (_, own) in written.items() for key, value in own.items()}
-            _save(folder / DIFFUSERS_FILE, _keyed(inside), form, header | {SAID: json.dumps(values, sort_keys=True)})
+            peft_layout.save(
+                folder / DIFFUSERS_FILE, peft_layout.with_part(inside), form, header | {SAID: json.dumps(values, sort_keys=True)}
+            )
             files[Path(DIFFUSERS_FILE)] = "diffusers"
         if enums.Format.comfyui in form.formats and self.algorithm == "lora":
             more = kohya.header(self._exported_rank, self._exported_rank)
-            _save(folder / f"{form.name}.safetensors", self._for_programs(inside, weights_to_export), form, header | more)
+            peft_layout.save(
+                folder / f"{form.name}.safetensors", self._for_programs(inside, weights_to_export), form, header | more
+            )
             files[Path(f"{form.name}.safetensors")] = "comfyui"
         if enums.Format.peft in form.formats:
             for part, (layers, values) in written.items():
-                _write_peft(folder / PEFT_FOLDER / (part if part in self.text else ""), layers, values, form, header)
+                peft_layout.write(folder / PEFT_FOLDER / (part if part in self.text else ""), layers, values, form, header)
             files[Path(PEFT_FOLDER)] = "peft"
         return files
 
     def _written(self, model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights in peft's key layout, and peft's settings; for a LoRA with its scale in B."""
-        layers, metadata = _layers(model, weights), _metadata(model)
+        layers, metadata = peft_layout.layers(model, weights), peft_layout.metadata(model)
         if self.algorithm != "lora":
             return layers, metadata
-        scales = _scales(model)
+        scales = peft_layout.scales(model)
         folded = {key: tensor * scales[self.layer_of(key)] if ".lora_B." in key else tensor for key, tensor in layers.items()}
         if self._starts_orthogonal:
             folded = timed_rank.with_start(model, folded, scales)
@@ -253,7 +260,7 @@ pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, export + "/{PEFT_FO
     def _for_programs(self, parts: Mapping[str, Mapping[str, Tensor]], weights_to_export: ExportWeights) -> dict[str, Tensor]:
         """kohya's keys if the family has them, with one alpha, this adapter's rank; else diffusers' keys."""
         if not weights_to_export.kohya:
-            return _keyed(parts)
+            return peft_layout.with_part(parts)
         made = dict[str, Tensor]()
         for part, layers in parts.items():
             if part in weights_to_export.kohya:
@@ -270,60 +277,3 @@ def squared_update(layer: Any, adapter: str) -> Tensor:
         a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], 1)
     norm: Tensor = layer.scaling[adapter] ** 2 * ((b.T @ b) * (a @ a.T)).sum()
     return norm
-
-
-LENGTHS = ".lora_magnitude_vector"  # DoRA's; transformers expects the name of the parameter in them
-
-
-def _saved(name: str) -> str:
-    """The name of a text encoder's layer or parameter in diffusers' files, for any version of transformers."""
-    name = name + ".weight" if name.endswith(LENGTHS) else name
-    return name if name.startswith(CLIP) else CLIP + name
-
-
-def _live(name: str, model: nn.Module) -> str:
-    """The inverse: the name in this model."""
-    name = name.removesuffix(".weight") if name.endswith(LENGTHS + ".weight") else name
-    has = any(own.startswith(CLIP) for own, _ in model.named_modules())
-    return name if has else name.removeprefix(CLIP)
-
-
-def _layers(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the adapter, by the model's parameter names, in peft's key layout, on the CPU."""
-    from peft import get_peft_model_state_dict
-
-    layers = get_peft_model_state_dict(model, state_dict=dict(weights), adapter_name=NAME)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in layers.items()}
-
-
-def _metadata(model: Any) -> dict[str, Any]:
-    """Rank, alpha and targets in peft's format; without them a loader assumes alpha = rank."""
-    return {key: sorted(v) if isinstance(v, set) else v for key, v in model.peft_config[NAME].to_dict().items()}
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], form: Form, header: Mapping[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(rounded(tensors, form.dtype, path.name), path, dict(header))
-
-
-def _keyed(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Keys prefixed with their part, as in diffusers."""
-    return {f"{part}.{name}": tensor for part, layers in parts.items() for name, tensor in layers.items()}
-
-
-def _named(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {_saved(name): tensor for name, tensor in layers.items()}
-
-
-def _write_peft(
-    folder: Path, layers: Mapping[str, Tensor], values: Mapping[str, Any], form: Form, header: Mapping[str, str]
-) -> None:  # fmt: skip
-    _save(folder / PEFT_FILE, {f"base_model.model.{name}": tensor for name, tensor in layers.items()}, form, header)
-    (folder / PEFT_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _scales(model: nn.Module) -> dict[str, float]:
-    """Layer → the factor of its update B A, with any option (rslora …)."""
-    from peft.tuners.lora import LoraLayer
-
-    return {name: layer.scaling[NAME] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from ...adapter import low_precision
-from ...adapter.lora import NAME
+from ...adapter.peft_layout import NAME
 from ...batch import Batch, Cond
 from ...config import ConfigError
 from ...data.module import Samples
