@@ -25,7 +25,7 @@ pytestmark = [
     ],
     ids=["lora and rollout", "int8 and checkpointing", "locon", "T-LoRA"],
 )
-def test_compiled_blocks_train_alike(words, small, tmp_path):
+def test_compiled_blocks_train_like_eager_blocks(words, small, tmp_path):
     """Three steps with the teacher and pictures; two shapes of pictures come by."""
     words = [*small, *words, "trainer.max_steps=3", "optimizer.lr=1e-3"]
     run(lab.compose(*words), tmp_path / "plain")

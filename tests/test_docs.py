@@ -142,7 +142,7 @@ def shape(words: Sequence[str]) -> str:
 
 
 @pytest.mark.parametrize("words", {shape(words): words for _, words in PROGRAM}.values(), ids=lambda words: " ".join(words)[:60])
-def test_the_programs_commands_can_be_composed(words, place, monkeypatch):
+def test_documented_run_commands_compose(words, place, monkeypatch):
     monkeypatch.chdir(place)
     if " ".join(words) in NOT_COMPOSED:
         return
@@ -155,7 +155,7 @@ def test_the_programs_commands_can_be_composed(words, place, monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "module", "words"), TOOLS, ids=[f"{module[21:]}-{i}" for i, (_, module, _) in enumerate(TOOLS)])
-def test_the_tools_commands_are_parsed(page, module, words, place, monkeypatch):
+def test_documented_tool_commands_parse(page, module, words, place, monkeypatch):
     monkeypatch.chdir(place)
     asked = parsed(module, words).params
     if module.endswith("generate"):
@@ -180,7 +180,7 @@ def parsed(module: str, words: list[str]) -> click.Context:
     return inner.make_context(name, rest, parent=context)
 
 
-def test_other_lines_start_what_is_there():
+def test_other_documented_commands_exist():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for page, words in commands():
         if tuple(words[:2]) == MODULE:
@@ -199,7 +199,7 @@ def test_python_blocks_run(place, monkeypatch):
             exec(code, {})
 
 
-def test_blocks_say_their_language_and_data_can_be_read():
+def test_code_blocks_name_their_language_and_yaml_blocks_parse():
     for block in blocks():
         assert block.language in ("bash", "powershell", "python", "yaml", "text"), block
     for block in blocks("yaml"):
@@ -209,14 +209,14 @@ def test_blocks_say_their_language_and_data_can_be_read():
         assert indented is None, f"{page}: a block that no test sees: {indented[0]}"
 
 
-def test_lists_of_what_is_not_run_hold_nothing_else():
+def test_exclusion_lists_have_no_unused_entries():
     lines = [line for block in blocks("bash", "powershell") for line in block.text.splitlines()]
     assert all(any(line.startswith(word) for line in lines) for word in ELSEWHERE)
     assert all(any(words == shlex.split(said) for _, words in PROGRAM) for said in NOT_COMPOSED)
     assert all(any(word in block.text for block in blocks("python")) for word in NOT_RUN)
 
 
-def test_keys_and_options_that_pages_name_exist():
+def test_documented_keys_and_options_exist():
     known = help.groups()
     of_generate = {field.name for field in fields(generate.GenerateArgs)} - {"model"}
     names = {page: set(re.findall(r"`([a-z_]+(?:\.\w+)*(?:=[^`]*)?)`", page.read_text(encoding="utf-8"))) for page in PAGES}
@@ -234,7 +234,7 @@ def test_keys_and_options_that_pages_name_exist():
                     assert kind_of(name) is not None, (page.name, part)
 
 
-def test_simpletuners_options_are_those_that_its_importer_reads():
+def test_documented_simpletuner_options_are_read_by_the_importer():
     section = (ROOT / "docs" / "coming-from.md").read_text().split("| SimpleTuner | here |")[1].split("##")[0]
     cells = " ".join(row.split("|")[1] for row in section.splitlines() if row.startswith("| `"))
     read = importlib.import_module(f"{import_simpletuner.__name__}.options").OPTIONS
@@ -243,7 +243,7 @@ def test_simpletuners_options_are_those_that_its_importer_reads():
     assert set(re.findall(r"`([^`]+)`", cells)) - of_data_files - families <= set(read)
 
 
-def test_files_go_where_the_exports_own_card_says():
+def test_documented_file_locations_match_the_export_card():
     """The page names the file of a run called `dreambooth`, and of a word `ohwx`."""
     page = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
     said = [text.format(name="dreambooth") for text in card_files.COPY.values()]
@@ -256,7 +256,7 @@ def site(tmp_path_factory) -> Path:
     return runpy.run_path(str(ROOT / "docs" / "build.py"))["stage"](tmp_path_factory.mktemp("site") / "build" / "docs")
 
 
-def test_the_reference_has_every_key_with_its_comment(site):
+def test_reference_lists_every_key_with_its_comment(site):
     text = "\n".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.md"))
     assert {key for key in all_keys() if f"{{ #{key} }}" not in text} == set()
     said = (site / "reference" / "dataset.md").read_text(encoding="utf-8")
@@ -269,14 +269,14 @@ def test_the_reference_has_every_key_with_its_comment(site):
     assert "ablation" not in text and "In the lab log: [" in text
 
 
-def test_relative_links_of_the_repositorys_pages_lead_somewhere():
+def test_relative_links_exist():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "experiments" / "README.md"):
         for link in LINK.findall(page.read_text(encoding="utf-8")):
             if not re.match(r"https?:", link):
                 assert (page.parent / link.partition("#")[0]).exists(), (page.name, link)
 
 
-def test_the_site_builds_without_warnings_and_asks_nothing_of_other_sites(site):
+def test_site_builds_without_warnings_or_external_resources(site):
     pytest.importorskip("zensical")
     shutil.copy(ROOT / "zensical.toml", site.parents[1])
     done = subprocess.run(

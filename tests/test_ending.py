@@ -42,7 +42,7 @@ def finished(small, tmp_path_factory):
     return RunFolder(root), said
 
 
-def test_a_run_is_as_long_as_its_epochs(finished):
+def test_max_epochs_sets_the_number_of_steps(finished):
     folder, _ = finished
     cfg = folder.saved_config()
     assert cfg.trainer.max_steps == lab.load(folder.root).steps == 10 and cfg.trainer.max_epochs is None
@@ -51,7 +51,7 @@ def test_a_run_is_as_long_as_its_epochs(finished):
         check(lab.compose("trainer.max_epochs=0"))
 
 
-def test_three_lines_say_what_was_learned_what_to_keep_and_how_to_use_it(finished):
+def test_summary_has_three_lines_for_result_step_and_usage(finished):
     folder, told = finished
     learned, keep, use = report.summary_lines(folder)
     assert all(line in told for line in (learned, keep, use))
@@ -64,7 +64,7 @@ def test_three_lines_say_what_was_learned_what_to_keep_and_how_to_use_it(finishe
     assert file.is_file() and for_comfyui(folder.export) == file and "ComfyUI/models/loras" in copy
 
 
-def test_numbers_against_the_base_are_said_first_and_the_step_that_was_kept(finished, tmp_path):
+def test_summary_starts_with_change_from_base_and_names_the_kept_step(finished, tmp_path):
     folder = RunFolder(tmp_path)
     folder.config.write_text(finished[0].config.read_text())
     folder.metrics.write_text("step,name,value\n0,eval/loss,0.5\n5,eval/loss,0.25\n9,eval/loss,0.375\n9,train/loss,1.0\n")
@@ -75,7 +75,7 @@ def test_numbers_against_the_base_are_said_first_and_the_step_that_was_kept(fini
     assert "eval/loss was lowest at step 5" in keep and "<" not in keep and f"the files are in {folder.export}" in use
 
 
-def test_the_file_for_comfyui_is_known_by_its_keys(tmp_path):
+def test_comfyui_file_is_detected_by_its_keys(tmp_path):
     assert for_comfyui(tmp_path) is None
     save_file({"unet.a.lora_A.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"broken")
@@ -84,7 +84,7 @@ def test_the_file_for_comfyui_is_known_by_its_keys(tmp_path):
     assert for_comfyui(tmp_path) == tmp_path / "c.safetensors"
 
 
-def test_progress_is_a_line_in_a_log_and_no_bar(finished):
+def test_progress_in_a_log_file_is_plain_lines(finished):
     _, said = finished
     (line,) = [one for one in said if one.startswith("step 10 of 10  loss ")]
     assert "steps/s" in line and "━" not in " ".join(said)

@@ -69,7 +69,7 @@ def words(name, folder, pictures, cache):
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_a_family_trains_is_killed_resumes_and_draws(name, pictures, tmp_path):
+def test_family_trains_resumes_after_a_kill_and_generates(name, pictures, tmp_path):
     said = words(name, tiny_families.save(name, tmp_path / "model"), pictures, tmp_path / "cache")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()

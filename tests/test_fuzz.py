@@ -115,7 +115,7 @@ def fuzz(good: DictConfig, every: int) -> Counter[str]:
     return counts
 
 
-def test_a_sample_of_bad_values_is_refused_or_used(good):
+def test_sampled_bad_values_are_refused_or_used(good):
     counts = fuzz(good, every=41)
     assert counts["refused by types"] and counts["refused by check"] and counts["accepted"]
 
@@ -142,7 +142,7 @@ def preflights(good: DictConfig, root: Path, every: int) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_what_is_accepted_comes_to_its_preflight_or_is_refused_there(small, tmp_path, monkeypatch):
+def test_accepted_values_reach_the_preflight_or_are_refused_there(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # cache=banana is a folder
     words = ["validation.num_images=1", "rollout.enabled=true", "adapter.blocks=[{match: a, rank: 1, lr_ratio: 1}]"]
     counts = preflights(lab.compose(*small, *words), tmp_path, every=1)
@@ -150,6 +150,6 @@ def test_what_is_accepted_comes_to_its_preflight_or_is_refused_there(small, tmp_
 
 
 @pytest.mark.slow
-def test_every_bad_value_of_every_leaf_is_refused_or_used(good):
+def test_all_bad_values_of_all_keys_are_refused_or_used(good):
     counts = fuzz(good, every=1)
     assert sum(counts.values()) > 2000

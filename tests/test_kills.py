@@ -107,7 +107,7 @@ def compare_and_remove(cwd: Path, theirs: RunFolder) -> int:
     return 1
 
 
-def test_a_run_survives_kills(small, tmp_path):
+def test_run_survives_kills(small, tmp_path):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     kill_and_compare("best export, average beside it", small, tmp_path, 3, seed)

@@ -35,14 +35,14 @@ def weights(module):
     return {name: p.detach().clone() for name, p in module.trainable_parameters().items()}
 
 
-def test_the_numbers_are_a_table_by_step(done):
+def test_metrics_are_a_data_frame_by_step(done):
     table = done.metrics
     assert isinstance(table, pd.DataFrame) and table.index.name == "step" and set(table.columns) == set(done.series)
     for name, values in done.series.items():
         assert list(table[name].dropna().items()) == values
 
 
-def test_the_module_has_the_weights_that_are_asked_for(done):
+def test_module_has_the_requested_weights(done):
     base = torch.load(done.folder.checkpoint(4), weights_only=True)
     best = torch.load(done.folder.best()[0], weights_only=True)
     average = base["callbacks"][Ema.__qualname__]["shadow"]
@@ -61,7 +61,7 @@ def test_the_module_has_the_weights_that_are_asked_for(done):
     assert not done.module().training
 
 
-def test_a_module_of_a_schedule_free_run_has_what_was_exported(small, tmp_path):
+def test_module_of_a_schedule_free_run_matches_its_export(small, tmp_path):
     schedulefree = [word for word in small if not word.startswith("optimizer.lr")]
     run(lab.compose(*schedulefree, "optimizer=schedulefree", "trainer.max_steps=3", "validation.every_n_steps=0",
                     "export.dtype=float32"), tmp_path / "run")  # fmt: skip
@@ -72,7 +72,7 @@ def test_a_module_of_a_schedule_free_run_has_what_was_exported(small, tmp_path):
     assert any(not torch.equal(ours[name], point[name]) for name in point), "they are not those that take gradients"
 
 
-def test_a_checkpoints_pipeline_draws_what_its_export_draws(done):
+def test_checkpoint_pipeline_matches_export_pipeline(done):
     def draw(pipeline):
         generator = torch.Generator().manual_seed(0)
         words = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt", "generator": generator}
@@ -83,7 +83,7 @@ def test_a_checkpoints_pipeline_draws_what_its_export_draws(done):
     assert not torch.equal(first, exported)
 
 
-def test_what_is_not_there_is_named(done, small, tmp_path):
+def test_missing_runs_and_files_are_named(done, small, tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint is 3, but .* has 2, 4, 'best'"):
         done.module(3)
     with pytest.raises(ConfigError, match="is damaged, or is not a checkpoint"):
@@ -105,7 +105,7 @@ class Bomb:
         return exec, ("raise SystemExit('it ran')",)
 
 
-def test_nothing_of_a_stranger_runs(done, tmp_path):
+def test_untrusted_config_runs_no_code(done, tmp_path):
     kept = torch.load(done.folder.checkpoint(4), weights_only=True)
     torch.save(kept | {"callbacks": Bomb()}, tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match="is damaged, or is not a checkpoint"):
@@ -127,7 +127,7 @@ def test_nothing_of_a_stranger_runs(done, tmp_path):
         other.module(tmp_path / "z.ckpt")
 
 
-def test_a_run_made_elsewhere_loads_here(done):
+def test_run_from_another_machine_loads(done):
     other = lab.load(done.folder.root)
     other.config.trainer.accelerator, other.config.trainer.devices, other.config.adapter.init_from = "gpu", 8, "/gone"
     if not torch.cuda.is_available():
@@ -135,7 +135,7 @@ def test_a_run_made_elsewhere_loads_here(done):
     assert other.config.trainer.devices == 8, "its configuration stays"
 
 
-def test_a_cell_shows_a_runs_pictures_and_verdict(done):
+def test_notebook_cell_shows_images_and_summary(done):
     shown = done._repr_html_()
     assert shown.count("data:image/jpeg;base64") == 1 and 'class="verdict"' in shown and "keep step" in shown
     assert "step 0 (the base model) and step 4" in shown and not re.search(r"<script|<b>&", shown)
@@ -144,7 +144,7 @@ def test_a_cell_shows_a_runs_pictures_and_verdict(done):
     assert "<script" not in other._repr_html_()
 
 
-def test_runs_are_a_table_and_compared_in_a_frame(done, small, tmp_path):
+def test_runs_are_listed_and_compared_in_data_frames(done, small, tmp_path):
     assert lab.runs(tmp_path).empty
     shutil.copytree(done.folder.root, tmp_path / "a")
     other = tmp_path / "b"

@@ -58,7 +58,7 @@ def train(model, optimizer, steps):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_its_own_settings_learn_what_starts_at_nothing(name):
+def test_default_settings_train_zero_initialised_weights(name):
     """100 steps reach at least a third of what AdamW reaches; Prodigy has to find its step size first."""
     gains = {}
     for one in (name, "adamw"):
@@ -70,7 +70,7 @@ def test_its_own_settings_learn_what_starts_at_nothing(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_been(name):
+def test_optimizer_continues_from_a_checkpoint_unchanged(name):
     cfg, whole, broken = config(name), LowRank(), LowRank()
     optimizer = prepared(cfg, whole)
     train(whole, optimizer, 5)
@@ -85,14 +85,14 @@ def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_been(name):
     assert torch.equal(whole.lora_B, broken.lora_B) and torch.equal(whole.lora_A, broken.lora_A)
 
 
-def test_eight_bits_are_eight_bits():
+def test_adamw8bit_state_is_8_bit():
     model = LowRank()
     optimizer = prepared(config("adamw8bit"), model)
     train(model, optimizer, 1)
     assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8}
 
 
-def test_the_schedule_moves_every_group_alike():
+def test_schedule_scales_all_groups_equally():
     cfg = config("adamw", "optimizer.schedule=cosine", "optimizer.warmup_steps=2", "trainer.max_steps=10", "optimizer.lr=1")
     learning = {"a": nn.Parameter(torch.zeros(1)), "b": nn.Parameter(torch.zeros(1))}
     optimizer = build_optimizer(cfg.optimizer, learning, {"a": Rate(1.0, True), "b": Rate(4.0, False)})
@@ -107,7 +107,7 @@ def test_the_schedule_moves_every_group_alike():
 
 
 @pytest.mark.parametrize("cut", [["dataset.batch_size=2"], ["dataset.batch_size=1", "trainer.accumulate_grad_batches=2"]])
-def test_the_rate_that_is_logged_is_the_one_that_was_used(small, tmp_path, monkeypatch, cut):
+def test_logged_learning_rate_is_the_one_used(small, tmp_path, monkeypatch, cut):
     used, real = [], torch.optim.AdamW.step
 
     def spied(optimizer, closure=None):
@@ -124,7 +124,7 @@ def test_the_rate_that_is_logged_is_the_one_that_was_used(small, tmp_path, monke
 
 @pytest.mark.parametrize("schedule", [pytest.param("linear", marks=pytest.mark.slow), "cosine"])
 @pytest.mark.parametrize("what", ["hold", "stretch"])
-def test_a_run_made_longer_holds_its_last_rate_or_stretches_its_schedule(small, tmp_path, caplog, schedule, what):
+def test_extended_run_holds_its_last_rate_or_stretches_its_schedule(small, tmp_path, caplog, schedule, what):
     words = [*small, "optimizer.lr=1e-3", f"optimizer.schedule={schedule}", "validation.every_n_steps=0"]
     root = tmp_path / "run"
     run(lab.compose(*words, "trainer.max_steps=4"), root)
@@ -149,7 +149,7 @@ def test_a_run_made_longer_holds_its_last_rate_or_stretches_its_schedule(small, 
         assert_close(go_on("trainer.max_steps=8")[-1], rates[-1]), "and goes on holding it"
 
 
-def test_a_run_that_goes_on_as_long_as_it_was_or_shorter_keeps_its_schedule():
+def test_run_resumed_at_equal_or_shorter_length_keeps_its_schedule():
     def settled(after, *words):
         before = lab.compose("dataset.path=.", "optimizer.schedule=cosine", "trainer.max_steps=10", *words)
         now = before.copy()
@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_as_long_as_it_was_or_shorter_keeps_its_schedule():
     assert settled(20, "optimizer.schedule_steps=5", "optimizer.on_extend=stretch")[1] is None
 
 
-def test_rules_for_blocks_set_ranks_and_rates(tiny_sdxl):
+def test_block_rules_set_ranks_and_learning_rates(tiny_sdxl):
     blocks = "adapter.blocks=[{match: '^up_blocks.*to_q$', rank: 8, lr_ratio: 0.5}, {match: up_blocks, rank: null, lr_ratio: 2}]"
     for kind, end in (("lora", "lora_A.default.weight"), ("locon", ":lora_down:weight"), ("full", "weight")):
         words = [blocks if kind != "full" else blocks.replace("rank: 8", "rank: null"), f"adapter={kind}", "optimizer.lr=1"]
@@ -222,13 +222,13 @@ PLUS = "optimizer.lora_plus_ratio=16"
         (["model.attention=cudnn", "trainer.accelerator=cpu"], "which only CUDA devices have"),
     ],
 )
-def test_what_cant_work_is_refused_before_anything_loads(words, said):
+def test_invalid_settings_are_refused_before_loading(words, said):
     with pytest.raises(ConfigError) as error:
         check(lab.compose("dataset.path=.", *words))
     assert said in str(error.value)
 
 
-def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_path):
+def test_invalid_optimizer_is_refused_before_training(small, tmp_path):
     with pytest.raises(
         ConfigError, match=r"optimizer\.options has 'betta', which torch\.optim\.AdamW does not accept; similar: betas"
     ):
@@ -256,7 +256,7 @@ def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_pa
         (["+adapter.options={bias: all}"], "adapter.options has 'bias'"),
     ],
 )
-def test_targets_and_rules_that_mean_nothing_are_refused(words, said, tiny_sdxl):
+def test_unmatched_targets_and_rules_are_refused(words, said, tiny_sdxl):
     cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words)
     family = build_family(cfg)
     with pytest.raises(ConfigError) as error:
@@ -264,7 +264,7 @@ def test_targets_and_rules_that_mean_nothing_are_refused(words, said, tiny_sdxl)
     assert said in str(error.value)
 
 
-def test_regular_expressions_choose_whole_names(tiny_sdxl):
+def test_regular_expressions_match_whole_names(tiny_sdxl):
     words = ["adapter.targets=['re:.*attn2\\.to_[kv]', conv_in]"]
     cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words)
     layers = attach(cfg, build_family(cfg), build_adapter(cfg), None)
@@ -272,7 +272,7 @@ def test_regular_expressions_choose_whole_names(tiny_sdxl):
     assert all("attn2" in layer for layer in layers if layer != "conv_in")
 
 
-def test_a_walk_trains_schedule_free_on_with_its_own_weights(small, tmp_path):
+def test_rollout_with_schedule_free_keeps_training_weights(small, tmp_path):
     words = ["optimizer=schedulefree", "ema.enabled=false", "validation.every_n_steps=0", "rollout.enabled=true",
              "rollout.probability=1", "rollout.ramp_steps=0", "trainer.max_steps=3"]  # fmt: skip
     run(lab.compose(*small, *words), tmp_path / "run")
@@ -280,7 +280,7 @@ def test_a_walk_trains_schedule_free_on_with_its_own_weights(small, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["lora", "locon"])
-def test_at_rest_there_is_no_dropout_and_after_it_there_is(adapter, tiny_sdxl):
+def test_eval_mode_disables_dropout_and_restores_it(adapter, tiny_sdxl):
     words = ["model=sdxl", f"model.pretrained={tiny_sdxl}", f"adapter={adapter}", "adapter.dropout=0.5"]
     cfg = lab.compose("dataset.path=.", *words)
     family, ours = build_family(cfg), build_adapter(cfg)
@@ -292,7 +292,7 @@ def test_at_rest_there_is_no_dropout_and_after_it_there_is(adapter, tiny_sdxl):
     assert parts and all(part.training for part in parts)
 
 
-def test_a_step_is_no_longer_than_the_clipped_gradient(small, tmp_path):
+def test_clipping_bounds_the_step(small, tmp_path):
     """Plain gradient descent at rate 1 moves by the gradient itself."""
     sgd = ["optimizer._target_=torch.optim.SGD", *(f"~optimizer.options.{key}" for key in ("betas", "eps", "fused"))]
     words = [*small, *sgd, "optimizer.lr=1", "optimizer.weight_decay=0", "validation.every_n_steps=0", "ema.enabled=false"]
@@ -305,7 +305,7 @@ def test_a_step_is_no_longer_than_the_clipped_gradient(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["schedulefree", "prodigy"])
-def test_a_resumed_run_goes_on_bit_for_bit(name, small, tmp_path):
+def test_resumed_run_continues_bit_for_bit(name, small, tmp_path):
     words = [*small, f"optimizer={name}", "ema.enabled=false", "validation.every_n_steps=0", "trainer.gradient_clip_norm=0.5"]
     run(lab.compose(*words, "trainer.max_steps=4"), tmp_path / "whole")
     run(lab.compose(*words, "trainer.max_steps=2"), tmp_path / "part")

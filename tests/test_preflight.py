@@ -32,7 +32,7 @@ def data(small, photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_tables_show_everything_at_any_width(data, width):
+def test_tables_show_everything_at_any_width(data, width):
     shown = [
         tables.datasets(data),
         tables.mixture(data),
@@ -59,7 +59,7 @@ def ready(small, tmp_path_factory):
     return folder
 
 
-def test_it_shows_prompts_sizes_what_is_written_and_whether_it_fits(ready):
+def test_preflight_shows_prompts_sizes_files_and_memory(ready):
     text = ready.preflight.read_text()
     told = " ".join(text.split())
     wanted = ["photos a photo of [sks] dog", "class images a photo of a dog", "the rare word sks", "crops.png", "report.html"]
@@ -68,7 +68,7 @@ def test_it_shows_prompts_sizes_what_is_written_and_whether_it_fits(ready):
     assert not set("┃│━") & set(text), "a file has no boxes"
 
 
-def test_the_sheet_of_crops_shows_each_photo_and_class_picture_once(ready):
+def test_crop_sheet_shows_each_photo_and_class_image_once(ready):
     with Image.open(ready.crops) as image:
         pixels = image.convert("RGB")
     side = pixels.height // 2 - sheet.TITLE - sheet.GAP
@@ -83,7 +83,7 @@ def test_the_sheet_of_crops_shows_each_photo_and_class_picture_once(ready):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_every_table_is_whole_at_any_width_and_encoding(data, width, terminal):
+def test_tables_are_complete_at_any_width_and_encoding(data, width, terminal):
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii", errors="replace")
     on = Console(width=width, file=file, force_terminal=terminal, no_color=True)

@@ -68,7 +68,7 @@ def lengths_of(made, walk, t, step):
 @every_path
 @every_sampler
 @pytest.mark.parametrize("grid", [28, "native"])
-def test_an_oracle_stays_on_the_path(path, sampler, grid):
+def test_exact_prediction_stays_on_the_path(path, sampler, grid):
     x0, batch, cond, t = rows()
 
     def oracle(x, now, cond):
@@ -126,7 +126,7 @@ def predicted(path, t, variance, strides, number):
 @every_path
 @every_sampler
 @pytest.mark.parametrize("variance", [0.5, 1.0, 2.0])
-def test_the_default_leaves_an_exact_denoiser_at_its_optimum(path, sampler, variance):
+def test_default_rollout_keeps_an_exact_denoiser_at_its_optimum(path, sampler, variance):
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
         factor = shrunk(path, t, variance, f"rollout.sampler={sampler.value}")
         assert factor == pytest.approx(1, abs=0.03)
@@ -135,7 +135,7 @@ def test_the_default_leaves_an_exact_denoiser_at_its_optimum(path, sampler, vari
 
 @every_path
 @pytest.mark.parametrize("variance", [0.5, 1.0, 2.0])
-def test_long_walks_move_it_as_the_formula_says(path, variance):
+def test_long_rollouts_shift_the_optimum_by_the_documented_factor(path, variance):
     """But for the solver's own error on such strides."""
     for t in (0.1, 0.3, 0.5, 0.7):
         for words, strides, number in ((("rollout.num_steps=28",), 4, 28), (("rollout.max_step_offset=10",), 10, 1000)):
@@ -144,7 +144,7 @@ def test_long_walks_move_it_as_the_formula_says(path, variance):
     assert shrunk(path, 0.5, 1.0, "rollout.num_steps=28") < 0.9
 
 
-def test_the_figures_that_are_said_are_those_of_the_formula():
+def test_documented_factors_match_the_formula():
     """In conf/rollout/default.yaml and in the docstring."""
     path, times = PATHS["epsilon"], (0.1, 0.5, 0.9)
     for strides, number, said in (
@@ -160,7 +160,7 @@ def test_the_figures_that_are_said_are_those_of_the_formula():
 
 
 @every_path
-def test_the_corrected_target_points_back_at_the_picture(path):
+def test_corrected_target_points_to_the_clean_image(path):
     x0, batch, cond, t = rows()
     at = walk(config("rollout.max_step_offset=8"), path)(x0, batch, cond, t, 5)
     assert (at.x_t - path.noise(x0, batch.eps, t))[at.rolled_out].abs().max() > 0.05, "this network does drift"
@@ -173,7 +173,7 @@ def test_the_corrected_target_points_back_at_the_picture(path):
 @every_path
 @every_sampler
 @pytest.mark.parametrize("off", ["rollout.probability=0", "rollout.min_time=1"])
-def test_a_walk_of_no_length_is_no_rollout_to_the_bit(path, sampler, off):
+def test_rollout_of_zero_steps_is_bit_identical_to_no_rollout(path, sampler, off):
     x0, batch, cond, t = rows()
     at = walk(config(f"rollout.sampler={sampler.value}", off), path, None)(x0, batch, cond, t, 5)
     plain = NoRollout(path)(x0, batch, cond, t, 5)
@@ -182,7 +182,7 @@ def test_a_walk_of_no_length_is_no_rollout_to_the_bit(path, sampler, off):
 
 @every_path
 @every_sampler
-def test_a_batch_walks_as_its_rows_do_one_by_one_with_few_forwards(path, sampler):
+def test_batched_rollout_matches_row_by_row_with_few_forward_passes(path, sampler):
     x0, batch, cond, t = rows()
     cfg, calls = config(f"rollout.sampler={sampler.value}"), []
     counted = walk(cfg, path, lambda x, *a: calls.append(len(x)) or network(x, *a))
@@ -197,7 +197,7 @@ def test_a_batch_walks_as_its_rows_do_one_by_one_with_few_forwards(path, sampler
         assert_close(at.eps[i : i + 1], alone.eps, atol=1e-4, rtol=1e-4)
 
 
-def test_walks_have_every_length_equally_often_and_end_below_the_top():
+def test_rollout_lengths_are_uniform_and_start_below_the_maximum_time():
     u = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1]
     draws, t = torch.stack([torch.zeros_like(u), u], 1), torch.full_like(u, 0.5)
     made = walk(config("rollout.max_step_offset=4"), PATHS["flow"])
@@ -211,7 +211,7 @@ def test_walks_have_every_length_equally_often_and_end_below_the_top():
 @every_sampler
 @pytest.mark.parametrize("grid", [28, "native"])
 @pytest.mark.parametrize("shift", ["1.0", "3.0"])
-def test_with_zero_terminal_snr_no_walk_starts_at_pure_noise_and_all_is_a_number(sampler, grid, shift):
+def test_zero_terminal_snr_rollouts_do_not_start_at_pure_noise_and_are_finite(sampler, grid, shift):
     x0, batch, cond, _ = rows(8)
     t = torch.tensor([0.3, 0.9, 0.97, 0.995, 0.998, 0.9985, 0.99905, 0.99999], dtype=torch.float64)
     batch.rollout_draws = torch.tensor([[0.0, 0.99]] * 8, dtype=torch.float64)
@@ -235,7 +235,7 @@ def test_with_zero_terminal_snr_no_walk_starts_at_pure_noise_and_all_is_a_number
     )
 
 
-def test_the_grid_is_shifted_as_the_model_is_for_the_size_unless_a_number_is_said():
+def test_grid_shift_is_the_models_own_for_the_size_or_the_given_number():
     asked = []
     x0, batch, cond, t = rows(1)
     batch.rollout_draws, t = torch.tensor([[0.0, 0.99]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
@@ -253,7 +253,7 @@ def test_the_grid_is_shifted_as_the_model_is_for_the_size_unless_a_number_is_sai
     assert asked == [(8, 8)]
 
 
-def test_strides_are_those_of_inference():
+def test_rollout_steps_match_inference_steps():
     seen = []
     x0, batch, cond, _ = rows(1)
     batch.rollout_draws = torch.tensor([[0.0, 0.99]], dtype=torch.float64)
@@ -271,7 +271,7 @@ def test_strides_are_those_of_inference():
     assert_close(seen, [3 * u / (1 + 2 * u) for u in (0.45, 0.35)])
 
 
-def test_the_walk_is_without_gradient_and_at_rest():
+def test_rollout_runs_without_gradient_in_eval_mode():
     x0, batch, cond, t = rows()
     weight, inside = torch.ones((), requires_grad=True), []
 
@@ -291,13 +291,13 @@ def test_the_walk_is_without_gradient_and_at_rest():
 
 
 @pytest.mark.parametrize(("shape", "quarter"), [(enums.Ramp.linear, 0.25), (enums.Ramp.cosine, 0.5 - 0.5 * 2**-0.5)])
-def test_the_ramp_rises(shape, quarter):
+def test_ramp_is_increasing(shape, quarter):
     values = [ramp(step, 0.8, 1000, shape) for step in (0, 250, 500, 1000, 5000)]
     assert_close(values, [0.0, 0.8 * quarter, 0.4, 0.8, 0.8])
     assert ramp(0, 0.8, 0, shape) == 0.8
 
 
-def test_the_seed_projects_own_example_ramps_up():
+def test_example_ramp_values_match():
     """max_step_offset 10, probability 1, ramp_steps 1000, unipc: from no rollout at all to every row."""
     cfg = lab.compose("rollout.enabled=true", "rollout.max_step_offset=10", "rollout.probability=1.0",
                       "rollout.ramp_steps=1000", "rollout.sampler=unipc").rollout  # fmt: skip
@@ -308,7 +308,7 @@ def test_the_seed_projects_own_example_ramps_up():
     assert_close(shares, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0], atol=0.03, rtol=0)
 
 
-def test_a_row_that_rolls_out_goes_on_doing_so_as_the_ramp_rises():
+def test_rolled_out_rows_stay_rolled_out_as_the_ramp_rises():
     draws = torch.rand(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     made, t = walk(config("rollout.ramp_steps=1000"), PATHS["flow"]), torch.full((64,), 0.4, dtype=torch.float64)
     lengths = torch.stack([lengths_of(made, draws, t, step) for step in range(0, 2000, 50)])
@@ -317,7 +317,7 @@ def test_a_row_that_rolls_out_goes_on_doing_so_as_the_ramp_rises():
 
 
 @every_path
-def test_input_perturbation_adds_noise_that_the_answer_leaves_out(path):
+def test_input_perturbation_noise_is_not_part_of_the_target(path):
     x0, batch, cond, t = rows()
     made = InputPerturbation(
         config("rollout.kind=input_perturbation", "rollout.probability=0.5", "rollout.perturbation=0.3"), path
@@ -332,13 +332,13 @@ def test_input_perturbation_adds_noise_that_the_answer_leaves_out(path):
     assert torch.equal(at.x_t[~at.rolled_out], path.noise(x0, batch.eps, t)[~at.rolled_out])
 
 
-def test_what_is_built_is_what_is_said():
+def test_build_rollout_returns_the_configured_kind():
     made = [build_rollout(lab.compose(*words).rollout, PATHS["flow"], 1.0, unshifted, network, nullcontext)
             for words in ([], ["rollout.enabled=true"], ["rollout.enabled=true", "rollout.kind=input_perturbation"])]  # fmt: skip
     assert [type(m) for m in made] == [NoRollout, ModelRollout, InputPerturbation]
 
 
-def test_reflexflow_turns_towards_the_picture():
+def test_reflexflow_direction_points_to_the_clean_image():
     x0, batch, _, t = rows()
     path = PATHS["flow"]
     x_t = path.noise(x0, batch.eps, t) + 0.3 * batch.xi
@@ -355,7 +355,7 @@ def test_reflexflow_turns_towards_the_picture():
     assert v.grad[..., 4:].abs().sum() == 0, "nothing is turned outside the mask"
 
 
-def test_reflexflow_weighs_what_drift_changed():
+def test_reflexflow_frequency_weight_follows_the_drift():
     x0, batch, cond, t = rows()
     path, rolled_out = PATHS["flow"], torch.tensor([True] * 3 + [False] * 3)
     at = path.noise(x0, batch.eps, t)
@@ -367,7 +367,7 @@ def test_reflexflow_weighs_what_drift_changed():
     assert_close(weight[:3].mean((1, 2, 3)), torch.full((3,), 3.0))
 
 
-def test_reflexflow_needs_a_flow():
+def test_reflexflow_requires_a_flow_model():
     cfg = config("rollout.reflexflow.direction=10")
     assert build_reflexflow(cfg, PATHS["flow"], network) is not None
     assert build_reflexflow(config(), PATHS["epsilon"], network) is None

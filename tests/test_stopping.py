@@ -43,7 +43,7 @@ def goes_on(path: Path, **changes: int) -> RunFolder:
     [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGUSR1))],
     ids=lambda n: n.name,
 )
-def test_a_signal_saves_exports_and_says_how_to_go_on(number, small, tmp_path):
+def test_signal_saves_exports_and_prints_how_to_resume(number, small, tmp_path):
     words = [*small, *QUICK, "trainer.max_steps=30", "checkpoint.every_n_steps=1000", "trainer.accumulate_grad_batches=2"]
     process = start(*words, cwd=tmp_path)
     path = wait_for(5, tmp_path, process)
@@ -62,7 +62,7 @@ def test_a_signal_saves_exports_and_says_how_to_go_on(number, small, tmp_path):
     assert_same(a["state_dict"], b["state_dict"])
 
 
-def test_a_second_signal_stops_at_once(small, tmp_path):
+def test_second_signal_stops_immediately(small, tmp_path):
     process = start(
         *small, "trainer.max_steps=500", "validation.num_inference_steps=1", "validation.every_n_steps=0", cwd=tmp_path
     )
@@ -73,7 +73,7 @@ def test_a_second_signal_stops_at_once(small, tmp_path):
     assert process.returncode in (130, 128 + signal.SIGINT, 128 + signal.SIGTERM) and "Traceback" not in said
 
 
-def test_the_same_command_queued_again_goes_on(small, tmp_path):
+def test_requeued_command_resumes(small, tmp_path):
     words = [*small, *QUICK, "trainer.max_steps=20", "checkpoint.every_n_steps=4", "resume=auto"]
     process = start(*words, cwd=tmp_path)
     path = wait_for(9, tmp_path, process)
@@ -89,7 +89,7 @@ def test_the_same_command_queued_again_goes_on(small, tmp_path):
     assert len(folders) == 2, "another command is another run"
 
 
-def test_a_run_has_one_writer(small, tmp_path):
+def test_run_has_one_writer(small, tmp_path):
     process = start(*small, *QUICK, "trainer.max_steps=3000", "checkpoint.every_n_steps=2", cwd=tmp_path)
     path = wait_for(4, tmp_path, process)
     second = call(f"resume={path}", cwd=tmp_path)
@@ -100,7 +100,7 @@ def test_a_run_has_one_writer(small, tmp_path):
     assert goes_on(path, max_steps=step + 1).newest()[1] == step + 1, "the lock died with its holder"
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(small, tmp_path, caplog):
+def test_damaged_newest_checkpoint_falls_back_to_the_previous(small, tmp_path, caplog):
     folder = here([*small, *QUICK, "trainer.max_steps=6", "checkpoint.every_n_steps=2"], tmp_path / "run")
     assert [p.name for p in folder.all_checkpoints()] == ["step_0000004.ckpt", "step_0000006.ckpt"]
     wanted, numbers = torch.load(folder.checkpoint(6), weights_only=True), folder.metrics.read_text()
@@ -120,7 +120,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(small, tmp_path
         goes_on(folder.root)
 
 
-def test_a_run_that_diverges_stops_and_keeps_the_good_weights(small, tmp_path):
+def test_diverging_run_stops_and_keeps_the_last_finite_weights(small, tmp_path):
     cfg = lab.compose(*small, *QUICK, "trainer.max_steps=20", "checkpoint.every_n_steps=2", "trainer.gradient_clip_norm=0")
     grow(cfg, at=5)
     with pytest.raises(RunError, match=r"gradient of step 5 is not finite \(captions: a photo of a dog; a photo of sks dog\)"):
@@ -158,7 +158,7 @@ def mended():
         DreamBooth.training_step = BROKEN.pop("undo")
 
 
-def test_so_many_steps_may_be_skipped(small, tmp_path, caplog):
+def test_nonfinite_steps_can_be_skipped(small, tmp_path, caplog):
     cfg = lab.compose(*small, *QUICK, "trainer.max_steps=8", "trainer.skip_nonfinite_steps=1")
     grow(cfg, at=5)
     run(cfg, tmp_path / "run")
@@ -171,14 +171,14 @@ def test_so_many_steps_may_be_skipped(small, tmp_path, caplog):
     assert steps == {7}, "the optimiser did not take the step"
 
 
-def test_weights_that_are_not_finite_are_never_saved():
+def test_nonfinite_weights_are_never_saved():
     weights = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")])}
     with pytest.raises(RunError, match=r"the weights after step 7 are not finite \(b\)"):
         finite.require_finite(weights, 7)
     finite.require_finite({"a": torch.ones(3)}, 7)
 
 
-def test_it_is_said_when_nothing_is_learned(small, tmp_path, caplog):
+def test_warning_if_no_weight_changes(small, tmp_path, caplog):
     for rate, said in (("0", True), ("1e-3", False)):
         caplog.clear()
         cfg = lab.compose(*small, *QUICK, "trainer.max_steps=2", f"optimizer.lr={rate}", "optimizer.weight_decay=0")
@@ -197,7 +197,7 @@ def little_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_full_and_a_read_only_disk_end_a_run_that_can_go_on(small, little_disk, tmp_path):
+def test_run_ended_by_a_full_or_read_only_disk_can_resume(small, little_disk, tmp_path):
     words = [*small, *QUICK, "trainer.max_steps=400", "checkpoint.every_n_steps=5", f"runs={little_disk}/runs", "resume=auto"]
     process = start(*words, cwd=tmp_path)
     path = wait_for(7, little_disk, process)
@@ -218,7 +218,7 @@ def test_a_full_and_a_read_only_disk_end_a_run_that_can_go_on(small, little_disk
     assert goes_on(path, max_steps=step + 3).newest_readable()[1] == step + 3
 
 
-def test_a_look_that_fails_costs_no_training(small, tmp_path, monkeypatch, caplog):
+def test_failed_evaluation_does_not_stop_training(small, tmp_path, monkeypatch, caplog):
     from dreambooth_lab.callbacks import image_grids
 
     real = image_grids.save_grid
@@ -232,7 +232,7 @@ def _fail() -> None:
     raise OSError("no such thing")
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(small, tmp_path):
+def test_run_killed_before_its_first_checkpoint_restarts_in_its_folder(small, tmp_path):
     held = tiny.save_photos(tmp_path / "held", [(80, 80)], seed=7)
     looks = [f"eval.path={held}", "eval.every_n_steps=2", "eval.timesteps=2"]
     words = [*small, *looks, "trainer.max_steps=4", "checkpoint.every_n_steps=3", "resume=auto"]
@@ -243,7 +243,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(smal
     assert RunFolder(path).metrics.read_text() == theirs.metrics.read_text()
 
 
-def test_a_run_killed_after_its_last_checkpoint_exports_its_last_weights(small, tmp_path):
+def test_run_killed_after_its_last_checkpoint_exports_on_resume(small, tmp_path):
     """What the checkpoint before exported is older."""
     words = [*small, *QUICK, "trainer.max_steps=4", "checkpoint.every_n_steps=2"]
     folder = here(words, tmp_path / "run")

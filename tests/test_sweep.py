@@ -36,7 +36,7 @@ def job(*words, number=0):
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_a_sweep_says_why_and_each_of_its_jobs_composes(path):
+def test_sweep_states_its_question_and_each_job_composes(path):
     head = path.read_text().split("name:")[0]
     assert all(f"# {word}" in head for word in ("Question:", "Cost:", "Expected:", "Start:"))
     params = OmegaConf.load(path).hydra.sweeper.params
@@ -50,7 +50,7 @@ def test_a_sweep_says_why_and_each_of_its_jobs_composes(path):
             check(cfg)
 
 
-def test_a_jobs_folder_is_known_by_its_configuration(tmp_path):
+def test_job_folder_depends_on_its_configuration(tmp_path):
     (tmp_path / sweep.KEYS).write_text('["dataset.instance_prompt", "seed"]')
     words = ['dataset.instance_prompt="sks / robot"', "seed=1", "trainer.max_steps=7"]
     name = sweep.job_folder(str(tmp_path), 3, _root_=job(*words))
@@ -62,13 +62,13 @@ def test_a_jobs_folder_is_known_by_its_configuration(tmp_path):
         assert sweep.job_folder(str(tmp_path), 3, _root_=job(*words, other)) != name
 
 
-def test_a_configuration_that_cannot_be_read_has_a_folder_too(tmp_path):
+def test_unreadable_configuration_has_a_folder_too(tmp_path):
     cfg = job()
     cfg.dataset.path = "${nowhere}"
     assert sweep.job_folder(str(tmp_path), 0, _root_=cfg)
 
 
-def test_the_sweeps_folder_is_that_of_its_command(tmp_path):
+def test_sweep_folder_depends_on_its_command(tmp_path):
     first = sweep.sweep_folder("auto", str(tmp_path), "s", "seed=0,sweep=prompts,resume=auto")
     assert first == sweep.sweep_folder("auto", str(tmp_path), "s", "sweep=prompts,seed=0")
     assert first != sweep.sweep_folder("auto", str(tmp_path), "s", "sweep=prompts,seed=1")
@@ -89,7 +89,7 @@ def member(tmp_path, monkeypatch):
     return run
 
 
-def test_what_a_failed_job_held_is_free_for_the_next(member, tmp_path):
+def test_failed_job_frees_its_memory(member, tmp_path):
     class Weights:
         def __init__(self):
             self.module = self  # modules know each other
@@ -112,7 +112,7 @@ def test_what_a_failed_job_held_is_free_for_the_next(member, tmp_path):
     assert sweep.recorded(RunFolder(tmp_path / "job_0")).state == State.failed
 
 
-def test_what_came_of_each_job_is_told(member, tmp_path):
+def test_outcome_of_each_job_is_reported(member, tmp_path):
     def refused(cfg):
         raise ConfigError("dataset.path is '/x', which is not a folder")
 
@@ -129,7 +129,7 @@ def test_what_came_of_each_job_is_told(member, tmp_path):
     assert list(sweep.table(tmp_path).columns[4].cells) == ["dataset.path is '/x', which is not a folder", "", ""]
 
 
-def test_a_finished_job_is_not_run_again(member, tmp_path):
+def test_finished_job_is_not_run_again(member, tmp_path):
     def never(cfg):
         raise AssertionError
 
@@ -161,7 +161,7 @@ def wait_for_job(number, cwd, process, steps=2):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_and_killed_runs_what_is_missing(small, tmp_path):
+def test_stopped_and_killed_sweep_runs_only_missing_jobs(small, tmp_path):
     """SIGTERM in job 0, SIGKILL in job 1, then to its end; against the same sweep in one go."""
     said = words(small, "trainer.max_steps=16")
     process = start(*said, cwd=tmp_path)
@@ -192,7 +192,7 @@ def test_a_sweep_that_is_stopped_and_killed_runs_what_is_missing(small, tmp_path
         assert ours.read_text() == theirs.read_text(), "to the bit"
 
 
-def test_a_job_that_has_lost_the_race_ends_and_is_not_run_again(small, tmp_path):
+def test_job_that_lost_the_race_ends_and_is_not_run_again(small, tmp_path):
     """A rate so small that it learns nothing, after one that learns; the loser can be resumed by itself."""
     held_out = [f"eval.path={tiny.save_photos(tmp_path / 'held', [(80, 80)] * 4, seed=7)}", "eval.every_n_steps=2"]
     said = ["-m", *small, *held_out, "validation.every_n_steps=0", "trainer.max_steps=10", "race=2", "optimizer.lr=0.5,1e-4"]
@@ -212,7 +212,7 @@ def test_a_job_that_has_lost_the_race_ends_and_is_not_run_again(small, tmp_path)
     assert max(step for step, *_ in loser.read_metrics()) == 10
 
 
-def test_a_race_needs_a_sweep_and_an_eval_loss(small, tmp_path, monkeypatch):
+def test_race_requires_a_sweep_and_an_eval_loss(small, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="race is 3, but runs have no eval loss to race by"):
         check(lab.compose(*small, "race=3"))
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.RUN}))
@@ -230,7 +230,7 @@ def test_a_race_needs_a_sweep_and_an_eval_loss(small, tmp_path, monkeypatch):
         cli._check_race(OmegaConf.create({"race": 3}), folder)
 
 
-def test_jobs_that_cannot_run_are_named_before_the_first_begins(tmp_path, monkeypatch):
+def test_invalid_jobs_are_named_before_the_first_starts(tmp_path, monkeypatch):
     (tmp_path / sweep.KEYS).write_text('["trainer.max_steps"]')
     monkeypatch.setattr(pages.Pages, "started", tmp_path)
     target = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -246,7 +246,7 @@ LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}  # 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_jobs_in_other_processes_are_the_same_to_the_bit(launcher, small, tmp_path):
+def test_jobs_in_other_processes_are_bit_identical(launcher, small, tmp_path):
     """At the same time, with caches that are empty when they begin."""
     pytest.importorskip(f"hydra_plugins.hydra_{LAUNCHERS[launcher]}_launcher")
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
@@ -261,13 +261,13 @@ def test_jobs_in_other_processes_are_the_same_to_the_bit(launcher, small, tmp_pa
     assert len(pd.read_csv(next((tmp_path / launcher).glob("*/compare.csv")))) == 2
 
 
-def test_a_plugin_that_is_not_installed_is_named_with_its_extra():
+def test_missing_plugin_is_named_with_its_extra():
     for place, extra in (("hydra/launcher/joblib", "joblib"), ("hydra/sweeper/optuna", "optuna")):
         error = MissingConfigException("", place, ["basic"])
         assert f"pip install 'dreambooth-lab[{extra}]'" in explain(error)
 
 
-def test_a_search_is_told_the_number_that_the_page_shows(tmp_path, monkeypatch):
+def test_search_receives_the_metric_shown_on_the_page(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.save_config(lab.compose("trainer.max_steps=20"))
     lines = [f"{step},train/loss,{float(step)}" for step in range(1, 21)]
@@ -291,7 +291,7 @@ def test_a_search_is_told_the_number_that_the_page_shows(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("resume", ["latest", "runs/x"])
-def test_a_sweep_resumes_by_its_command_only(resume, tmp_path, monkeypatch):
+def test_sweep_resumes_only_by_its_command(resume, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.MULTIRUN}))
     with pytest.raises(ConfigError, match="resume=auto resumes the sweep of the same command"):
         cli.with_saved_config(OmegaConf.create({"resume": resume}), RunFolder(tmp_path), [])

@@ -59,7 +59,7 @@ class Waits(TorchDispatchMode):
     ["prior=teacher", "adapter.train_token=true", "dataset.instance_prompt=a photo of q dog", "adapter.token=q"],
     ["prior=teacher", "adapter.text_encoders=[1,2]"],
 ], ids=lambda words: " ".join(word for word in words if word not in WALK))  # fmt: skip
-def test_a_step_waits_for_nothing(words, small):
+def test_step_does_not_synchronise(words, small):
     module, data = build_training(lab.compose(*small, *words))
     stream = iter(Samples(data, data.schedule, 0, 0, 1))
     torch.__future__.set_swap_module_params_on_conversion(True)  # what shares a parameter goes on sharing it
@@ -91,7 +91,7 @@ def test_a_step_waits_for_nothing(words, small):
     assert on_device(outputs["loss"]) and waits.seen == []
 
 
-def test_a_wait_is_seen():
+def test_synchronisation_is_detected():
     x, waits = torch.ones(3, device=META), Waits()
     host = torch.ones(3)
     with waits:
@@ -105,7 +105,7 @@ def test_a_wait_is_seen():
     assert len(waits.seen) == before
 
 
-def test_what_decides_the_work_stays_on_the_host(small):
+def test_control_values_stay_on_the_host(small):
     _, data = build(lab.compose(*small, "prior=teacher"))
     batch = next(iter(Samples(data, data.schedule, 0, 0, 1)))
     there = move_data_to_device(batch, META)

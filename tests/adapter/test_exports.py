@@ -125,7 +125,7 @@ class At:
 
 @pytest.mark.parametrize("which", ["live", "ema"])
 @pytest.mark.parametrize(("kind", "how"), [(kind, how) for kind, hows in LOADS.items() for how in hows])
-def test_an_export_answers_the_same_without_us(kind, how, which, written):
+def test_export_predicts_the_same_without_this_package(kind, how, which, written):
     root, ours = written
     theirs = load_file(root / kind / "export" / ("ema" if which == "ema" else "") / f"{how}.out")
     y, text = ours[kind, which]
@@ -138,7 +138,7 @@ def test_an_export_answers_the_same_without_us(kind, how, which, written):
 
 
 @pytest.mark.parametrize("kind", LOADS)
-def test_every_file_says_what_made_it(kind, written):
+def test_every_file_header_describes_its_run(kind, written):
     files = list((written[0] / kind / "export").rglob("*.safetensors"))
     hashes = set()
     for file in files:
@@ -153,7 +153,7 @@ def test_every_file_says_what_made_it(kind, written):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "lokr", "full"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_file_predicts_nearly_the_same_and_training_stays_in_float32(kind, dtype, tiny_sdxl, tmp_path):
+def test_half_precision_file_predicts_nearly_the_same_and_training_stays_float32(kind, dtype, tiny_sdxl, tmp_path):
     cfg = compose(tiny_sdxl, kind)
     module, _ = build(cfg)
     weights = moved(module, 1)
@@ -172,7 +172,7 @@ def test_a_half_precision_file_predicts_nearly_the_same_and_training_stays_in_fl
     assert 0 < (read - trained).norm() < (0.01 if dtype is torch.float16 else 0.06) * (trained - base).norm()
 
 
-def test_numbers_that_float16_cannot_hold_are_written_in_float32_and_told(tiny_sdxl, tmp_path, caplog):
+def test_values_beyond_float16_are_written_in_float32_with_a_warning(tiny_sdxl, tmp_path, caplog):
     module, _ = build(compose(tiny_sdxl, "lora"))
     weights = {name: p.data.mul_(1e6) for name, p in module.trainable_parameters().items()}
     assert max(w.abs().max() for w in weights.values()) > 65504
@@ -183,7 +183,7 @@ def test_numbers_that_float16_cannot_hold_are_written_in_float32_and_told(tiny_s
 
 
 @pytest.mark.parametrize("name", ["kohya", "lycoris"])
-def test_lycoris_has_the_names_that_programs_know_and_its_own(name, tiny_sdxl, tmp_path):
+def test_lycoris_files_have_kohya_names_and_lycoris_names(name, tiny_sdxl, tmp_path):
     module, layers = build(compose(tiny_sdxl, "lokr"))
     module.adapter.export(tmp_path, learned(module))
     prefix = {"kohya": "lora_unet", "lycoris": "lycoris"}[name]
@@ -191,7 +191,7 @@ def test_lycoris_has_the_names_that_programs_know_and_its_own(name, tiny_sdxl, t
     assert named == {f"{prefix}_{layer.replace('.', '_')}" for layer in layers}
 
 
-def test_every_layer_of_a_lora_has_the_same_scale_to_every_reader(tiny_sdxl, tmp_path):
+def test_all_layers_of_a_lora_have_equal_scale(tiny_sdxl, tmp_path):
     """Layers of several ranks, and an alpha that is none of them."""
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.blocks = [BlockConfig("down_blocks", 2, 1.0)]

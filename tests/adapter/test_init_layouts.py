@@ -41,7 +41,7 @@ def _layers(folder):
 
 @pytest.mark.parametrize("alpha", [3, 6])
 @pytest.mark.parametrize("name", ["kohya.safetensors", "peft", "peft/adapter_model.safetensors", "bare.safetensors"])
-def test_every_layout_starts_from_the_same_update(name, alpha, trained, tiny_sdxl):
+def test_all_layouts_give_the_same_update(name, alpha, trained, tiny_sdxl):
     folder, answer = trained
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.alpha, cfg.adapter.init_from = alpha, str(folder / name)
@@ -53,7 +53,7 @@ def test_every_layout_starts_from_the_same_update(name, alpha, trained, tiny_sdx
             assert (module.predict(*question()) - answer).abs().max() > 1e-2
 
 
-def test_a_file_without_alpha_is_taken_at_its_rank(trained, tiny_sdxl, tmp_path):
+def test_file_without_alpha_uses_its_rank(trained, tiny_sdxl, tmp_path):
     """4/4, not the run's 8/4."""
     folder, _ = trained
     save_file(load_file(folder / "pytorch_lora_weights.safetensors"), tmp_path / "none.safetensors")
@@ -67,7 +67,7 @@ def test_a_file_without_alpha_is_taken_at_its_rank(trained, tiny_sdxl, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["kohya.safetensors", "peft"])
-def test_text_encoders_too(name, tiny_sdxl, tmp_path):
+def test_text_encoder_layouts_give_the_same_update(name, tiny_sdxl, tmp_path):
     def made():
         cfg = compose(tiny_sdxl, "lora")
         cfg.adapter.text_encoders = [1, 2]
@@ -87,7 +87,7 @@ def test_text_encoders_too(name, tiny_sdxl, tmp_path):
         assert_close(theirs[key], ours[key], atol=1e-6, rtol=1e-6)
 
 
-def test_what_does_not_fit_or_is_a_pickle_is_refused(trained, tiny_sdxl, tmp_path):
+def test_mismatched_files_and_pickles_are_refused(trained, tiny_sdxl, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(pickle.dumps({"a": 1}))
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.init_from = str(tmp_path / "lora.safetensors")
@@ -98,7 +98,7 @@ def test_what_does_not_fit_or_is_a_pickle_is_refused(trained, tiny_sdxl, tmp_pat
         build(cfg)
 
 
-def test_ai_toolkits_layout_is_taken_at_its_rank_and_told(folders, tmp_path, caplog):
+def test_ai_toolkit_layout_uses_its_rank_with_a_warning(folders, tmp_path, caplog):
     """Its files of transformers begin with `diffusion_model` and say no alpha."""
     words = ["model=flux", f"model.pretrained={folders('flux')}", "model.dtype=float32", "model.tae=null", "dataset=folder"]
     cfg = lab.compose(*words, "dataset.path=.", "adapter.rank=4", "adapter.alpha=2", "trainer.accelerator=cpu")
@@ -119,7 +119,7 @@ def test_ai_toolkits_layout_is_taken_at_its_rank_and_told(folders, tmp_path, cap
     assert f"{len(weights) // 2} layers of" in caplog.text and "have no alpha" in caplog.text
 
 
-def test_a_file_with_fused_layers_is_refused_with_a_way_out(tiny_sdxl, tmp_path):
+def test_file_with_fused_layers_is_refused_with_a_fix(tiny_sdxl, tmp_path):
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     save_file(
         {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(12, 2)}, tmp_path / "f.safetensors"

@@ -56,7 +56,7 @@ def flat(gradient):
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "dora"])
-def test_a_float32_base_has_pefts_own_bits(algorithm):
+def test_float32_base_is_bit_identical_to_peft(algorithm):
     (one, g1), (other, g2) = (step(unet(torch.float32, ours, algorithm=algorithm), torch.float32) for ours in (True, False))
     assert torch.equal(one, other) and all(torch.equal(g1[name], g2[name]) for name in g2)
 
@@ -68,7 +68,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), CASES, ids=[f"{algorithm} {kind.name}" for algorithm, kind in CASES])
-def test_the_gradient_is_as_near_to_float32s_as_that_of_a_float32_branch(algorithm, kind):
+def test_gradient_error_is_no_larger_than_with_a_float32_branch(algorithm, kind):
     exact, wanted = step(unet(torch.float32, kind=kind, algorithm=algorithm), torch.float32)
     wanted, errors = flat(wanted), {}
     for ours in (True, False):
@@ -96,7 +96,7 @@ def kept_for_backward(model, dtype):
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "dora"])
-def test_fewer_bytes_are_kept_for_backward(algorithm):
+def test_fewer_bytes_are_saved_for_backward(algorithm):
     models = (*(unet(torch.bfloat16, ours, algorithm=algorithm) for ours in (True, False)), bare())
     ours, pefts, none = (kept_for_backward(model, torch.bfloat16) for model in models)
     assert ours - none < 0.6 * (pefts - none)
@@ -112,7 +112,7 @@ def bare():
     return model
 
 
-def test_factors_are_rounded_once_until_they_change():
+def test_rounded_factors_are_cached_until_they_change():
     model = unet(torch.bfloat16)
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and NAME in m.lora_A)
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
@@ -128,7 +128,7 @@ def test_factors_are_rounded_once_until_they_change():
     assert ROUNDED not in dict(layer.named_buffers()) and not any(ROUNDED in key for key in model.state_dict())
 
 
-def test_several_backward_passes_of_a_step_add_up():
+def test_gradients_accumulate_over_backward_passes():
     """Micro-batches share the rounded factors."""
     model, twice = unet(torch.bfloat16), unet(torch.bfloat16)
     _, once = step(model, torch.bfloat16)
@@ -147,7 +147,7 @@ def test_checkpointed_blocks_have_the_same_gradient():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "optimizer").glob("*.yaml")))
-def test_factors_are_rounded_again_after_every_optimisers_step(name):
+def test_factors_are_rounded_again_after_each_optimizer_step(name):
     """A fused or 8-bit step does not raise a parameter's version."""
     cfg, model = lab.compose("dataset.path=.", f"optimizer={name}", "optimizer.lr=1e-1"), unet(torch.bfloat16)
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and NAME in m.lora_A)
@@ -166,7 +166,7 @@ def test_factors_are_rounded_again_after_every_optimisers_step(name):
 
 
 @torch.no_grad()
-def test_doras_lengths_are_made_once_until_a_factor_changes():
+def test_dora_norms_are_cached_until_a_factor_changes():
     model = unet(torch.bfloat16, algorithm="dora")
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and isinstance(m.get_base_layer(), torch.nn.Linear))
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight

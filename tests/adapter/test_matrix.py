@@ -96,7 +96,7 @@ def question(device="cpu"):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("adapter", "kind", "dtype"), [cell(*one) for one in CELLS if works(*one)])
-def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, device, tiny_sdxl, tmp_path):
+def test_supported_combination_trains_saves_loads_and_predicts_the_same(adapter, kind, dtype, device, tiny_sdxl, tmp_path):
     for library in [LIBRARIES[kind.rpartition("_")[2]]] if kind != "none" else []:
         if not find_spec(library):
             pytest.skip(f"{library} is not installed")
@@ -135,13 +135,13 @@ def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, de
 
 
 @pytest.mark.parametrize(("adapter", "kind", "dtype"), [cell for cell in CELLS if not works(*cell)])
-def test_the_other_cells_are_refused_with_their_reason(adapter, kind, dtype, tiny_sdxl):
+def test_unsupported_combinations_are_refused_with_the_reason(adapter, kind, dtype, tiny_sdxl):
     with pytest.raises(ConfigError, match=r"needs the weights themselves|can't mix"):
         check(compose(tiny_sdxl, adapter, kind, dtype))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "locon", "full"])
-def test_a_file_that_does_not_fit_is_no_start(adapter, tiny_sdxl, tmp_path):
+def test_init_from_a_mismatched_file_is_refused(adapter, tiny_sdxl, tmp_path):
     cfg = compose(tiny_sdxl, adapter)
     cfg.adapter.parts = ["attention"]
     module, _ = build(cfg)

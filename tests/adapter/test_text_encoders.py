@@ -47,7 +47,7 @@ def move(module):
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
 
 
-def test_the_base_models_text_is_left_alone_and_is_what_the_teacher_hears(make):
+def test_base_text_encoders_are_unchanged_and_used_by_the_teacher(make):
     module, data, _ = make()
     batch = batch_of(data)
     base = batch.cond
@@ -64,7 +64,7 @@ def test_the_base_models_text_is_left_alone_and_is_what_the_teacher_hears(make):
     assert torch.equal(batch_of(data).cond["prompt_embeds"], base["prompt_embeds"]), "and so are cached texts"
 
 
-def test_gradients_reach_the_adapters_of_both_and_nothing_else_there(made):
+def test_gradients_reach_only_the_adapters_of_both_encoders(made):
     module, data, layers = made
     move(module)
     module.training_step(batch_of(data), 0)["loss"].backward()
@@ -75,7 +75,7 @@ def test_gradients_reach_the_adapters_of_both_and_nothing_else_there(made):
         assert (p.grad is not None and bool(p.grad.any())) == ("lora_" in name and not last_of_first), name
 
 
-def test_each_part_learns_at_its_own_rate(make):
+def test_each_part_has_its_own_learning_rate(make):
     rules = "adapter.blocks=[{match: 'text_encoder_2.*layers\\.0', rank: 2, lr_ratio: 0.1}]"
     module, _, _ = make("optimizer.lr=1", "optimizer.lora_plus_ratio=4", "adapter.train_token=true", "adapter.token=q",
                         "dataset.instance_prompt='a photo of q dog'", rules)  # fmt: skip
@@ -92,7 +92,7 @@ def test_each_part_learns_at_its_own_rate(make):
 
 
 @pytest.mark.slow
-def test_a_run_learns_shows_and_exports_them(small, tmp_path):
+def test_run_trains_validates_and_exports_text_encoders(small, tmp_path):
     run(lab.compose(*small, BOTH), tmp_path / "run")
     done = lab.load(tmp_path / "run")
     parts = {name.partition(".")[0] for name in load_file(done.folder.export / "pytorch_lora_weights.safetensors")}
@@ -112,7 +112,7 @@ def test_a_run_learns_shows_and_exports_them(small, tmp_path):
     assert first > 0, "it goes on from what was learned"
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
+def test_resumed_run_continues_bit_for_bit(small, tmp_path):
     words = [*small, BOTH, "adapter.dropout=0.3", "validation.every_n_steps=0"]
     run(lab.compose(*words, "trainer.max_steps=4"), tmp_path / "whole")
     run(lab.compose(*words, "trainer.max_steps=2"), tmp_path / "part")
@@ -135,13 +135,13 @@ def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
         ([BOTH, "adapter=dora", "quant.text_encoder_2=int8", "model.encoder_dtype=bfloat16"], "which peft can't mix"),
     ],
 )
-def test_what_cant_work_is_refused(words, said):
+def test_invalid_text_encoder_settings_are_refused(words, said):
     with pytest.raises(ConfigError) as error:
         check(lab.compose("dataset.path=.", *words))
     assert said in str(error.value)
 
 
-def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make, small):
+def test_missing_encoder_and_unknown_group_are_refused(make, small):
     with pytest.raises(ConfigError, match=r"has \[3\]; the trainable text encoders of this model are \[1, 2\]"):
         build_family(lab.compose(*small, "adapter.text_encoders=[3]"))
     with pytest.raises(ConfigError, match=r"adapter\.text_parts has \['attn'\]; set adapter.text_parts to some of"):
@@ -149,7 +149,7 @@ def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make,
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8_torchao", "nf4"])
-def test_they_sit_on_quantised_encoders_too(kind, make):
+def test_text_adapters_work_on_quantised_encoders(kind, make):
     module, data, _ = make(f"quant.text_encoder_1={kind}", f"quant.text_encoder_2={kind}", "quant.cache=false")
     batch = batch_of(data)
     assert_close(module.conditioning(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])

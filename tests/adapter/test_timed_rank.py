@@ -54,7 +54,7 @@ def cut_to(module, rank):
             p[:, rank:] = 0
 
 
-def test_the_formula_is_the_papers():
+def test_rank_formula_matches_the_paper():
     t = torch.tensor([0.0, 0.2, 0.5, 0.999, 1.0])
     assert rank_at(t, 64, 32).tolist() == [64, 57, 48, 32, 32]
     assert rank_at(t, 4, 1).tolist() == [4, 3, 2, 1, 1]
@@ -63,7 +63,7 @@ def test_the_formula_is_the_papers():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("t", "rank"), [(0.0, 4), (0.3, 3), (0.6, 2), (0.999, 1)])
-def test_at_a_time_exactly_the_first_ranks_act(made, t, rank, dtype):
+def test_only_the_first_ranks_act_at_a_time(made, t, rank, dtype):
     module, stream = made(*TIMED, "adapter.min_rank=1", f"model.dtype={dtype}")
     plain, _ = made(f"model.dtype={dtype}")
     batch = next(stream)
@@ -74,7 +74,7 @@ def test_at_a_time_exactly_the_first_ranks_act(made, t, rank, dtype):
     assert apart < (1e-3 if dtype == "float32" else 0.2) * (answer(module, batch, t) - answer(plain, batch, t)).abs().mean()
 
 
-def test_each_row_has_the_ranks_of_its_own_time(made):
+def test_each_row_uses_the_ranks_of_its_own_time(made):
     module, stream = made(*TIMED, "adapter.min_rank=1")
     move(module)
     batch, t = next(stream), torch.tensor([0.05, 0.95, 0.4, 0.7], dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_each_row_has_the_ranks_of_its_own_time(made):
 
 
 @pytest.mark.parametrize("words", [[], ["rollout.enabled=true", "rollout.probability=1", "rollout.ramp_steps=0"]])
-def test_gradients_are_the_same_with_checkpointing_and_stay_out_of_ranks_that_are_off(made, words):
+def test_gradients_match_under_checkpointing_and_are_zero_for_inactive_ranks(made, words):
     """Blocks run again after the teacher ran at other times."""
     words = [*TIMED, "adapter.min_rank=1", "objective.min_time=0.9", "prior=teacher", *words]
     grads = []
@@ -104,13 +104,13 @@ def test_gradients_are_the_same_with_checkpointing_and_stay_out_of_ranks_that_ar
         assert name.endswith("to_k.lora_A.default.weight") or grad.abs().max() > 0
 
 
-def test_without_the_schedule_nothing_of_it_is_there(made):
+def test_no_schedule_adds_no_hooks(made):
     module, _ = made()
     variants = {type(v) for layer in timed_rank.layers_of(module.denoiser).values() for v in layer.lora_variant.values()}
     assert timed_rank.TimedRank not in variants and not module.denoiser._forward_pre_hooks
 
 
-def test_pictures_of_a_run_and_of_its_export_follow_the_schedule(made, tmp_path):
+def test_images_of_run_and_export_follow_the_schedule(made, tmp_path):
     """The sampler's own network calls, seen by its LoRA layers."""
     module, _ = made(*TIMED, "adapter.min_rank=1")
     move(module)
@@ -134,7 +134,7 @@ def test_pictures_of_a_run_and_of_its_export_follow_the_schedule(made, tmp_path)
     assert full.tobytes() != ours.tobytes(), "what other programs draw"
 
 
-def test_the_header_says_what_programs_do_not_know(made, tmp_path):
+def test_header_and_card_state_the_rank_schedule(made, tmp_path):
     module, _ = made(*TIMED)
     owned = module.by_owner(module.trainable_parameters())
     files = module.adapter.export(tmp_path, ExportWeights("unet", owned["unet"], {}, {}, module.family.kohya, ALL))
@@ -162,7 +162,7 @@ def test_a_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_p
         assert (adapter.rank_schedule.name, adapter.min_rank) == (schedule, 1 if schedule == "tlora" else None)
 
 
-def test_an_orthogonal_start_changes_nothing_and_is_orthogonal(made):
+def test_orthogonal_init_is_orthogonal_and_does_not_change_predictions(made):
     module, stream = made(*ORTHO)
     batch = next(stream)
     base = build_family(module.cfg).denoise(batch.latents(), batch.u, batch.cond)
@@ -178,7 +178,7 @@ def test_an_orthogonal_start_changes_nothing_and_is_orthogonal(made):
     assert all(p.grad.abs().max() > 0 for n, p in module.trainable_parameters().items() if "to_q" in n or "to_v" in n)
 
 
-def test_tail_values_are_distributed_as_those_of_random_matrices():
+def test_tail_singular_values_follow_random_matrices():
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def test_tail_values_are_distributed_as_those_of_random_matrices():
 
 
 @pytest.mark.parametrize("words", [ORTHO, [*ORTHO, *TIMED]], ids=["start", "start and schedule"])
-def test_an_export_of_an_orthogonal_start_gives_the_runs_pictures(made, tmp_path, words):
+def test_export_of_an_orthogonal_init_matches_the_runs_images(made, tmp_path, words):
     module, _ = made(*words, "adapter.alpha=3", 'adapter.blocks=[{match: "to_v", rank: 2, lr_ratio: 1.0}]')
     move(module)
     family, owned = module.family, module.by_owner(module.trainable_parameters())
@@ -221,18 +221,18 @@ def test_an_export_of_an_orthogonal_start_gives_the_runs_pictures(made, tmp_path
         ([*ORTHO, "+adapter.options.init_lora_weights=true"], "leave one out"),
     ],
 )
-def test_what_means_nothing_is_refused(words, said):
+def test_contradictory_settings_are_refused(words, said):
     with pytest.raises(ConfigError) as caught:
         check(lab.compose("adapter.rank=4", *words))
     assert said in str(caught.value)
 
 
-def test_a_layer_smaller_than_its_rank_is_refused_by_name(made):
+def test_layer_smaller_than_its_rank_is_refused_by_name(made):
     with pytest.raises(ConfigError, match=r"ortho_tail, but .* is .* and its rank 64; set adapter.rank"):
         made(*ORTHO, "adapter.rank=64")
 
 
-def test_a_model_whose_clock_is_not_known_is_refused(tiny_sdxl):
+def test_model_without_known_timesteps_is_refused(tiny_sdxl):
     cfg = lab.compose("model=diffusers", f"model.pretrained={tiny_sdxl}", "dataset=folder", "dataset.path=.", *TIMED,
                       "adapter.rank=4", "trainer.accelerator=cpu")  # fmt: skip
     with pytest.raises(ConfigError, match="has a clock not known here"):

@@ -37,13 +37,13 @@ def watch(values, tmp_path, mode=enums.Mode.min, patience=0):
     return best, trainer, kept
 
 
-def test_the_first_of_the_best_is_kept_and_only_it(tmp_path):
+def test_only_the_first_best_checkpoint_is_kept(tmp_path):
     best, trainer, kept = watch([3.0, 1.0, 2.0, 1.0, 0.5, float("nan")], tmp_path)
     assert kept == [1, 2, 2, 2, 5, 5] and not trainer.should_stop and best.value == 0.5
     assert len(list(tmp_path.rglob("*.ckpt"))) == 1
 
 
-def test_max_and_nothing_but_nan(tmp_path):
+def test_mode_max_and_all_nan_values(tmp_path):
     assert watch([0.1, 0.3, 0.2], tmp_path / "a", enums.Mode.max)[2] == [1, 2, 2]
     assert watch([float("nan")] * 2, tmp_path / "b")[2] == [None, None]
 
@@ -54,7 +54,7 @@ def folders(tmp_path):
         (tmp_path / name).mkdir()
 
 
-def test_it_stops_after_as_many_worse_values_as_patience_allows(tmp_path):
+def test_training_stops_after_patience_values_without_improvement(tmp_path):
     _, trainer, kept = watch([3.0, 2.0, 2.5, 1.9, 2.0, 2.1, 0.1], tmp_path, patience=2)
     assert trainer.should_stop and len(kept) == 6 and kept[-1] == 4
 
@@ -71,7 +71,7 @@ def stopped(small, tmp_path_factory):
     return lab.load(root / "run")
 
 
-def test_a_run_that_gets_worse_stops_and_keeps_its_best(stopped):
+def test_worsening_run_stops_and_keeps_its_best_step(stopped):
     values = dict(stopped.series["eval/loss"])
     after = {step: value for step, value in values.items() if step}
     best = min(after, key=after.get)
@@ -102,12 +102,12 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best(stopped):
         (["logger=csv", "logger.loggers.csv._target_=CSVLogger"], "it must name a class"),
     ],
 )
-def test_what_cannot_work_is_refused(small, words, said):
+def test_invalid_monitor_settings_are_refused(small, words, said):
     with pytest.raises(ConfigError) as caught:
         check(lab.compose(*small, *words))
     assert said in str(caught.value)
 
 
-def test_a_number_that_is_not_logged_is_refused_with_its_neighbours(small, tmp_path):
+def test_unknown_metric_is_refused_with_similar_names(small, tmp_path):
     with pytest.raises(ConfigError, match=r"'train/los', which this run does not log; similar: train/loss"):
         run(lab.compose(*small, "checkpoint.monitor=train/los", "validation.every_n_steps=0"), tmp_path / "run")

@@ -57,7 +57,7 @@ def finished(small, tmp_path_factory):
     return lab.load(folder)
 
 
-def test_the_card_shows_pictures_numbers_and_facts(finished):
+def test_card_shows_images_metrics_and_settings(finished):
     card = (finished.folder.export / "README.md").read_text()
     front = OmegaConf.create(card.split("---")[1])
     assert front.instance_prompt == "a 'photo' of q: \"dog\"" and front.library_name == "diffusers"
@@ -75,13 +75,13 @@ def test_the_card_shows_pictures_numbers_and_facts(finished):
     assert usage(finished.folder.export) in finished.folder.report.read_text().replace("&quot;", '"').replace("&#x27;", "'")
 
 
-def test_addresses_of_webhooks_stay_out_of_what_is_given_away(finished):
+def test_webhook_urls_are_not_exported(finished):
     for path in finished.folder.export.rglob("*"):
         assert path.is_dir() or b"127.0.0.1:9" not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize("words", [[], ["adapter=lokr"], ["adapter=full"]], ids=["lora", "lokr", "full"])
-def test_the_code_on_the_card_works(words, finished, small, tmp_path):
+def test_card_code_runs(words, finished, small, tmp_path):
     if words:
         run(
             lab.compose(*small, *QUICK, *words, "export.metadata=full", "adapter.rank=1", "validation.every_n_steps=0"),
@@ -125,12 +125,12 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_nothing_is_pushed_unless_asked(hub, small, tmp_path):
+def test_nothing_is_pushed_by_default(hub, small, tmp_path):
     run(lab.compose(*small, *QUICK, "validation.every_n_steps=0"), tmp_path / "run")
     assert not hub.calls
 
 
-def test_the_export_is_pushed_once_at_the_end_and_the_token_is_written_nowhere(hub, small, tmp_path):
+def test_export_is_pushed_once_at_the_end_without_storing_the_token(hub, small, tmp_path):
     run(lab.compose(*small, *QUICK, *PUSH, "checkpoint.every_n_steps=1"), tmp_path / "run")
     made, sent = hub.calls
     assert made == ("create", "me/sks-dog", True, True) and sent[1] == "me/sks-dog" and sent[3].endswith("2 steps")
@@ -140,7 +140,7 @@ def test_the_export_is_pushed_once_at_the_end_and_the_token_is_written_nowhere(h
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_a_hub_that_refuses_costs_the_run_nothing(hub, small, tmp_path, monkeypatch, caplog):
+def test_failed_push_does_not_fail_the_run(hub, small, tmp_path, monkeypatch, caplog):
     def refuse(self, *_, **__):
         raise RuntimeError(f"401 for {TOKEN}")
 
@@ -152,7 +152,7 @@ def test_a_hub_that_refuses_costs_the_run_nothing(hub, small, tmp_path, monkeypa
         assert file.metadata()["steps"] == "2"
 
 
-def test_a_push_that_cant_work_is_refused(monkeypatch):
+def test_invalid_push_settings_are_refused(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError) as error:
@@ -173,13 +173,13 @@ def test_a_push_that_cant_work_is_refused(monkeypatch):
         (["adapter=lokr", "export.formats=[peft]"], r"export\.formats is \['peft'\]; add comfyui or lycoris"),
     ],
 )
-def test_files_that_could_not_be_written_or_read_again_are_refused(words, said):
+def test_unusable_export_names_are_refused(words, said):
     with pytest.raises(ConfigError, match=said):
         check(lab.compose("dataset.path=.", *words))
 
 
 @pytest.mark.parametrize("words", [[], ["adapter=lokr"], ["adapter=full"]], ids=["lora", "lokr", "full"])
-def test_what_is_given_away_names_no_path_of_this_machine(words, small, tiny_sdxl, tmp_path):
+def test_exported_files_contain_no_local_paths(words, small, tiny_sdxl, tmp_path):
     more = ["adapter.rank=1", "validation.every_n_steps=0", f"runs={tmp_path}/janes-runs"]
     before = os.umask(0o022)
     try:
@@ -200,7 +200,7 @@ def test_what_is_given_away_names_no_path_of_this_machine(words, small, tiny_sdx
     assert config_from_header(file, str(tiny_sdxl)).model.pretrained == str(tiny_sdxl)
 
 
-def test_nothing_at_all_is_said_if_that_is_asked(small, tmp_path):
+def test_metadata_none_writes_no_metadata(small, tmp_path):
     run(lab.compose(*small, *QUICK, "validation.every_n_steps=0", "export.metadata=none"), tmp_path / "run")
     export = lab.load(tmp_path / "run").folder.export
     with safe_open(export / "dreambooth.safetensors", "pt") as opened:
@@ -209,7 +209,7 @@ def test_nothing_at_all_is_said_if_that_is_asked(small, tmp_path):
         assert opened.metadata().keys() == {"format", "lora_adapter_metadata", *SORTING}
 
 
-def test_other_programs_list_the_file_under_its_base_and_show_what_it_is(finished):
+def test_header_has_the_fields_that_other_programs_show(finished):
     """The rules of A1111's and Forge's lists, and the fields that they, ComfyUI's and InvokeAI's managers show."""
     export = finished.folder.export
     for folder, name in ((export, "dreambooth"), (export / "ema", "dreambooth_ema")):
@@ -232,7 +232,7 @@ def test_other_programs_list_the_file_under_its_base_and_show_what_it_is(finishe
         assert opened.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
 
 
-def test_the_embeddings_file_is_read_by_each_programs_rule(finished):
+def test_embedding_file_is_readable_by_each_program(finished):
     """A1111 and ComfyUI take the file's name for the word; diffusers is told one that its tokenizer lacks."""
     file = finished.folder.export / "embeddings" / "q.safetensors"
     rows = load_file(file)
@@ -258,11 +258,11 @@ def test_the_embeddings_file_is_read_by_each_programs_rule(finished):
         ("a photo of sks dog/cat", "dataset.instance_prompt", "a photo of sks dog/cat"),
     ],
 )
-def test_a_path_is_cut_to_its_last_part_and_nothing_else_is(text, key, told):
+def test_only_paths_are_cut_to_their_last_component(text, key, told):
     assert place(text, key) == told
 
 
-def test_a_public_file_of_a_lycoris_preset_is_read_with_the_file_beside_it(small, tiny_sdxl, tmp_path):
+def test_public_lycoris_preset_is_read_with_the_file_beside_it(small, tiny_sdxl, tmp_path):
     preset = tmp_path / "mine.json"
     preset.write_text(json.dumps({"algo": "lokr", "linear_dim": 4, "linear_alpha": 1, "factor": 4}))
     words = [*small, *QUICK, "adapter=lokr", f"adapter.preset={preset}", "validation.every_n_steps=0"]

@@ -26,7 +26,7 @@ def made(small):
     return data, DreamBooth(cfg, family, adapter).train()
 
 
-def test_flops_are_counted_over_the_buckets_and_leave_no_gradient(made):
+def test_flops_are_averaged_over_buckets_and_leave_no_gradients(made):
     data, module = made
     state = torch.get_rng_state()
     mean = speed.row_flops(module, data.text(""), data.schedule.buckets)
@@ -37,7 +37,7 @@ def test_flops_are_counted_over_the_buckets_and_leave_no_gradient(made):
     assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in module.parameters())
 
 
-def test_flops_of_a_step_are_those_of_its_rows(made):
+def test_flops_of_a_step_scale_with_its_rows(made):
     data, module = made
     state = torch.get_rng_state()
     each = {bucket.shape: speed.row_flops(module, data.text(""), [bucket]) for bucket in data.schedule.buckets}
@@ -47,7 +47,7 @@ def test_flops_of_a_step_are_those_of_its_rows(made):
     assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in module.parameters())
 
 
-def test_the_bar_tells_the_pace_and_its_share_of_the_peak(made, monkeypatch):
+def test_bar_shows_speed_and_share_of_peak_flops(made, monkeypatch):
     data, module = made
     bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 9))
     bar.console = Console(width=120)
@@ -62,7 +62,7 @@ def test_the_bar_tells_the_pace_and_its_share_of_the_peak(made, monkeypatch):
 
 
 @pytest.mark.parametrize("start", [0, 12])
-def test_the_time_left_is_that_of_the_steps_and_looks_to_come(start):
+def test_remaining_time_includes_pending_steps_and_evaluations(start):
     """2 s a step, 30 s for the first ones; 10 s for each look, every 8 steps and at the end, and at the base model."""
     when = Interval(8, 0.0, 1.0, 44)
     left = TimeLeft({"images": when}, 44)
@@ -81,7 +81,7 @@ def test_the_time_left_is_that_of_the_steps_and_looks_to_come(start):
 
 
 @pytest.mark.parametrize(("width", "samples"), [(60, False), (80, False), (120, True)])
-def test_the_bar_fits_the_terminal(made, width, samples, monkeypatch):
+def test_bar_fits_the_terminal_width(made, width, samples, monkeypatch):
     data, _ = made
     on = Console(width=width, file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(progress, "console", lambda: on)

@@ -74,7 +74,7 @@ def sender(url, kind=enums.ReceiverKind.raw, token=None):
     return Sender([Receiver("mine", kind, url, token)])
 
 
-def test_raw_says_what_the_picture_is():
+def test_raw_message_describes_the_image():
     with server(status(204)) as (url, bodies):
         sending = sender(url, token="abc")
         sending.send(message())
@@ -87,7 +87,7 @@ def test_raw_says_what_the_picture_is():
     assert all(headers["Authorization"] == "Bearer abc" for headers, _ in bodies)
 
 
-def test_discord_gets_a_form_that_pings_nobody():
+def test_discord_form_mentions_no_users():
     with server(status(200)) as (url, bodies):
         sending = sender(url, enums.ReceiverKind.discord)
         sending.send(message(final=True, prompt="@everyone look"))
@@ -111,7 +111,7 @@ def ten_megabytes(handler, n):
 
 
 @pytest.mark.parametrize("answer", [half_an_answer, ten_megabytes], ids=lambda f: f.__name__)
-def test_the_status_is_all_that_counts(answer):
+def test_only_the_response_status_decides_success(answer):
     with server(answer) as (url, _):
         sending = sender(url)
         sending.send(message(final=True))
@@ -119,7 +119,7 @@ def test_the_status_is_all_that_counts(answer):
 
 
 @pytest.mark.parametrize("temper", ["hangs", "fails", "redirects", "nobody there", "limits"])
-def test_a_bad_receiver_costs_nothing_and_is_counted(temper):
+def test_failing_receiver_does_not_delay_training_and_is_counted(temper):
     answers = {
         "hangs": lambda handler, n: time.sleep(5),
         "fails": status(500),
@@ -137,7 +137,7 @@ def test_a_bad_receiver_costs_nothing_and_is_counted(temper):
     assert counts["sent"] == 0 and counts["dropped"] == 31
 
 
-def test_the_final_picture_arrives_when_the_receiver_comes_back():
+def test_final_image_is_retried_until_the_receiver_is_back():
     def later(handler, n):
         status(503 if n <= 6 else 200)(handler, n)
 
@@ -153,7 +153,7 @@ def test_the_final_picture_arrives_when_the_receiver_comes_back():
     assert counts["sent"] + counts["dropped"] == 21 and counts["retried"] >= 5
 
 
-def test_the_oldest_previews_give_way():
+def test_oldest_previews_are_dropped_first():
     release = threading.Event()
 
     def first_waits(handler, n):
@@ -171,7 +171,7 @@ def test_the_oldest_previews_give_way():
     assert steps[-webhook.PREVIEWS_WAITING :] == list(range(30 - webhook.PREVIEWS_WAITING, 30))
 
 
-def test_a_run_that_ends_does_not_besiege_its_receiver(monkeypatch):
+def test_retries_end_with_the_run(monkeypatch):
     monkeypatch.setattr(webhook, "PAUSES", (0.2,))
     with server(status(500)) as (url, bodies):
         sending = sender(url)
@@ -181,7 +181,7 @@ def test_a_run_that_ends_does_not_besiege_its_receiver(monkeypatch):
     assert counts["dropped"] == 1 and 2 <= len(bodies) <= 8, "now and then, not all the time"
 
 
-def test_numbers_travel_together_and_the_oldest_give_way(monkeypatch):
+def test_metrics_are_batched_and_the_oldest_are_dropped_first(monkeypatch):
     monkeypatch.setattr(webhook, "METRICS_WAITING", 50)
     with server(status(200)) as (url, bodies):
         sending = sender(url)
@@ -196,7 +196,7 @@ def test_numbers_travel_together_and_the_oldest_give_way(monkeypatch):
     assert counts["sent"] == 1 and counts["dropped"] == 0, "pictures are counted apart"
 
 
-def test_numbers_wait_for_nobody_and_discord_gets_none():
+def test_metrics_never_block_and_are_not_sent_to_discord():
     with server(status(500)) as (url, bodies):
         sending = Sender(
             [Receiver("raw", enums.ReceiverKind.raw, url, None), Receiver("discord", enums.ReceiverKind.discord, url, None)]
@@ -210,7 +210,7 @@ def test_numbers_wait_for_nobody_and_discord_gets_none():
     assert sum(counts["discord"].values()) == 0 and all(b"metrics" in body for _, body in bodies)
 
 
-def test_a_finished_picture_is_read_when_it_is_sent(tmp_path):
+def test_finished_image_is_read_when_sent(tmp_path):
     """What waits for a receiver lies on disk; a file that is gone by then is counted, and the next is sent."""
     for name in ("a", "b"):
         Image.new("RGB", (4, 4), "blue").save(tmp_path / f"{name}.png")
@@ -224,7 +224,7 @@ def test_a_finished_picture_is_read_when_it_is_sent(tmp_path):
     assert base64.b64decode(json.loads(bodies[0][1])["image"]) == (tmp_path / "b.png").read_bytes()
 
 
-def test_secrets_stay_out_of_the_log(caplog):
+def test_secrets_are_not_logged(caplog):
     caplog.set_level("INFO")
     with server(status(500)) as (url, _):
         sending = sender(url, token="hush")
@@ -237,7 +237,7 @@ def test_secrets_stay_out_of_the_log(caplog):
     assert "does not accept messages" in caplog.text and "secret-path" not in caplog.text and "hush" not in caplog.text
 
 
-def test_a_validation_of_20_steps_sends_previews_at_5_10_15_20_and_then_the_pictures(small, tmp_path):
+def test_validation_sends_previews_every_5_of_20_steps_and_then_the_images(small, tmp_path):
     with server(status(200)) as (url, bodies):
         words = ["webhook=raw", f"webhook.receivers.raw.url={url}", "preview.enabled=true", "preview.every_n_steps=5"]
         words += ["validation.num_inference_steps=20", "validation.num_images=1", "trainer.max_steps=1"]
@@ -276,7 +276,7 @@ def test_previews_do_not_touch_training(small, tmp_path):
         (["webhook=[raw,discord]", "webhook.receivers.raw.url=http://x"], "'DISCORD_WEBHOOK_URL', an environment variable"),
     ],
 )
-def test_what_cannot_work_is_refused(small, words, said, monkeypatch):
+def test_invalid_webhook_settings_are_refused(small, words, said, monkeypatch):
     monkeypatch.delenv("DISCORD_WEBHOOK_URL", raising=False)
     with pytest.raises(ConfigError, match="problem") as caught:
         check(lab.compose(*small, *words))

@@ -103,7 +103,7 @@ def collect(tmp_path: Path, one: DatasetSpec):
 
 
 @pytest.mark.parametrize(("name", "data", "said"), PICTURES, ids=[name for name, _, _ in PICTURES])
-def test_a_picture_is_used_or_named(tmp_path, name, data, said):
+def test_image_is_used_or_reported(tmp_path, name, data, said):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / name).write_bytes(data)
@@ -120,7 +120,7 @@ def test_a_picture_is_used_or_named(tmp_path, name, data, said):
     assert done.found["photos"] == 2 and "good.png" in {e.picture.name for e in done.entries}
 
 
-def test_an_animation_gives_its_first_frame(tmp_path):
+def test_animation_gives_its_first_frame(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.webp").write_bytes(frames())
     assert _decode(collect(tmp_path, spec(tmp_path / "photos")).entries[0])[:, 0, 0].tolist() == [255, 0, 0]
@@ -154,7 +154,7 @@ def directory_named_as_picture(folder: Path) -> None:
     (dangling, ["b.png"], ["a.png", "self.png"]),
     (directory_named_as_picture, ["a.png/b.png"], []),
 ])  # fmt: skip
-def test_links_and_odd_folders(tmp_path, make, names, rejected):
+def test_links_and_unusual_folders_are_handled(tmp_path, make, names, rejected):
     folder = tmp_path / "photos"
     folder.mkdir()
     make(folder)
@@ -163,7 +163,7 @@ def test_links_and_odd_folders(tmp_path, make, names, rejected):
     assert sorted(r.name for r in done.rejected["photos"]) == rejected
 
 
-def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+def test_unreadable_file_is_reported(tmp_path, monkeypatch):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
@@ -181,7 +181,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", ["missing", "file", "empty", "only text"])
-def test_places_without_pictures_are_refused(tmp_path, make):
+def test_folders_without_images_are_refused(tmp_path, make):
     place = tmp_path / "photos"
     if make == "file":
         place.write_text("x")
@@ -198,7 +198,7 @@ def test_places_without_pictures_are_refused(tmp_path, make):
 @pytest.mark.parametrize(("text", "said"), [
     (None, "a.txt is missing"), ("", "a.txt is empty"), (" \n\n ", "a.txt is empty"), (b"\xff\xfe\x00", "a.txt is not UTF-8"),
 ])  # fmt: skip
-def test_a_missing_caption_is_a_problem_with_its_name(tmp_path, text, said):
+def test_missing_caption_is_reported_by_name(tmp_path, text, said):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
@@ -242,19 +242,19 @@ MASKS = [
 
 
 @pytest.mark.parametrize(("masks", "said"), MASKS, ids=range(len(MASKS)))
-def test_masks_are_paired_or_all_their_problems_listed(tmp_path, masks, said):
+def test_masks_are_paired_or_all_problems_are_listed(tmp_path, masks, said):
     problems, _, entries = mask_problems(tmp_path, masks)
     assert len(problems) == len(said) and all(any(text in problem for problem in problems) for text in said), problems
     if not said:
         assert all(entry.mask for entry in entries)
 
 
-def test_masks_without_pictures_are_listed(tmp_path):
+def test_masks_without_images_are_listed(tmp_path):
     problems, notices, _ = mask_problems(tmp_path, {"a.png": WHITE, "sub/b.png": WHITE, "c.png": WHITE})
     assert not problems and notices == ["masks without an image are ignored: c.png"]
 
 
-def test_no_transparency_no_mask(tmp_path):
+def test_image_without_transparency_has_no_alpha_mask(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
@@ -314,7 +314,7 @@ ENTRIES = [
 
 
 @pytest.mark.parametrize(("change", "said"), ENTRIES, ids=[json.dumps(c)[:60] for c, _ in ENTRIES])
-def test_a_wrong_entry_is_explained_before_anything_loads(tmp_path, change, said):
+def test_invalid_entry_is_explained_before_loading(tmp_path, change, said):
     path = samples.save(tmp_path / "a.json", samples.entry(tmp_path, **change))
     with pytest.raises(ConfigError) as caught:
         plan(lab.compose("dataset=simpletuner", f"dataset.path={path}"))
@@ -337,7 +337,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("text", "said"), FILES, ids=range(len(FILES)))
-def test_a_broken_file_is_explained_with_its_place(tmp_path, text, said):
+def test_malformed_file_is_explained_with_line_and_column(tmp_path, text, said):
     path = tmp_path / "a.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as caught:
@@ -345,7 +345,7 @@ def test_a_broken_file_is_explained_with_its_place(tmp_path, text, said):
     assert said in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_all_problems_of_a_file_come_at_once(tmp_path):
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path):
     entries = [
         samples.entry(tmp_path, crop="yes", repeat=1),
         samples.entry(tmp_path),
@@ -369,14 +369,14 @@ TABLES = [
 
 
 @pytest.mark.parametrize(("text", "said"), TABLES, ids=range(len(TABLES)))
-def test_a_wrong_table_is_refused(tmp_path, text, said):
+def test_invalid_table_is_refused(tmp_path, text, said):
     (tmp_path / "t.csv").write_text(text)
     where = Where(enums.DatasetType.table, str(tmp_path / "t.csv"), "image", ("caption",))
     done = collect(tmp_path, spec(tmp_path, where=where, captions=Captions(enums.CaptionKind.column)))
     assert not done.entries and said in done.problems[0]
 
 
-def test_wrong_rows_of_a_table_are_named(tmp_path):
+def test_invalid_table_rows_are_named(tmp_path):
     (tmp_path / "t").mkdir()
     (tmp_path / "t/a.png").write_bytes(png())
     (tmp_path / "out.png").write_bytes(png())
@@ -392,7 +392,7 @@ def test_the_corpus_is_large_enough():
     assert len(PICTURES) + len(MASKS) + len(ENTRIES) + len(FILES) + len(TABLES) >= 60
 
 
-def test_sizes_that_a_rule_rejects_are_listed_with_the_rule(tmp_path):
+def test_rejected_sizes_are_listed_with_the_rule(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(20, 100), (100, 20), (30, 30), (90, 90)])
     rules = Shaping(64, enums.ResolutionType.pixel, minimum=25, least_aspect=0.5, most_aspect=2, max_upscale=2)
     done = collect(tmp_path, spec(folder, shaping=rules))
@@ -401,13 +401,13 @@ def test_sizes_that_a_rule_rejects_are_listed_with_the_rule(tmp_path):
         "short edge 20 px", "short edge 20 px", "it would be enlarged 2.13 times"]  # fmt: skip
 
 
-def test_what_would_burst_memory_between_resize_and_crop_is_rejected():
+def test_images_too_large_after_resizing_are_rejected():
     assert "20000×3 px is too narrow" in geometry.reason_against((3, 20_000), Shaping(1024), 32)
     assert geometry.reason_against((3, 20_000), Shaping(64), 32) is None
     assert geometry.reason_against((6000, 8000), Shaping(1024), 32) is None
 
 
-def test_cache_folders_in_which_nothing_can_be_written_are_refused_together(tmp_path):
+def test_unwritable_cache_folders_are_refused_together(tmp_path):
     (tmp_path / "file").write_text("")
     asked = spec(tmp_path, latents=str(tmp_path / "file/deeper"))
     with pytest.raises(ConfigError) as caught:
@@ -416,7 +416,7 @@ def test_cache_folders_in_which_nothing_can_be_written_are_refused_together(tmp_
     assert all(name in str(caught.value) for name in named) and str(caught.value).count("set another folder") == 3
 
 
-def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path):
+def test_irregular_files_are_reported_without_blocking(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)])
     os.mkfifo(folder / "pipe.png")
     done = collect(tmp_path, spec(folder))

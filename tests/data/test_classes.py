@@ -33,7 +33,7 @@ def pictures(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-def test_they_are_what_the_pipeline_draws_of_the_class_prompt(setting):
+def test_generated_class_images_match_the_pipeline(setting):
     cfg, family = setting("prior.generated.negative_prompt=blurry")
     drawn = Image.open(sorted(generate(cfg, family).iterdir())[2])
     from dreambooth_lab import draw
@@ -46,7 +46,7 @@ def test_they_are_what_the_pipeline_draws_of_the_class_prompt(setting):
     assert drawn.size == (64, 64) and drawn.tobytes() == own.tobytes()
 
 
-def test_a_picture_does_not_depend_on_the_batch_it_is_drawn_in(setting, tmp_path):
+def test_generated_image_is_independent_of_its_batch(setting, tmp_path):
     """But for the last bits, in which kernels differ between batch sizes."""
 
     def levels(size):
@@ -58,7 +58,7 @@ def test_a_picture_does_not_depend_on_the_batch_it_is_drawn_in(setting, tmp_path
     assert abs(whole - whole[[1, 2, 0]]).mean() > 5, "and they are different pictures"
 
 
-def test_a_second_run_draws_nothing_and_a_longer_one_only_the_rest(setting, monkeypatch):
+def test_second_run_generates_nothing_and_a_larger_count_only_the_rest(setting, monkeypatch):
     first = pictures(generate(*setting()))
     counted, real = [], SDXL.generate
     monkeypatch.setattr(SDXL, "generate", lambda self, text, *a, **k: counted.append(text.rows) or real(self, text, *a, **k))
@@ -68,7 +68,7 @@ def test_a_second_run_draws_nothing_and_a_longer_one_only_the_rest(setting, monk
     assert pictures(generate(*setting("prior.generated.count=2"))) == first[:2]
 
 
-def test_one_that_was_broken_off_goes_on(setting, monkeypatch):
+def test_interrupted_generation_continues(setting, monkeypatch):
     cfg, family = setting("prior.generated.count=5")
     whole = pictures(generate(cfg, family))
     shutil.rmtree(Path(cfg.cache) / "class_pictures")
@@ -94,11 +94,11 @@ def test_one_that_was_broken_off_goes_on(setting, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["prior.generated.guidance_scale=2", "prior.generated.negative_prompt=x",
                                     "prior.prompt=a cat", "prior.generated.seed=1"])  # fmt: skip
-def test_other_wishes_are_other_pictures(setting, change):
+def test_changed_settings_generate_new_images(setting, change):
     assert pictures(generate(*setting())) != pictures(generate(*setting(change)))
 
 
-def test_a_run_trains_on_them(setting):
+def test_run_trains_on_generated_class_images(setting):
     cfg, family = setting()
     data = DreamBoothData(cfg, family)
     data.prepare()
@@ -106,7 +106,7 @@ def test_a_run_trains_on_them(setting):
     assert all(bucket.classes for bucket in data.schedule.buckets)
 
 
-def test_captions_are_the_photos_under_the_class_prompt(setting, photos):
+def test_source_captions_uses_the_photos_with_the_class_prompt(setting, photos):
     cfg, family = setting("prior.source=captions")
     assert class_folder(cfg, family) == str(photos)
     data = DreamBoothData(cfg, family)
@@ -119,7 +119,7 @@ def test_captions_are_the_photos_under_the_class_prompt(setting, photos):
     assert {e.captions for e in data.entries if e.spec.is_class} == {("a photo of a dog",)}
 
 
-def test_blank_is_the_photos_under_no_prompt_and_under_the_class_prompt_each_row_one(setting):
+def test_source_blank_uses_the_photos_with_empty_or_class_prompt(setting):
     cfg, family = setting("prior.source=blank")
     data = DreamBoothData(cfg, family)
     data.prepare()
@@ -134,7 +134,7 @@ def test_blank_is_the_photos_under_no_prompt_and_under_the_class_prompt_each_row
     assert {e.captions for e in data.entries if e.spec.is_class} == {("",)}
 
 
-def test_a_bank_of_blank_rows_holds_the_answer_to_each_rows_own_caption(setting):
+def test_bank_of_blank_rows_stores_predictions_for_each_rows_caption(setting):
     cfg, family = setting("prior.source=blank", "prior=bank", "prior.bank.draws=2")
     data = DreamBoothData(cfg, family)
     data.prepare()

@@ -67,7 +67,7 @@ def counted(small, photos, tiny_sdxl, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_change_makes_again_what_depends_on_it_and_nothing_else(counted):
+def test_each_change_rebuilds_only_its_dependents(counted):
     assert counted() == (5, 3)  # the prompt, the empty one and what the sampler puts beside a prompt
     assert counted() == (0, 0)
     with Image.open(counted.own / "01.png") as image:
@@ -92,7 +92,7 @@ def test_each_change_makes_again_what_depends_on_it_and_nothing_else(counted):
     assert counted() == (5, 0), "the VAE's weights"
 
 
-def test_corruption_is_noticed_and_healed(counted):
+def test_corruption_is_detected_and_repaired(counted):
     counted()
     store = Store(counted.cache, "latents")
     first, second, third = list(store.keys())[:3]
@@ -102,7 +102,7 @@ def test_corruption_is_noticed_and_healed(counted):
     assert counted() == (3, 0) and counted() == (0, 0)
 
 
-def test_damage_after_the_start_is_healed_at_the_reading(small, photos, tmp_path):
+def test_damage_after_the_start_is_repaired_when_read(small, photos, tmp_path):
     own = shutil.copytree(photos, tmp_path / "own")
     words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
     cfg = lab.compose(*words, f"dataset.path={own}", f"cache={tmp_path / 'cache'}")
@@ -120,7 +120,7 @@ def test_damage_after_the_start_is_healed_at_the_reading(small, photos, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["latents", "masks"])
-def test_damage_that_cannot_be_healed_names_what_is_gone(small, tmp_path, kind):
+def test_irreparable_damage_names_the_missing_file(small, tmp_path, kind):
     own, masks = (tiny.save_photos(tmp_path / name, [(80, 80)], seed) for name, seed in (("own", 0), ("m", 1)))
     words = [w for w in small if not w.startswith(("dataset.path", "dataset=", "cache", "prior"))]
     cfg = lab.compose(*words, "dataset=masked", f"dataset.path={own}", f"dataset.mask_path={masks}", f"cache={tmp_path / 'c'}")
@@ -163,7 +163,7 @@ def forked(small, tmp_path):
     return make
 
 
-def test_killing_the_build_leaves_a_usable_cache(forked):
+def test_killed_build_leaves_a_usable_cache(forked):
     tiny.save_photos(forked.own, [(300 + i, 300) for i in range(24)], seed=2)
     child, store = forked("dataset.resolutions=[256]"), Store(forked.cache, "latents")
     deadline = time.monotonic() + 120
@@ -199,7 +199,7 @@ def die_at(number: int, counted: list[int]):
 
 
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_build_that_ends_at_any_point_leaves_a_usable_cache(forked, stride):
+def test_build_killed_at_any_point_leaves_a_usable_cache(forked, stride):
     ends, number = [], 0
     while not ends or ends[-1] == 9:
         number += stride
@@ -215,7 +215,7 @@ def test_a_build_that_ends_at_any_point_leaves_a_usable_cache(forked, stride):
     )
 
 
-def test_two_processes_may_build_one_cache_together(forked):
+def test_two_processes_can_build_one_cache(forked):
     running = [forked() for _ in range(2)]
     assert [ended(child) for child in running] == [0, 0]
     data = forked.here()

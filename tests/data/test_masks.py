@@ -79,7 +79,7 @@ def test_alpha_is_a_mask(masked, tmp_path):
     assert batch.mask is not None and 0 < batch.mask.mean() < 1
 
 
-def test_all_mask_problems_come_together_before_anything_is_encoded(masked, monkeypatch):
+def test_all_mask_problems_are_reported_before_encoding(masked, monkeypatch):
     (masked.masks / "deep/0.bmp").unlink()
     Image.new("L", (60, 120)).save(masked.masks / "deep/1.bmp")
     from dreambooth_lab.models.sdxl import SDXL
@@ -91,6 +91,6 @@ def test_all_mask_problems_come_together_before_anything_is_encoded(masked, monk
     assert text.startswith("2 problem(s)") and "deep/0.png: has no mask" in text and "deep/1.bmp is all black" in text
 
 
-def test_the_mask_group_needs_its_folder(photos):
+def test_dataset_masked_requires_a_mask_folder(photos):
     with pytest.raises(ConfigError, match=r"needs dataset\.mask_path=FOLDER"):
         check(lab.compose("dataset=masked", f"dataset.path={photos}"))

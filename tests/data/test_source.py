@@ -20,7 +20,7 @@ def picture(folder, name):
     return next(p for p in found if p.name == name)
 
 
-def test_pictures_are_found_below_and_in_order(tmp_path):
+def test_images_are_found_recursively_and_sorted(tmp_path):
     (tmp_path / "b" / "ü").mkdir(parents=True)
     for name in ("b/ü/z.JPG", "a.png", "b/c.webp"):
         Image.new("RGB", (30, 20), "red").save(tmp_path / name)
@@ -31,7 +31,7 @@ def test_pictures_are_found_below_and_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     image = Image.new("RGB", (40, 20))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -56,7 +56,7 @@ def test_transparency_becomes_white(tmp_path):
     assert (shown[:, :2] == 0).all() and (shown[:, 2:] == 255).all()
 
 
-def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
+def test_unusable_files_are_listed_with_the_reason(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no png")
     (tmp_path / "empty.jpg").touch()
     Image.new("RGB", (90, 90)).save(tmp_path / "good.png")

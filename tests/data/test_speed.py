@@ -37,7 +37,7 @@ def small_png(number: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_scanning_100_000_pictures(tmp_path, monkeypatch):
+def test_scanning_100_000_images(tmp_path, monkeypatch):
     for i in range(100_000):
         folder = tmp_path / "photos" / f"{i // 1000:03d}"
         if i % 1000 == 0:
@@ -63,7 +63,7 @@ def photo(path, seed: int) -> None:
     Image.fromarray(coarse).resize((1500, 1000), Image.Resampling.BICUBIC).save(path, quality=92)
 
 
-def test_building_the_cache_against_a_bare_loop(small, tmp_path):
+def test_cache_build_time_against_a_plain_loop(small, tmp_path):
     """Scan, hash, decode, resize, encode, checksum, write; against decode, resize, encode of the same pictures. Interleaved."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -138,7 +138,7 @@ def timed(work, n: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("side", "n"), [(128, 384), (64, 1024), (32, 2048)], ids=["1024px", "512px", "256px"])
-def test_files_against_shards(tmp_path, side, n):
+def test_cache_files_against_shards(tmp_path, side, n):
     """Entries of a mean and a std of 4 × side × side, float32: writing, a start, reading in order, reading at random."""
     keys = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(n)]
     values = {key: {"mean": torch.randn(4, side, side), "std": torch.rand(4, side, side)} for key in keys}
@@ -161,7 +161,7 @@ def test_files_against_shards(tmp_path, side, n):
         print(f"  {name:24s} {sorted(w for w, _ in found)[1]:7.0f} {sorted(c for _, c in found)[1]:7.0f}")
 
 
-def test_a_png_is_not_decoded_to_be_measured():
+def test_png_size_is_read_without_decoding():
     data = io.BytesIO()
     Image.new("RGB", (3000, 2000)).save(data, "PNG")
     started = time.process_time()

@@ -20,7 +20,7 @@ def folder(tmp_path):
     return tiny.save_photos(tmp_path / "photos", [(40, 30), (50, 20)])
 
 
-def test_a_csv_table(folder, tmp_path):
+def test_csv_table_is_read(folder, tmp_path):
     (folder / "t.csv").write_text(f'file,text\n00.png,"one, two"\n{folder}/01.png,ü\nfile://{folder}/00.png,again\n')
     done = look(Where(enums.DatasetType.table, str(folder / "t.csv"), "file", ("text",)), tmp_path)
     assert [p.captions for p in done.pictures] == [("one, two",), ("ü",), ("again",)] and not done.rejected
@@ -29,7 +29,7 @@ def test_a_csv_table(folder, tmp_path):
     assert captions(done.pictures[0], rule) == ("sks one, two",)
 
 
-def test_a_parquet_table_with_lists_of_captions_beside_the_pictures(folder, tmp_path):
+def test_parquet_table_with_lists_of_captions_is_read(folder, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -42,14 +42,14 @@ def test_a_parquet_table_with_lists_of_captions_beside_the_pictures(folder, tmp_
         look(Where(enums.DatasetType.table, str(tmp_path / "bad.parquet"), "name"), tmp_path)
 
 
-def test_names_without_extension_and_captions_to_fall_back_on(folder, tmp_path):
+def test_names_without_extension_and_fallback_captions_are_read(folder, tmp_path):
     (folder / "t.csv").write_text("file,text,more\n00,one,x\n01.png,,two\n")
     done = look(Where(enums.DatasetType.table, str(folder / "t.csv"), "file", ("text",), fallback_column="more"), tmp_path)
     assert [(p.name, p.captions) for p in done.pictures] == [("00.png", ("one",)), ("01.png", ("two",))]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_hugging_face_dataset(folder, tmp_path, streaming):
+def test_hugging_face_dataset_is_read(folder, tmp_path, streaming):
     datasets = pytest.importorskip("datasets")
     rows = {"image": [str(folder / "00.png"), str(folder / "01.png")], "text": ["one", "two"]}
     made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
@@ -65,7 +65,7 @@ def test_a_hugging_face_dataset(folder, tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_local_folder_that_the_library_reads(small, folder, tmp_path, streaming):
+def test_local_hugging_face_folder_is_read(small, folder, tmp_path, streaming):
     """The layout of a hub repository, pictures and metadata.csv, up to batches; a second start encodes nothing."""
     pytest.importorskip("datasets")
     (folder / "metadata.csv").write_text("file_name,text\n00.png,one\n01.png,two\n")

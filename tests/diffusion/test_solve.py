@@ -54,7 +54,7 @@ def follow(scheduler, x, path, native=False):
 @pytest.mark.parametrize("steps", [4, 20, 50])
 @pytest.mark.parametrize("prediction", VP)
 @pytest.mark.parametrize("sampler", THEIRS, ids=lambda s: s.value)
-def test_a_whole_trajectory_is_the_schedulers(sampler, prediction, steps):
+def test_trajectory_matches_diffusers_scheduler(sampler, prediction, steps):
     path, (x, _) = VP[prediction], sample()
     scheduler = THEIRS[sampler](**BETAS, prediction_type=prediction, timestep_spacing="leading", steps_offset=1)
     scheduler.set_timesteps(steps)
@@ -63,7 +63,7 @@ def test_a_whole_trajectory_is_the_schedulers(sampler, prediction, steps):
 
 
 @pytest.mark.parametrize("prediction", VP)
-def test_a_whole_trajectory_is_eulers(prediction):
+def test_trajectory_matches_euler(prediction):
     path, (x, _) = VP[prediction], sample()
     scheduler = EulerDiscreteScheduler(**BETAS, prediction_type=prediction, timestep_spacing="leading", steps_offset=1)
     scheduler.set_timesteps(20)
@@ -76,7 +76,7 @@ def test_a_whole_trajectory_is_eulers(prediction):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", enums.Sampler, ids=lambda s: s.value)
-def test_a_whole_trajectory_of_a_flow_is_the_schedulers(sampler, shift):
+def test_flow_trajectory_matches_diffusers_scheduler(sampler, shift):
     path, (x, _) = PATHS["flow"], sample()
     if sampler is enums.Sampler.euler:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -92,7 +92,7 @@ def test_a_whole_trajectory_of_a_flow_is_the_schedulers(sampler, shift):
 
 @every_path
 @every_sampler
-def test_rows_with_their_own_times_are_as_alone(path, sampler):
+def test_rows_with_different_times_match_single_row_results(path, sampler):
     x, _ = sample(3)
     start = torch.tensor([0.9, 0.5, 0.31], dtype=torch.float64)
     length = torch.tensor([4, 2, 0])
@@ -109,7 +109,7 @@ def test_rows_with_their_own_times_are_as_alone(path, sampler):
 
 @every_path
 @every_sampler
-def test_an_oracle_never_leaves_the_path(path, sampler):
+def test_exact_prediction_stays_on_the_path(path, sampler):
     x0, eps = sample()
     times = [torch.full((4,), t, dtype=torch.float64) for t in (0.97, 0.9, 0.6, 0.59, 0.2, 0.01, -1.0)]
     arrived = walk(path, sampler, path.noise(x0, eps, times[0]), times, lambda x, t: path.target(x0, eps, t))
@@ -117,7 +117,7 @@ def test_an_oracle_never_leaves_the_path(path, sampler):
 
 
 @pytest.mark.parametrize("sampler", [enums.Sampler.dpm, enums.Sampler.unipc], ids=lambda s: s.value)
-def test_a_flow_may_start_at_pure_noise(sampler):
+def test_flow_can_start_at_pure_noise(sampler):
     x0, eps = sample()
     path, times = PATHS["flow"], [torch.full((4,), t, dtype=torch.float64) for t in (1.0, 0.8, 0.6, 0.4)]
     arrived = walk(path, sampler, eps, times, lambda x, t: path.target(x0, eps, t))
@@ -125,7 +125,7 @@ def test_a_flow_may_start_at_pure_noise(sampler):
 
 
 @pytest.mark.parametrize("path", VP.values(), ids=VP)
-def test_higher_order_is_nearer_to_the_true_trajectory(path):
+def test_higher_order_solver_is_closer_to_the_true_trajectory(path):
     x, _ = sample()
 
     def error(sampler, strides):
@@ -142,7 +142,7 @@ def test_higher_order_is_nearer_to_the_true_trajectory(path):
 
 @pytest.mark.parametrize("path", VP.values(), ids=VP)
 @every_sampler
-def test_strides_shorter_than_the_clocks_stay_on_the_path(path, sampler):
+def test_steps_shorter_than_one_native_timestep_stay_on_the_path(path, sampler):
     """Some lead from a step of the discrete clock to the same step."""
     x0, eps = sample()
     times = [torch.full((4,), 0.9 - i / 3000, dtype=torch.float64) for i in range(8)]

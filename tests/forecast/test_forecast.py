@@ -42,13 +42,13 @@ def ratio(small, folder, words):
 
 
 @pytest.mark.parametrize("words", CASES, ids=[" ".join(words) for words in CASES])
-def test_the_training_phase_is_near_the_true_peak(small, tmp_path, words):
+def test_training_estimate_is_close_to_the_true_peak(small, tmp_path, words):
     assert 0.9 < ratio(small, tmp_path, words) < 1.25
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", MORE, ids=[" ".join(words) for words in MORE])
-def test_the_training_phase_is_near_the_true_peak_of_everything(small, tmp_path, words):
+def test_training_estimate_is_close_to_the_true_peak_for_all_kinds(small, tmp_path, words):
     assert 0.9 < ratio(small, tmp_path, words) < 1.25
 
 
@@ -59,19 +59,19 @@ def of_family(small, folders, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BY_VALUES)
-def test_networks_that_read_lengths_from_values_are_foreseen_as_well(folders, name, small, tmp_path):
+def test_networks_with_value_dependent_shapes_are_estimated(folders, name, small, tmp_path):
     assert 0.9 < ratio(of_family(small, folders, name), tmp_path, []) < 1.25
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_families.PIPELINES)
-def test_every_family_is_foreseen(folders, name, small, tmp_path):
+def test_every_family_is_estimated(folders, name, small, tmp_path):
     needs = plans._forecast(lab.compose(*of_family(small, folders, name)), CachedCounts(tmp_path))
     assert [need.phase for need in needs] == ["captions", "images", "training", "validation"]
     assert all(need.total > 0 for need in needs)
 
 
-def test_visits_are_what_the_networks_really_hold(small):
+def test_counted_sizes_match_the_real_networks(small):
     cfg = lab.compose(*small)
     family = build_family(cfg)
     latents = torch.zeros(1, family.channels, 32, 32)
@@ -90,7 +90,7 @@ def test_visits_are_what_the_networks_really_hold(small):
     assert counts.reading(cfg).weights.size == sum(memory.stored(one.parameters()) for one in encoders)
 
 
-def test_offloaded_blocks_count_with_the_largest(small):
+def test_offloaded_blocks_count_as_the_largest_block(small):
     words = ["trainer.accelerator=auto", "model.gradient_checkpointing=true"]
     whole, away = (counts.step(lab.compose(*small, *words, f"model.offload={said}"), 2, 64) for said in ("none", "blocks"))
     assert away.base.size + away.base.away == whole.base.size and 0 < away.base.block < away.base.away
@@ -98,7 +98,7 @@ def test_offloaded_blocks_count_with_the_largest(small):
     assert (away.learning, away.added) == (whole.learning, whole.added)
 
 
-def test_what_was_counted_is_read_again(small, tmp_path, monkeypatch):
+def test_estimates_are_cached(small, tmp_path, monkeypatch):
     cfg = lab.compose(*small)
     first = Forecast(cfg, CachedCounts(tmp_path)).phases()
     for name in ("reading", "encoding", "decoding", "sampling", "step"):
@@ -124,5 +124,5 @@ def test_what_was_counted_is_read_again(small, tmp_path, monkeypatch):
         (["prior=bank"], ["captions", "images", "bank", "training", "validation"]),
     ],
 )
-def test_every_phase_of_a_run_is_foreseen(small, tmp_path, words, phases):
+def test_every_phase_of_a_run_is_estimated(small, tmp_path, words, phases):
     assert [need.phase for need in Forecast(lab.compose(*small, *words), CachedCounts(tmp_path)).phases()] == phases

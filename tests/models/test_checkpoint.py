@@ -49,7 +49,7 @@ def weight(checkpoint: Checkpoint) -> torch.Tensor:
     return load(checkpoint).conv_in.weight
 
 
-def test_auto_takes_half_precision_where_it_is_and_null_the_plain_files(tiny_sdxl, tmp_path):
+def test_variant_auto_prefers_fp16_files_and_null_uses_plain_files(tiny_sdxl, tmp_path):
     both = add_half(copy(tiny_sdxl, tmp_path / "m"), "unet", keep=True)
     plain = weight(Checkpoint(str(tiny_sdxl), None, "auto"))
     auto = Checkpoint(str(both), None, "auto")
@@ -59,7 +59,7 @@ def test_auto_takes_half_precision_where_it_is_and_null_the_plain_files(tiny_sdx
     assert torch.equal(weight(Checkpoint(str(both), None, None)), plain)
 
 
-def test_a_folder_with_half_precision_only_loads(tiny_sdxl, tmp_path):
+def test_folder_with_only_fp16_files_loads(tiny_sdxl, tmp_path):
     half = add_half(copy(tiny_sdxl, tmp_path / "m"), *NETWORKS, keep=False)
     checkpoint = Checkpoint(str(half), None, "auto")
     assert all(load(checkpoint, part).dtype is torch.float32 for part in NETWORKS)
@@ -86,12 +86,12 @@ def test_shards_of_a_variant_are_read(tiny_sdxl, tmp_path):
         Checkpoint(str(folder), None, "auto")
 
 
-def test_a_variant_that_is_nowhere_is_refused(tiny_sdxl):
+def test_missing_variant_is_refused(tiny_sdxl):
     with pytest.raises(ConfigError, match=r"model\.variant is 'ema'.*model\.variant=auto.*model\.variant=null"):
         Checkpoint(str(tiny_sdxl), None, "ema")
 
 
-def test_one_variant_is_fetched_and_never_both():
+def test_only_one_variant_is_downloaded():
     plain = {"config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
     half = {"model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"}
     junk = {"pytorch_model.bin", "flax_model.msgpack", "model.ema.safetensors", "modeling_own.py"}
@@ -140,14 +140,14 @@ def escaping_shards(folder: Path) -> None:
         (escaping_shards, "without a weight_map of plain file names"),
     ],
 )
-def test_what_a_load_would_miss_is_refused_before_it(spoil, said, tiny_sdxl, tmp_path, monkeypatch):
+def test_missing_files_are_refused_before_loading(spoil, said, tiny_sdxl, tmp_path, monkeypatch):
     folder = copy(tiny_sdxl, tmp_path / "m")
     spoil(folder)
     with pytest.raises(ConfigError, match=r"model\.pretrained is .*" + said):
         Checkpoint(str(folder), None, "auto")
 
 
-def test_what_nothing_needs_may_be_missing(tiny_sdxl, tmp_path):
+def test_unused_files_may_be_missing(tiny_sdxl, tmp_path):
     """Such as the safety checker, a class of a library of the pipeline's own."""
     folder = copy(tiny_sdxl, tmp_path / "m")
     index = json.loads((folder / "model_index.json").read_text())
@@ -156,7 +156,7 @@ def test_what_nothing_needs_may_be_missing(tiny_sdxl, tmp_path):
     assert "safety_checker" not in Checkpoint(str(folder), None, "auto").parts
 
 
-def test_identity_is_of_the_files_that_are_read(tiny_sdxl, tmp_path):
+def test_identity_hashes_the_files_that_are_read(tiny_sdxl, tmp_path):
     folder = copy(tiny_sdxl, tmp_path / "m")
 
     def identity(variant: str | None = None) -> str:
@@ -173,7 +173,7 @@ def test_identity_is_of_the_files_that_are_read(tiny_sdxl, tmp_path):
     assert identity() != before
 
 
-def test_digests_are_taken_once_and_again_when_a_file_changes(tiny_sdxl, tmp_path, monkeypatch):
+def test_digests_are_cached_until_a_file_changes(tiny_sdxl, tmp_path, monkeypatch):
     folder, opened = copy(tiny_sdxl, tmp_path / "m"), []
     real = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda stream, kind: opened.append(stream.name) or real(stream, kind))
@@ -190,7 +190,7 @@ def test_digests_are_taken_once_and_again_when_a_file_changes(tiny_sdxl, tmp_pat
     assert after != first and again == 1
 
 
-def test_quantising_shares_the_digests(tiny_sdxl, tmp_path, monkeypatch):
+def test_quantisation_reuses_the_digests(tiny_sdxl, tmp_path, monkeypatch):
     """The denoiser's gigabytes are hashed once for what was trained on it and for its quantised weights."""
     checkpoint = Checkpoint(str(tiny_sdxl), None, None, tmp_path)
     checkpoint.identity(("unet",), PLAIN)
@@ -199,7 +199,7 @@ def test_quantising_shares_the_digests(tiny_sdxl, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_trim_gives_memory_back():
+def test_trim_releases_memory():
     import psutil
 
     def resident() -> int:
@@ -241,7 +241,7 @@ def cache(pipeline: Path, root: Path) -> Path:
     return copy(pipeline, repo / "snapshots" / REVISION)
 
 
-def test_a_hub_id_that_is_whole_in_the_cache_asks_no_network(tiny_sdxl, hub_cache):
+def test_complete_hub_cache_needs_no_network(tiny_sdxl, hub_cache):
     root, asked = hub_cache
     folder = cache(tiny_sdxl, root)
     for revision in (None, "main", REVISION):
@@ -252,7 +252,7 @@ def test_a_hub_id_that_is_whole_in_the_cache_asks_no_network(tiny_sdxl, hub_cach
 
 @pytest.mark.parametrize("lost", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json",
                                   "scheduler/scheduler_config.json", "model_index.json"])  # fmt: skip
-def test_a_hub_id_that_is_not_whole_in_the_cache_goes_to_the_network(lost, tiny_sdxl, hub_cache):
+def test_incomplete_hub_cache_uses_the_network(lost, tiny_sdxl, hub_cache):
     root, asked = hub_cache
     (cache(tiny_sdxl, root) / lost).unlink()
     with pytest.raises(
@@ -262,7 +262,7 @@ def test_a_hub_id_that_is_not_whole_in_the_cache_goes_to_the_network(lost, tiny_
     assert asked == ["owner/name"]
 
 
-def test_what_is_fetched(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
+def test_only_needed_files_are_downloaded(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
     """A fetch through the hub's own calls takes one variant and leaves pickles, code and what nothing needs."""
     import huggingface_hub
 
@@ -288,7 +288,7 @@ def test_what_is_fetched(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
     assert not (tmp_path / "here" / "safety_checker").exists() and not list((tmp_path / "here").rglob("*.bin"))
 
 
-def test_other_models_come_from_the_cache_first():
+def test_other_models_are_read_from_the_cache_first():
     asked = []
 
     def load(name: str, local_files_only: bool = False, lacks: bool = False) -> str:

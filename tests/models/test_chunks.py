@@ -38,7 +38,7 @@ def long(family, tail: str) -> str:
     return f"{text} {tail}"
 
 
-def test_a_short_caption_is_equal_to_the_bit(family):
+def test_short_caption_is_bit_identical(family):
     before, identity = family.encode_text([SHORT, ""]), family.text_identity()
     family.fit_chunks([SHORT, ""])
     after = family.encode_text([SHORT, ""])
@@ -46,7 +46,7 @@ def test_a_short_caption_is_equal_to_the_bit(family):
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_tail_matters_only_in_pieces_and_every_row_has_one_length(family):
+def test_only_chunked_captions_use_the_tail_and_rows_have_equal_length(family):
     one, other = long(family, "cat"), long(family, "robot")
     cut = family.encode_text([one, other, SHORT, ""])
     assert torch.equal(cut["prompt_embeds"][0], cut["prompt_embeds"][1])
@@ -61,7 +61,7 @@ def test_a_tail_matters_only_in_pieces_and_every_row_has_one_length(family):
     assert family.truncated_part([one]) == []
 
 
-def test_a_piece_is_what_the_encoder_says_of_those_words_alone(family):
+def test_chunk_matches_encoding_its_words_alone(family):
     text = long(family, "cat on the beach")
     ids = tokens(tokenizer(family), text)
     assert pieces([tokenizer(family)], [text]) == 2
@@ -72,7 +72,7 @@ def test_a_piece_is_what_the_encoder_says_of_those_words_alone(family):
     torch.testing.assert_close(family.encode_text([text])["prompt_embeds"][:, 77:], alone)
 
 
-def test_the_denoiser_takes_it(family):
+def test_denoiser_accepts_chunked_captions(family):
     family.fit_chunks([long(family, "cat")])
     shown = [ImageInfo(Size((64, 64), (0, 0), (64, 64)), torch.zeros(4, 8, 8), 0, 0, 7.0)]
     cond = family.cond(family.encode_text([long(family, "cat")]), shown)
@@ -80,7 +80,7 @@ def test_the_denoiser_takes_it(family):
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_families_that_cant_take_it_refuse_with_the_reason(name, tmp_path):
+def test_families_without_chunking_refuse_it_with_the_reason(name, tmp_path):
     words = [f"model={name}", f"model.pretrained={tiny_families.save(name, tmp_path / name)}", "model.dtype=float32",
              "dataset=folder", "dataset.path=.", "trainer.accelerator=cpu"]  # fmt: skip
     with pytest.raises(ConfigError, match=r"dataset\.long_captions is chunk, but a .*Pipeline takes texts of one length"):
@@ -88,7 +88,7 @@ def test_families_that_cant_take_it_refuse_with_the_reason(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_reads_long_captions_whole_and_says_what_it_cuts(small, tmp_path, tiny_sdxl):
+def test_run_reads_long_captions_in_full_and_reports_truncation(small, tmp_path, tiny_sdxl):
     photos = tiny.save_photos(tmp_path / "photos", [(80, 80)] * 2)
     for name in ("00", "01"):
         (photos / f"{name}.txt").write_text("a photo of a dog " * (40 if name == "00" else 1))

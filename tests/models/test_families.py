@@ -103,7 +103,7 @@ def unpacked(pipeline, latents, family, height, width):
 
 
 @pytest.mark.parametrize("name", FROM_PROMPTS)
-def test_the_answer_is_the_pipelines_own_at_its_first_step(name, folders):
+def test_prediction_matches_the_pipelines_first_step(name, folders):
     family = load(folders, name)
     pipeline, (height, width) = family.pipeline(), cells(family)
     size = {"height": height * family.factor, "width": width * family.factor}
@@ -116,7 +116,7 @@ def test_the_answer_is_the_pipelines_own_at_its_first_step(name, folders):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_the_denoisers_clock_is_read_back_as_the_time_it_was_asked_about(name, folders):
+def test_native_timestep_round_trips(name, folders):
     family = load(folders, name)
     seen = []
     RankClock(None, lambda timestep: seen.append(family.time_of(timestep)) or timestep).watch(family.denoiser)
@@ -126,13 +126,13 @@ def test_the_denoisers_clock_is_read_back_as_the_time_it_was_asked_about(name, f
 
 
 @pytest.mark.parametrize("name", [n for n in NAMED if n in FROM_PROMPTS])
-def test_a_direct_denoise_equals_the_pipelines_call_to_the_bit(name, folders):
+def test_direct_denoise_is_bit_identical_to_the_pipelines_call(name, folders):
     family = load(folders, name)
     x, t, cond = told(family, [CAPTION, "a dog"])
     assert torch.equal(family.denoise(x, t, cond), PipelineFamily.denoise(family, x, t, cond))
 
 
-def test_the_refiner_answers_as_its_pipeline(folders):
+def test_refiner_prediction_matches_its_pipeline(folders):
     family = load(folders, "sdxl_refiner")
     x, t, cond = told(family, [CAPTION, "a dog"])
     height, width = (side * family.factor for side in x.shape[2:])
@@ -149,7 +149,7 @@ def test_the_refiner_answers_as_its_pipeline(folders):
     assert cond["size"].tolist() == [[100, 80, 3, 5, 7]] * 2 and family.times == (0.0, 0.2)
 
 
-def test_stage_two_answers_as_its_pipeline(folders):
+def test_stage_two_prediction_matches_its_pipeline(folders):
     family = load(folders, "deepfloyd_2")
     x, t, cond = told(family, [CAPTION])
     small, level = torch.rand(1, 3, *(side // 4 for side in x.shape[2:])) * 2 - 1, torch.tensor([250])
@@ -169,7 +169,7 @@ def test_stage_two_answers_as_its_pipeline(folders):
 
 
 @pytest.mark.slow
-def test_stage_two_draws_what_stage_one_drew(folders):
+def test_stage_two_upscales_the_stage_one_image(folders):
     """Validation from prompts alone, by both stages; the same as stage II from stage I's picture."""
     both = load(folders, "deepfloyd_2", f"model.options.first_stage={folders('deepfloyd_1')}")
     one, two = load(folders, "deepfloyd_1"), load(folders, "deepfloyd_2")
@@ -187,7 +187,7 @@ def test_stage_two_draws_what_stage_one_drew(folders):
     assert np.array_equal(*(np.asarray(picture) for (picture,) in (two_steps, alone)))
 
 
-def test_stage_two_is_told_the_picture_small_noised_and_how_far(folders):
+def test_stage_two_is_conditioned_on_the_noised_low_resolution_image_and_its_level(folders):
     family = load(folders, "deepfloyd_2")
     text = family.encode_text([CAPTION] * 40)
     shown = [ImageInfo(Size((64, 64), (0, 0), (64, 64)), torch.full((3, 64, 64), 0.5), 0, i, 7.0) for i in range(40)]
@@ -199,7 +199,7 @@ def test_stage_two_is_told_the_picture_small_noised_and_how_far(folders):
 
 
 @pytest.mark.parametrize("name", quick(FROM_PROMPTS))
-def test_text_is_what_the_pipeline_encodes(name, folders):
+def test_text_matches_the_pipelines_encoding(name, folders):
     family = load(folders, name)
     pipeline = family.pipeline()
     text = family.encode_text([CAPTION])
@@ -220,7 +220,7 @@ def test_text_is_what_the_pipeline_encodes(name, folders):
 
 
 @pytest.mark.parametrize("name", quick(FROM_PROMPTS))
-def test_captions_of_any_length_share_a_batch(name, folders):
+def test_captions_of_different_lengths_share_a_batch(name, folders):
     family = load(folders, name)
     captions = [CAPTION, "a dog", "", "a photo of a red robot on the beach in space"]
     text = Text.stack([family.encode_text([caption]) for caption in captions])
@@ -238,7 +238,7 @@ def test_captions_of_any_length_share_a_batch(name, folders):
 
 
 @pytest.mark.parametrize("name", quick(tiny_families.PIPELINES))
-def test_latents_come_back_as_pictures_of_their_size(name, folders):
+def test_decoded_latents_have_the_image_size(name, folders):
     family = load(folders, name)
     pixels = torch.rand(1, 3, 2 * family.stride, 3 * family.stride, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_image(pixels)
@@ -247,7 +247,7 @@ def test_latents_come_back_as_pictures_of_their_size(name, folders):
 
 
 @pytest.mark.parametrize("name", quick(tiny_families.PIPELINES))
-def test_gradients_reach_what_learns_and_nothing_else(name, folders):
+def test_gradients_reach_only_trained_parameters(name, folders):
     family = load(folders, name)
     layers = matching_layers(family.denoiser, [ending for group in family.target_modules.values() for ending in group])
     adapter = LoRA(rank=2, alpha=2, dropout=0.0, parts=list(family.target_modules), targets=[])
@@ -269,7 +269,7 @@ def test_gradients_reach_what_learns_and_nothing_else(name, folders):
 
 
 @pytest.mark.parametrize("name", quick(NAMED))
-def test_bfloat16_answers_in_float32_close_by(name, folders):
+def test_bfloat16_prediction_is_close_to_float32(name, folders):
     family, low = load(folders, name), load(folders, name, "model.dtype=bfloat16")
     x, t, cond = told(family, [CAPTION, "a dog"])
     exact, answer = family.denoise(x, t, cond), low.denoise(x, t, cond)
@@ -278,7 +278,7 @@ def test_bfloat16_answers_in_float32_close_by(name, folders):
 
 
 @pytest.mark.parametrize("name", quick(NAMED))
-def test_two_loads_agree_to_the_bit(name, folders):
+def test_repeated_loads_are_bit_identical(name, folders):
     answers = []
     for _ in range(2):
         family = load(folders, name)
@@ -288,7 +288,7 @@ def test_two_loads_agree_to_the_bit(name, folders):
 
 
 @pytest.mark.parametrize("name", quick(tiny_families.PIPELINES))
-def test_pictures_have_the_size_that_was_asked_for(name, folders):
+def test_generated_images_have_the_requested_size(name, folders):
     family = load(folders, name)
     height, width = (side * family.factor for side in cells(family))
     text, seen = family.encode_text([CAPTION]), []
@@ -302,7 +302,7 @@ def test_pictures_have_the_size_that_was_asked_for(name, folders):
     assert {shape for _, shape in seen} == {(1, family.channels, *cells(family))}
 
 
-def test_pictures_are_the_pipelines(folders):
+def test_generated_images_match_the_pipelines(folders):
     for name in ("sd15", "sd3", "flux", "qwen_image"):
         family = load(folders, name)
         pipeline, size = family.pipeline(), {"height": 64, "width": 96, "num_inference_steps": 3}
@@ -340,7 +340,7 @@ for name, folder, export, part, call in json.loads(sys.argv[1]):
 """
 
 
-def test_an_export_predicts_the_same_in_its_familys_pipeline_in_a_fresh_process(folders, tmp_path):
+def test_export_predicts_the_same_in_a_fresh_process(folders, tmp_path):
     trained, calls = {}, []
     for name in (n for n in NAMED if n not in ("flux_schnell", "sd21", "sd35")):
         family = trained[name] = load(folders, name)
@@ -368,7 +368,7 @@ def test_an_export_predicts_the_same_in_its_familys_pipeline_in_a_fresh_process(
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", quick(NAMED))
-def test_full_weights_are_read_to_the_same_prediction(name, folders, tmp_path):
+def test_full_weights_load_to_the_same_prediction(name, folders, tmp_path):
     family, again = load(folders, name), load(folders, name)
     adapter = Full(rank=1, alpha=1, dropout=0.0, parts=[], targets=[])
     adapter.attach(family.denoiser, family.target_modules, 0)
@@ -388,7 +388,7 @@ TINY_DECODERS = [n for n in NAMED if OmegaConf.load(conf_dir() / "model" / f"{ti
 
 
 @pytest.mark.parametrize("name", quick(TINY_DECODERS))
-def test_previews_are_made_by_the_tiny_autoencoder(name, folders, tmp_path):
+def test_previews_use_the_tiny_autoencoder(name, folders, tmp_path):
     family = load(folders, name)
     tiny.tae(family.channels).save_pretrained(tmp_path / "tae")
     family = load(folders, name, f"model.tae={tmp_path}/tae")
@@ -398,20 +398,20 @@ def test_previews_are_made_by_the_tiny_autoencoder(name, folders, tmp_path):
     assert_close(pictures, AutoencoderTiny.from_pretrained(tmp_path / "tae").decode(latents).sample.float())
 
 
-def test_a_pipeline_that_takes_one_time_for_all_rows_is_refused_with_its_reason(folders):
+def test_pipeline_with_one_timestep_per_batch_is_refused_with_the_reason(folders):
     family = load(folders, "aura_flow", model="diffusers")
     with pytest.raises(ConfigError, match="AuraFlowPipeline can't be trained through its own call"):
         family.denoise(*told(family, [CAPTION, "a dog"]))
 
 
-def test_another_familys_checkpoint_is_refused(folders):
+def test_checkpoint_of_another_family_is_refused(folders):
     with pytest.raises(ConfigError, match="is a FluxPipeline; this model needs a StableDiffusion3Pipeline"):
         load(folders, "flux", model="sd3")
     with pytest.raises(ConfigError, match="image-to-image"):
         load(folders, "sdxl_refiner", model="diffusers")
 
 
-def test_time_shifts_are_the_models_own_for_a_size(folders):
+def test_time_shift_is_the_models_own_for_a_size(folders):
     assert load(folders, "sd3").shift(8, 8) == load(folders, "sd3").shift(128, 128) == 3.0
     flux = load(folders, "flux")
     assert flux.shift(128, 128) == pytest.approx(torch.tensor(1.15).exp().item())
@@ -420,7 +420,7 @@ def test_time_shifts_are_the_models_own_for_a_size(folders):
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2_klein", "z_image", "qwen_image", "sana", "sd15"])
-def test_asking_a_pipeline_draws_nothing(name, folders):
+def test_inspecting_a_pipeline_consumes_no_random_numbers(name, folders):
     """A step's adapter dropout is torch's own generator's: a resumed run asks for the first time in another step."""
     family = load(folders, name)
     x, t, cond = told(family, [CAPTION])

@@ -51,7 +51,7 @@ def _sides(layer: Any) -> int:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_as_published_and_most_weights_of_blocks_learn(name):
+def test_parameter_counts_match_publication_and_targets_cover_most_block_weights(name):
     sizes = Sizes(name)
     assert sizes.parameters / 1e9 == pytest.approx(sizes.published, rel=0.01)
     assert sizes.layers and sizes.covered > (0.5 if name == "deepfloyd_1" else 0.6) * sizes.linear
@@ -77,13 +77,13 @@ def written(name: str) -> tuple[set[str], int]:
 
 
 @pytest.mark.parametrize(("name", "program"), CASES)
-def test_every_program_that_is_named_knows_every_layer_that_learns(name, program):
+def test_listed_programs_know_every_trained_layer(name, program):
     names, layers = written(name)
     assert len(names) == layers, "no two layers share a name"
     assert UNREAD[program](name, names) == MISSED.get((name, program), set())
 
 
-def test_a_model_without_programs_has_none_that_reads_it():
+def test_models_without_listed_programs_are_read_by_none():
     """Lumina 2's names are not among those that ComfyUI's table for it has, which are Z-Image's."""
     names, _ = written("lumina2")
     assert not family_of("lumina2").programs and not names & COMFYUI["z_image"]

@@ -134,7 +134,7 @@ def write_xl(folder: Path, to: Path, *flags: str) -> Path:
 
 
 @torch.no_grad()
-def test_a_single_sdxl_file_is_the_folder_it_was_made_from(tiny_sdxl, tmp_path):
+def test_single_sdxl_file_matches_its_folder(tiny_sdxl, tmp_path):
     words = ["dataset=folder", "dataset.path=.", "model.dtype=float32", "trainer.accelerator=cpu", f"cache={tmp_path}/cache"]
     file = write_xl(tiny_sdxl, tmp_path / "x.safetensors")
     families = [
@@ -154,7 +154,7 @@ def test_a_single_sdxl_file_is_the_folder_it_was_made_from(tiny_sdxl, tmp_path):
     assert converted and {path.stat().st_mode for path in converted} == {(tmp_path / "plain").stat().st_mode}
 
 
-def test_an_sdxl_fine_tune_that_predicts_v_with_zero_snr_is_trained_so(tiny_sdxl, tmp_path):
+def test_v_prediction_zero_snr_sdxl_file_keeps_its_schedule(tiny_sdxl, tmp_path):
     file = write_xl(tiny_sdxl, tmp_path / "x.safetensors", "v_pred", "ztsnr")
     family = build_family(
         lab.compose("model=sdxl", f"model.pretrained={file}", f"model.config={tiny_sdxl}", "dataset=folder", "dataset.path=.",
@@ -170,7 +170,7 @@ def converted(file: Path, folder: Path, cache: Path, prediction: enums.Predictio
 
 
 @torch.no_grad()
-def test_a_single_file_is_the_folder_it_was_made_from(folder, tmp_path):
+def test_single_file_matches_its_folder(folder, tmp_path):
     one, other = converted(write(folder, tmp_path / "x.safetensors"), folder, tmp_path / "c"), Checkpoint(str(folder), None, None)
     x, states, tokens = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.arange(77)[None]
     asked = {
@@ -184,7 +184,7 @@ def test_a_single_file_is_the_folder_it_was_made_from(folder, tmp_path):
     assert one.config("scheduler") == other.config("scheduler")
 
 
-def test_it_is_converted_once(folder, tmp_path, monkeypatch):
+def test_single_file_is_converted_once(folder, tmp_path, monkeypatch):
     file = write(folder, tmp_path / "x.safetensors")
     first = converted(file, folder, tmp_path / "c").folder
     monkeypatch.setattr(single_file, "_make", None)
@@ -202,7 +202,7 @@ def test_it_is_converted_once(folder, tmp_path, monkeypatch):
         (("v_pred", "ztsnr"), None, None, ("v_prediction", True)),
     ],
 )
-def test_what_the_network_predicts(flags, metadata, key, wanted, folder, tmp_path):
+def test_prediction_type_is_detected(flags, metadata, key, wanted, folder, tmp_path):
     said = converted(write(folder, tmp_path / "x.safetensors", *flags, metadata=metadata), folder, tmp_path, key).config(
         "scheduler"
     )
@@ -210,7 +210,7 @@ def test_what_the_network_predicts(flags, metadata, key, wanted, folder, tmp_pat
     assert said["timestep_spacing"] == ("trailing" if wanted[1] else "leading")
 
 
-def test_settings_come_from_a_hub_id_without_its_weights(folder, tmp_path, monkeypatch):
+def test_settings_are_read_from_a_hub_id_without_weights(folder, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     repo = tmp_path / "hub" / "models--owner--name"
@@ -225,7 +225,7 @@ def test_settings_come_from_a_hub_id_without_its_weights(folder, tmp_path, monke
         Checkpoint(str(file), None, None, tmp_path / "c", "owner/other")
 
 
-def test_what_is_refused(folder, tmp_path):
+def test_invalid_single_files_are_refused(folder, tmp_path):
     file, cache = write(folder, tmp_path / "x.safetensors"), tmp_path / "c"
     for name in ("x.ckpt", "x.pt", "x.bin"):
         with pytest.raises(ConfigError, match=r"pickles can run code and are never read; use the checkpoint's \.safetensors"):
@@ -243,13 +243,13 @@ def test_what_is_refused(folder, tmp_path):
         converted(tmp_path / "z.safetensors", folder, cache)
 
 
-def test_a_file_of_another_size_is_refused_and_leaves_nothing(folder, tmp_path, tiny_sdxl):
+def test_file_of_another_size_is_refused_and_leaves_no_files(folder, tmp_path, tiny_sdxl):
     with pytest.raises(ConfigError, match=r"does not contain a complete StableDiffusionXLPipeline of model\.config's sizes"):
         converted(write(folder, tmp_path / "x.safetensors"), tiny_sdxl, tmp_path / "c")
     assert list((tmp_path / "c" / "single_files").iterdir()) == []
 
 
-def test_what_the_file_lacks_is_not_taken_from_another_model(folder, tmp_path):
+def test_missing_weights_are_not_taken_from_another_model(folder, tmp_path):
     file = write(folder, tmp_path / "x.safetensors")
     save_file({k: v for k, v in load_file(file).items() if not k.startswith("cond_stage_model")}, file)
     with pytest.raises(ConfigError, match="does not contain a complete StableDiffusionPipeline"):

@@ -6,7 +6,7 @@ import pytest
 from dreambooth_lab.profiling.phases import Phases
 
 
-def test_a_phase_inside_another_counts_for_itself_alone():
+def test_nested_phase_is_not_counted_twice():
     phases = Phases()
     begun = time.perf_counter()
     with phases("training"):
@@ -24,7 +24,7 @@ def test_a_phase_inside_another_counts_for_itself_alone():
     assert phases.open == []
 
 
-def test_the_peak_belongs_to_the_phase_that_had_it():
+def test_peak_memory_is_assigned_to_its_phase():
     phases = Phases()
     with phases("small"):
         time.sleep(0.01)
@@ -40,7 +40,7 @@ def test_the_peak_belongs_to_the_phase_that_had_it():
     assert large - small > 250 * 2**20
 
 
-def test_an_error_closes_its_phase():
+def test_error_closes_its_phase():
     phases = Phases()
     with pytest.raises(ValueError), phases("training"):
         raise ValueError

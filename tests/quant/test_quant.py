@@ -58,7 +58,7 @@ def source(file: Path, dtype: torch.dtype, reads: list[int]) -> Source:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", PROMISE, ids=lambda k: k.value)
-def test_a_kind_keeps_its_promise_and_the_cache_gives_the_same_bits(kind, dtype, tmp_path):
+def test_error_is_within_its_bound_and_the_cache_is_bit_identical(kind, dtype, tmp_path):
     need(kind)
     x, reads = torch.randn(6, 32).to(dtype), []
     where = source(tmp_path / "weights", dtype, reads)
@@ -92,7 +92,7 @@ def test_gradients_pass_through_after_an_evaluation(kind, tmp_path):
     assert torch.equal(before, after) and y.grad.abs().sum() > 0
 
 
-def test_other_weights_and_damage_are_noticed(tmp_path, caplog):
+def test_changed_weights_and_damage_are_detected(tmp_path, caplog):
     need(enums.QuantKind.int8)
     reads: list[int] = []
     where = source(tmp_path / "weights", torch.float32, reads)
@@ -106,14 +106,14 @@ def test_other_weights_and_damage_are_noticed(tmp_path, caplog):
     assert len(reads) == 3 and "quantising again" in caplog.text
 
 
-def test_the_family_says_what_is_left_alone(tiny_sdxl):
+def test_family_names_the_layers_to_skip(tiny_sdxl):
     family = build_family(lab.compose("model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32"))
     names, left = layers_to_quantize(family.denoiser, family.skip_quantization)
     assert {name.split(".")[0] for name in left if "time_emb_proj" not in name} == {"time_embedding", "add_embedding"}
     assert all("attentions" in name for name in names) and len(names) > 20
 
 
-def test_simpletuners_spellings_are_the_same_kinds():
+def test_simpletuner_spellings_are_aliases():
     cfg = lab.compose("quant=nf4-bnb", "quant.text_encoder_1=no_change", "quant.text_encoder_2=int8-quanto")
     assert (cfg.quant.kind, cfg.quant.text_encoder_1, cfg.quant.text_encoder_2) == (
         enums.QuantKind.nf4,
@@ -122,7 +122,7 @@ def test_simpletuners_spellings_are_the_same_kinds():
     )
 
 
-def test_a_library_that_is_not_installed_is_refused(monkeypatch):
+def test_missing_library_is_refused(monkeypatch):
     monkeypatch.setattr(adapter_rules, "installed", lambda name: False)
     with pytest.raises(ConfigError, match=r"quant\.text_encoder_2 is nf4, but bitsandbytes is not installed; pip install"):
         check(lab.compose("dataset.path=.", "quant=int8", "quant.text_encoder_2=nf4"))
@@ -135,7 +135,7 @@ def test_float8_on_an_old_gpu_is_refused(monkeypatch):
     check_supported(enums.QuantKind.fp8_torchao, torch.device("cpu"))
 
 
-def test_a_run_on_int8_trains_and_its_second_start_reads_the_cache(small, tmp_path):
+def test_int8_run_trains_and_its_second_start_reads_the_cache(small, tmp_path):
     need(enums.QuantKind.int8)
     words = [*small, "quant=int8", "quant.text_encoder_2=int8", "validation.every_n_steps=0", f"cache={tmp_path / 'cache'}"]
     for name, said in (("first", "quantised in"), ("second", "from the cache")):
@@ -146,7 +146,7 @@ def test_a_run_on_int8_trains_and_its_second_start_reads_the_cache(small, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_frozen_layer_keeps_no_input_for_backward(kind):
+def test_frozen_layer_saves_no_input_for_backward(kind):
     layer = backend(enums.QuantKind(kind)).quantise(nn.Linear(128, 128, bias=False).requires_grad_(False))
     x = torch.randn(64, 128, requires_grad=True)
     with LiveBytes([*layer.parameters(), *layer.buffers()]) as held:

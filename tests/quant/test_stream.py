@@ -92,7 +92,7 @@ def same(one: nn.Module, other: nn.Module, library: enums.QuantKind) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.value)
 @pytest.mark.parametrize("name", MODELS)
-def test_streaming_gives_the_whole_loads_bits(name, kind, dtype, tmp_path):
+def test_streaming_is_bit_identical_to_a_whole_load(name, kind, dtype, tmp_path):
     need(kind)
     folder = save(name, tmp_path)
     streamed, whole = (
@@ -104,7 +104,7 @@ def test_streaming_gives_the_whole_loads_bits(name, kind, dtype, tmp_path):
         assert streamed.shared.weight is streamed.encoder.embed_tokens.weight, "tied weights stay one tensor"
 
 
-def test_a_layer_split_over_shards_is_quantised_when_whole(tmp_path):
+def test_layer_split_over_shards_is_quantised_once_complete(tmp_path):
     folder = save("flux", tmp_path / "a")
     tensors = {name: part for file in folder.glob("*.safetensors") for name, part in load_file(file).items()}
     shutil.copytree(folder, tmp_path / "b", ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -122,7 +122,7 @@ def test_a_layer_split_over_shards_is_quantised_when_whole(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["renamed", "lacking", "more"])
-def test_files_of_other_names_are_read_whole(spoil, tmp_path):
+def test_files_with_other_names_are_loaded_whole(spoil, tmp_path):
     """transformers and diffusers rename some tensors on load; what they make of a file is not guessed here."""
     folder = save("unet", tmp_path)
     file = sorted(folder.glob("*.safetensors"))[0]
@@ -137,7 +137,7 @@ def test_files_of_other_names_are_read_whole(spoil, tmp_path):
         Quantiser({"m": enums.QuantKind.int8}, None).load("m", source("unet", folder, torch.float32, True), [])
 
 
-def test_a_checkpoint_streams(tiny_sdxl, monkeypatch):
+def test_checkpoint_is_streamed(tiny_sdxl, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
     unet = Checkpoint(str(tiny_sdxl), None, None).load(
         "unet", torch.float32, CPU, Quantiser({"unet": enums.QuantKind.int8}, None), []

@@ -44,7 +44,7 @@ def call(album: Path, *words: str):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_model_of_the_real_class_says_what_its_own_generation_does(kind: str, album: Path, tmp_path: Path) -> None:
+def test_caption_matches_the_models_own_generation(kind: str, album: Path, tmp_path: Path) -> None:
     """From a folder, through its own processor; the question is no part of the answer; other pictures, other words."""
     place = str(KINDS[kind](tmp_path / kind))
     captioner = Captioner(place, "--model", torch.device("cpu"), None, 12)
@@ -67,7 +67,7 @@ def _generate(captioner: Captioner, photo: Image.Image):
 
 
 @pytest.mark.parametrize("kind", ["blip", "qwen2_vl"])
-def test_a_folder_is_captioned_by_a_real_model(kind: str, album: Path, tmp_path: Path) -> None:
+def test_folder_is_captioned_by_a_real_model(kind: str, album: Path, tmp_path: Path) -> None:
     model = KINDS[kind](tmp_path / kind)
     done = CliRunner().invoke(application, ["--input-dir", str(album), "--model", str(model), *PROMPTS[:2], "--max_tokens", "8"])
     assert done.exit_code == 0, done.output
@@ -76,7 +76,7 @@ def test_a_folder_is_captioned_by_a_real_model(kind: str, album: Path, tmp_path:
     assert (tmp_path / "captions_album.html").read_text().count("data:image/jpeg") == 2
 
 
-def test_where_the_instance_prompt_goes() -> None:
+def test_instance_prompt_is_placed_as_configured() -> None:
     put = placing("a photo of sks dog", "a photo of a dog")
     assert put("a dog on a beach") == "sks dog on a beach"
     assert put("A brown dog and another dog") == "A brown sks dog and another dog"
@@ -89,7 +89,7 @@ def test_where_the_instance_prompt_goes() -> None:
             placing(instance, kind)
 
 
-def test_a_caption_that_is_there_stays_and_a_broken_call_goes_on(album: Path, says: list[str]) -> None:
+def test_existing_captions_are_kept_and_an_interrupted_call_continues(album: Path, says: list[str]) -> None:
     (album / "a.txt").write_text("mine\n")
     done = call(album, *PROMPTS)
     assert done.exit_code == 0 and "1 captions written, 1 existed already" in done.output
@@ -115,7 +115,7 @@ def test_photos_without_a_caption_are_named(album: Path, says: list[str]) -> Non
     assert page.count("no caption: ") == 3 and "a dog" in page
 
 
-def test_wrong_words_are_refused(album: Path, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(album: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for words, named in (

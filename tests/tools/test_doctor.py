@@ -43,7 +43,7 @@ def tell(capsys, *words):
     return ended.value.code, capsys.readouterr().out
 
 
-def test_it_tells_versions_devices_kernels_models_and_variables(someone, capsys):
+def test_report_lists_versions_devices_kernels_models_and_variables(someone, capsys):
     code, said = tell(capsys)
     rows = {line.split("  ")[1].strip(): line for line in said.splitlines() if line.startswith("  ")}
     assert code == 0
@@ -54,13 +54,13 @@ def test_it_tells_versions_devices_kernels_models_and_variables(someone, capsys)
     assert "GB" in rows["free for runs"] and "0.01 GB" in rows["owner/model"]
 
 
-def test_secrets_are_only_said_to_be_set(someone, capsys, tmp_path):
+def test_secrets_are_reported_only_as_set(someone, capsys, tmp_path):
     _, said = tell(capsys, "--report", tmp_path / "report.txt")
     for text in (said, (tmp_path / "report.txt").read_text()):
         assert "HF_TOKEN" in text and "verysecret" not in text and "pass@" not in text
 
 
-def test_a_report_has_no_home_user_host_or_path(someone, capsys, tmp_path):
+def test_report_has_no_home_user_host_or_path(someone, capsys, tmp_path):
     _, said = tell(capsys, "--report", tmp_path / "report.txt")
     report = (tmp_path / "report.txt").read_text()
     assert str(someone) in said, "the screen has them"
@@ -75,7 +75,7 @@ def test_paths_inside_messages_are_cut(someone):
     assert "/" not in text.replace("(a path)", "") and "annemarie" not in text and "bigbox42" not in text and "bad" in text
 
 
-def test_a_needed_library_that_is_absent_is_said_and_ends_with_1(someone, capsys, monkeypatch):
+def test_missing_required_library_is_reported_with_exit_code_1(someone, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "NEEDED", ("nosuch-library",))
     code, said = tell(capsys)
     assert code == 1 and "nosuch-library" in said and "required" in said

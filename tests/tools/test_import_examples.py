@@ -91,7 +91,7 @@ def folder(tmp_path: Path, photos: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_imports(folder, name):
+def test_example_imports(folder, name):
     options, model, unsupported = EXAMPLES[name]
     said, became = translate(options, folder)
     assert said["/model"] == model and said["dataset.path"] == str(folder.parent / "data.json")
@@ -103,12 +103,12 @@ def test_an_example_imports(folder, name):
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
-def test_a_controlnet_example_says_why_it_can_not(folder, family):
+def test_controlnet_example_is_refused_with_the_reason(folder, family):
     with pytest.raises(ConfigError, match="controlnet trains another network"):
         translate(SHARED | {"model_family": family, "controlnet": True}, folder)
 
 
-def test_the_example_of_the_tutorial_imports(folder):
+def test_tutorial_example_imports(folder):
     """config.json.example: dashes before each name, booleans and numbers as strings."""
     options = {"model_family": "flux", "model_type": "lora", "push_to_hub": "true", "gradient_checkpointing": "true",
                "lr_scheduler": "polynomial", "lr_warmup_steps": 100, "validation_num_inference_steps": "20", "report_to": "wandb",

@@ -64,7 +64,7 @@ def kinds(**options: object) -> dict[str, Kind]:
     return {one.option: one.kind for one in translate(LORA | options, Path())[1]}
 
 
-def test_the_written_experiment_composes_to_what_was_said(config):
+def test_written_experiment_composes_to_the_reported_values(config):
     result = run(config())
     assert result.exit_code == 0, result.output
     cfg = composed(written(config()))
@@ -77,7 +77,7 @@ def test_the_written_experiment_composes_to_what_was_said(config):
     assert all(word in result.output for word in ("Mapped", "No effect here", "--config-dir", "experiment=my_config"))
 
 
-def test_the_command_that_is_shown_starts_it(config):
+def test_shown_command_starts_the_experiment(config):
     shown = run(config(validation_prompt="a dog")).output
     words = next(line for line in shown.splitlines() if line.startswith("run it:")).removeprefix("run it:  python ")
     command = f"{sys.executable} {words} --cfg job"
@@ -85,7 +85,7 @@ def test_the_command_that_is_shown_starts_it(config):
     assert job.returncode == 0 and "max_step_offset: 10" in job.stdout, job.stderr
 
 
-def test_every_option_is_told_and_no_secret_is_shown(config):
+def test_every_option_is_reported_without_secrets(config):
     options = read(config(lr_scheduler="sine", loss_tpye="l2", train_batch_size="four"))
     _, became = translate(options, Path())
     left = {one.option: one.note for one in became if one.kind is Kind.left}
@@ -100,7 +100,7 @@ VALUES = ["1", 2, True, "false", "no_change", "bf16", "fp16", "adamw_bf16", "con
           "clip", "512x512", "tensorboard", "some/path", "all+ffs"]  # fmt: skip
 
 
-def test_whatever_is_mapped_is_a_key_of_this_project():
+def test_mapped_options_are_existing_keys():
     cfg, taken = lab.compose("dataset.path=x"), set()
     for option in OPTIONS.keys() - LORA.keys():
         for value in VALUES:
@@ -131,7 +131,7 @@ def test_whatever_is_mapped_is_a_key_of_this_project():
         ("config.env", "A='b", "quotation mark"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, name, text, said):
+def test_invalid_file_is_refused(tmp_path, name, text, said):
     if text is not None:
         (tmp_path / name).write_text(text)
     result = run(tmp_path / name)
@@ -154,7 +154,7 @@ TRAINER_EXTRA_ARGS+=" --gradient_checkpointing"
 """
 
 
-def test_the_three_formats_say_the_same(tmp_path):
+def test_all_three_formats_give_the_same_result(tmp_path):
     said = {"model_family": "sdxl", "model_type": "lora", "use_ema": True, "lora_rank": 4}
     (tmp_path / "a.json").write_text(json.dumps({f"--{name}": value for name, value in said.items()}))
     (tmp_path / "a.toml").write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in said.items()))
@@ -163,7 +163,7 @@ def test_the_three_formats_say_the_same(tmp_path):
     assert results[0] == results[1] == results[2] and results[0]["adapter.rank"] == 4 and results[0]["ema.enabled"] is True
 
 
-def test_a_shell_file_is_read_and_not_run(tmp_path):
+def test_shell_file_is_parsed_and_not_executed(tmp_path):
     (tmp_path / "config.env").write_text(ENV)
     options = read(tmp_path / "config.env")
     assert options == {
@@ -174,19 +174,19 @@ def test_a_shell_file_is_read_and_not_run(tmp_path):
     }  # fmt: skip
 
 
-def test_the_command_ends_with_2_if_it_was_asked_wrongly(tmp_path, capsys):
+def test_invalid_arguments_end_with_exit_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: tool.application([str(tmp_path / "none.json")]))
     assert end.value.code == 2 and "none.json" in capsys.readouterr().err
 
 
-def test_no_file_is_written_over_unasked(config):
+def test_existing_files_are_not_overwritten_by_default(config):
     results = [run(config(), *words) for words in ([], [], ["--force"])]
     assert [result.exit_code for result in results] == [0, 1, 0] and "--force" in str(results[1].exception)
 
 
 @pytest.mark.parametrize("where", ["mine.yaml", "experiment/my.run.yaml", "cached/experiment/mine.yaml"])
-def test_an_output_that_hydra_would_not_take_is_refused(config, where, tmp_path):
+def test_output_name_invalid_for_hydra_is_refused(config, where, tmp_path):
     (tmp_path / "cached/cache").mkdir(parents=True)
     result = run(config(), "--output", tmp_path / where)
     assert isinstance(result.exception, ConfigError) and "--output" in str(result.exception)
@@ -203,12 +203,12 @@ def test_nothing_is_written_into_the_package(config):
      ({"tread_config": {"routes": []}}, "Not supported"), ({"lora_type": "lycoris"}, "lycoris_config.json"),
      ({"data_backend_config": None}, "dataset.path"), ({"max_train_steps": 0, "num_train_epochs": 0}, "trainer.max_steps")],
 )  # fmt: skip
-def test_what_remains_is_said(config, changes, said):
+def test_remaining_steps_are_reported(config, changes, said):
     result = run(config(**changes))
     assert result.exit_code == 1 and said in result.output and written(config()).exists()
 
 
-def test_files_of_the_command_line_come_first(config, tmp_path, photos):
+def test_command_line_files_take_precedence(config, tmp_path, photos):
     samples.save(tmp_path / "other.json", samples.entry(photos), samples.entry(photos, id="c", is_regularisation_data=True))
     (tmp_path / "lycoris.json").write_text('{"algo": "loha", "linear_dim": 4, "linear_alpha": 1}')
     result = run(config(), "--multidatabackend", tmp_path / "other.json", "--lycoris_config", tmp_path / "lycoris.json")
@@ -220,7 +220,7 @@ def test_files_of_the_command_line_come_first(config, tmp_path, photos):
 
 
 @pytest.mark.parametrize("algorithm", [*ON_LYCORIS, "tlora", "full", "lokrr"])
-def test_each_algorithm_of_lycoris_is_taken_or_named(tmp_path, algorithm):
+def test_each_lycoris_algorithm_is_mapped_or_named(tmp_path, algorithm):
     from lycoris.wrapper import network_module_dict
 
     (tmp_path / "lycoris.json").write_text(json.dumps({"algo": algorithm}))
@@ -243,13 +243,13 @@ def test_each_algorithm_of_lycoris_is_taken_or_named(tmp_path, algorithm):
      ({"controlnet": True}, "controlnet"), ({"pretrained_model_name_or_path": "x.gguf"}, "GGUF"),
      ({"pretrained_transformer_model_name_or_path": "x/y"}, "denoiser")],
 )  # fmt: skip
-def test_what_can_not_be_trained_writes_nothing(config, changes, said):
+def test_unsupported_models_write_no_files(config, changes, said):
     result = run(config(**changes))
     assert isinstance(result.exception, ConfigError) and said in str(result.exception)
     assert not written(config()).exists()
 
 
-def test_every_flavour_is_a_model_here_or_refused_with_a_reason():
+def test_every_flavour_is_mapped_or_refused_with_a_reason():
     for family, flavours in families.BUILT.items():
         for flavour, (model, checkpoint) in flavours.items():
             options = {"model_family": family, "model_flavour": flavour, "model_type": "lora"}
@@ -264,7 +264,7 @@ def test_every_flavour_is_a_model_here_or_refused_with_a_reason():
     assert {name for names in families.UNBUILT.values() for name in names}.isdisjoint(families.BUILT)
 
 
-def test_without_a_flavour_the_checkpoint_or_the_default_decides():
+def test_missing_flavour_is_taken_from_the_checkpoint_or_default():
     def model(**options: str) -> tuple[str, str | None]:
         said, _ = translate({"model_type": "lora"} | options, Path())
         return said["/model"], said.get("model.pretrained")
@@ -275,7 +275,7 @@ def test_without_a_flavour_the_checkpoint_or_the_default_decides():
     assert model(model_family="sd3", pretrained_model_name_or_path=place)[0] == "sd35_large"
 
 
-def test_the_training_type_decides_what_other_options_mean():
+def test_training_type_changes_the_meaning_of_options():
     said, became = translate(LORA | {"model_type": "full", "mixed_precision": "bf16", "lora_rank": 8}, Path())
     assert said["/adapter"] == "full" and said["model.dtype"] == "float32" and "adapter.rank" not in said
     assert {one.option for one in became if one.kind is Kind.idle} == {"mixed_precision", "lora_rank"}
@@ -283,13 +283,13 @@ def test_the_training_type_decides_what_other_options_mean():
     assert translate(LORA | {"use_dora": "true"}, Path())[0]["/adapter"] == "dora"
 
 
-def test_a_time_shift_is_for_flow_models():
+def test_time_shift_applies_to_flow_models_only():
     assert kinds(flow_schedule_shift=3)["flow_schedule_shift"] is Kind.idle
     said, _ = translate({"model_family": "sd3", "model_type": "lora", "flow_schedule_shift": 3}, Path())
     assert said["objective.shift"] == 3
 
 
-def test_what_is_off_is_no_loss_and_what_is_asked_for_is():
+def test_disabled_options_are_not_reported_as_unsupported():
     assert kinds(tread_config=None, ramtorch=False, quantize_activations="false")["ramtorch"] is Kind.idle
     asked = kinds(ramtorch=True, lora_rank="many", use_ema="perhaps", flux_lora_target="tiny", validation_prompt="${oc.env:HOME}")
     assert {name for name, kind in asked.items() if kind is Kind.left} == asked.keys() - LORA.keys() - {"data_backend_config"}
@@ -298,7 +298,7 @@ def test_what_is_off_is_no_loss_and_what_is_asked_for_is():
 @pytest.mark.parametrize(
     "sample", [pytest.param(samples.SUBJECT, id="subject"), pytest.param(samples.MASKED, id="masked", marks=pytest.mark.slow)]
 )
-def test_the_page_runs_on_the_toybox(config, tmp_path, sample):
+def test_imported_page_runs_on_the_toybox(config, tmp_path, sample):
     """Its config.json fragments and its dataset files; 64 px, without quantisation, so that it takes seconds."""
     for name, seed in (("subjectname", 0), ("regularisation", 1)):
         tiny.save_photos(tmp_path / "datasets" / name, [(80, 80), (90, 90)], seed=seed)

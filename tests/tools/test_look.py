@@ -52,7 +52,7 @@ def crops(words: list[str]) -> list[Crop]:
     return [crop for one in inspect_datasets(lab.compose(*words), 100).datasets for seen in one.seen for crop in seen.crops]
 
 
-def test_the_crops_shown_are_those_that_are_encoded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shown_crops_match_the_encoded_crops(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte for byte, in every bucket, random places and mirrors included; their masks are the loss' on its grid."""
     words = [*words, "dataset.resolutions=[32,64]", "dataset.crop=random", "dataset.crop_variants=2", "dataset.flip=true"]
     words += ["dataset.crop_aspect=square"]
@@ -75,7 +75,7 @@ def test_the_crops_shown_are_those_that_are_encoded(words: list[str], monkeypatc
     assert {np.asarray(crop.mask)[:: family.factor, :: family.factor].tobytes() for crop in shown} == theirs
 
 
-def test_the_page_holds_each_crop_with_its_mask_and_caption(words: list[str], tmp_path: Path) -> None:
+def test_page_shows_each_crop_with_mask_and_caption(words: list[str], tmp_path: Path) -> None:
     """A photo, its crop and that with its mask; all in one file that asks for nothing."""
     result = call(words, tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -90,7 +90,7 @@ def test_the_page_holds_each_crop_with_its_mask_and_caption(words: list[str], tm
         assert drawn.height == 3 * (160 + sheet.TITLE + sheet.GAP) + sheet.GAP, "a row a crop"
 
 
-def test_captions_are_counted_and_mirrored_crops_are_said(words: list[str], tmp_path: Path) -> None:
+def test_captions_are_counted_and_mirrored_crops_are_reported(words: list[str], tmp_path: Path) -> None:
     """In the tests' tokenizers every letter is a token, so a caption has as many as it has letters."""
     told = inspect_datasets(lab.compose(*words, "dataset.flip=true"), 100)
     captions = {caption for seen in told.datasets[0].seen for caption in seen.captions}
@@ -110,7 +110,7 @@ def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch
     assert crops(words)
 
 
-def test_copies_and_near_copies_are_named(words: list[str], album: Path) -> None:
+def test_duplicates_and_near_duplicates_are_named(words: list[str], album: Path) -> None:
     """The same bytes; and the same photo smaller, as a JPEG. Other photos of the subject are neither."""
     (album / "same.png").write_bytes((album / "0.png").read_bytes())
     with Image.open(album / "1.png") as photo:
@@ -123,7 +123,7 @@ def test_copies_and_near_copies_are_named(words: list[str], album: Path) -> None
     assert one.remarks[1].startswith("1.png and near.jpg are near-duplicates") and len(one.remarks) == 2
 
 
-def test_blurred_small_and_much_cut_photos_are_named(words: list[str], album: Path) -> None:
+def test_blurred_small_and_heavily_cropped_photos_are_named(words: list[str], album: Path) -> None:
     with Image.open(album / "0.png") as photo:
         photo.filter(ImageFilter.GaussianBlur(6)).save(album / "0.png")
     with Image.open(album / "1.png") as photo:
@@ -144,7 +144,7 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
     assert sharpness(Image.new("RGB", (50, 40), "red")) == 0
 
 
-def test_converted_colours_are_said(words: list[str], album: Path) -> None:
+def test_converted_colour_profiles_are_reported(words: list[str], album: Path) -> None:
     with Image.open(album / "0.png") as photo:
         photo.save(album / "0.png", icc_profile=display_p3())
     assert (
@@ -152,7 +152,7 @@ def test_converted_colours_are_said(words: list[str], album: Path) -> None:
     )
 
 
-def test_what_must_be_mended_is_named(words: list[str], album: Path, tmp_path: Path) -> None:
+def test_problems_are_named(words: list[str], album: Path, tmp_path: Path) -> None:
     (album / "masks" / "1.png").unlink()
     (album / "2.png").write_bytes((album / "2.png").read_bytes()[:300])
     Image.new("L", (128, 128)).save(album / "masks" / "0.png")
@@ -162,12 +162,12 @@ def test_what_must_be_mended_is_named(words: list[str], album: Path, tmp_path: P
     assert "2.png is not trained on: " in (tmp_path / "out" / "look.html").read_text()
 
 
-def test_only_so_many_are_shown(words: list[str]) -> None:
+def test_number_of_shown_photos_is_limited(words: list[str]) -> None:
     (one,) = inspect_datasets(lab.compose(*words), 2).datasets
     assert len(one.seen) == 2 and one.remarks == ["1 more are not shown; --most=3 shows them"]
 
 
-def test_wrong_words_are_refused(words: list[str], tmp_path: Path) -> None:
+def test_invalid_options_are_refused(words: list[str], tmp_path: Path) -> None:
     for wrong in ("dataset.no_such_key=1", "dataset.path=/no/such/folder"):
         assert isinstance(call([*words, wrong], tmp_path / "out").exception, ConfigError)
     assert not (tmp_path / "out").exists()

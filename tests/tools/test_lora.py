@@ -90,7 +90,7 @@ def loaded(base, path):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_three_layouts_of_an_export_are_one_update(which, exports):
+def test_three_layouts_of_an_export_give_the_same_update(which, exports):
     folder = exports[which]
     ours = dense(folder / DIFFUSERS)
     for name, layout in ((KOHYA, "kohya"), ("peft", "peft")):
@@ -104,9 +104,7 @@ def test_three_layouts_of_an_export_are_one_update(which, exports):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("source", [DIFFUSERS, KOHYA, "peft"])
 @pytest.mark.parametrize("to", ["diffusers", "kohya", "peft"])
-def test_a_converted_file_is_the_same_update_and_the_same_prediction(
-    which, source, to, exports, answers, tiny_sdxl, tmp_path, capsys
-):
+def test_converted_file_gives_the_same_update_and_prediction(which, source, to, exports, answers, tiny_sdxl, tmp_path, capsys):
     output = tmp_path / ("folder" if to == "peft" else "out.safetensors")
     call("convert", exports[which] / source, "--to", to, "--output", output)
     ours, theirs = dense(exports[which] / DIFFUSERS), dense(output)
@@ -130,7 +128,7 @@ def refused(capsys, *words):
     return capsys.readouterr().err
 
 
-def test_headers_travel_except_what_no_longer_holds(exports, tmp_path):
+def test_headers_are_kept_except_outdated_fields(exports, tmp_path):
     call("convert", exports[0] / DIFFUSERS, "--to", "kohya", "--output", tmp_path / "k.safetensors", "--dtype", "float16")
     with safe_open(tmp_path / "k.safetensors", "pt") as file:
         said = file.metadata()
@@ -139,7 +137,7 @@ def test_headers_travel_except_what_no_longer_holds(exports, tmp_path):
 
 
 @pytest.mark.parametrize("how", [("--rank", "2"), ("--keep", "0.9")])
-def test_a_smaller_file_is_as_near_as_the_singular_values_allow(how, exports, tmp_path, capsys):
+def test_resized_file_has_the_optimal_error(how, exports, tmp_path, capsys):
     call("resize", exports[0] / KOHYA, *how, "--output", tmp_path / "small.safetensors")
     printed = capsys.readouterr().out.partition("error    ")[2].partition("\n")[0]
     before, after = dense(exports[0] / KOHYA), dense(tmp_path / "small.safetensors")
@@ -158,7 +156,7 @@ def test_a_smaller_file_is_as_near_as_the_singular_values_allow(how, exports, tm
 
 
 @pytest.mark.parametrize("rank", [None, 8])
-def test_a_merge_is_the_weighted_sum(rank, exports, tmp_path):
+def test_merge_is_the_weighted_sum(rank, exports, tmp_path):
     """Also when it is cut to a rank that holds all of it."""
     more = ["--rank", rank] if rank else []
     words = [exports[0] / KOHYA, exports[1] / DIFFUSERS, "--weights", "0.75", "-0.5", "--output", tmp_path / "m.safetensors"]
@@ -169,7 +167,7 @@ def test_a_merge_is_the_weighted_sum(rank, exports, tmp_path):
 
 
 @pytest.mark.parametrize(("which", "name", "strength"), [(0, KOHYA, 1.0), (1, "peft", 0.5)])
-def test_a_baked_pipeline_answers_as_the_base_with_the_lora_on(which, name, strength, exports, answers, tiny_sdxl, tmp_path):
+def test_baked_pipeline_predicts_like_the_base_with_the_lora(which, name, strength, exports, answers, tiny_sdxl, tmp_path):
     call("bake", exports[which] / name, "--base", tiny_sdxl, "--output", tmp_path / "baked", "--strength", strength)
     with_lora = pipe(tiny_sdxl)
     with_lora.load_lora_weights(exports[which] / DIFFUSERS, adapter_name="it")
@@ -180,14 +178,14 @@ def test_a_baked_pipeline_answers_as_the_base_with_the_lora_on(which, name, stre
     assert (answer(baked) - answers[0]).abs().max() > 1e-2
 
 
-def test_a_lora_of_another_base_is_not_baked(exports, tiny_sdxl, tmp_path, capsys):
+def test_lora_of_another_base_is_not_baked(exports, tiny_sdxl, tmp_path, capsys):
     one = {"unet.nosuch.to_q.lora_A.weight": torch.zeros(2, 8), "unet.nosuch.to_q.lora_B.weight": torch.zeros(8, 2)}
     save_file(one, tmp_path / "other.safetensors")
     said = refused(capsys, "bake", tmp_path / "other.safetensors", "--base", tiny_sdxl, "--output", tmp_path / "baked")
     assert "--base" in said and not (tmp_path / "baked").exists()
 
 
-def test_ai_toolkits_file_has_alpha_as_its_rank_and_says_so(tmp_path, capsys):
+def test_ai_toolkit_file_uses_rank_as_alpha_with_a_notice(tmp_path, capsys):
     names = [f"diffusion_model.layers.{i}.attention.to_q" for i in (0, 1)]
     torch.manual_seed(0)
     weights = {
@@ -206,7 +204,7 @@ def test_ai_toolkits_file_has_alpha_as_its_rank_and_says_so(tmp_path, capsys):
         assert_close(dense(tmp_path / "d.safetensors")[f"transformer.layers.{i}.attention.to_q"], up @ down)
 
 
-def test_rslora_and_patterns_of_peft_scale_as_peft_does(exports, tmp_path):
+def test_rslora_and_rank_patterns_scale_as_in_peft(exports, tmp_path):
     file = exports[0] / "peft" / "adapter_model.safetensors"
     layer = next(key for key in load_file(file) if key.endswith("to_q.lora_A.weight"))
     layer = layer.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -217,7 +215,7 @@ def test_rslora_and_patterns_of_peft_scale_as_peft_does(exports, tmp_path):
     assert scales.pop(layer) == pytest.approx(10 / 2) and list(scales.values()) == pytest.approx([6 / 2] * len(scales))
 
 
-def test_inspect_tells_layers_ranks_and_norms(exports, capsys):
+def test_inspect_reports_layers_ranks_and_norms(exports, capsys):
     call("inspect", exports[1] / KOHYA)
     told = capsys.readouterr().out
     update = dense(exports[1] / DIFFUSERS)
@@ -229,7 +227,7 @@ def test_inspect_tells_layers_ranks_and_norms(exports, capsys):
 
 
 @pytest.mark.parametrize("file", ["lora.bin", "lora.safetensors"])
-def test_a_pickle_is_refused_and_not_read(file, tmp_path, capsys):
+def test_pickle_is_refused_and_not_loaded(file, tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
             return (tmp_path / "ran").touch, ()
@@ -247,13 +245,13 @@ def test_a_pickle_is_refused_and_not_read(file, tmp_path, capsys):
     [("unet.conv.weight", "is not a LoRA"), ("lora_unet_a.hada_w1_a", "LoHa"), ("unet.a.lora_magnitude_vector", "DoRA"),
      ("unet.a.lora_A.weight", "lacks")],
 )  # fmt: skip
-def test_a_file_that_is_no_plain_lora_is_refused_by_name(key, told, tmp_path, capsys):
+def test_files_other_than_plain_loras_are_refused_by_name(key, told, tmp_path, capsys):
     save_file({key: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
     said = refused(capsys, "inspect", tmp_path / "x.safetensors")
     assert "x.safetensors" in said and told in said
 
 
-def test_wrong_questions_name_their_option(exports, tmp_path, capsys):
+def test_invalid_options_are_named(exports, tmp_path, capsys):
     file, out = exports[0] / KOHYA, tmp_path / "o.safetensors"
     assert "--keep is 2" in refused(capsys, "resize", file, "--keep", "2", "--output", out)
     assert "--rank R or --keep" in refused(capsys, "resize", file, "--output", out)
@@ -262,7 +260,7 @@ def test_wrong_questions_name_their_option(exports, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_makers_own_layout_is_inspected_and_not_converted_wrongly(tmp_path, capsys):
+def test_original_layout_is_inspected_and_not_converted(tmp_path, capsys):
     """FLUX as sd-scripts has it: one matrix for q, k and v."""
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     one = {
@@ -284,7 +282,7 @@ def test_a_makers_own_layout_is_inspected_and_not_converted_wrongly(tmp_path, ca
      ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.{}.weight", "attn1.to_q"),
      ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.{}.weight", "self_attn.q_proj")],
 )  # fmt: skip
-def test_older_names_of_diffusers_are_read(key, layer, tmp_path):
+def test_old_diffusers_names_are_read(key, layer, tmp_path):
     save_file({key.format("down"): torch.ones(2, 4), key.format("up"): torch.ones(3, 2)}, tmp_path / "old.safetensors")
     ((found, one),) = (item for layers in read(tmp_path / "old.safetensors").parts.values() for item in layers.items())
     assert found.endswith(layer) and "processor" not in found and one.down.shape == (2, 4) and one.up.shape == (3, 2)
@@ -300,7 +298,7 @@ def test_half_precision_keeps_its_dtype_and_norms(exports, tmp_path):
         assert (theirs[layer] - ours[layer]).norm() < 0.02 * ours[layer].norm()
 
 
-def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path, capsys):
+def test_values_beyond_the_dtype_are_refused(tmp_path, capsys):
     one = {"unet.conv_in.lora_A.weight": torch.full((2, 4), 1e6), "unet.conv_in.lora_B.weight": torch.ones(3, 2)}
     save_file(one, tmp_path / "big.safetensors")
     words = [

@@ -59,7 +59,7 @@ def iou(found: np.ndarray, truth: np.ndarray) -> float:
     return float((found & truth).sum() / (found | truth).sum())
 
 
-def test_grabcut_finds_the_toyboxs_subjects() -> None:
+def test_grabcut_finds_toybox_subjects() -> None:
     """Known masks: each subject above .75, all together above .85, more than the best discs in the middle."""
     finish = Finish(largest_only=True, fill_holes=True)
     scores, blind = {}, []
@@ -75,7 +75,7 @@ def test_grabcut_finds_the_toyboxs_subjects() -> None:
     assert np.mean(list(scores.values())) > max(0.85, float(np.mean(blind)))
 
 
-def test_grabcut_repeats_itself_and_stays_in_its_rectangle() -> None:
+def test_grabcut_is_deterministic_and_stays_in_its_rectangle() -> None:
     photo = np.asarray(subject_photos("cup", 1)[0].image)
     assert np.array_equal(grabcut(photo), grabcut(photo))
     found = grabcut(photo, (30, 20, 60, 80)) > 0.5
@@ -92,7 +92,7 @@ def found() -> np.ndarray:
     return made
 
 
-def test_holes_are_filled_and_bays_are_not(found: np.ndarray) -> None:
+def test_holes_are_filled_but_concavities_are_not(found: np.ndarray) -> None:
     found[44:64, 0:12], found[48:64, 4:8] = 0.9, 0.0  # a bay that is open at the picture's border
     mask, plain = Finish(fill_holes=True).of(found), Finish().of(found)
     assert mask[18:26, 18:26].all() and not plain[18:26, 18:26].any()
@@ -101,12 +101,12 @@ def test_holes_are_filled_and_bays_are_not(found: np.ndarray) -> None:
     assert np.array_equal(mask, plain)
 
 
-def test_only_the_largest_piece_stays(found: np.ndarray) -> None:
+def test_only_the_largest_component_is_kept(found: np.ndarray) -> None:
     mask = Finish(largest_only=True).of(found)
     assert mask[10:18, 10:34].all() and not mask[40:].any() and Finish().of(found)[50:54, 50:54].all()
 
 
-def test_padding_grows_by_so_many_pixels(found: np.ndarray) -> None:
+def test_padding_grows_the_mask_by_given_pixels(found: np.ndarray) -> None:
     """A pixel is in the padded mask exactly if one of the mask is within the padding of it."""
     plain, mask = Finish().of(found), Finish(padding=3).of(found)
     inside = np.argwhere(plain > 0)
@@ -114,7 +114,7 @@ def test_padding_grows_by_so_many_pixels(found: np.ndarray) -> None:
     assert np.array_equal(mask > 0, near)
 
 
-def test_blur_fades_borders_and_nothing_further_away(found: np.ndarray) -> None:
+def test_blur_changes_only_the_border(found: np.ndarray) -> None:
     plain, mask = (
         Finish(largest_only=True, fill_holes=True).of(found),
         Finish(largest_only=True, fill_holes=True, blur=4).of(found),
@@ -124,18 +124,18 @@ def test_blur_fades_borders_and_nothing_further_away(found: np.ndarray) -> None:
     assert np.array_equal(mask[:5], plain[:5]) and (mask[14:30, 14:30] == 255).all() and abs(int(row[9]) + row[10] - 255) < 3
 
 
-def test_inverted_is_the_rest(found: np.ndarray) -> None:
+def test_inverted_mask_is_the_complement(found: np.ndarray) -> None:
     assert np.array_equal(Finish(invert=True, padding=2).of(found), 255 - Finish(padding=2).of(found))
 
 
-def test_the_threshold_chooses_and_soft_keeps_the_grey(found: np.ndarray) -> None:
+def test_threshold_binarises_and_soft_keeps_grey_values(found: np.ndarray) -> None:
     assert set(np.unique(Finish(threshold=0.1).of(found))) == {0, 255} and Finish(threshold=0.1).of(found)[20, 20] == 255
     soft = Finish(threshold=0.5, soft=True).of(found)
     assert set(np.unique(soft)) == {0, round(0.7 * 255), round(0.9 * 255)}
     assert Finish(threshold=0.95).of(found) is None
 
 
-def test_masks_have_the_photos_names_and_upright_sizes(album: Path, tmp_path: Path) -> None:
+def test_masks_have_the_photos_names_and_exif_corrected_sizes(album: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     result = run(album, masks, "--text_input", "robot")  # SimpleTuner's command
     assert result.exit_code == 0 and "--text_input='robot' is not used by grabcut" in result.output
@@ -147,7 +147,7 @@ def test_masks_have_the_photos_names_and_upright_sizes(album: Path, tmp_path: Pa
         assert sheet.height > 2 * 128  # a row for each
 
 
-def test_photos_without_a_mask_are_named_and_get_no_file(album: Path, tmp_path: Path) -> None:
+def test_photos_without_a_mask_are_named_and_have_no_file(album: Path, tmp_path: Path) -> None:
     Image.new("RGB", (80, 60), "teal").save(album / "plain.png")
     (album / "torn.png").write_bytes((album / "a.b.png").read_bytes()[:200])
     Image.new("RGB", (80, 60), "teal").save(album / "a.b.webp")
@@ -158,7 +158,7 @@ def test_photos_without_a_mask_are_named_and_get_no_file(album: Path, tmp_path: 
     assert {p.name for p in (tmp_path / "masks").rglob("*.*")} == {"a.b.png", "c.png"}
 
 
-def test_a_second_run_makes_only_what_is_missing(album: Path, tmp_path: Path) -> None:
+def test_second_run_writes_only_missing_masks(album: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     run(album, masks)
     by_hand = Image.new("L", (128, 128), 200)
@@ -176,7 +176,7 @@ def test_a_second_run_makes_only_what_is_missing(album: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_what_it_writes_trains(inside: bool, album: Path, tmp_path: Path, small: list[str]) -> None:
+def test_written_masks_can_be_trained_with(inside: bool, album: Path, tmp_path: Path, small: list[str]) -> None:
     """Every photo finds its mask, and neither masks nor the sheet are taken for photos."""
     masks = album / "masks" if inside else tmp_path / "masks"
     assert run(album, masks, "--largest_only", "--fill_holes", "--padding=2").exit_code == 0
@@ -218,7 +218,7 @@ def clipseg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_clipseg_reads_the_text_and_keeps_each_photos_size(clipseg: Path, album: Path, tmp_path: Path) -> None:
+def test_clipseg_uses_the_text_and_keeps_the_photo_size(clipseg: Path, album: Path, tmp_path: Path) -> None:
     """A random network: its masks mean nothing, but have names and sizes, and depend on the text."""
     result = run(album, tmp_path / "masks", "--text_input", "a robot", "--model", clipseg, "--threshold=0", "--soft")
     assert result.exit_code == 0, result.output
@@ -231,7 +231,7 @@ def test_clipseg_reads_the_text_and_keeps_each_photos_size(clipseg: Path, album:
     assert robot.min() >= 0 and robot.max() <= 1 and not np.array_equal(robot, house)
 
 
-def test_florence2_is_asked_where_the_text_is_and_its_polygons_are_filled(album: Path, tmp_path: Path) -> None:
+def test_florence2_polygons_for_the_text_are_filled(album: Path, tmp_path: Path) -> None:
     """A random network, whose answer is no polygon: no mask, and each photo named. Then an answer as it is trained to give."""
     place = str(tiny_captioners.florence2(tmp_path / "florence"))
     result = run(album, tmp_path / "masks", "--text_input", "a robot", "--model", place)
@@ -245,7 +245,7 @@ def test_florence2_is_asked_where_the_text_is_and_its_polygons_are_filled(album:
     assert "Locate a robot in the image with mask" in network.processor.tokenizer.decode(asked)
 
 
-def test_rembg_reads_a_network_from_a_local_file(album: Path, tmp_path: Path) -> None:
+def test_rembg_loads_a_local_network_file(album: Path, tmp_path: Path) -> None:
     """A network that answers the mean over the colours: bright is the subject."""
     pytest.importorskip("rembg")
     onnx = pytest.importorskip("onnx")
@@ -264,7 +264,7 @@ def test_rembg_reads_a_network_from_a_local_file(album: Path, tmp_path: Path) ->
     assert found.shape == bright.shape and np.corrcoef(found.ravel(), bright.ravel())[0, 1] > 0.95
 
 
-def test_what_cannot_be_done_is_said(album: Path, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(album: Path, tmp_path: Path) -> None:
     for words, said in [
         (["--method=text"], "--text_input is None"),
         (["--model=x"], "--method=grabcut does not use"),
@@ -282,13 +282,13 @@ def test_what_cannot_be_done_is_said(album: Path, tmp_path: Path) -> None:
     assert "own folder" in str(run(album, album).exception)
 
 
-def test_a_missing_library_is_named_with_the_way_to_it(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named_with_its_extra(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     error = run(album, tmp_path / "masks").exception
     assert isinstance(error, ConfigError) and "pip install 'dreambooth-lab[masks]'" in str(error)
 
 
-def test_simpletuners_other_options_mean_the_same(album: Path, tmp_path: Path) -> None:
+def test_simpletuner_options_are_accepted(album: Path, tmp_path: Path) -> None:
     run(album, tmp_path / "ours", "--invert", "--padding=3", "--blur=2")
     assert run(album, tmp_path / "theirs", "--invert_mask", "--mask_padding=3", "--mask_blur=2").exit_code == 0
     for name in ("a.b.png", "more/c.png"):
@@ -297,13 +297,13 @@ def test_simpletuners_other_options_mean_the_same(album: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 3), (9, 7), (64, 64)])
 @pytest.mark.parametrize("colour", [True, False])
-def test_any_picture_is_searched(size: tuple[int, int], colour: bool) -> None:
+def test_arbitrary_images_are_segmented(size: tuple[int, int], colour: bool) -> None:
     """No size and no content breaks the search; noise and flat colours too give numbers in [0, 1]."""
     noise = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     found = grabcut(noise if colour else np.full((*size, 3), 90, np.uint8))
     assert found.shape == size and found.min() >= 0 and found.max() <= 1
 
 
-def test_the_sheet_lies_beside_the_folders() -> None:
+def test_sheet_is_written_beside_the_folders() -> None:
     assert sheet_path(Path("/d/dog"), Path("/d/dog/masks")) == Path("/d/contact_sheet_dog_masks.png")
     assert sheet_path(Path("/d/dog"), Path("/m/dog")) == Path("/m/contact_sheet_dog.png")

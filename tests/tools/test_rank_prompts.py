@@ -36,7 +36,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_subjects_class_comes_first_on_the_toybox(words: list[str], tmp_path: Path) -> None:
+def test_class_of_the_subject_ranks_first_on_the_toybox(words: list[str], tmp_path: Path) -> None:
     done = call(words, PROMPTS, tmp_path / "out")
     assert done.exit_code == 0, done.output
     ranks = read(tmp_path / "out" / "ranks.csv")
@@ -64,7 +64,7 @@ def test_every_prompt_starts_from_the_same_noise(words: list[str]) -> None:
     assert [a.tobytes() for a in alone] == [b.tobytes() for b in among]
 
 
-def test_what_is_behind_the_best_is_measured_pair_by_pair() -> None:
+def test_differences_from_the_best_are_paired() -> None:
     """The pictures differ much, the prompts by a constant: the difference is certain though the means are not."""
     made = compared({"a": [0.1, 0.5, 0.9], "b": [0.2, 0.6, 1.0]})
     assert made["b"].behind == 0 and made["a"].behind == pytest.approx(0.1)
@@ -72,7 +72,7 @@ def test_what_is_behind_the_best_is_measured_pair_by_pair() -> None:
     assert math.isnan(compared({"a": [0.1, 0.2]})["a"].low), "two values have no interval"
 
 
-def test_the_answer_moves_with_the_prompt_alone(words: list[str]) -> None:
+def test_prediction_changes_only_with_the_prompt(words: list[str]) -> None:
     cfg = lab.compose(*words)
     family = base_model.load(cfg)
     same, near, far = base_model.movement(
@@ -82,7 +82,7 @@ def test_the_answer_moves_with_the_prompt_alone(words: list[str]) -> None:
     assert torch.isfinite(torch.tensor(far))
 
 
-def test_wrong_words_are_refused_before_anything_is_drawn(words: list[str], tmp_path: Path) -> None:
+def test_invalid_options_are_refused_before_sampling(words: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--prompts"):
         gathered(["one", " one "], None)
     with pytest.raises(ConfigError, match="--prompts_file"):

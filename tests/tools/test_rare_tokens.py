@@ -48,7 +48,7 @@ def model(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_candidates_are_one_token_to_all_and_known_words_are_left_out_with_a_reason(model, capsys):
+def test_candidates_are_single_tokens_and_known_words_are_excluded_with_a_reason(model, capsys):
     code, out, _ = tell(capsys, "--tokenizer", model)
     assert code == 0
     listed = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
@@ -60,7 +60,7 @@ def test_candidates_are_one_token_to_all_and_known_words_are_left_out_with_a_rea
     assert reasons["left out, one token for tokenizer only"].strip() == "bnha"
 
 
-def test_isolation_is_the_distance_to_the_nearest_other_row():
+def test_isolation_is_the_distance_to_the_nearest_other_embedding():
     rows = torch.randn(700, 16, generator=torch.Generator().manual_seed(1))
     ids = torch.arange(600)
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2)
@@ -68,13 +68,13 @@ def test_isolation_is_the_distance_to_the_nearest_other_row():
     torch.testing.assert_close(vocabulary.isolation(rows, ids), 1 - cosines.amax(1)[:600], atol=1e-5, rtol=1e-5)
 
 
-def test_a_file_of_words_leaves_out_more(model, capsys, tmp_path):
+def test_word_file_excludes_more_candidates(model, capsys, tmp_path):
     (tmp_path / "mine.txt").write_text("ZWX other\n")
     _, out, _ = tell(capsys, "--tokenizer", model, "--words", tmp_path / "mine.txt")
     assert "│ zwx" not in out and "mine.txt: zwx" in out.replace("\n", " ")
 
 
-def test_an_audit_counts_the_tokens_of_each_encoder(model, capsys):
+def test_audit_counts_the_tokens_of_each_encoder(model, capsys):
     _, out, _ = tell(capsys, "--tokenizer", model, "--audit", "bnha dog")
     rows = {
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:4]] for line in out.splitlines() if "│" in line
@@ -84,12 +84,12 @@ def test_an_audit_counts_the_tokens_of_each_encoder(model, capsys):
     assert first == 1 and second > 1
 
 
-def test_the_toybox_is_the_default_and_its_free_words_are_found(capsys):
+def test_toybox_is_the_default_and_its_unused_words_are_found(capsys):
     code, out, _ = tell(capsys, "--count", "500")
     assert code == 0 and "│ zwx" in out and "│ ohwx" in out and "│ cat" not in out
 
 
-def test_what_holds_no_tokenizer_is_refused(tmp_path, capsys):
+def test_folder_without_tokenizer_is_refused(tmp_path, capsys):
     code, _, err = tell(capsys, "--tokenizer", tmp_path)
     assert code == 2 and "--tokenizer" in err and str(tmp_path) in err
 
@@ -118,7 +118,7 @@ def gemma():
 
 
 @pytest.mark.parametrize("build", [unigram, qwen, gemma])
-def test_what_counts_is_a_word_inside_a_prompt(build, tmp_path):
+def test_tokens_are_counted_for_words_inside_a_prompt(build, tmp_path):
     """Every kind of tokenizer has "zwx" after a space as one token, and "xq" only inside words."""
     build().save_pretrained(tmp_path / "tokenizer")
     (reader,) = vocabulary.load(str(tmp_path))
@@ -129,7 +129,7 @@ def test_what_counts_is_a_word_inside_a_prompt(build, tmp_path):
     assert token in prompt and len(reader.ids(["xq"])[0]) > 1
 
 
-def test_a_csv_holds_every_candidate_with_its_tokens(model, capsys, tmp_path):
+def test_csv_lists_every_candidate_with_its_tokens(model, capsys, tmp_path):
     tell(capsys, "--tokenizer", model, "--count", "1", "--csv", tmp_path / "out" / "rare.csv")
     with (tmp_path / "out" / "rare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -139,7 +139,7 @@ def test_a_csv_holds_every_candidate_with_its_tokens(model, capsys, tmp_path):
         assert [int(row[reader.name]) for reader in readers] == [reader.ids([row["word"]])[0][0] for reader in readers]
 
 
-def test_a_word_that_moves_the_answer_more_comes_later(capsys, tmp_path):
+def test_words_are_sorted_by_change_of_prediction(capsys, tmp_path):
     """The toybox was trained with "red" and never with "zwx"; each word is asked at the same times and noises."""
     from dreambooth_lab import lab
     from dreambooth_lab.tools.rare_words.base_model_test import BaseModelTest
@@ -150,7 +150,7 @@ def test_a_word_that_moves_the_answer_more_comes_later(capsys, tmp_path):
     assert [one.word for one in vocabulary.ranked(even)] == ["near", "far"]
 
 
-def test_the_model_is_asked_about_the_rarest_and_draws_them(capsys, tmp_path):
+def test_rarest_words_are_evaluated_and_drawn_by_the_model(capsys, tmp_path):
     words = ["model=toybox", *MODEL, "--count", "2", "--drawn", "3", "--csv", tmp_path / "r.csv", "--sheet", tmp_path / "s.png"]
     code, out, err = tell(capsys, *words)
     assert code == 0, err
@@ -167,13 +167,13 @@ def rows_of(path):
         return (drawn.height - sheet.GAP) / (128 + sheet.TITLE + sheet.GAP)
 
 
-def test_an_audit_with_a_model_draws_what_it_takes_words_for(capsys, tmp_path):
+def test_audit_with_a_model_draws_the_words(capsys, tmp_path):
     code, out, err = tell(capsys, "model=toybox", *MODEL, "--audit", "sks robot", "--sheet", tmp_path / "audit.png")
     assert code == 0 and "movement" in out, err
     assert rows_of(tmp_path / "audit.png") == 3, "the class, and two words"
 
 
-def test_what_contradicts_itself_is_refused(capsys, tmp_path):
+def test_contradictory_options_are_refused(capsys, tmp_path):
     for said, named in (
         (["model=toybox", "--tokenizer", tmp_path], "--tokenizer"),
         (["--sheet", tmp_path / "s.png"], "--sheet"),
@@ -197,7 +197,7 @@ def clips_own(folder):
     CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges).save_pretrained(folder / "tokenizer")
 
 
-def test_the_vocabulary_of_clip(capsys, tmp_path):
+def test_clip_vocabulary_is_searched(capsys, tmp_path):
     """sks is one late token, as the field knows; ohwx is another, and is a candidate; zwx is two."""
     clips_own(tmp_path)
     (reader,) = vocabulary.load(str(tmp_path))

@@ -16,7 +16,7 @@ from dreambooth_lab.tools.common import cli
 LIGHT = ["caption", "draw_toybox", "generate", "bench.load_time", "rank_prompts", "rare_tokens", "watch.__main__"]
 
 
-def test_help_needs_no_torch():
+def test_help_does_not_import_torch():
     """Importing a tool is all that its help takes."""
     names = ", ".join(f"dreambooth_lab.tools.{name}" for name in LIGHT)
     code = f"import sys, {names}; assert not {{'torch', 'transformers', 'diffusers'}} & sys.modules.keys()"
@@ -24,7 +24,7 @@ def test_help_needs_no_torch():
 
 
 @pytest.mark.parametrize("word", ["--max_size", "--max-size"])
-def test_options_may_be_spelled_with_dashes_or_underscores(word):
+def test_options_accept_dashes_and_underscores(word):
     tool, told = cli.app(), []
 
     @tool.command()
@@ -34,7 +34,7 @@ def test_options_may_be_spelled_with_dashes_or_underscores(word):
     assert CliRunner().invoke(tool, [word, "3"]).exit_code == 0 and told == [3]
 
 
-def test_what_cant_be_done_is_one_line_and_code_2(capsys):
+def test_errors_are_one_line_with_exit_code_2(capsys):
     def fail():
         raise ConfigError("--size is 0; it must be at least 1")
 
@@ -43,16 +43,16 @@ def test_what_cant_be_done_is_one_line_and_code_2(capsys):
     assert ended.value.code == 2 and capsys.readouterr().err == "error: --size is 0; it must be at least 1\n"
 
 
-def test_indented_paragraphs_of_help_keep_their_lines():
+def test_indented_help_paragraphs_keep_their_lines():
     assert cli.text("One\nline.\n\n    a = 1\n    b = 2\n") == "One line.\n\n\b\n    a = 1\n    b = 2\n"
 
 
-def test_pictures_of_one_place_need_a_folder(tmp_path: Path):
+def test_photographs_require_a_folder(tmp_path: Path):
     failed = CliRunner().invoke(draw_toybox.application, ["--place", "in the city"])
     assert isinstance(failed.exception, ConfigError) and "--place" in str(failed.exception)
     assert CliRunner().invoke(draw_toybox.application, [str(tmp_path), "--place", "on the moon"]).exit_code == 2
 
 
-def test_a_judge_needs_a_run(tmp_path: Path):
+def test_judge_requires_a_run(tmp_path: Path):
     failed = CliRunner().invoke(judge_toybox.application, [str(tmp_path)])
     assert isinstance(failed.exception, ConfigError) and str(tmp_path) in str(failed.exception)

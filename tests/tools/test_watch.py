@@ -76,7 +76,7 @@ def told(url, n):
         return [json.loads(next(lines).removeprefix("data: ")) for _ in range(n)]
 
 
-def test_nobody_gets_in_without_the_token(server):
+def test_requests_without_the_token_are_refused(server):
     basic = {"Authorization": "Basic " + base64.b64encode(f"me:{TOKEN}".encode()).decode()}
     for path in ("/", "/page.js", "/events", "/picture/1", "/nowhere"):
         for wrong in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic !"}, {"Authorization": f"Token {TOKEN}"}):
@@ -87,7 +87,7 @@ def test_nobody_gets_in_without_the_token(server):
     assert post(server, picture()).status_code == 204
 
 
-def test_the_page_may_load_nothing_but_itself(server):
+def test_page_loads_only_its_own_resources(server):
     answer = httpx.get(server, auth=("me", TOKEN))
     rules = answer.headers["content-security-policy"].split("; ")
     assert "default-src 'none'" in rules and "script-src 'self'" in rules
@@ -103,17 +103,17 @@ def test_the_page_may_load_nothing_but_itself(server):
      json.dumps(numbers([1, "a"])), json.dumps(numbers([1, "a", "b"])), json.dumps(numbers(*[[1, "a", 0.5]] * 6000)),
      json.dumps(numbers(["1", "a", 0.5]))],
 )  # fmt: skip
-def test_what_is_no_message_of_a_run_is_refused(server, body):
+def test_invalid_messages_are_refused(server, body):
     assert httpx.post(f"{server}/hook", content=body, headers=BEARER).status_code == 422
 
 
-def test_a_body_is_bounded_whether_it_says_its_length_or_not(server, monkeypatch):
+def test_body_size_is_limited_with_or_without_content_length(server, monkeypatch):
     monkeypatch.setattr(app, "MOST_BODY", 1000)
     assert httpx.post(f"{server}/hook", content=b"x" * 2000, headers=BEARER).status_code == 413
     assert httpx.post(f"{server}/hook", content=iter([b"x" * 600] * 4), headers=BEARER).status_code == 413
 
 
-def test_what_is_sent_is_told_to_who_looks_and_to_who_comes_later(server):
+def test_messages_reach_current_and_later_clients(server):
     post(server, numbers([1, "train/loss", 0.5], [2, "train/loss", float("1e400") and None]))
     post(server, picture("preview"))
     post(server, picture("preview", sampler_step=10))
@@ -130,7 +130,7 @@ def test_what_is_sent_is_told_to_who_looks_and_to_who_comes_later(server):
     assert httpx.get(f"{server}/picture/999", auth=("me", TOKEN)).status_code == 404
 
 
-def test_memory_is_bounded_and_a_slow_browser_must_come_anew(monkeypatch):
+def test_memory_is_bounded_and_slow_clients_must_reconnect(monkeypatch):
     monkeypatch.setattr(board, "MOST_BYTES", 400)
     monkeypatch.setattr(board, "MOST_RUNS", 3)
     monkeypatch.setattr(board, "MOST_WAITING", 5)
@@ -147,14 +147,14 @@ def test_memory_is_bounded_and_a_slow_browser_must_come_anew(monkeypatch):
     assert len(held.replaced) == board.MOST_REPLACED and len(held.pictures) == len(held.by_number)
 
 
-def test_a_resumed_runs_numbers_take_the_place_of_the_older_ones():
+def test_metrics_of_a_resumed_run_replace_older_ones():
     held = board.Board()
     held.receive(payload.Metrics("r", [(step, "a", float(step)) for step in range(6)]))
     held.receive(payload.Metrics("r", [(4, "a", 9.0), (5, "a", 8.0)]))
     assert list(held.runs["r"]["a"]) == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 9.0), (5, 8.0)]
 
 
-def test_it_starts_only_with_a_token_and_never_says_it():
+def test_server_requires_a_token_and_never_prints_it():
     command = [sys.executable, "-m", "dreambooth_lab.tools.watch", "--port", "0"]
     bare = {key: value for key, value in os.environ.items() if key != "DREAMBOOTH_WATCH_TOKEN"}
     for env in (bare, bare | {"DREAMBOOTH_WATCH_TOKEN": "short"}):
@@ -166,7 +166,7 @@ def test_it_starts_only_with_a_token_and_never_says_it():
     assert first.startswith("http://127.0.0.1:") and TOKEN not in first + running.communicate(timeout=120)[0]
 
 
-def test_a_run_appears_in_the_browser_as_it_goes(small, tmp_path, monkeypatch):
+def test_run_appears_in_the_browser_during_training(small, tmp_path, monkeypatch):
     """Two real runs and one that tries to write HTML, at a desktop's and a phone's width."""
     monkeypatch.setenv("DREAMBOOTH_WATCH_TOKEN", TOKEN)
     with serving() as url, browser.chromium(tmp_path / "profile") as page:

@@ -8,19 +8,19 @@ from dreambooth_lab.tools.common.training_config import command, compose_checked
 @pytest.mark.parametrize(
     ("word", "told"), [("nosuch=1", "nosuch is not a key"), ("dataset.batch_size=0", "dataset.batch_size is 0")]
 )
-def test_bad_words_end_a_measuring_command_with_the_key(capsys, word, told):
+def test_invalid_overrides_end_a_measuring_command_with_the_key(capsys, word, told):
     with pytest.raises(SystemExit) as ended:
         command(compose_checked, "What it measures.", [word])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: ") and told in said
 
 
-def test_help_says_what_a_command_measures(capsys):
+def test_help_describes_what_a_command_measures(capsys):
     with pytest.raises(SystemExit) as ended:
         command(compose_checked, "What it measures:\n\n    python -m it key=value\n", ["--help"])
     said = capsys.readouterr().out
     assert ended.value.code == 0 and "What it measures" in said and "python -m it key=value" in said
 
 
-def test_good_words_give_the_config_of_the_run():
+def test_valid_overrides_give_the_run_config():
     assert compose_checked(["dataset.batch_size=3"]).dataset.batch_size == 3
