@@ -43,7 +43,7 @@ def chromium(profile: Path) -> Iterator[Any]:
         browser.quit()
 
 
-def look(browser: Any, size: tuple[int, int], picture: Path) -> dict[str, int]:
+def look(browser: Any, size: tuple[int, int], screenshot: Path) -> dict[str, int]:
     """Lay the open page out at a size in px, and keep a picture of the whole of it."""
     width, height = size
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
@@ -52,7 +52,7 @@ def look(browser: Any, size: tuple[int, int], picture: Path) -> dict[str, int]:
     found = browser.execute_script(LOOK)
     whole = browser.execute_script("return document.documentElement.scrollHeight")
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics | {"height": min(int(whole), 12000)})
-    browser.save_screenshot(str(picture))
+    browser.save_screenshot(str(screenshot))
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     return found
 

@@ -118,7 +118,7 @@ def test_refused_job_does_not_stop_other_jobs(small, tmp_path, photos):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["model=sdxl", "quant=int8", "adapter=full", "dataset.path=."], "needs the weights themselves"),
         (
@@ -128,9 +128,9 @@ def test_refused_job_does_not_stop_other_jobs(small, tmp_path, photos):
         (["resume=."], "is not a run folder"),
     ],
 )
-def test_refused_configurations_print_short_errors_and_write_no_files(words, said, tmp_path):
+def test_refused_configurations_print_short_errors_and_write_no_files(words, message, tmp_path):
     done = call(*words, cwd=tmp_path)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("runs/*"))
 
 

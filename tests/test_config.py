@@ -77,9 +77,9 @@ def test_all_problems_are_reported_at_once():
         "adapter.alpha=1",
         "prior=teacher",
     )
-    for said in ("dataset.path has no value", "rollout.num_steps is 0", "did you mean dataset.batch_size",
+    for message in ("dataset.path has no value", "rollout.num_steps is 0", "did you mean dataset.batch_size",
                  "adapter.rank is 0; it must be at least 1", "prior.path is null", "prior.prompt is empty"):  # fmt: skip
-        assert said in text
+        assert message in text
     assert text.startswith("6 problem(s)")
 
 
@@ -91,7 +91,7 @@ def test_relative_paths_are_resolved_independently_of_the_working_directory(phot
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("dataset.path=/no/such/folder", "which does not exist"),
         ("model.pretrained=./nowhere", "model.pretrained is './nowhere'"),
@@ -153,8 +153,8 @@ def test_relative_paths_are_resolved_independently_of_the_working_directory(phot
         ("dataset.path='${.path}'", "which can't be used: Recursive"),
     ],
 )
-def test_bad_values_are_refused_with_their_key(override, said):
-    assert said in problems("dataset.path=.", override)
+def test_bad_values_are_refused_with_their_key(override, message):
+    assert message in problems("dataset.path=.", override)
 
 
 def test_unused_prompts_are_refused():
@@ -167,7 +167,7 @@ CLASS = 'dataset.class_prompt="a photo of a dog"'
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["prior=teacher"], "set prior.path=FOLDER, prior.source=generated"),
         (["prior=teacher", "prior.source=generated", "prior.path=."], "which prior.source=generated does not read"),
@@ -179,8 +179,8 @@ CLASS = 'dataset.class_prompt="a photo of a dog"'
         (["prior.generated.resolution=100"], "prior.generated.resolution is 100; it must be a multiple of 8"),
     ],
 )
-def test_contradictory_values_are_refused_with_a_fix(words, said):
-    assert said in problems("dataset.path=.", CLASS, *words)
+def test_contradictory_values_are_refused_with_a_fix(words, message):
+    assert message in problems("dataset.path=.", CLASS, *words)
 
 
 def test_help_does_not_import_torch():
@@ -228,8 +228,8 @@ def test_numbers_outside_their_range_are_refused(good, key):
         node = node[0] if isinstance(node, ListConfig) else node
         with suppress(ValidationError):  # types refuse it sooner
             node[field] = [wrong] if isinstance(node[field], ListConfig) else wrong
-            said = "|".join(text for text in ranges.problems(Reader(cfg)))
-            assert f"{key} is {node[field][0] if isinstance(node[field], ListConfig) else node[field]}; it must be" in said
+            messages = "|".join(text for text in ranges.problems(Reader(cfg)))
+            assert f"{key} is {node[field][0] if isinstance(node[field], ListConfig) else node[field]}; it must be" in messages
 
 
 def test_unreadable_key_is_reported_once_and_paths_are_still_resolved():

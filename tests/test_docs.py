@@ -127,10 +127,10 @@ def composed(words: Sequence[str]) -> None:
     read = [word for word in as_hydra_reads(words) if not word.startswith(OF_THE_SHELL)]
     jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(read), None)[0] if "-m" in words else [read]
     for job in {tuple(jobs[0]), tuple(jobs[-1])}:
-        said = OverridesParser.create().parse_overrides(list(job))
-        of_groups = tuple(one.input_line for one in said if one.key_or_group in help.groups())
+        overrides = OverridesParser.create().parse_overrides(list(job))
+        of_groups = tuple(one.input_line for one in overrides if one.key_or_group in help.groups())
         cfg = copy.deepcopy(chosen(of_groups))
-        for one in said:
+        for one in overrides:
             if one.input_line not in of_groups:
                 OmegaConf.update(cfg, one.key_or_group, one.value(), force_add=one.is_add())
         check(cfg)
@@ -157,10 +157,12 @@ def test_documented_run_commands_compose(words, place, monkeypatch):
 @pytest.mark.parametrize(("page", "module", "words"), TOOLS, ids=[f"{module[21:]}-{i}" for i, (_, module, _) in enumerate(TOOLS)])
 def test_documented_tool_commands_parse(page, module, words, place, monkeypatch):
     monkeypatch.chdir(place)
-    asked = parsed(module, words).params
+    params = parsed(module, words).params
     if module.endswith("generate"):
         generate.read(words)
-    elif overrides := asked.get("overrides") or asked.get("words") if not module.endswith("rare_tokens") else asked["overrides"]:
+    elif (
+        overrides := params.get("overrides") or params.get("words") if not module.endswith("rare_tokens") else params["overrides"]
+    ):
         composed(overrides)
 
 
@@ -212,7 +214,7 @@ def test_code_blocks_name_their_language_and_yaml_blocks_parse():
 def test_exclusion_lists_have_no_unused_entries():
     lines = [line for block in blocks("bash", "powershell") for line in block.text.splitlines()]
     assert all(any(line.startswith(word) for line in lines) for word in ELSEWHERE)
-    assert all(any(words == shlex.split(said) for _, words in PROGRAM) for said in NOT_COMPOSED)
+    assert all(any(words == shlex.split(command) for _, words in PROGRAM) for command in NOT_COMPOSED)
     assert all(any(word in block.text for block in blocks("python")) for word in NOT_RUN)
 
 
@@ -246,9 +248,9 @@ def test_documented_simpletuner_options_are_read_by_the_importer():
 def test_documented_file_locations_match_the_export_card():
     """The page names the file of a run called `dreambooth`, and of a word `ohwx`."""
     page = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
-    said = [text.format(name="dreambooth") for text in card_files.COPY.values()]
-    said += [text.format(file="embeddings/ohwx.safetensors", stem="ohwx", word="ohwx") for text in card_files.SAY.values()]
-    assert {span for text in said for span in re.findall(r"`[^`]+`", text) if span not in page} == set()
+    texts = [text.format(name="dreambooth") for text in card_files.COPY.values()]
+    texts += [text.format(file="embeddings/ohwx.safetensors", stem="ohwx", word="ohwx") for text in card_files.SAY.values()]
+    assert {span for text in texts for span in re.findall(r"`[^`]+`", text) if span not in page} == set()
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +261,10 @@ def site(tmp_path_factory) -> Path:
 def test_reference_lists_every_key_with_its_comment(site):
     text = "\n".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.md"))
     assert {key for key in all_keys() if f"{{ #{key} }}" not in text} == set()
-    said = (site / "reference" / "dataset.md").read_text(encoding="utf-8")
-    about = said.split("{ #dataset.crop }")[1].split("###")[0]
+    dataset_page = (site / "reference" / "dataset.md").read_text(encoding="utf-8")
+    about = dataset_page.split("{ #dataset.crop }")[1].split("###")[0]
     assert "one of center, random, corner" in about and "default `center`" in about and "position of the crop" in about
-    about = said.split("{ #dataset.path }")[1].split("###")[0]
+    about = dataset_page.split("{ #dataset.path }")[1].split("###")[0]
     assert "folder of the subject's photos" in about and "package:toybox/pictures" in about, (
         "a comment of folder, a value of toybox"
     )
@@ -285,5 +287,5 @@ def test_site_builds_without_warnings_or_external_resources(site):
     assert done.returncode == 0, done.stdout + done.stderr
     pages = sorted((site.parent / "site").rglob("*.html"))
     assert len(pages) > 40
-    asked = r"""<(?:script|img|link)[^>]*\b(?:src|href)=["'](?:https?:)?//"""
-    assert [page for page in pages if re.search(asked, page.read_text(encoding="utf-8"))] == []
+    external = r"""<(?:script|img|link)[^>]*\b(?:src|href)=["'](?:https?:)?//"""
+    assert [page for page in pages if re.search(external, page.read_text(encoding="utf-8"))] == []

@@ -69,9 +69,9 @@ def test_trained_token_changes_only_captions_that_contain_it(made):
     module, batch = made
     for row in module.text.token.parameters():
         row.data += 1
-    told = module.conditioning(batch)
-    assert (told["prompt_embeds"][batch.instance_rows] - batch.cond["prompt_embeds"][batch.instance_rows]).abs().max() > 1e-2
-    assert torch.equal(told["prompt_embeds"][batch.class_rows], batch.cond["prompt_embeds"][batch.class_rows])
+    cond = module.conditioning(batch)
+    assert (cond["prompt_embeds"][batch.instance_rows] - batch.cond["prompt_embeds"][batch.instance_rows]).abs().max() > 1e-2
+    assert torch.equal(cond["prompt_embeds"][batch.class_rows], batch.cond["prompt_embeds"][batch.class_rows])
     plain = build_family(module.cfg).encode_text(["a photo of a dog"])
     assert torch.equal(module.text.encode(["a photo of a dog"])["prompt_embeds"], plain["prompt_embeds"])
 
@@ -107,7 +107,7 @@ def test_run_trains_exports_and_reloads_its_token(small, tmp_path):
     pipeline = done.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
-    picture = pipeline("a photo of q dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    image = pipeline("a photo of q dog", generator=torch.Generator().manual_seed(0), **options).images[0]
     saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
-    difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
+    difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(saved.tobytes()))
     assert difference.abs().max() <= 1

@@ -21,9 +21,9 @@ from dreambooth_lab.tools import generate
 def finished(small, tmp_path_factory):
     """A run of two epochs on five photos and their class pictures, with what it said."""
     root = tmp_path_factory.mktemp("ending") / "run"
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("dreambooth_lab")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -39,7 +39,7 @@ def finished(small, tmp_path_factory):
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    return RunFolder(root), said
+    return RunFolder(root), messages
 
 
 def test_max_epochs_sets_the_number_of_steps(finished):
@@ -52,9 +52,9 @@ def test_max_epochs_sets_the_number_of_steps(finished):
 
 
 def test_summary_has_three_lines_for_result_step_and_usage(finished):
-    folder, told = finished
+    folder, output = finished
     learned, keep, use = report.summary_lines(folder)
-    assert all(line in told for line in (learned, keep, use))
+    assert all(line in output for line in (learned, keep, use))
     assert learned.startswith("learned: train/loss ") and "eval.path" in learned
     assert keep.startswith("keep: No step is marked as best")
     command, _, copy = use.removeprefix("use: ").partition("; ")
@@ -85,6 +85,6 @@ def test_comfyui_file_is_detected_by_its_keys(tmp_path):
 
 
 def test_progress_in_a_log_file_is_plain_lines(finished):
-    _, said = finished
-    (line,) = [one for one in said if one.startswith("step 10 of 10  loss ")]
-    assert "steps/s" in line and "━" not in " ".join(said)
+    _, messages = finished
+    (line,) = [one for one in messages if one.startswith("step 10 of 10  loss ")]
+    assert "steps/s" in line and "━" not in " ".join(messages)

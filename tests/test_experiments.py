@@ -35,8 +35,8 @@ def test_pinned_experiment_states_its_question_and_composes(path, at_home, monke
         monkeypatch.setenv("DREAMBENCH", str(tmp_path))
         (tmp_path / "dog").mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / "dog" / "0.png")
-    asked = OmegaConf.missing_keys(lab.compose(*words))
-    check(lab.compose(*words, *(f"{key}={tmp_path}" for key in asked)))
+    missing = OmegaConf.missing_keys(lab.compose(*words))
+    check(lab.compose(*words, *(f"{key}={tmp_path}" for key in missing)))
 
 
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if "dream" in path.stem], ids=lambda p: p.stem)

@@ -75,19 +75,19 @@ def test_lora_of_another_program_requires_its_base_model(finished, tiny_sdxl, tm
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "message"),
     [
         (("dreambooth_lab.adapter.LoRA", "subprocess.Popen"), "subprocess.Popen', which is no Adapter of this project"),
         (("name: dreambooth", "name: ${oc.env:HOME}"), "has interpolations"),
     ],
 )
-def test_untrusted_file_runs_no_code_and_reads_no_secret(edit, said, finished, tiny_sdxl, tmp_path):
+def test_untrusted_file_runs_no_code_and_reads_no_secret(edit, message, finished, tiny_sdxl, tmp_path):
     file = finished["lora"].folder.export / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     assert edit[0] in header["config"]
     save_file(load_file(file), tmp_path / "evil.safetensors", header | {"config": header["config"].replace(*edit)})
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         generate(read([f"file={tmp_path / 'evil.safetensors'}", f"model={tiny_sdxl}", "prompt=a dog", f"out={tmp_path / 'out'}"]))
 
 
@@ -95,14 +95,19 @@ def test_images_store_their_settings_and_nothing_is_overwritten(finished, tmp_pa
     words = [f"run={finished['lora'].folder.root}", *FAST, "seeds=[3]", "negative=a: b", f"out={tmp_path / 'out'}"]
     first, second = generate(read(words)), generate(read(words))
     assert (first.parent.name, second.parent.name) == ("out", "out_2")
-    said = json.loads(Image.open(first.parent / "00_00.png").info["dreambooth_lab"])
-    assert (said["prompt"], said["seed"], said["strength"], said["negative"]) == ("a photo of q dog", 3, 1.0, "a: b")
+    settings = json.loads(Image.open(first.parent / "00_00.png").info["dreambooth_lab"])
+    assert (settings["prompt"], settings["seed"], settings["strength"], settings["negative"]) == (
+        "a photo of q dog",
+        3,
+        1.0,
+        "a: b",
+    )
 
 
 def test_grid_has_rows_for_prompts_and_strengths_and_columns_for_seeds():
-    asked = [Picture(prompt, strength, seed) for prompt in ("x", "y") for strength in (0.0, 1.0) for seed in (5, 6, 7)]
+    requested = [Picture(prompt, strength, seed) for prompt in ("x", "y") for strength in (0.0, 1.0) for seed in (5, 6, 7)]
     made = [Image.new("RGB", (64, 48), (10 * i, 0, 0)) for i in range(12)]
-    sheet = grid(asked, made, 3)
+    sheet = grid(requested, made, 3)
     line = (sheet.height - 4 * 48) // 5
     assert sheet.width == 3 * 64
     for i in range(12):
@@ -118,7 +123,7 @@ def test_arguments_are_read_as_typed():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["prompt=x"], "either run=FOLDER or file=EXPORT"),
         (["run=a", "file=b", "prompt=x"], "either run=FOLDER or file=EXPORT"),
@@ -132,10 +137,10 @@ def test_arguments_are_read_as_typed():
         (["file=/no/such.safetensors", "prompt=x"], "which does not exist"),
     ],
 )
-def test_invalid_arguments_are_refused(words, said):
+def test_invalid_arguments_are_refused(words, message):
     with pytest.raises(ConfigError) as error:
         generate(read(words))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_command_prints_the_grid_path_or_one_line_of_error(finished, tmp_path, capsys):
@@ -145,5 +150,5 @@ def test_command_prints_the_grid_path_or_one_line_of_error(finished, tmp_path, c
     assert stopped.value.code == 0 and capsys.readouterr().out.strip().endswith("out/grid.png")
     with pytest.raises(SystemExit) as stopped:
         main([*words, "ema=maybe"])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert stopped.value.code == 2 and output.startswith("error: ") and output.count("\n") == 1

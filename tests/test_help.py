@@ -48,8 +48,8 @@ def test_options_and_keys_are_shown_with_type_and_comment():
 
 @pytest.mark.parametrize("key", list(all_keys()))
 def test_every_key_has_a_help_line(key):
-    said = page(["--help", key]).splitlines()
-    assert said[0].startswith(f"{key}: ") and len(said) > 1
+    lines = page(["--help", key]).splitlines()
+    assert lines[0].startswith(f"{key}: ") and len(lines) > 1
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,12 @@ def test_module_has_the_requested_weights(done):
     base = torch.load(done.folder.checkpoint(4), weights_only=True)
     best = torch.load(done.folder.best()[0], weights_only=True)
     average = base["callbacks"][Ema.__qualname__]["shadow"]
-    asked = {
+    requested = {
         ("last", False): base["state_dict"], ("last", True): average, (2, False): None, ("best", False): best["state_dict"],
         (done.folder.checkpoint(4), False): base["state_dict"],
     }  # fmt: skip
-    made = {key: weights(done.module(*key)) for key in asked}
-    for key, expected in asked.items():
+    made = {key: weights(done.module(*key)) for key in requested}
+    for key, expected in requested.items():
         if expected:
             assert made[key].keys() == expected.keys()
             for name, weight in made[key].items():

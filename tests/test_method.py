@@ -37,7 +37,7 @@ def move(module, scale=0.05):
         p.data += scale * torch.randn(p.shape, generator=generator)
 
 
-def answer(module, batch):
+def prediction(module, batch):
     with torch.no_grad():
         return module.predict(batch.latents(), batch.u, batch.cond)
 
@@ -47,13 +47,13 @@ def test_model_without_adapter_is_bit_identical_to_the_base(made):
     batch = next(stream)
     base = build_family(module.cfg).denoise(batch.latents(), batch.u, batch.cond)
     move(module)
-    assert (answer(module, batch) - base).abs().max() > 1e-3
+    assert (prediction(module, batch) - base).abs().max() > 1e-3
     with module.adapter.base():
-        assert torch.equal(answer(module, batch), base)
-    again = answer(module, batch)
+        assert torch.equal(prediction(module, batch), base)
+    again = prediction(module, batch)
     with module.adapter.base():
         pass
-    assert torch.equal(answer(module, batch), again), "the adapter is put back as it was"
+    assert torch.equal(prediction(module, batch), again), "the adapter is put back as it was"
 
 
 def test_fresh_adapter_has_zero_prior_loss(made):
@@ -74,7 +74,7 @@ def test_teacher_runs_on_class_rows_only(made):
     assert len(seen) == 1 and torch.equal(seen[0][0], x_t[batch.class_rows])
     assert torch.equal(target[batch.instance_rows], batch.eps[batch.instance_rows])
     with module.adapter.base():
-        assert_close(target[batch.class_rows], answer(module, batch)[batch.class_rows])
+        assert_close(target[batch.class_rows], prediction(module, batch)[batch.class_rows])
     assert not target.requires_grad
 
 

@@ -81,9 +81,9 @@ def test_old_names_on_the_command_line_are_accepted_with_one_notice_each(steps, 
         cfg = lab.compose(*words)
     assert (cfg.ema.device, cfg.rollout.enabled, cfg.rollout.max_step_offset) == ("cuda", True, 3)
     assert cfg.checkpoint.mode.value == "min" and cfg.prior.kind.name == "none"
-    said = [record.getMessage() for record in caplog.records]
-    assert "ema.kept_on was renamed to ema.device; the old name is still accepted" in said
-    assert len(said) == len(set(said)) == 5
+    notices = [record.getMessage() for record in caplog.records]
+    assert "ema.kept_on was renamed to ema.device; the old name is still accepted" in notices
+    assert len(notices) == len(set(notices)) == 5
 
 
 def test_old_names_in_experiment_and_group_files_are_accepted(steps, tmp_path, caplog):

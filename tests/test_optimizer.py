@@ -130,8 +130,8 @@ def test_extended_run_holds_its_last_rate_or_stretches_its_schedule(small, tmp_p
     run(lab.compose(*words, "trainer.max_steps=4"), root)
 
     def go_on(*more):
-        said = [f"resume={root}", *more]
-        cfg = resume_config(lab.compose(*said), said)
+        overrides = [f"resume={root}", *more]
+        cfg = resume_config(lab.compose(*overrides), overrides)
         check(cfg)
         run(cfg, root)
         return [rate for _, rate in lab.load(root).series["train/lr"]]
@@ -157,8 +157,8 @@ def test_run_resumed_at_equal_or_shorter_length_keeps_its_schedule():
         return set_schedule_length(before, now), now.optimizer.schedule_steps
 
     assert settled(10) == (None, None) and settled(20, "optimizer.schedule=constant") == (None, None)
-    said, length = settled(6)
-    assert length == 10 and "lasts 10 steps as before" in said
+    overrides, length = settled(6)
+    assert length == 10 and "lasts 10 steps as before" in overrides
     assert settled(20, "optimizer.schedule_steps=5")[1] == 5, "with a length of its own nothing is refused"
     assert settled(20, "optimizer.schedule_steps=5", "optimizer.on_extend=stretch")[1] is None
 
@@ -198,7 +198,7 @@ PLUS = "optimizer.lora_plus_ratio=16"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["optimizer=prodigy", PLUS], PRODIGY),
         (["optimizer=prodigy", "adapter.train_token=true"], PRODIGY),
@@ -222,10 +222,10 @@ PLUS = "optimizer.lora_plus_ratio=16"
         (["model.attention=cudnn", "trainer.accelerator=cpu"], "which only CUDA devices have"),
     ],
 )
-def test_invalid_settings_are_refused_before_loading(words, said):
+def test_invalid_settings_are_refused_before_loading(words, message):
     with pytest.raises(ConfigError) as error:
         check(lab.compose("dataset.path=.", *words))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_invalid_optimizer_is_refused_before_training(small, tmp_path):
@@ -246,7 +246,7 @@ def test_invalid_optimizer_is_refused_before_training(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["adapter.blocks=[{match: donw_blocks, rank: 2, lr_ratio: 1}]"], "applies to no adapted layer"),
         (["adapter.blocks=[{match: up, rank: 2, lr_ratio: 1}, {match: up_b, rank: 3, lr_ratio: 1}]"], "'up_b'"),
@@ -256,12 +256,12 @@ def test_invalid_optimizer_is_refused_before_training(small, tmp_path):
         (["+adapter.options={bias: all}"], "adapter.options has 'bias'"),
     ],
 )
-def test_unmatched_targets_and_rules_are_refused(words, said, tiny_sdxl):
+def test_unmatched_targets_and_rules_are_refused(words, message, tiny_sdxl):
     cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words)
     family = build_family(cfg)
     with pytest.raises(ConfigError) as error:
         attach(cfg, family, build_adapter(cfg), None)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_regular_expressions_match_whole_names(tiny_sdxl):

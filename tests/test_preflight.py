@@ -42,10 +42,10 @@ def test_tables_show_everything_at_any_width(data, width):
     console = Console(width=width, file=io.StringIO())
     for table in shown:
         console.print(table)
-    told = console.file.getvalue()
-    joined = "".join(c for c in told if c not in "│\n ")
+    output = console.file.getvalue()
+    joined = "".join(c for c in output if c not in "│\n ")
     headings = ("dataset", "use", "images", "rejected", "masks", "buckets", "rows/epoch", "share", "cached", "encoded")
-    assert all(word in told for word in headings) and "…" not in told
+    assert all(word in output for word in headings) and "…" not in output
     for notice in data.notices:
         assert notice.split()[-1] in joined and len(data.notices) == 2
     assert "a-dataset-with-a-rather-long-name-1024px" in joined and "minimum_image_size=85" in joined
@@ -61,10 +61,10 @@ def ready(small, tmp_path_factory):
 
 def test_preflight_shows_prompts_sizes_files_and_memory(ready):
     text = ready.preflight.read_text()
-    told = " ".join(text.split())
+    output = " ".join(text.split())
     wanted = ["photos a photo of [sks] dog", "class images a photo of a dog", "the rare word sks", "crops.png", "report.html"]
     for words in (*wanted, "3 checkpoints", "exports", "available on the device", "fits yes"):
-        assert words in told, words
+        assert words in output, words
     assert not set("┃│━") & set(text), "a file has no boxes"
 
 
@@ -90,8 +90,8 @@ def test_tables_are_complete_at_any_width_and_encoding(data, width, terminal):
     wanted = [tables.datasets(data), tables.mixture(data), tables.crops(data), tables.notices(data), tables.buckets(data)]
     show(*wanted, overview.captions(data), on=on)
     file.flush()
-    told = raw.getvalue().decode()
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", told)
+    output = raw.getvalue().decode()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
     assert max(map(len, plain.splitlines())) <= width and "…" not in plain
     assert ("|" in plain) == terminal or not terminal
     assert "rows/epoch" in plain and "instance" in plain

@@ -23,13 +23,13 @@ def test_paper_prompts_contain_the_subject(small, name, one):
 )
 def test_prompt_is_about_the_subject_if_it_contains_the_rare_word(class_prompt, token):
     """Not the words that the class prompt lacks: with the class prompt "a dog" those are "photo" and "of" too."""
-    tells = Subject("a photo of sks dog", class_prompt, token)
+    subject = Subject("a photo of sks dog", class_prompt, token)
     for prompt in ("a photo of sks dog on the beach", "sks dog, in the snow", "SKS", "a painting of a (sks) dog"):
-        assert tells.is_subject(prompt) and not tells.is_class(prompt), prompt
+        assert subject.is_subject(prompt) and not subject.is_class(prompt), prompt
     for prompt in ("a photo of a dog on the beach", "a photo of a cat", "a photo of sksy dog", ""):
-        assert not tells.is_subject(prompt), prompt
-    assert tells.is_class("a photo of a dog on the beach") is bool(class_prompt)
-    assert not tells.is_class("a photo of a red car")
+        assert not subject.is_subject(prompt), prompt
+    assert subject.is_class("a photo of a dog on the beach") is bool(class_prompt)
+    assert not subject.is_class("a photo of a red car")
 
 
 def test_subject_prompts_without_a_rare_word_contain_the_instance_prompt():
@@ -38,8 +38,8 @@ def test_subject_prompts_without_a_rare_word_contain_the_instance_prompt():
     assert not two.rare and two.is_subject("a photo of sks dog wearing glasses, on the beach")
     assert not two.is_subject("a photo of sks dog") and not two.is_class("a photo of sks dog")
     assert two.is_class("a photo of a dog on the beach") and not two.is_class("a dog wearing a hat")
-    said = Subject("a photo of sks dog wearing glasses", "a photo of a dog", "sks")
-    assert said.is_subject("a photo of sks dog") and said.is_class("a dog wearing a hat")
+    subject = Subject("a photo of sks dog wearing glasses", "a photo of a dog", "sks")
+    assert subject.is_subject("a photo of sks dog") and subject.is_class("a dog wearing a hat")
     any_of_them = Subject("a photo of sks dog", None, None)
     assert any_of_them.is_subject("a photo of sks dog in space")
     assert not any_of_them.is_subject("a photo of a dog in space") and not any_of_them.is_class("a photo of a dog in space")
@@ -61,7 +61,7 @@ def test_prompt_library_file_is_a_list_or_mapping_in_yaml_or_json(small, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["validation.library=nowhere.yaml"], "give dreambooth_live, dreambooth_objects, or a YAML or JSON file"),
         (["validation.library=dreambooth_live", "dataset.class_prompt=null", "prior=none", "prior.path=null"],
@@ -71,8 +71,8 @@ def test_prompt_library_file_is_a_list_or_mapping_in_yaml_or_json(small, tmp_pat
         (["validation.library=BAD"], "it must contain a list of prompts"),
     ],
 )  # fmt: skip
-def test_invalid_prompt_libraries_are_refused(small, tmp_path, words, said):
+def test_invalid_prompt_libraries_are_refused(small, tmp_path, words, message):
     (tmp_path / "bad.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError) as caught:
         check(lab.compose(*small, *(word.replace("BAD", str(tmp_path / "bad.yaml")) for word in words)))
-    assert said in str(caught.value)
+    assert message in str(caught.value)

@@ -16,7 +16,7 @@ from dreambooth_lab.tools.look import application as look
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("optimizer.lr=banana", "optimizer.lr is banana; it must be a number"),
         ("adapter.rank=2.5", "adapter.rank is 2.5; it must be a whole number"),
@@ -36,10 +36,10 @@ from dreambooth_lab.tools.look import application as look
         ("prior=teacher ema.enabled=true", "or write each key as a separate argument"),
     ],
 )
-def test_hydra_errors_are_reported_with_a_fix(word, said):
+def test_hydra_errors_are_reported_with_a_fix(word, message):
     with pytest.raises(ConfigError) as caught:
         lab.compose(word)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("prompt", ["a photo (of sks dog", 'a "good" [dog]', "dogs: 100% = all", "a ${dog", "it's {sks} dog"])

@@ -109,8 +109,8 @@ def shrunk(path, t, variance, *words):
         x0, SimpleNamespace(eps=eps, rollout_draws=draws), Cond(states=torch.zeros(4 * lengths, 1, 1)), t, 0
     )
     assert at.rolled_out.all()
-    asked, x = path.target(x0, at.eps, t), at.x_t
-    best = (asked * x).sum() / x.square().sum() * x
+    target, x = path.target(x0, at.eps, t), at.x_t
+    best = (target * x).sum() / x.square().sum() * x
     right, _ = path.split(exact(x, t, None), x, t)
     return float((path.split(best, x, t)[0] / right).mean())
 
@@ -147,13 +147,13 @@ def test_long_rollouts_shift_the_optimum_by_the_documented_factor(path, variance
 def test_documented_factors_match_the_formula():
     """In conf/rollout/default.yaml and in the docstring."""
     path, times = PATHS["epsilon"], (0.1, 0.5, 0.9)
-    for strides, number, said in (
+    for strides, number, documented in (
         (4, 1000, (0.998, 0.994, 0.987)),
         (10, 1000, (0.996, 0.987, 0.972)),
         (4, 28, (0.93, 0.79, 0.66)),
     ):
         assert [predicted(path, t, 1.0, strides, number) for t in times] == pytest.approx(
-            said, abs=0.005 if number == 28 else 5e-4
+            documented, abs=0.005 if number == 28 else 5e-4
         )
     original = shrunk(path, 0.5, 1.0, "rollout.num_steps=28", "rollout.sampler=unipc", "rollout.target=original")
     assert original == pytest.approx(0.82, abs=0.01)
@@ -236,7 +236,7 @@ def test_zero_terminal_snr_rollouts_do_not_start_at_pure_noise_and_are_finite(sa
 
 
 def test_grid_shift_is_the_models_own_for_the_size_or_the_given_number():
-    asked = []
+    sizes = []
     x0, batch, cond, t = rows(1)
     batch.rollout_draws, t = torch.tensor([[0.0, 0.99]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
 
@@ -244,13 +244,13 @@ def test_grid_shift_is_the_models_own_for_the_size_or_the_given_number():
         seen = []
         spy = lambda x, now, cond: seen.append(float(now)) or network(x, now, cond)  # noqa: E731
         cfg = config("rollout.max_step_offset=2", "rollout.num_steps=10", f"rollout.shift={shift}")
-        ModelRollout(cfg, PATHS["flow"], 1.0, lambda *size: asked.append(size) or 3.0, spy, nullcontext)(x0, batch, cond, t, 0)
+        ModelRollout(cfg, PATHS["flow"], 1.0, lambda *size: sizes.append(size) or 3.0, spy, nullcontext)(x0, batch, cond, t, 0)
         return seen
 
     assert_close(starts("model"), [3 * u / (1 + 2 * u) for u in (0.45, 0.35)])
-    assert asked == [(8, 8)]
+    assert sizes == [(8, 8)]
     assert_close(starts("1.0"), [0.7, 0.6])
-    assert asked == [(8, 8)]
+    assert sizes == [(8, 8)]
 
 
 def test_rollout_steps_match_inference_steps():

@@ -51,7 +51,7 @@ def test_loss_is_the_sum_of_its_logged_terms(done):
 def test_first_images_match_the_base_model_and_training_changes_them(done):
     family = build_family(done.config)
     text, negative = family.encode_text(["a photo of sks dog"]), family.encode_text([""])
-    picture = family.generate(
+    image = family.generate(
         text,
         negative,
         height=64,
@@ -61,7 +61,7 @@ def test_first_images_match_the_base_model_and_training_changes_them(done):
         generator=torch.Generator().manual_seed(1),
     )[0]
     saved = [Image.open(done.folder.image_folder / f"step_{step:07d}" / "00_01.png") for step in (0, 6)]
-    assert saved[0].tobytes() == picture.tobytes() != saved[1].tobytes()
+    assert saved[0].tobytes() == image.tobytes() != saved[1].tobytes()
 
 
 def test_checkpoint_holds_trained_weights_and_loads_without_pickles(done):
@@ -95,8 +95,8 @@ def test_export_predicts_the_same_in_plain_diffusers(done, small, tmp_path, whic
     adapter.attach(family.denoiser, family.target_modules, seed=9)
     DreamBooth(done.config, family, adapter).load_state_dict(weights, strict=False)
     x, text = torch.randn(1, 4, 8, 8), family.encode_text(["a photo of sks dog"])
-    said = {"states": text["prompt_embeds"], "pooled": text["pooled_prompt_embeds"]}
-    inputs = {"x": x, "t": torch.tensor([500]), **said, "size": torch.zeros(1, 6)}
+    embeddings = {"states": text["prompt_embeds"], "pooled": text["pooled_prompt_embeds"]}
+    inputs = {"x": x, "t": torch.tensor([500]), **embeddings, "size": torch.zeros(1, 6)}
     save_file(inputs, tmp_path / "in")
     export = done.folder.export / ("ema" if which == "ema" else "")
     subprocess.run([sys.executable, "-c", FRESH, done.config.model.pretrained, export, tmp_path / "in"], check=True, timeout=300)
@@ -115,9 +115,9 @@ def test_lab_load_gives_config_metrics_and_a_pipeline(done):
     pipeline = done.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
-    picture = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    image = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
     saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
-    difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
+    difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(saved.tobytes()))
     assert difference.abs().max() <= 1, "what validation showed is what a user gets"
     assert done.pipeline(ema=True) is not None
     assert done.config.dataset.instance_prompt == "a photo of sks dog" and done.steps == 6

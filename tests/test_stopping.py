@@ -48,11 +48,11 @@ def test_signal_saves_exports_and_prints_how_to_resume(number, small, tmp_path):
     process = start(*words, cwd=tmp_path)
     path = wait_for(5, tmp_path, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=120)
     folder = RunFolder(path)
     _, step = folder.newest()
-    assert process.returncode == 128 + number and f"stopped at step {step} and saved; resume with" in said
-    assert f"resume={path}" in said and "Traceback" not in said
+    assert process.returncode == 128 + number and f"stopped at step {step} and saved; resume with" in output
+    assert f"resume={path}" in output and "Traceback" not in output
     assert 5 <= step < 30 and (folder.export / "pytorch_lora_weights.safetensors").is_file()
     assert max(line[0] for line in folder.read_metrics()) == step, "nothing that was done is lost"
     goes_on(path)
@@ -69,8 +69,8 @@ def test_second_signal_stops_immediately(small, tmp_path):
     wait_for(2, tmp_path, process)
     os.kill(process.pid, signal.SIGINT)
     os.kill(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode in (130, 128 + signal.SIGINT, 128 + signal.SIGTERM) and "Traceback" not in said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode in (130, 128 + signal.SIGINT, 128 + signal.SIGTERM) and "Traceback" not in output
 
 
 def test_requeued_command_resumes(small, tmp_path):
@@ -85,7 +85,7 @@ def test_requeued_command_resumes(small, tmp_path):
     steps = [step for step, name, _ in RunFolder(path).read_metrics() if name == "train/loss"]
     assert steps == list(range(1, 21)) and len(RunFolder(path).starts()) == 2
     assert Path(new_folder("latest", str(tmp_path / "runs"), "x")) == path
-    folders = {new_folder("auto", "runs", "x", said) for said in ("a=1,b=2,resume=auto", "b=2,a=1", "a=1,b=3")}
+    folders = {new_folder("auto", "runs", "x", command) for command in ("a=1,b=2,resume=auto", "b=2,a=1", "a=1,b=3")}
     assert len(folders) == 2, "another command is another run"
 
 
@@ -179,11 +179,11 @@ def test_nonfinite_weights_are_never_saved():
 
 
 def test_warning_if_no_weight_changes(small, tmp_path, caplog):
-    for rate, said in (("0", True), ("1e-3", False)):
+    for rate, expected in (("0", True), ("1e-3", False)):
         caplog.clear()
         cfg = lab.compose(*small, *QUICK, "trainer.max_steps=2", f"optimizer.lr={rate}", "optimizer.weight_decay=0")
         run(cfg, tmp_path / rate)
-        assert ("no weight has changed in 2 steps" in caplog.text) is said
+        assert ("no weight has changed in 2 steps" in caplog.text) is expected
 
 
 @pytest.fixture
@@ -205,9 +205,9 @@ def test_run_ended_by_a_full_or_read_only_disk_can_resume(small, little_disk, tm
     with filler.open("wb") as file, suppress(OSError):
         while True:
             file.write(bytes(2**16))
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1 and "error: " in said and "Traceback" not in said, said
-    assert f"free disk space or give write access, then resume with: python -m dreambooth_lab resume={path}" in said
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 1 and "error: " in output and "Traceback" not in output, output
+    assert f"free disk space or give write access, then resume with: python -m dreambooth_lab resume={path}" in output
     step = RunFolder(path).newest_readable()[1]
     assert step >= 5
     subprocess.run(["mount", "-o", "remount,ro", little_disk], check=True)
@@ -233,9 +233,9 @@ def _fail() -> None:
 
 
 def test_run_killed_before_its_first_checkpoint_restarts_in_its_folder(small, tmp_path):
-    held = tiny.save_photos(tmp_path / "held", [(80, 80)], seed=7)
-    looks = [f"eval.path={held}", "eval.every_n_steps=2", "eval.timesteps=2"]
-    words = [*small, *looks, "trainer.max_steps=4", "checkpoint.every_n_steps=3", "resume=auto"]
+    held_out = tiny.save_photos(tmp_path / "held", [(80, 80)], seed=7)
+    eval_options = [f"eval.path={held_out}", "eval.every_n_steps=2", "eval.timesteps=2"]
+    words = [*small, *eval_options, "trainer.max_steps=4", "checkpoint.every_n_steps=3", "resume=auto"]
     path = kill_at(0, words, tmp_path)
     again = call(*words, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -94,11 +94,11 @@ def test_failed_job_frees_its_memory(member, tmp_path):
         def __init__(self):
             self.module = self  # modules know each other
 
-    held = []
+    references = []
 
     def work(cfg):
         weights = Weights()
-        held.append(weakref.ref(weights))
+        references.append(weakref.ref(weights))
         gc.freeze()  # what an import does meanwhile, see heap.imports
         raise RuntimeError("out of memory")
 
@@ -106,7 +106,7 @@ def test_failed_job_frees_its_memory(member, tmp_path):
         member(work)
     gc.disable()
     try:
-        assert held[0]() is None and caught.value.__context__ is None
+        assert references[0]() is None and caught.value.__context__ is None
     finally:
         gc.enable()
     assert sweep.recorded(RunFolder(tmp_path / "job_0")).state == State.failed
@@ -163,21 +163,21 @@ def wait_for_job(number, cwd, process, steps=2):
 @pytest.mark.slow
 def test_stopped_and_killed_sweep_runs_only_missing_jobs(small, tmp_path):
     """SIGTERM in job 0, SIGKILL in job 1, then to its end; against the same sweep in one go."""
-    said = words(small, "trainer.max_steps=16")
-    process = start(*said, cwd=tmp_path)
+    overrides = words(small, "trainer.max_steps=16")
+    process = start(*overrides, cwd=tmp_path)
     first = wait_for_job(0, tmp_path, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(120)
     assert process.returncode == 128 + signal.SIGTERM and "the same command resumes it" in err
     assert sweep.recorded(RunFolder(first)).state == State.stopped
 
-    process = start(*said, cwd=tmp_path)
+    process = start(*overrides, cwd=tmp_path)
     second = wait_for_job(1, tmp_path, process)
     process.kill()
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.name in ("metrics.csv", "report.html")}
 
-    done = call(*said, cwd=tmp_path)
+    done = call(*overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "job 0 is already done" in done.stdout and "job 1 is already done" not in done.stdout
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
@@ -187,7 +187,7 @@ def test_stopped_and_killed_sweep_runs_only_missing_jobs(small, tmp_path):
 
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert call(*said, cwd=whole).returncode == 0
+    assert call(*overrides, cwd=whole).returncode == 0
     for ours, theirs in zip(sorted(first.parent.glob("*/metrics.csv")), sorted(whole.glob("runs/*/*/metrics.csv")), strict=True):
         assert ours.read_text() == theirs.read_text(), "to the bit"
 
@@ -195,8 +195,8 @@ def test_stopped_and_killed_sweep_runs_only_missing_jobs(small, tmp_path):
 def test_job_that_lost_the_race_ends_and_is_not_run_again(small, tmp_path):
     """A rate so small that it learns nothing, after one that learns; the loser can be resumed by itself."""
     held_out = [f"eval.path={tiny.save_photos(tmp_path / 'held', [(80, 80)] * 4, seed=7)}", "eval.every_n_steps=2"]
-    said = ["-m", *small, *held_out, "validation.every_n_steps=0", "trainer.max_steps=10", "race=2", "optimizer.lr=0.5,1e-4"]
-    done = call(*said, "resume=auto", cwd=tmp_path)
+    overrides = ["-m", *small, *held_out, "validation.every_n_steps=0", "trainer.max_steps=10", "race=2", "optimizer.lr=0.5,1e-4"]
+    done = call(*overrides, "resume=auto", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (winner, kept), (loser, lost) = sweep.jobs(next(tmp_path.glob("runs/*")))
     assert (kept.state, lost.state) == (State.done, State.lost)
@@ -206,7 +206,7 @@ def test_job_that_lost_the_race_ends_and_is_not_run_again(small, tmp_path):
     page = (winner.root.parent / "compare.html").read_text()
     assert "lost the race: behind" in page and len(pd.read_csv(winner.root.parent / "compare.csv")) == 1
 
-    again = call(*said, "resume=auto", cwd=tmp_path)
+    again = call(*overrides, "resume=auto", cwd=tmp_path)
     assert "job 1 has lost the race already" in again.stdout and len(loser.starts()) == 1
     assert call("hydra.mode=RUN", f"resume={loser.root}", "race=0", cwd=tmp_path).returncode == 0
     assert max(step for step, *_ in loser.read_metrics()) == 10
@@ -237,8 +237,8 @@ def test_invalid_jobs_are_named_before_the_first_starts(tmp_path, monkeypatch):
     sweeper = {"_target_": target, "params": {"trainer.max_steps": "0,2"}}
     config = {"hydra": {"sweeper": sweeper, "overrides": {"task": ["seed=3"]}, "job": {"config_name": "config"}}}
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        ((words, told),) = pages.refused(OmegaConf.create(config))
-    assert words == ["trainer.max_steps=0"] and "trainer.max_steps is 0; it must be at least 1" in told
+        ((words, message),) = pages.refused(OmegaConf.create(config))
+    assert words == ["trainer.max_steps=0"] and "trainer.max_steps is 0; it must be at least 1" in message
 
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}  # launcher → its plugin's package
@@ -251,9 +251,18 @@ def test_jobs_in_other_processes_are_bit_identical(launcher, small, tmp_path):
     pytest.importorskip(f"hydra_plugins.hydra_{LAUNCHERS[launcher]}_launcher")
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     for name, how in (("plain", []), (launcher, [f"hydra/launcher={launcher}", *more])):
-        said = ["-m", *small, "seed=0,1", "trainer.max_steps=3", "validation.every_n_steps=0", f"cache={tmp_path / name}_cache"]
+        overrides = [
+            "-m",
+            *small,
+            "seed=0,1",
+            "trainer.max_steps=3",
+            "validation.every_n_steps=0",
+            f"cache={tmp_path / name}_cache",
+        ]
         done = subprocess.run(
-            [sys.executable, "-m", "dreambooth_lab", *said, f"runs={tmp_path / name}", *how], cwd=tmp_path, capture_output=True
+            [sys.executable, "-m", "dreambooth_lab", *overrides, f"runs={tmp_path / name}", *how],
+            cwd=tmp_path,
+            capture_output=True,
         )
         assert done.returncode == 0, done.stderr.decode()
     ours, theirs = (sorted((tmp_path / name).glob("*/*/metrics.csv")) for name in ("plain", launcher))

@@ -22,8 +22,8 @@ LETTERS = st.one_of(st.sampled_from(list("\\\"'${}[](),=~ \n:ab")), st.character
 
 def value(word: str):
     """What Hydra and OmegaConf make of a word's value."""
-    said, *_ = as_hydra_reads([word])
-    parsed = OverridesParser.create().parse_override(said).value()
+    converted, *_ = as_hydra_reads([word])
+    parsed = OverridesParser.create().parse_override(converted).value()
     return OmegaConf.create({"a": getattr(parsed, "text", parsed)}).a
 
 
@@ -78,8 +78,8 @@ def test_lists_of_prompts_take_each_prompt_as_typed():
     ],
 )
 def test_commas_separate_the_runs_of_a_sweep(text, values):
-    _, said = as_hydra_reads(["-m", f"dataset.instance_prompt={text}"])
-    swept = OverridesParser.create().parse_override(said).value().list
+    _, converted = as_hydra_reads(["-m", f"dataset.instance_prompt={text}"])
+    swept = OverridesParser.create().parse_override(converted).value().list
     assert [getattr(one, "text", one) for one in swept] == values
 
 

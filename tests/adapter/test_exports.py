@@ -77,7 +77,7 @@ def moved(module, seed):
     }
 
 
-def answer(module, weights):
+def prediction(module, weights):
     with torch.no_grad():
         for name, p in module.trainable_parameters().items():
             p.copy_(weights[name])
@@ -101,8 +101,8 @@ def written(tiny_sdxl, tmp_path_factory):
         attach(cfg, family, adapter, text)
         module, folder = DreamBooth(cfg, family, adapter, text), RunFolder(root / kind)
         before, live, average = dict(module.trainable_parameters()), moved(module, 1), moved(module, 2)
-        ours[kind, "base"] = answer(module, {name: p.detach().clone() for name, p in before.items()})
-        ours[kind, "ema"], ours[kind, "live"] = answer(module, average), answer(module, live)
+        ours[kind, "base"] = prediction(module, {name: p.detach().clone() for name, p in before.items()})
+        ours[kind, "ema"], ours[kind, "live"] = prediction(module, average), prediction(module, live)
         ema = Ema(0.9, 1, "cpu")
         ema.shadow = average
         Export(cfg, folder, ema, TAGS).on_train_end(At(3), module)
@@ -143,10 +143,10 @@ def test_every_file_header_describes_its_run(kind, written):
     hashes = set()
     for file in files:
         with safe_open(file, "pt") as opened:
-            said = opened.metadata()
-        assert said["steps"] == "3" and said["format"] == "pt" and "adapter:" in said["config"]
-        assert said["base_model"] and said["made_by"].startswith("dreambooth-lab ") and said["instance_prompt"]
-        hashes.add((said["weights_sha256"], "ema" in file.parts))
+            header = opened.metadata()
+        assert header["steps"] == "3" and header["format"] == "pt" and "adapter:" in header["config"]
+        assert header["base_model"] and header["made_by"].startswith("dreambooth-lab ") and header["instance_prompt"]
+        hashes.add((header["weights_sha256"], "ema" in file.parts))
     assert len(hashes) == 2, "one hash for the live weights, another for the averaged"
 
 
@@ -157,7 +157,7 @@ def test_half_precision_file_predicts_nearly_the_same_and_training_stays_float32
     cfg = compose(tiny_sdxl, kind)
     module, _ = build(cfg)
     weights = moved(module, 1)
-    trained, _ = answer(module, weights)
+    trained, _ = prediction(module, weights)
     before = {name: p.detach().clone() for name, p in module.trainable_parameters().items()}
     form = Form("it", dtype, (enums.Format.diffusers, enums.Format.comfyui))
     files = module.adapter.export(tmp_path, learned(module)._replace(form=form))
@@ -166,9 +166,9 @@ def test_half_precision_file_predicts_nearly_the_same_and_training_stays_float32
         assert {tensor.dtype for tensor in load_file(file).values() if tensor.ndim} == {dtype}, file
     assert {path for path in files if (tmp_path / path).is_file()} <= {p.relative_to(tmp_path) for p in tmp_path.rglob("*")}
     again, _ = build(compose(tiny_sdxl, kind), seed=5)
-    base, _ = answer(again, dict(again.trainable_parameters()))
+    base, _ = prediction(again, dict(again.trainable_parameters()))
     again.adapter.load_weights(tmp_path)
-    read, _ = answer(again, {name: p.detach().clone() for name, p in again.trainable_parameters().items()})
+    read, _ = prediction(again, {name: p.detach().clone() for name, p in again.trainable_parameters().items()})
     assert 0 < (read - trained).norm() < (0.01 if dtype is torch.float16 else 0.06) * (trained - base).norm()
 
 

@@ -42,28 +42,28 @@ def _layers(folder):
 @pytest.mark.parametrize("alpha", [3, 6])
 @pytest.mark.parametrize("name", ["kohya.safetensors", "peft", "peft/adapter_model.safetensors", "bare.safetensors"])
 def test_all_layouts_give_the_same_update(name, alpha, trained, tiny_sdxl):
-    folder, answer = trained
+    folder, prediction = trained
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.alpha, cfg.adapter.init_from = alpha, str(folder / name)
     module, _ = build(cfg, seed=5)
     assert all(p.dtype is torch.float32 and p.requires_grad for p in module.trainable_parameters().values())
     with torch.no_grad():
-        assert_close(module.eval().predict(*question()), answer, atol=1e-5, rtol=1e-5)
+        assert_close(module.eval().predict(*question()), prediction, atol=1e-5, rtol=1e-5)
         with module.adapter.base():
-            assert (module.predict(*question()) - answer).abs().max() > 1e-2
+            assert (module.predict(*question()) - prediction).abs().max() > 1e-2
 
 
 def test_file_without_alpha_uses_its_rank(trained, tiny_sdxl, tmp_path):
     """4/4, not the run's 8/4."""
     folder, _ = trained
     save_file(load_file(folder / "pytorch_lora_weights.safetensors"), tmp_path / "none.safetensors")
-    answers = []
+    predictions = []
     for alpha in (4, 8):
         cfg = compose(tiny_sdxl, "lora")
         cfg.adapter.alpha, cfg.adapter.init_from = alpha, str(tmp_path / "none.safetensors")
         with torch.no_grad():
-            answers.append(build(cfg)[0].eval().predict(*question()))
-    assert_close(*answers, atol=1e-5, rtol=1e-5)
+            predictions.append(build(cfg)[0].eval().predict(*question()))
+    assert_close(*predictions, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["kohya.safetensors", "peft"])

@@ -43,12 +43,12 @@ def step(model, dtype):
     """Answer and gradient of a batch."""
     draws = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(*shape, generator=draws).to(dtype)  # noqa: E731
-    told = {"text_embeds": draw(2, 16), "time_ids": torch.full((2, 6), 64.0)}
-    answer = model(draw(2, 4, 8, 8), torch.tensor([100, 700]), draw(2, 77, 24), added_cond_kwargs=told).sample.float()
-    (answer - 1).square().mean().backward()
+    added_cond = {"text_embeds": draw(2, 16), "time_ids": torch.full((2, 6), 64.0)}
+    prediction = model(draw(2, 4, 8, 8), torch.tensor([100, 700]), draw(2, 77, 24), added_cond_kwargs=added_cond).sample.float()
+    (prediction - 1).square().mean().backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g.dtype is torch.float32 for g in gradient.values())
-    return answer.detach(), gradient
+    return prediction.detach(), gradient
 
 
 def flat(gradient):
@@ -72,10 +72,10 @@ def test_gradient_error_is_no_larger_than_with_a_float32_branch(algorithm, kind)
     exact, wanted = step(unet(torch.float32, kind=kind, algorithm=algorithm), torch.float32)
     wanted, errors = flat(wanted), {}
     for ours in (True, False):
-        answer, gradient = step(unet(torch.bfloat16, ours, kind, algorithm=algorithm), torch.bfloat16)
+        prediction, gradient = step(unet(torch.bfloat16, ours, kind, algorithm=algorithm), torch.bfloat16)
         errors[ours] = float((flat(gradient) - wanted).norm() / wanted.norm())
         assert torch.cosine_similarity(flat(gradient), wanted, 0) > 0.999
-        assert (answer - exact).norm() < 0.03 * exact.norm()
+        assert (prediction - exact).norm() < 0.03 * exact.norm()
     assert errors[True] < 1.5 * errors[False], "the base's rounding dominates either way"
 
 

@@ -40,8 +40,8 @@ def make(tiny_sdxl):
     return made
 
 
-def save(path, said):
-    path.write_text(json.dumps(said))
+def save(path, content):
+    path.write_text(json.dumps(content))
     return str(path)
 
 
@@ -83,7 +83,7 @@ def test_export_config_and_weights_rebuild_the_adapter(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "error"),
+    ("content", "error"),
     [
         ({"algo": "full"}, "adapter=full"),
         ({"algo": "locon", "use_scalar": True}, "folds the scalar"),
@@ -95,9 +95,9 @@ def test_export_config_and_weights_rebuild_the_adapter(make, tmp_path):
         ([], "which is not of the form"),
     ],
 )
-def test_invalid_files_are_refused(said, error, make, tmp_path):
+def test_invalid_files_are_refused(content, error, make, tmp_path):
     with pytest.raises(ConfigError, match=error):
-        make("lokr", save(tmp_path / "wrong.json", said))
+        make("lokr", save(tmp_path / "wrong.json", content))
 
 
 def test_missing_and_duplicate_targets_are_refused(make, tmp_path):
@@ -167,11 +167,11 @@ def test_factored_update_matches_the_weight_update(algorithm, options, make):
 
 
 def test_algorithms_without_factored_form_use_the_weights(make):
-    for said in ({"algorithm": "diag-oft"}, {"algorithm": "locon", "options": {"dora_wd": True}}):
-        assert not any(lora.bypass_mode for lora in make("locon", **said)[0].adapter.network.loras)
-    for said in (True, False):
-        module, _ = make("locon", options={"bypass_mode": said})
-        assert {lora.bypass_mode for lora in module.adapter.network.loras} == {said}, "what the options say goes first"
+    for options in ({"algorithm": "diag-oft"}, {"algorithm": "locon", "options": {"dora_wd": True}}):
+        assert not any(lora.bypass_mode for lora in make("locon", **options)[0].adapter.network.loras)
+    for options in (True, False):
+        module, _ = make("locon", options={"bypass_mode": options})
+        assert {lora.bypass_mode for lora in module.adapter.network.loras} == {options}, "what the options say goes first"
 
 
 @torch.no_grad()
@@ -194,9 +194,9 @@ def test_update_below_bfloat16_resolution_of_the_weight_has_an_effect(tiny_sdxl)
 
 def test_target_is_one_layer_and_patterns_are_compiled_once(monkeypatch, make):
     compiled, compile_ = [], re.compile
-    monkeypatch.setattr(re, "compile", lambda *said: compiled.append(said) or compile_(*said))
+    monkeypatch.setattr(re, "compile", lambda *message: compiled.append(message) or compile_(*message))
     targets = ["re:.*attn1.to_q", "attn2.to_k"]
     _, layers = make("locon", targets=targets)
-    mine = [said for said in compiled if "to_q" in str(said) or "to_k" in str(said)]
+    mine = [message for message in compiled if "to_q" in str(message) or "to_k" in str(message)]
     assert len(mine) <= 2 * len(targets), "names of layers are compared, not compiled"
     assert layers and all(layer.endswith(("attn1.to_q", "attn2.to_k")) for layer in layers)

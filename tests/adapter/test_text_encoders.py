@@ -53,12 +53,12 @@ def test_base_text_encoders_are_unchanged_and_used_by_the_teacher(make):
     base = batch.cond
     assert_close(module.conditioning(batch)["prompt_embeds"], base["prompt_embeds"]), "fresh adapters change nothing"
     assert module.training_step(batch, 0)["prior"] < 1e-12, "captions encoded together round a little otherwise"
-    taught = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
+    teacher_output = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
     move(module)
-    told = module.conditioning(batch)
-    assert (told["prompt_embeds"] - base["prompt_embeds"]).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
+    cond = module.conditioning(batch)
+    assert (cond["prompt_embeds"] - base["prompt_embeds"]).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
     again = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
-    assert torch.equal(taught, again), "the teacher hears the base model's text"
+    assert torch.equal(teacher_output, again), "the teacher hears the base model's text"
     by_family = module.family.encode_text(batch.captions)
     assert torch.equal(by_family["prompt_embeds"], base["prompt_embeds"]), "the family's encoders are the base's"
     assert torch.equal(batch_of(data).cond["prompt_embeds"], base["prompt_embeds"]), "and so are cached texts"
@@ -100,9 +100,9 @@ def test_run_trains_validates_and_exports_text_encoders(small, tmp_path):
     pipeline = done.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
-    picture = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    image = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
     saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
-    difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
+    difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(saved.tobytes()))
     assert difference.abs().max() <= 1, "what validation showed is what a user gets"
     more = lab.compose(
         *small, BOTH, f"adapter.init_from={done.folder.export}", "trainer.max_steps=1", "validation.every_n_steps=0"
@@ -125,7 +125,7 @@ def test_resumed_run_continues_bit_for_bit(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["adapter=lokr", BOTH], "lokr does not support text encoders"),
         (["adapter.text_encoders=[1,1]"], "numbered from 1"),
@@ -135,10 +135,10 @@ def test_resumed_run_continues_bit_for_bit(small, tmp_path):
         ([BOTH, "adapter=dora", "quant.text_encoder_2=int8", "model.encoder_dtype=bfloat16"], "which peft can't mix"),
     ],
 )
-def test_invalid_text_encoder_settings_are_refused(words, said):
+def test_invalid_text_encoder_settings_are_refused(words, message):
     with pytest.raises(ConfigError) as error:
         check(lab.compose("dataset.path=.", *words))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_missing_encoder_and_unknown_group_are_refused(make, small):

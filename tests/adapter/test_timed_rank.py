@@ -41,7 +41,7 @@ def move(module, scale=0.2):
         p.data += scale * torch.randn(p.shape, generator=generator)
 
 
-def answer(module, batch, t):
+def prediction(module, batch, t):
     with torch.no_grad():
         return module.predict(batch.latents(), torch.full((len(batch.u),), t, dtype=torch.float64), batch.cond)
 
@@ -69,9 +69,11 @@ def test_only_the_first_ranks_act_at_a_time(made, t, rank, dtype):
     batch = next(stream)
     move(module), move(plain)
     cut_to(plain, rank)
-    apart = (answer(module, batch, t) - answer(plain, batch, t)).abs().mean()
+    apart = (prediction(module, batch, t) - prediction(plain, batch, t)).abs().mean()
     cut_to(plain, rank - 1)
-    assert apart < (1e-3 if dtype == "float32" else 0.2) * (answer(module, batch, t) - answer(plain, batch, t)).abs().mean()
+    assert (
+        apart < (1e-3 if dtype == "float32" else 0.2) * (prediction(module, batch, t) - prediction(plain, batch, t)).abs().mean()
+    )
 
 
 def test_each_row_uses_the_ranks_of_its_own_time(made):
@@ -143,7 +145,7 @@ def test_header_and_card_state_the_rank_schedule(made, tmp_path):
             assert "2 of 4 ranks" in opened.metadata()["rank_schedule"].replace("+ 2 of", "2 of")
 
 
-def test_a_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_path):
+def test_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_path):
     """The ranks of a resized file are others, in the order of the singular values."""
     module, _ = made(*TIMED, "adapter.min_rank=1")
     move(module)
@@ -156,9 +158,9 @@ def test_a_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_p
         done = CliRunner().invoke(tool, [word, str(tmp_path / "kohya.safetensors"), "--output", str(made_file), *more])
         assert done.exit_code == 0, done.output
         with safe_open(made_file, "pt") as opened:
-            said = opened.metadata()
-        assert said["other"] == "kept" and ("rank_schedule" in said) is (schedule == "tlora")
-        adapter = saved.load(said["config"], "it").adapter
+            metadata = opened.metadata()
+        assert metadata["other"] == "kept" and ("rank_schedule" in metadata) is (schedule == "tlora")
+        adapter = saved.load(metadata["config"], "it").adapter
         assert (adapter.rank_schedule.name, adapter.min_rank) == (schedule, 1 if schedule == "tlora" else None)
 
 
@@ -206,7 +208,7 @@ def test_export_of_an_orthogonal_init_matches_the_runs_images(made, tmp_path, wo
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["adapter.min_rank=2"], "which only a schedule reads"),
         ([*TIMED, "adapter=dora"], "with adapter.algorithm=dora, which can't follow it"),
@@ -221,10 +223,10 @@ def test_export_of_an_orthogonal_init_matches_the_runs_images(made, tmp_path, wo
         ([*ORTHO, "+adapter.options.init_lora_weights=true"], "leave one out"),
     ],
 )
-def test_contradictory_settings_are_refused(words, said):
+def test_contradictory_settings_are_refused(words, message):
     with pytest.raises(ConfigError) as caught:
         check(lab.compose("adapter.rank=4", *words))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_layer_smaller_than_its_rank_is_refused_by_name(made):

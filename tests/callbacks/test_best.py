@@ -25,7 +25,7 @@ def watch(values, tmp_path, mode=enums.Mode.min, patience=0):
     numbers = SimpleNamespace(newest={})
     best = Best(OmegaConf.create({"monitor": "eval/loss", "mode": mode, "patience": patience}), folder, numbers, MagicMock())
     trainer = MagicMock(should_stop=False, is_global_zero=True)
-    trainer.strategy.broadcast.side_effect = lambda told: told
+    trainer.strategy.broadcast.side_effect = lambda message: message
     trainer.save_checkpoint.side_effect = lambda path: path.write_text("")
     kept = []
     for step, value in enumerate(values, 1):
@@ -63,8 +63,8 @@ def test_training_stops_after_patience_values_without_improvement(tmp_path):
 def stopped(small, tmp_path_factory):
     """A run that only gets worse after its first evaluation: a huge rate."""
     root = tmp_path_factory.mktemp("best")
-    held = tiny.save_photos(root / "held", [(80, 80)], seed=7)
-    words = [f"eval.path={held}", "eval.every_n_steps=2", "eval.timesteps=2", "checkpoint.monitor=eval/loss",
+    held_out = tiny.save_photos(root / "held", [(80, 80)], seed=7)
+    words = [f"eval.path={held_out}", "eval.every_n_steps=2", "eval.timesteps=2", "checkpoint.monitor=eval/loss",
              "checkpoint.patience=2", "trainer.max_steps=60", "optimizer.lr=0.3", "checkpoint.every_n_steps=50",
              "validation.every_n_steps=50"]  # fmt: skip
     run(lab.compose(*small, *words), root / "run")
@@ -88,7 +88,7 @@ def test_worsening_run_stops_and_keeps_its_best_step(stopped):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["checkpoint.patience=3"], "checkpoint.patience is 3, but nothing is monitored"),
         (["checkpoint.monitor=loss"], "which is not a logged metric; they start with train/"),
@@ -102,10 +102,10 @@ def test_worsening_run_stops_and_keeps_its_best_step(stopped):
         (["logger=csv", "logger.loggers.csv._target_=CSVLogger"], "it must name a class"),
     ],
 )
-def test_invalid_monitor_settings_are_refused(small, words, said):
+def test_invalid_monitor_settings_are_refused(small, words, message):
     with pytest.raises(ConfigError) as caught:
         check(lab.compose(*small, *words))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_unknown_metric_is_refused_with_similar_names(small, tmp_path):

@@ -157,24 +157,24 @@ def test_invalid_push_settings_are_refused(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError) as error:
         check(lab.compose("dataset.path=.", "dataset.instance_prompt=a dog", "export.push_to_hub=true", "export.repo=nobody"))
-    for said in ("export.repo is 'nobody'; set it to owner/name", "'HF_TOKEN', an environment variable that is not set",
+    for message in ("export.repo is 'nobody'; set it to owner/name", "'HF_TOKEN', an environment variable that is not set",
                  "HF_HUB_OFFLINE is set"):  # fmt: skip
-        assert said in str(error.value)
+        assert message in str(error.value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     check(lab.compose("dataset.path=.", "dataset.instance_prompt=a dog", *PUSH))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "header"),
     [
         (["export.name=a/b"], r"export\.name is 'a/b', which is not a plain file name"),
         (["export.formats=[comfyui]"], r"export\.formats is \['comfyui'\]; add diffusers"),
         (["adapter=lokr", "export.formats=[peft]"], r"export\.formats is \['peft'\]; add comfyui or lycoris"),
     ],
 )
-def test_unusable_export_names_are_refused(words, said):
-    with pytest.raises(ConfigError, match=said):
+def test_unusable_export_names_are_refused(words, header):
+    with pytest.raises(ConfigError, match=header):
         check(lab.compose("dataset.path=.", *words))
 
 
@@ -193,8 +193,8 @@ def test_exported_files_contain_no_local_paths(words, small, tiny_sdxl, tmp_path
             assert secret.encode() not in path.read_bytes(), (path, secret)
     file = next(p for p in export.rglob("*.safetensors") if "peft" not in str(p))
     with safe_open(file, "pt") as opened:
-        said = OmegaConf.create(opened.metadata()["config"])
-    assert said.model.pretrained == f"local:{tiny_sdxl.name}" and said.optimizer.lr == 1e-2 and "webhook" not in said
+        header = OmegaConf.create(opened.metadata()["config"])
+    assert header.model.pretrained == f"local:{tiny_sdxl.name}" and header.optimizer.lr == 1e-2 and "webhook" not in header
     with pytest.raises(ConfigError, match=r"a local folder or file of its author; set model=BASE"):
         config_from_header(file, None)
     assert config_from_header(file, str(tiny_sdxl)).model.pretrained == str(tiny_sdxl)
@@ -214,19 +214,22 @@ def test_header_has_the_fields_that_other_programs_show(finished):
     export = finished.folder.export
     for folder, name in ((export, "dreambooth"), (export / "ema", "dreambooth_ema")):
         with safe_open(folder / f"{name}.safetensors", "pt") as opened:
-            said = opened.metadata()
-        assert a1111_version(said) == forge_version(said) == "SDXL"
-        assert said["ss_output_name"] == said["modelspec.title"] == name
-        assert (said["ss_network_module"], said["ss_network_dim"], said["ss_network_alpha"]) == ("networks.lora", "4", "4")
-        assert json.loads(said["ss_tag_frequency"]).popitem()[1] == {"a 'photo' of q: \"dog\"": 5}
-        assert said["modelspec.trigger_phrase"] == "a 'photo' of q: \"dog\"" and said["modelspec.prediction_type"] == "epsilon"
-        assert said["modelspec.resolution"] == "64x64" and datetime.fromisoformat(said["modelspec.date"]).tzinfo
-        kind, _, data = said["modelspec.thumbnail"].partition(",")
-        picture = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert kind == "data:image/jpeg;base64" and max(picture.size) <= 256
+            header = opened.metadata()
+        assert a1111_version(header) == forge_version(header) == "SDXL"
+        assert header["ss_output_name"] == header["modelspec.title"] == name
+        assert (header["ss_network_module"], header["ss_network_dim"], header["ss_network_alpha"]) == ("networks.lora", "4", "4")
+        assert json.loads(header["ss_tag_frequency"]).popitem()[1] == {"a 'photo' of q: \"dog\"": 5}
+        assert (
+            header["modelspec.trigger_phrase"] == "a 'photo' of q: \"dog\"" and header["modelspec.prediction_type"] == "epsilon"
+        )
+        assert header["modelspec.resolution"] == "64x64" and datetime.fromisoformat(header["modelspec.date"]).tzinfo
+        kind, _, data = header["modelspec.thumbnail"].partition(",")
+        thumbnail = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert kind == "data:image/jpeg;base64" and max(thumbnail.size) <= 256
         shown = Image.open(next(finished.folder.image_folder.glob("step_0000002/00_00.png"))).convert("L")
         assert (
-            picture.size == shown.size and np.abs(np.asarray(picture.convert("L"), float) - np.asarray(shown, float)).mean() < 12
+            thumbnail.size == shown.size
+            and np.abs(np.asarray(thumbnail.convert("L"), float) - np.asarray(shown, float)).mean() < 12
         )
     with safe_open(export / "embeddings" / "q.safetensors", "pt") as opened:
         assert opened.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
@@ -246,7 +249,7 @@ def test_embedding_file_is_readable_by_each_program(finished):
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "told"),
+    ("text", "key", "expected"),
     [
         ("/home/jane/photos/dog", "dataset.path", "dog"),
         ("~/sdxl/", "model.pretrained", "local:sdxl"),
@@ -258,8 +261,8 @@ def test_embedding_file_is_readable_by_each_program(finished):
         ("a photo of sks dog/cat", "dataset.instance_prompt", "a photo of sks dog/cat"),
     ],
 )
-def test_only_paths_are_cut_to_their_last_component(text, key, told):
-    assert place(text, key) == told
+def test_only_paths_are_cut_to_their_last_component(text, key, expected):
+    assert place(text, key) == expected
 
 
 def test_public_lycoris_preset_is_read_with_the_file_beside_it(small, tiny_sdxl, tmp_path):

@@ -24,10 +24,10 @@ def run(sweep, rate, seed, error, number, steps=STEPS, spread=0.01):
     rows = []
     for step in steps:
         own = np.random.default_rng([seed, step, int(1e6 * rate)])
-        for picture in range(4):
+        for image in range(4):
             for i in range(8):
-                loss = 1 + picture + 0.3 * i + error(step) + spread * own.standard_normal()
-                rows.append((step, "live", "eval", f"{picture}.png", i / 8, loss, i / 8))
+                loss = 1 + image + 0.3 * i + error(step) + spread * own.standard_normal()
+                rows.append((step, "live", "eval", f"{image}.png", i / 8, loss, i / 8))
     pd.DataFrame(rows, columns=["step", "weights", "dataset", "image", "t", "loss", "stratum"]).to_csv(folder.eval, index=False)
     return folder
 

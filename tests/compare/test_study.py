@@ -81,8 +81,8 @@ def test_intervals_match_scipy(page):
 def test_training_losses_are_means_of_the_last_tenth(runs, page):
     table = pd.read_csv(page / "compare.csv")
     losses = [value for _, name, value in RunFolder(runs / "08_1").read_metrics() if name == "train/loss"]
-    told = table[(table["adapter.rank"] == 8) & (table.seed == 1)]["train/loss"].item()
-    assert told == pytest.approx(np.mean(losses[-4:]), rel=1e-12)
+    logged = table[(table["adapter.rank"] == 8) & (table.seed == 1)]["train/loss"].item()
+    assert logged == pytest.approx(np.mean(losses[-4:]), rel=1e-12)
 
 
 def test_csv_and_parquet_have_equal_values(page):
@@ -139,8 +139,8 @@ def test_one_run_per_arm_compares_images_only():
     study = study_of({"a": {0: 1.0}, "b": {0: 2.0}})
     (bare,) = stats.differences(study, ["m"], {})
     assert bare.pairing == "too few" and "no conclusion is possible" in conclusion("m", [bare])
-    (pictures,) = stats.differences(study, ["m"], {("m", "b"): [1.0, 1.1, 0.9, 1.0]})
-    assert pictures.n == 4 and "one training seed, so other seeds may differ" in conclusion("m", [pictures])
+    (difference,) = stats.differences(study, ["m"], {("m", "b"): [1.0, 1.1, 0.9, 1.0]})
+    assert difference.n == 4 and "one training seed, so other seeds may differ" in conclusion("m", [difference])
 
 
 def test_duplicate_metrics_are_listed_once():

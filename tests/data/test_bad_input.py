@@ -102,21 +102,21 @@ def collect(tmp_path: Path, one: DatasetSpec):
     return Collector(16, tmp_path / "cache").collect([one])
 
 
-@pytest.mark.parametrize(("name", "data", "said"), PICTURES, ids=[name for name, _, _ in PICTURES])
-def test_image_is_used_or_reported(tmp_path, name, data, said):
+@pytest.mark.parametrize(("name", "data", "message"), PICTURES, ids=[name for name, _, _ in PICTURES])
+def test_image_is_used_or_reported(tmp_path, name, data, message):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / name).write_bytes(data)
     (folder / "good.png").write_bytes(png())
     done = collect(tmp_path, spec(folder))
-    told = [r.reason for r in done.rejected["photos"] if r.name == name]
+    reasons = [r.reason for r in done.rejected["photos"] if r.name == name]
     entry = next((e for e in done.entries if e.picture.name == name), None)
     if entry is not None and isinstance(reason := _decode(entry), str):
-        told.append(reason)
-    if said is None:
-        assert not told and tuple(_decode(entry).shape[1:]) == entry.picture.size
+        reasons.append(reason)
+    if message is None:
+        assert not reasons and tuple(_decode(entry).shape[1:]) == entry.picture.size
     else:
-        assert len(told) == 1 and said.lower() in told[0].lower()
+        assert len(reasons) == 1 and message.lower() in reasons[0].lower()
     assert done.found["photos"] == 2 and "good.png" in {e.picture.name for e in done.entries}
 
 
@@ -195,22 +195,22 @@ def test_folders_without_images_are_refused(tmp_path, make):
     assert bool(done.problems) == (make in ("missing", "file"))  # the module names the others: no usable picture
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "message"), [
     (None, "a.txt is missing"), ("", "a.txt is empty"), (" \n\n ", "a.txt is empty"), (b"\xff\xfe\x00", "a.txt is not UTF-8"),
 ])  # fmt: skip
-def test_missing_caption_is_reported_by_name(tmp_path, text, said):
+def test_missing_caption_is_reported_by_name(tmp_path, text, message):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
     if text is not None:
         (folder / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     done = collect(tmp_path, spec(folder, captions=Captions(enums.CaptionKind.textfile)))
-    assert len(done.problems) == 1 and said in done.problems[0] and "photos: a.png" in done.problems[0]
+    assert len(done.problems) == 1 and message in done.problems[0] and "photos: a.png" in done.problems[0]
 
 
-def mask_problems(tmp_path, masks: dict[str, bytes], pictures=("a.png", "sub/b.jpg")) -> tuple[list[str], list[str], list]:
+def mask_problems(tmp_path, masks: dict[str, bytes], images=("a.png", "sub/b.jpg")) -> tuple[list[str], list[str], list]:
     folder, place = tmp_path / "photos", tmp_path / "masks"
-    for root, files in ((folder, dict.fromkeys(pictures, png((80, 60)))), (place, masks)):
+    for root, files in ((folder, dict.fromkeys(images, png((80, 60)))), (place, masks)):
         for name, data in files.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
@@ -241,11 +241,11 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize(("masks", "said"), MASKS, ids=range(len(MASKS)))
-def test_masks_are_paired_or_all_problems_are_listed(tmp_path, masks, said):
+@pytest.mark.parametrize(("masks", "message"), MASKS, ids=range(len(MASKS)))
+def test_masks_are_paired_or_all_problems_are_listed(tmp_path, masks, message):
     problems, _, entries = mask_problems(tmp_path, masks)
-    assert len(problems) == len(said) and all(any(text in problem for problem in problems) for text in said), problems
-    if not said:
+    assert len(problems) == len(message) and all(any(text in problem for problem in problems) for text in message), problems
+    if not message:
         assert all(entry.mask for entry in entries)
 
 
@@ -313,12 +313,12 @@ ENTRIES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), ENTRIES, ids=[json.dumps(c)[:60] for c, _ in ENTRIES])
-def test_invalid_entry_is_explained_before_loading(tmp_path, change, said):
+@pytest.mark.parametrize(("change", "message"), ENTRIES, ids=[json.dumps(c)[:60] for c, _ in ENTRIES])
+def test_invalid_entry_is_explained_before_loading(tmp_path, change, message):
     path = samples.save(tmp_path / "a.json", samples.entry(tmp_path, **change))
     with pytest.raises(ConfigError) as caught:
         plan(lab.compose("dataset=simpletuner", f"dataset.path={path}"))
-    assert said in str(caught.value) and str(path) in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 FILES = [
@@ -336,13 +336,13 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), FILES, ids=range(len(FILES)))
-def test_malformed_file_is_explained_with_line_and_column(tmp_path, text, said):
+@pytest.mark.parametrize(("text", "message"), FILES, ids=range(len(FILES)))
+def test_malformed_file_is_explained_with_line_and_column(tmp_path, text, message):
     path = tmp_path / "a.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as caught:
         plan(lab.compose("dataset=simpletuner", f"dataset.path={path}"))
-    assert said in str(caught.value) and str(path) in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_all_problems_of_a_file_are_reported_at_once(tmp_path):
@@ -368,12 +368,12 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), TABLES, ids=range(len(TABLES)))
-def test_invalid_table_is_refused(tmp_path, text, said):
+@pytest.mark.parametrize(("text", "message"), TABLES, ids=range(len(TABLES)))
+def test_invalid_table_is_refused(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     where = Where(enums.DatasetType.table, str(tmp_path / "t.csv"), "image", ("caption",))
     done = collect(tmp_path, spec(tmp_path, where=where, captions=Captions(enums.CaptionKind.column)))
-    assert not done.entries and said in done.problems[0]
+    assert not done.entries and message in done.problems[0]
 
 
 def test_invalid_table_rows_are_named(tmp_path):
@@ -409,9 +409,9 @@ def test_images_too_large_after_resizing_are_rejected():
 
 def test_unwritable_cache_folders_are_refused_together(tmp_path):
     (tmp_path / "file").write_text("")
-    asked = spec(tmp_path, latents=str(tmp_path / "file/deeper"))
+    dataset = spec(tmp_path, latents=str(tmp_path / "file/deeper"))
     with pytest.raises(ConfigError) as caught:
-        Stores(tmp_path / "file").place(DataPlan([asked], [], str(tmp_path / "file")))
+        Stores(tmp_path / "file").place(DataPlan([dataset], [], str(tmp_path / "file")))
     named = ("cache is", "'photos': cache_dir_vae is", "text_embeds: cache_dir is")
     assert all(name in str(caught.value) for name in named) and str(caught.value).count("set another folder") == 3
 

@@ -34,20 +34,20 @@ def rows(data, count=60):
 def test_stored_predictions_match_the_base_model(banked):
     data = banked()
     bare = build_family(data.cfg)
-    for batch, row, taught in list(rows(data, 12)):
+    for batch, row, stored in list(rows(data, 12)):
         one = row[None]
         t = batch.u[one]
         with torch.no_grad():
             own = bare.denoise(bare.path.noise(batch.latents()[one], batch.eps[one], t), t, batch.cond.select(one))[0]
-        torch.testing.assert_close(taught, own, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(stored, own, atol=1e-5, rtol=1e-5)
 
 
 def test_draws_are_fixed_and_spread_over_all_times(banked):
     data = banked()
     seen = {}
-    for batch, row, taught in rows(data):
+    for batch, row, stored in rows(data):
         point = (tuple(batch.cond["size"][row].tolist()), tuple(batch.mean[row].flatten()[:4].tolist()))
-        seen.setdefault(point, {})[float(batch.u[row])] = taught
+        seen.setdefault(point, {})[float(batch.u[row])] = stored
     for times in seen.values():
         assert len(times) <= 4 and len({int(u * 4) for u in times}) == len(times), "one in each quarter"
     assert max(len(times) for times in seen.values()) == 4
@@ -62,7 +62,7 @@ def test_second_start_runs_no_forward_pass(banked, monkeypatch):
 
 def test_damaged_and_missing_predictions_are_rebuilt_bit_for_bit(banked):
     first = banked()
-    before = [taught for *_, taught in rows(first, 8)]
+    before = [stored for *_, stored in rows(first, 8)]
     whole, damaged, *others = sorted(first.bank.targets.folder.rglob("*.safetensors"))
     data = bytearray(damaged.read_bytes())
     data[-3] ^= 1

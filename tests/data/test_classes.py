@@ -29,7 +29,7 @@ def setting(small, tmp_path):
     return make
 
 
-def pictures(folder: Path) -> list[bytes]:
+def image_bytes(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
@@ -59,18 +59,18 @@ def test_generated_image_is_independent_of_its_batch(setting, tmp_path):
 
 
 def test_second_run_generates_nothing_and_a_larger_count_only_the_rest(setting, monkeypatch):
-    first = pictures(generate(*setting()))
+    first = image_bytes(generate(*setting()))
     counted, real = [], SDXL.generate
     monkeypatch.setattr(SDXL, "generate", lambda self, text, *a, **k: counted.append(text.rows) or real(self, text, *a, **k))
-    assert pictures(generate(*setting())) == first and not counted
-    more = pictures(generate(*setting("prior.generated.count=5")))
+    assert image_bytes(generate(*setting())) == first and not counted
+    more = image_bytes(generate(*setting("prior.generated.count=5")))
     assert more[:3] == first and len(more) == 5 and sum(counted) == 2
-    assert pictures(generate(*setting("prior.generated.count=2"))) == first[:2]
+    assert image_bytes(generate(*setting("prior.generated.count=2"))) == first[:2]
 
 
 def test_interrupted_generation_continues(setting, monkeypatch):
     cfg, family = setting("prior.generated.count=5")
-    whole = pictures(generate(cfg, family))
+    whole = image_bytes(generate(cfg, family))
     shutil.rmtree(Path(cfg.cache) / "class_pictures")
     real, calls = SDXL.generate, []
 
@@ -87,7 +87,7 @@ def test_interrupted_generation_continues(setting, monkeypatch):
     assert len(kept) == 2
     monkeypatch.setattr(SDXL, "generate", real)
     times = {path: path.stat().st_mtime_ns for path in kept}
-    assert pictures(generate(cfg, family)) == whole
+    assert image_bytes(generate(cfg, family)) == whole
     assert times == {path: path.stat().st_mtime_ns for path in kept}, "what was drawn is kept"
 
 
@@ -95,7 +95,7 @@ def test_interrupted_generation_continues(setting, monkeypatch):
 @pytest.mark.parametrize("change", ["prior.generated.guidance_scale=2", "prior.generated.negative_prompt=x",
                                     "prior.prompt=a cat", "prior.generated.seed=1"])  # fmt: skip
 def test_changed_settings_generate_new_images(setting, change):
-    assert pictures(generate(*setting())) != pictures(generate(*setting(change)))
+    assert image_bytes(generate(*setting())) != image_bytes(generate(*setting(change)))
 
 
 def test_run_trains_on_generated_class_images(setting):
@@ -126,8 +126,8 @@ def test_source_blank_uses_the_photos_with_empty_or_class_prompt(setting):
     mine = {e.picture.name for e in data.entries if e.spec.is_class}
     assert mine == {e.picture.name for e in data.entries if not e.spec.is_class}
     stream = iter(Samples(data, data.schedule, 0, 0, 1))
-    said = Counter(b.captions[i] for b in (next(stream) for _ in range(60)) for i in b.class_rows.tolist())
-    assert set(said) == {"", "a photo of a dog"} and min(said.values()) > 0.3 * said.total(), "about half of each"
+    counts = Counter(b.captions[i] for b in (next(stream) for _ in range(60)) for i in b.class_rows.tolist())
+    assert set(counts) == {"", "a photo of a dog"} and min(counts.values()) > 0.3 * counts.total(), "about half of each"
     cfg, family = setting("prior.source=blank", "prior.prompt=null")
     data = DreamBoothData(cfg, family)
     data.prepare()
@@ -140,11 +140,13 @@ def test_bank_of_blank_rows_stores_predictions_for_each_rows_caption(setting):
     data.prepare()
     stream, seen = iter(Samples(data, data.schedule, 0, 0, 1)), set()
     for batch in (next(stream) for _ in range(12)):
-        for row, taught in zip(batch.class_rows.tolist(), batch.teacher_output if len(batch.class_rows) else (), strict=True):
+        for row, teacher_output in zip(
+            batch.class_rows.tolist(), batch.teacher_output if len(batch.class_rows) else (), strict=True
+        ):
             one = torch.tensor([row])
             with torch.no_grad():
                 x_t = family.path.noise(batch.latents()[one], batch.eps[one], batch.u[one])
                 own = family.denoise(x_t, batch.u[one], batch.cond.select(one))[0]
-            torch.testing.assert_close(taught, own, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(teacher_output, own, atol=1e-5, rtol=1e-5)
             seen.add(batch.captions[row])
     assert seen == {"", "a photo of a dog"}

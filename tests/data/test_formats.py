@@ -66,7 +66,7 @@ def test_format_of_a_missing_extra_is_listed_with_the_package(tmp_path, monkeypa
     (tmp_path / name).write_bytes(b"x")
     (item,) = Folder(str(tmp_path)).items()
     assert f"pip install 'dreambooth-lab[{extra}]', or convert it to PNG or JPEG" in item.problem
-    monkeypatch.setattr(formats, "decoder", lambda asked: asked == package)
+    monkeypatch.setattr(formats, "decoder", lambda wanted: wanted == package)
     assert next(Folder(str(tmp_path)).items()).problem is None
 
 

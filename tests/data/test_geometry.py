@@ -35,17 +35,17 @@ def test_crop_lies_inside_the_smallest_covering_image(size, target, at, mirror):
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("at", [(0, 0), (0.5, 0.5), (1, 0.3)])
 def test_image_used_as_its_own_mask_stays_aligned(at, mirror):
-    picture = torch.zeros(3, 60, 90, dtype=torch.uint8)
-    picture[:, 10:35, 20:70] = 255
+    image = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    image[:, 10:35, 20:70] = 255
     g = geometry.place((60, 90), (48, 48), at, mirror)
-    assert torch.equal(geometry.apply(g, picture)[:1], geometry.apply(g, picture[:1]))
+    assert torch.equal(geometry.apply(g, image)[:1], geometry.apply(g, image[:1]))
 
 
 def test_mirrored_crop_reports_its_position_in_the_mirrored_image():
-    picture = torch.arange(40, dtype=torch.uint8).expand(3, 20, 40)
+    image = torch.arange(40, dtype=torch.uint8).expand(3, 20, 40)
     plain, mirrored = (geometry.place((20, 40), (20, 20), (0.5, 0.25), m) for m in (False, True))
     left = mirrored.size().crop[1]
-    assert torch.equal(geometry.apply(mirrored, picture), picture.flip(-1)[..., left : left + 20])
+    assert torch.equal(geometry.apply(mirrored, image), image.flip(-1)[..., left : left + 20])
     assert plain.size().crop == (0, 5) and left == 15
 
 
@@ -123,10 +123,10 @@ def test_thresholded_image_and_mask_agree_to_the_pixel(at, least, mirror):
     """Every crop style, with and without resizing before the crop, mirrored and not."""
     torch.manual_seed(0)
     blocks = torch.randint(0, 2, (1, 9, 13), dtype=torch.uint8) * 255
-    picture = blocks.repeat_interleave(11, 1).repeat_interleave(7, 2)
-    g = geometry.place(tuple(picture.shape[1:]), (64, 48), at, mirror, least)
-    cut = geometry.apply(g, picture.expand(3, -1, -1))
-    assert torch.equal(geometry.apply(g, picture)[0], cut[0])
-    grid = mask.to_grid(picture, g, 8)
+    image = blocks.repeat_interleave(11, 1).repeat_interleave(7, 2)
+    g = geometry.place(tuple(image.shape[1:]), (64, 48), at, mirror, least)
+    cut = geometry.apply(g, image.expand(3, -1, -1))
+    assert torch.equal(geometry.apply(g, image)[0], cut[0])
+    grid = mask.to_grid(image, g, 8)
     assert torch.allclose(grid[0], torch.nn.functional.avg_pool2d(cut[:1].float() / 255, 8)[0])
     assert tuple(grid.shape) == (1, 8, 6) and grid.min() >= 0 and grid.max() <= 1 and 0 < grid.mean() < 1

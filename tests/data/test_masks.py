@@ -13,12 +13,12 @@ def masked(small, tmp_path):
     """Pictures that are black and white, with masks that are their own thresholds."""
     folder, masks = tmp_path / "photos", tmp_path / "masks"
     for i, size in enumerate([(100, 80), (60, 120)]):
-        picture = (
+        photo = (
             Image.effect_noise(size, 200).resize((9, 7)).resize(size, Image.Resampling.NEAREST).point(lambda v: 255 * (v > 127))
         )
         for root, name in ((folder, f"deep/{i}.png"), (masks, f"deep/{i}.bmp")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(root / name)
+            photo.save(root / name)
 
     words = [w for w in small if not w.startswith(("dataset=", "dataset.path", "prior", "cache"))]
 

@@ -66,10 +66,10 @@ def test_draws_are_independent_of_batch_size_ranks_and_workers(prepared, photos,
             for batch in (next(loader) for _ in range(16 // (batch_size * ranks))):
                 classes = batch.class_rows.tolist()
                 for i, n in enumerate(batch.sample.tolist()):
-                    told = (batch.cond["prompt_embeds"][i], batch.cond["size"][i], batch.u[i], batch.rollout_draws[i])
+                    draws = (batch.cond["prompt_embeds"][i], batch.cond["size"][i], batch.u[i], batch.rollout_draws[i])
                     more = [] if batch.xi is None else [batch.xi[i]]
                     more += [batch.teacher_output[classes.index(i)]] if batch.teacher_output is not None and i in classes else []
-                    flat[n] = (batch.latents()[i], batch.eps[i], *told, *more)
+                    flat[n] = (batch.latents()[i], batch.eps[i], *draws, *more)
         return flat
 
     reference = rows(1)
@@ -113,13 +113,13 @@ def test_only_instance_captions_are_dropped(prepared):
 
 
 def test_rows_without_caption_follow_empty_caption_with_a_shared_cache(prepared):
-    told = []
+    embeds = []
     for kind in ("zeros", "encoded", "auto", "encoded"):
         data = prepared("dataset.caption_dropout=1", f"model.empty_caption={kind}")
         batch = batches(data, 1)[0]
-        told.append(batch.cond["prompt_embeds"][batch.instance_rows])
+        embeds.append(batch.cond["prompt_embeds"][batch.instance_rows])
         assert batch.captions[int(batch.instance_rows[0])] == "" and data.text(None)["prompt_embeds"].abs().max() == 0
-    zeros, encoded, auto, again = told
+    zeros, encoded, auto, again = embeds
     assert zeros.abs().max() == 0 < encoded.abs().max() and torch.equal(auto, zeros) and torch.equal(again, encoded)
 
 

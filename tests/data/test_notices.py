@@ -31,7 +31,7 @@ def test_small_images_and_duplicates_are_reported_by_name(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(64, 64), (1, 1), (40, 40)])
     shutil.copy(folder / "00.png", folder / "copy.png")
     grown, copies = notices.notices(entries(tmp_path, folder, Shaping(128, aspect=enums.CropAspect.square)))[-2:]
-    said = notices.notices(entries(tmp_path, folder, Shaping(64)))
-    assert said[0] == "p: 01.png: 1×1 px is enlarged 64 times, to 64×64" and len(said) == 2
+    messages = notices.notices(entries(tmp_path, folder, Shaping(64)))
+    assert messages[0] == "p: 01.png: 1×1 px is enlarged 64 times, to 64×64" and len(messages) == 2
     assert copies == "p: 00.png, copy.png are the same image (equal bytes), which is used 2 times as often"
     assert grown == "p: 02.png: 40×40 px is enlarged 3.2 times, to 128×128"

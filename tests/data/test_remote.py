@@ -70,7 +70,7 @@ def test_only_changed_remote_files_are_read_again(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("memory://nothing/here", "is empty or does not exist"),
         ("gopher://x/y", "can't be opened"),
@@ -78,8 +78,8 @@ def test_only_changed_remote_files_are_read_again(folder, tmp_path):
         ("s3a-typo://bucket", "see fsspec's list of protocols"),
     ],
 )
-def test_url_without_images_is_refused_by_name(tmp_path, url, said):
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_url_without_images_is_refused_by_name(tmp_path, url, message):
+    with pytest.raises(ConfigError, match=message) as caught:
         scan.scan(open_source(Where(enums.DatasetType.folder, url), ""), ScanCache(tmp_path / "m"))
     assert url in str(caught.value)
 

@@ -132,17 +132,17 @@ def test_every_key_is_mapped(photos, tmp_path):
 
 
 def test_uncropped_bucket_keeps_the_image_aspect(photos, tmp_path):
-    for said in ({"crop": False}, {}, {"crop": False, "crop_style": "random", "crop_aspect": "square"}):
-        shaping = specs(samples.save(tmp_path / "a.json", samples.entry(photos, **said)))[0].shaping
+    for changes in ({"crop": False}, {}, {"crop": False, "crop_style": "random", "crop_aspect": "square"}):
+        shaping = specs(samples.save(tmp_path / "a.json", samples.entry(photos, **changes)))[0].shaping
         assert (shaping.aspect, shaping.place) == (enums.CropAspect.preserve, enums.Crop.center)
 
 
-def told(tmp_path, *entries):
+def notices_of(tmp_path, *entries):
     return plan(config(samples.save(tmp_path / "a.json", *entries))).notices
 
 
 def test_unused_keys_are_reported_once(photos, tmp_path):
-    notices = told(
+    notices = notices_of(
         tmp_path, samples.entry(photos, vae_batch_size=4, scan_for_errors=True), samples.entry(photos, id="c", vae_batch_size=8),
         samples.entry(photos, id="b", disabled=True),
     )  # fmt: skip
@@ -174,7 +174,7 @@ IDLE = [
 def test_key_without_effect_in_its_place_gives_one_notice(photos, tmp_path, change, keys, why):
     other = samples.entry(photos, id="train")
     mask = {"id": "other", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "x"}
-    (notice,) = told(tmp_path, other, mask, samples.entry(photos, **change))
+    (notice,) = notices_of(tmp_path, other, mask, samples.entry(photos, **change))
     assert notice.startswith(f"entry 'photos': {keys} no effect here: ") and why in notice
 
 
@@ -198,7 +198,7 @@ def test_only_one_text_cache_is_used_and_others_are_named(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("dataset.caption=textfile", "dataset.caption is textfile"),
         ("dataset.resolutions=[512]", "dataset.resolutions is [512.0]"),
@@ -208,12 +208,12 @@ def test_only_one_text_cache_is_used_and_others_are_named(photos, tmp_path):
         ("prior.prompt=x", "prior.prompt is 'x'"),
     ],
 )
-def test_keys_set_by_the_file_are_refused_beside_it(photos, tmp_path, override, said):
+def test_keys_set_by_the_file_are_refused_beside_it(photos, tmp_path, override, message):
     path = samples.save(tmp_path / "a.json", samples.entry(photos))
     check(config(path, "dataset.flip=true", "dataset.class_prompt=x", "dataset.batch_size=2"))
     with pytest.raises(ConfigError, match=r"^1 problem") as caught:
         check(config(path, override))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_arbitrary_values_never_crash(photos, tmp_path):
@@ -240,8 +240,8 @@ def test_eval_entries_are_marked(photos, tmp_path):
 
 
 def test_eval_sets_are_never_trained_on(of_file, photos, class_photos, tmp_path):
-    held = samples.entry(class_photos, id="e", dataset_type="eval")
-    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), held))
+    eval_entry = samples.entry(class_photos, id="e", dataset_type="eval")
+    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), eval_entry))
     assert {e.spec.id for e in data.entries} == {"photos"} and data.rows_per_epoch()["e"] == 0
     assert {e.spec.id for e in data.held_out} == {"e"} and len(data.photos()) == 5
 
@@ -249,9 +249,9 @@ def test_eval_sets_are_never_trained_on(of_file, photos, class_photos, tmp_path)
 def test_eval_image_in_the_training_set_is_refused(of_file, photos, class_photos, tmp_path):
     shutil.copytree(class_photos, tmp_path / "held")
     shutil.copy(photos / "03.png", tmp_path / "held" / "renamed.png")
-    held = samples.entry(tmp_path / "held", id="e", dataset_type="eval")
+    eval_entry = samples.entry(tmp_path / "held", id="e", dataset_type="eval")
     with pytest.raises(ConfigError, match=r"'e': .*: renamed\.png is also trained on \(photos: 03\.png\)"):
-        of_file(samples.save(tmp_path / "a.json", samples.entry(photos), held))
+        of_file(samples.save(tmp_path / "a.json", samples.entry(photos), eval_entry))
 
 
 def test_one_folder_at_two_resolutions_shares_a_cache_folder(of_file, photos, tmp_path):
@@ -282,9 +282,9 @@ def test_zero_probability_gives_no_rows(of_file, photos, tmp_path):
 
 def test_listed_prompts_are_drawn_per_sample(of_file, photos, tmp_path):
     data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos, instance_prompt=["one", "two"])))
-    said = [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
-    assert 15 < said.count("one") < 45 and set(said) == {"one", "two"}
-    assert said == [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
+    captions = [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
+    assert 15 < captions.count("one") < 45 and set(captions) == {"one", "two"}
+    assert captions == [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
 
 
 def test_rows_without_mask_get_ones(of_file, photos, class_photos, tmp_path):

@@ -35,11 +35,11 @@ def network(x, t):
     return torch.tanh(1.3 * x + t.float().view(-1, 1, 1, 1)) + 0.3 * x
 
 
-def walk(path, sampler, x, times, answer=network):
+def walk(path, sampler, x, times, predict=network):
     """Through `times`, one [B] after the other."""
     solver = SOLVERS[sampler](path)
     for t, s in pairwise(times):
-        x = solver.step(answer(x, t), x, t, s)
+        x = solver.step(predict(x, t), x, t, s)
     return x
 
 

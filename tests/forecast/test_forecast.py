@@ -92,7 +92,7 @@ def test_counted_sizes_match_the_real_networks(small):
 
 def test_offloaded_blocks_count_as_the_largest_block(small):
     words = ["trainer.accelerator=auto", "model.gradient_checkpointing=true"]
-    whole, away = (counts.step(lab.compose(*small, *words, f"model.offload={said}"), 2, 64) for said in ("none", "blocks"))
+    whole, away = (counts.step(lab.compose(*small, *words, f"model.offload={offload}"), 2, 64) for offload in ("none", "blocks"))
     assert away.base.size + away.base.away == whole.base.size and 0 < away.base.block < away.base.away
     assert away.work > whole.work, "the block that runs"
     assert (away.learning, away.added) == (whole.learning, whole.added)

@@ -27,14 +27,14 @@ def choose(small, monkeypatch):
     monkeypatch.setattr(plans, "Forecast", lambda cfg, known: type("Known", (), {"phases": lambda _: needing(cfg)})())
 
     def choose(*words):
-        said = [word for word in small if "batch_size" not in word and "accelerator" not in word] + list(words)
+        overrides = [word for word in small if "batch_size" not in word and "accelerator" not in word] + list(words)
 
         def compose(more=()):
-            cfg = lab.compose(*said, *more)
+            cfg = lab.compose(*overrides, *more)
             check(cfg)
             return cfg
 
-        return plans.choose_plan(compose(), said, compose)
+        return plans.choose_plan(compose(), overrides, compose)
 
     return choose
 
@@ -79,8 +79,8 @@ def test_plans_excluded_by_user_overrides_are_skipped(choose):
 def test_no_fitting_plan_is_refused_with_a_fix(choose):
     with pytest.raises(ConfigError, match=r"training needs a card of .* GiB even with .*quant=int8.*memory=none"):
         choose("memory=8gb", "memory.card_gib=2", "dataset.batch_size=64")
-    told = choose("memory=none", "memory.card_gib=2")
-    assert not told.fits and not told.words and "needs a card of" in str(list(told.table().columns[3].cells))
+    choice = choose("memory=none", "memory.card_gib=2")
+    assert not choice.fits and not choice.words and "needs a card of" in str(list(choice.table().columns[3].cells))
 
 
 def test_without_a_gpu_no_plan_is_chosen(choose):
@@ -93,11 +93,11 @@ def test_without_a_gpu_no_plan_is_chosen(choose):
 
 def test_given_card_size_is_planned_for_without_weights(tmp_path):
     folder = published.outline("sd15", tmp_path / "sd15")
-    said = [
+    overrides = [
         "model=sd15", f"model.pretrained={folder}", "model.resolution=256", "validation.resolution=128", f"cache={tmp_path}",
         "dataset=folder", f"dataset.path={tmp_path}", "dataset.instance_prompt='a photo of sks dog'", "memory=8gb",
     ]  # fmt: skip
-    chosen = plans.choose_plan(lab.compose(*said), said, lambda more: lab.compose(*said, *more))
+    chosen = plans.choose_plan(lab.compose(*overrides), overrides, lambda more: lab.compose(*overrides, *more))
     assert chosen.fits and chosen.words == [] and 1.6 < chosen.needs[-1].parts["denoiser"] / 1e9 < 1.8
 
 

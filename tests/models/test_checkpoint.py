@@ -125,7 +125,7 @@ def escaping_shards(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (only_pickles, r"whose vae has diffusion_pytorch_model\.bin and no \.safetensors; pickles can run code"),
         (lambda m: shutil.rmtree(m / "tokenizer_2"), "has no folder tokenizer_2"),
@@ -140,10 +140,10 @@ def escaping_shards(folder: Path) -> None:
         (escaping_shards, "without a weight_map of plain file names"),
     ],
 )
-def test_missing_files_are_refused_before_loading(spoil, said, tiny_sdxl, tmp_path, monkeypatch):
+def test_missing_files_are_refused_before_loading(spoil, message, tiny_sdxl, tmp_path, monkeypatch):
     folder = copy(tiny_sdxl, tmp_path / "m")
     spoil(folder)
-    with pytest.raises(ConfigError, match=r"model\.pretrained is .*" + said):
+    with pytest.raises(ConfigError, match=r"model\.pretrained is .*" + message):
         Checkpoint(str(folder), None, "auto")
 
 
@@ -222,16 +222,16 @@ def hub_cache(tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub import constants
 
-    asked: list[str] = []
+    requests: list[str] = []
 
     def unreachable(repo: str, *_: object, **__: object) -> None:
-        asked.append(repo)
+        requests.append(repo)
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, name, unreachable)
-    return tmp_path / "hub", asked
+    return tmp_path / "hub", requests
 
 
 def cache(pipeline: Path, root: Path) -> Path:
@@ -242,24 +242,24 @@ def cache(pipeline: Path, root: Path) -> Path:
 
 
 def test_complete_hub_cache_needs_no_network(tiny_sdxl, hub_cache):
-    root, asked = hub_cache
+    root, requests = hub_cache
     folder = cache(tiny_sdxl, root)
     for revision in (None, "main", REVISION):
         checkpoint = Checkpoint("owner/name", revision, "auto")
-        assert checkpoint.folder == folder and asked == []
+        assert checkpoint.folder == folder and requests == []
     assert torch.equal(weight(checkpoint), weight(Checkpoint(str(tiny_sdxl), None, None)))
 
 
 @pytest.mark.parametrize("lost", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json",
                                   "scheduler/scheduler_config.json", "model_index.json"])  # fmt: skip
 def test_incomplete_hub_cache_uses_the_network(lost, tiny_sdxl, hub_cache):
-    root, asked = hub_cache
+    root, requests = hub_cache
     (cache(tiny_sdxl, root) / lost).unlink()
     with pytest.raises(
         ConfigError, match=r"'owner/name', which is not a folder, is not complete .*no route to the hub.*model\.pretrained"
     ):
         Checkpoint("owner/name", None, "auto")
-    assert asked == ["owner/name"]
+    assert requests == ["owner/name"]
 
 
 def test_only_needed_files_are_downloaded(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
@@ -289,13 +289,13 @@ def test_only_needed_files_are_downloaded(tiny_sdxl, tmp_path, hub_cache, monkey
 
 
 def test_other_models_are_read_from_the_cache_first():
-    asked = []
+    requests = []
 
     def load(name: str, local_files_only: bool = False, lacks: bool = False) -> str:
-        asked.append(local_files_only)
+        requests.append(local_files_only)
         if local_files_only and lacks:
             raise OSError("not cached")
         return name
 
-    assert files.cache_first(load, "owner/tae") == "owner/tae" and asked == [True]
-    assert files.cache_first(load, "owner/tae", lacks=True) == "owner/tae" and asked == [True, True, False]
+    assert files.cache_first(load, "owner/tae") == "owner/tae" and requests == [True]
+    assert files.cache_first(load, "owner/tae", lacks=True) == "owner/tae" and requests == [True, True, False]

@@ -100,8 +100,8 @@ def test_run_reads_long_captions_in_full_and_reports_truncation(small, tmp_path,
         data.prepare()
         assert sum("captions are longer than the 77 tokens that text_encoder" in notice for notice in data.notices) == 2
     run(lab.compose(*words, "dataset.long_captions=chunk"), tmp_path / "run")
-    told = lab.load(tmp_path / "run").folder.preflight.read_text()
-    assert "are longer than" not in told
+    preflight = lab.load(tmp_path / "run").folder.preflight.read_text()
+    assert "are longer than" not in preflight
     tail = [long(build_family(lab.compose(*words)), tail) for tail in ("cat", "robot")]
     trained = TrainedPipeline(lab.load(tmp_path / "run").config, tmp_path / "run" / "export")
     short = trained.draw(SHORT, "", 64, 2, 3.0, 0)[0]

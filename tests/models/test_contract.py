@@ -119,8 +119,10 @@ def test_generated_images_match_the_pipelines(family, pipeline):
 
 
 def test_repeated_loads_are_bit_identical(tiny_sdxl):
-    answers = [family.denoise(noisy(), torch.tensor([0.1, 0.9]), cond(family)) for family in (load(tiny_sdxl), load(tiny_sdxl))]
-    assert torch.equal(*answers)
+    predictions = [
+        family.denoise(noisy(), torch.tensor([0.1, 0.9]), cond(family)) for family in (load(tiny_sdxl), load(tiny_sdxl))
+    ]
+    assert torch.equal(*predictions)
 
 
 def test_encoders_can_be_freed_and_reloaded(family):
@@ -148,36 +150,36 @@ def test_attention_uses_the_requested_kernel(kernel, checkpointing, tiny_sdxl, f
     chosen.denoiser.requires_grad_(True).train()
     x, t, c = noisy(), torch.tensor([0.1, 0.9]), cond(family)
     with torch.profiler.profile() as profile:
-        answer = chosen.denoise(x, t, c)
-        answer.square().mean().backward()
-    assert_close(answer, family.denoise(x, t, c))
+        prediction = chosen.denoise(x, t, c)
+        prediction.square().mean().backward()
+    assert_close(prediction, family.denoise(x, t, c))
     ran = {event.key for event in profile.key_averages()}
     flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert (flash in ran) == (kernel is enums.Attention.flash) != ("aten::_scaled_dot_product_attention_math" in ran)
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "said"),
+    ("settings", "device", "message"),
     [
         ({"attention": enums.Attention.cudnn}, "cpu", "which only CUDA devices have"),
         ({"attention": enums.Attention.flash}, "cuda", "only 16-bit dtypes"),
         ({"compile": True}, "cpu", "there is no C\\+\\+ compiler 'no-such-compiler'"),
     ],
 )
-def test_unsupported_kernels_of_a_device_are_refused(asked, device, said, tiny_sdxl, monkeypatch):
+def test_unsupported_kernels_of_a_device_are_refused(settings, device, message, tiny_sdxl, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    family = load(tiny_sdxl, **asked)
+    family = load(tiny_sdxl, **settings)
     family.device = torch.device(device)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         family.check_device()
 
 
 def test_bfloat16_prediction_is_close_to_float32(tiny_sdxl, family):
     low = load(tiny_sdxl, enums.Dtype.bfloat16)
     c, x, t = cond(family), noisy(), torch.tensor([0.1, 0.9])
-    answer = low.denoise(x, t, c)
-    assert next(low.denoiser.parameters()).dtype is torch.bfloat16 and answer.dtype is torch.float32
-    assert_close(answer, family.denoise(x, t, c), atol=0.05, rtol=0.05)
+    prediction = low.denoise(x, t, c)
+    assert next(low.denoiser.parameters()).dtype is torch.bfloat16 and prediction.dtype is torch.float32
+    assert_close(prediction, family.denoise(x, t, c), atol=0.05, rtol=0.05)
 
 
 def test_identity_depends_on_weights_and_dtype(tiny_sdxl, tmp_path):

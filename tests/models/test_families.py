@@ -64,7 +64,7 @@ def cells(family):
     return (4 if unit < 8 else 1) * unit, (6 if unit < 8 else 2) * unit
 
 
-def told(family, captions, seed=0):
+def inputs(family, captions, seed=0):
     """Rows to ask about: x [B C h w], t [B], and what the family is told of them."""
     height, width = cells(family)
     x = torch.randn(len(captions), family.channels, height, width, generator=torch.Generator().manual_seed(seed))
@@ -79,9 +79,9 @@ def first_step(pipeline, **call):
     seen = []
     step = type(pipeline.scheduler).step
 
-    def watch(self, answer, t, sample, *args, **options):
-        seen.append((answer.detach().clone(), t, sample.detach().clone()))
-        return step(self, answer, t, sample, *args, **options)
+    def watch(self, prediction, t, sample, *args, **options):
+        seen.append((prediction.detach().clone(), t, sample.detach().clone()))
+        return step(self, prediction, t, sample, *args, **options)
 
     type(pipeline.scheduler).step = watch
     try:
@@ -108,11 +108,11 @@ def test_prediction_matches_the_pipelines_first_step(name, folders):
     pipeline, (height, width) = family.pipeline(), cells(family)
     size = {"height": height * family.factor, "width": width * family.factor}
     binning = {"use_resolution_binning": False} if name in ("sana", "pixart") else {}
-    answer, native, sample = first_step(pipeline, **size, **binning, **GUIDED.get(name, {"guidance_scale": 1.0}))
+    prediction, native, sample = first_step(pipeline, **size, **binning, **GUIDED.get(name, {"guidance_scale": 1.0}))
     x = unpacked(pipeline, sample, family, height, width)
     cond = family.cond(family.encode_text([CAPTION]), [ImageInfo(Size((64, 64), (0, 0), (64, 64)), x[0], 0, 0, 7.0)])
     t = family.path.time(native[None]) if hasattr(family.path, "time") else native[None] / 1000
-    assert_close(family.denoise(x, t, cond), unpacked(pipeline, answer, family, height, width).float(), atol=2e-5, rtol=2e-5)
+    assert_close(family.denoise(x, t, cond), unpacked(pipeline, prediction, family, height, width).float(), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -120,7 +120,7 @@ def test_native_timestep_round_trips(name, folders):
     family = load(folders, name)
     seen = []
     RankClock(None, lambda timestep: seen.append(family.time_of(timestep)) or timestep).watch(family.denoiser)
-    x, t, cond = told(family, [CAPTION, "a dog"])
+    x, t, cond = inputs(family, [CAPTION, "a dog"])
     family.denoise(x, t, cond)
     assert_close(seen[0].double(), t.double(), atol=1.01 / family.path.num_steps, rtol=0)
 
@@ -128,13 +128,13 @@ def test_native_timestep_round_trips(name, folders):
 @pytest.mark.parametrize("name", [n for n in NAMED if n in FROM_PROMPTS])
 def test_direct_denoise_is_bit_identical_to_the_pipelines_call(name, folders):
     family = load(folders, name)
-    x, t, cond = told(family, [CAPTION, "a dog"])
+    x, t, cond = inputs(family, [CAPTION, "a dog"])
     assert torch.equal(family.denoise(x, t, cond), PipelineFamily.denoise(family, x, t, cond))
 
 
 def test_refiner_prediction_matches_its_pipeline(folders):
     family = load(folders, "sdxl_refiner")
-    x, t, cond = told(family, [CAPTION, "a dog"])
+    x, t, cond = inputs(family, [CAPTION, "a dog"])
     height, width = (side * family.factor for side in x.shape[2:])
     call = {"strength": 1.0, "original_size": (100, 80), "crops_coords_top_left": (3, 5)}
     call |= {"aesthetic_score": 7.0, "guidance_scale": 0.0, "num_inference_steps": 1, "output_type": "latent"}
@@ -151,7 +151,7 @@ def test_refiner_prediction_matches_its_pipeline(folders):
 
 def test_stage_two_prediction_matches_its_pipeline(folders):
     family = load(folders, "deepfloyd_2")
-    x, t, cond = told(family, [CAPTION])
+    x, t, cond = inputs(family, [CAPTION])
     small, level = torch.rand(1, 3, *(side // 4 for side in x.shape[2:])) * 2 - 1, torch.tensor([250])
     cond["small"], cond["level"] = family.noised(small, x, level), level  # the pipeline draws both noises from one stand-in
     pipeline = family.pipeline()
@@ -184,7 +184,7 @@ def test_stage_two_upscales_the_stage_one_image(folders):
     one.generate(*texts, height=32, width=64, **calls, **after)
     alone = two.generate(*texts, height=128, width=256, photos=small, **calls, **after)
     assert two_steps[0].size == (256, 128)
-    assert np.array_equal(*(np.asarray(picture) for (picture,) in (two_steps, alone)))
+    assert np.array_equal(*(np.asarray(image) for (image,) in (two_steps, alone)))
 
 
 def test_stage_two_is_conditioned_on_the_noised_low_resolution_image_and_its_level(folders):
@@ -203,7 +203,7 @@ def test_text_matches_the_pipelines_encoding(name, folders):
     family = load(folders, name)
     pipeline = family.pipeline()
     text = family.encode_text([CAPTION])
-    said = {
+    options = {
         "prompt": CAPTION,
         "prompt_2": None,
         "prompt_3": None,
@@ -211,11 +211,11 @@ def test_text_matches_the_pipelines_encoding(name, folders):
         "num_images_per_prompt": 1,
         "clean_caption": False,
     }
-    said |= {"do_classifier_free_guidance": False}
+    options |= {"do_classifier_free_guidance": False}
     called = inspect.signature(type(pipeline).__call__).parameters  # for what the call itself says to encode_prompt
-    said |= {n: called[n].default for n in ("complex_human_instruction", "max_sequence_length") if n in called}
+    options |= {n: called[n].default for n in ("complex_human_instruction", "max_sequence_length") if n in called}
     known = inspect.signature(pipeline.encode_prompt).parameters
-    theirs = pipeline.encode_prompt(**{n: value for n, value in said.items() if n in known})[0]
+    theirs = pipeline.encode_prompt(**{n: value for n, value in options.items() if n in known})[0]
     assert_close(text["prompt_embeds"], (theirs[0][None] if isinstance(theirs, list) else theirs).float(), atol=1e-4, rtol=1e-4)
 
 
@@ -224,7 +224,7 @@ def test_captions_of_different_lengths_share_a_batch(name, folders):
     family = load(folders, name)
     captions = [CAPTION, "a dog", "", "a photo of a red robot on the beach in space"]
     text = Text.stack([family.encode_text([caption]) for caption in captions])
-    x, t, _ = told(family, captions)
+    x, t, _ = inputs(family, captions)
     shown = [ImageInfo(Size((64, 64), (0, 0), (64, 64)), latents, 0, 0, 7.0) for latents in x]
     together = family.denoise(x, t, family.cond(text, shown))
     alone = [
@@ -255,7 +255,7 @@ def test_gradients_reach_only_trained_parameters(name, folders):
     for parameter in family.denoiser.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    x, t, cond = told(family, [CAPTION, "a dog"])
+    x, t, cond = inputs(family, [CAPTION, "a dog"])
     family.denoise(x, t, cond).square().mean().backward()
     reached = {
         n.partition(".lora_")[0] for n, p in family.denoiser.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
@@ -271,20 +271,20 @@ def test_gradients_reach_only_trained_parameters(name, folders):
 @pytest.mark.parametrize("name", quick(NAMED))
 def test_bfloat16_prediction_is_close_to_float32(name, folders):
     family, low = load(folders, name), load(folders, name, "model.dtype=bfloat16")
-    x, t, cond = told(family, [CAPTION, "a dog"])
-    exact, answer = family.denoise(x, t, cond), low.denoise(x, t, cond)
-    assert answer.dtype is torch.float32 and next(low.denoiser.parameters()).dtype is torch.bfloat16
-    assert (answer - exact).norm() < (0.3 if name == "chroma" else 0.06) * exact.norm()  # its modulation amplifies rounding
+    x, t, cond = inputs(family, [CAPTION, "a dog"])
+    exact, prediction = family.denoise(x, t, cond), low.denoise(x, t, cond)
+    assert prediction.dtype is torch.float32 and next(low.denoiser.parameters()).dtype is torch.bfloat16
+    assert (prediction - exact).norm() < (0.3 if name == "chroma" else 0.06) * exact.norm()  # its modulation amplifies rounding
 
 
 @pytest.mark.parametrize("name", quick(NAMED))
 def test_repeated_loads_are_bit_identical(name, folders):
-    answers = []
+    predictions = []
     for _ in range(2):
         family = load(folders, name)
-        x, t, cond = told(family, [CAPTION, ""])
-        answers.append(family.denoise(x, t, cond))
-    assert torch.equal(*answers)
+        x, t, cond = inputs(family, [CAPTION, ""])
+        predictions.append(family.denoise(x, t, cond))
+    assert torch.equal(*predictions)
 
 
 @pytest.mark.parametrize("name", quick(tiny_families.PIPELINES))
@@ -293,11 +293,11 @@ def test_generated_images_have_the_requested_size(name, folders):
     height, width = (side * family.factor for side in cells(family))
     text, seen = family.encode_text([CAPTION]), []
     photos = [Image.new("RGB", (50, 70), "red")] if family.needs_image else []
-    (picture,) = family.generate(
+    (image,) = family.generate(
         text, family.encode_text([""]), height=height, width=width, guidance_scale=3.0, num_inference_steps=10, photos=photos,
         generator=[torch.Generator().manual_seed(0)], on_step=lambda step, latents: seen.append((step, tuple(latents.shape))),
     )  # fmt: skip
-    assert picture.size == (width, height)
+    assert image.size == (width, height)
     assert [step for step, _ in seen] == list(range(1, len(seen) + 1)) and len(seen) >= 2
     assert {shape for _, shape in seen} == {(1, family.channels, *cells(family))}
 
@@ -351,8 +351,8 @@ def test_export_predicts_the_same_in_a_fresh_process(folders, tmp_path):
         begin = name in ("sdxl_refiner", "deepfloyd_2")
         call = {"begin": begin, **family.guidance(1.0), **({} if begin else family.size_arguments(64, 64))}
         calls.append([name, str(folders(name)), str(tmp_path / name), family.denoiser_part, call])
-    said = subprocess.run([sys.executable, "-c", FRESH, json.dumps(calls)], capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr[-2000:]
+    process = subprocess.run([sys.executable, "-c", FRESH, json.dumps(calls)], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
     for name, family in trained.items():
         args, kwargs, theirs = torch.load(tmp_path / name / "call.pt", weights_only=True)
         with torch.no_grad():
@@ -373,7 +373,7 @@ def test_full_weights_load_to_the_same_prediction(name, folders, tmp_path):
     adapter = Full(rank=1, alpha=1, dropout=0.0, parts=[], targets=[])
     adapter.attach(family.denoiser, family.target_modules, 0)
     learned = {n: torch.nn.Parameter(p + 0.02 * torch.randn_like(p)) for n, p in family.denoiser.named_parameters()}
-    x, t, cond = told(family, [CAPTION, "a dog"])
+    x, t, cond = inputs(family, [CAPTION, "a dog"])
     base = family.denoise(x, t, cond)
     adapter.export(tmp_path, ExportWeights(family.denoiser_part, learned, {}, {}, family.kohya, FORM))
     assert torch.equal(family.denoise(x, t, cond), base), "an export leaves the model alone"
@@ -393,15 +393,15 @@ def test_previews_use_the_tiny_autoencoder(name, folders, tmp_path):
     tiny.tae(family.channels).save_pretrained(tmp_path / "tae")
     family = load(folders, name, f"model.tae={tmp_path}/tae")
     latents = torch.randn(1, family.channels, *cells(family))
-    pictures = family.preview(latents)
-    assert pictures.shape == (1, 3, *(side * family.factor for side in cells(family))) and "vae" not in family.__dict__
-    assert_close(pictures, AutoencoderTiny.from_pretrained(tmp_path / "tae").decode(latents).sample.float())
+    images = family.preview(latents)
+    assert images.shape == (1, 3, *(side * family.factor for side in cells(family))) and "vae" not in family.__dict__
+    assert_close(images, AutoencoderTiny.from_pretrained(tmp_path / "tae").decode(latents).sample.float())
 
 
 def test_pipeline_with_one_timestep_per_batch_is_refused_with_the_reason(folders):
     family = load(folders, "aura_flow", model="diffusers")
     with pytest.raises(ConfigError, match="AuraFlowPipeline can't be trained through its own call"):
-        family.denoise(*told(family, [CAPTION, "a dog"]))
+        family.denoise(*inputs(family, [CAPTION, "a dog"]))
 
 
 def test_checkpoint_of_another_family_is_refused(folders):
@@ -423,7 +423,7 @@ def test_time_shift_is_the_models_own_for_a_size(folders):
 def test_inspecting_a_pipeline_consumes_no_random_numbers(name, folders):
     """A step's adapter dropout is torch's own generator's: a resumed run asks for the first time in another step."""
     family = load(folders, name)
-    x, t, cond = told(family, [CAPTION])
+    x, t, cond = inputs(family, [CAPTION])
     family.__dict__.pop("calls"), family.shifts.clear()
     assert family.denoiser is not None
     before = torch.random.get_rng_state()

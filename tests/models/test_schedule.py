@@ -35,7 +35,7 @@ def test_zero_terminal_snr_is_read_and_excluded_from_the_times():
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("settings", "why"),
     [
         (config(diffusers.EDMEulerScheduler), "EDMEulerScheduler, which has no betas of its own"),
         (config(diffusers.EDMDPMSolverMultistepScheduler), "no betas of its own"),
@@ -43,9 +43,9 @@ def test_zero_terminal_snr_is_read_and_excluded_from_the_times():
         ({"_class_name": "DDPMScheduler", "beta_schedule": "secret"}, "beta_schedule 'secret'"),
     ],
 )
-def test_unsupported_schedule_settings_are_refused_by_name(said, why):
+def test_unsupported_schedule_settings_are_refused_by_name(settings, why):
     with pytest.raises(ConfigError, match=f"x has .*{why}|x has a {why}"):
-        schedule.read(said, "x")
+        schedule.read(settings, "x")
 
 
 def test_distilled_model_gives_a_notice(caplog):
@@ -66,16 +66,16 @@ def test_flow_shift_is_static_or_depends_on_size():
 
 def test_latents_use_the_vaes_scale_shift_and_statistics():
     torch.manual_seed(0)
-    said = {
+    vae_config = {
         "scaling_factor": 0.5,
         "shift_factor": 0.25,
         "latents_mean": [1.0, -1.0, 0.0, 2.0],
         "latents_std": [2.0, 1.0, 0.5, 4.0],
     }
-    rule = latents.Latents({"latent_channels": 4, "block_out_channels": [8] * 4, **said})
+    rule = latents.Latents({"latent_channels": 4, "block_out_channels": [8] * 4, **vae_config})
     x = torch.randn(2, 4, 3, 5)
     z = (x - rule.offset) * rule.scale
-    mean, std = (torch.tensor(said[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    mean, std = (torch.tensor(vae_config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
     assert_close(z, (x - 0.25 - mean) * 0.5 / std)
     with pytest.raises(ConfigError, match="x has a Strange, whose latents are not supported; supported: AutoencoderKL"):
         latents.rule({"_class_name": "Strange"}, "x")

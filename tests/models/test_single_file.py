@@ -141,13 +141,13 @@ def test_single_sdxl_file_matches_its_folder(tiny_sdxl, tmp_path):
         build_family(lab.compose("model=sdxl", f"model.pretrained={folder}", *words, *more))
         for folder, more in ((tiny_sdxl, []), (file, [f"model.config={tiny_sdxl}"]))
     ]
-    pixels, answers = torch.rand(1, 3, 64, 64) * 2 - 1, []
+    pixels, outputs = torch.rand(1, 3, 64, 64) * 2 - 1, []
     for family in families:
         mean, _ = family.encode_image(pixels)
         text = family.encode_text(["a photo of a dog"])
         cond = family.cond(text, [ImageInfo(Size((64, 64), (0, 0), (64, 64)), mean[0], 0, 0, 7.0)])
-        answers.append((mean, *text.values(), family.denoise(mean, torch.tensor([0.5]), cond), family.decode(mean)))
-    for one, other in zip(*answers, strict=True):
+        outputs.append((mean, *text.values(), family.denoise(mean, torch.tensor([0.5]), cond), family.decode(mean)))
+    for one, other in zip(*outputs, strict=True):
         assert_close(one, other, atol=1e-6, rtol=1e-6)  # mapped weights start at other bytes, so last bits may differ
     (tmp_path / "plain").touch()
     converted = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".safetensors"]
@@ -173,14 +173,14 @@ def converted(file: Path, folder: Path, cache: Path, prediction: enums.Predictio
 def test_single_file_matches_its_folder(folder, tmp_path):
     one, other = converted(write(folder, tmp_path / "x.safetensors"), folder, tmp_path / "c"), Checkpoint(str(folder), None, None)
     x, states, tokens = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.arange(77)[None]
-    asked = {
+    calls = {
         "unet": lambda m: m(x, 10, states).sample,
         "vae": lambda m: torch.cat([m.encode(torch.ones(1, 3, 64, 64)).latent_dist.mean.flatten(), m.decode(x).sample.flatten()]),
         "text_encoder": lambda m: m(tokens).last_hidden_state,
     }
-    for part, ask in asked.items():
-        answers = [ask(checkpoint.load(part, torch.float32, CPU, PLAIN, [])) for checkpoint in (one, other)]
-        assert torch.equal(*answers), part
+    for part, ask in calls.items():
+        outputs = [ask(checkpoint.load(part, torch.float32, CPU, PLAIN, [])) for checkpoint in (one, other)]
+        assert torch.equal(*outputs), part
     assert one.config("scheduler") == other.config("scheduler")
 
 
@@ -203,11 +203,11 @@ def test_single_file_is_converted_once(folder, tmp_path, monkeypatch):
     ],
 )
 def test_prediction_type_is_detected(flags, metadata, key, wanted, folder, tmp_path):
-    said = converted(write(folder, tmp_path / "x.safetensors", *flags, metadata=metadata), folder, tmp_path, key).config(
+    config = converted(write(folder, tmp_path / "x.safetensors", *flags, metadata=metadata), folder, tmp_path, key).config(
         "scheduler"
     )
-    assert said["prediction_type"] == wanted[0] and (said["rescale_betas_zero_snr"] or None) == wanted[1]
-    assert said["timestep_spacing"] == ("trailing" if wanted[1] else "leading")
+    assert config["prediction_type"] == wanted[0] and (config["rescale_betas_zero_snr"] or None) == wanted[1]
+    assert config["timestep_spacing"] == ("trailing" if wanted[1] else "leading")
 
 
 def test_settings_are_read_from_a_hub_id_without_weights(folder, tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_settings_are_read_from_a_hub_id_without_weights(folder, tmp_path, monke
     shutil.copytree(folder, repo / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     file = write(folder, tmp_path / "x.safetensors")
-    by_id, by_folder = (Checkpoint(str(file), None, None, tmp_path / "c", said) for said in ("owner/name", str(folder)))
+    by_id, by_folder = (Checkpoint(str(file), None, None, tmp_path / "c", source) for source in ("owner/name", str(folder)))
     assert by_id.folder == by_folder.folder, "the same settings make the same model"
     with pytest.raises(ConfigError, match=r"model\.config is 'owner/other', which is not a folder and could not be downloaded"):
         Checkpoint(str(file), None, None, tmp_path / "c", "owner/other")

@@ -38,7 +38,7 @@ def latents(module, prompt, steps, negative=None, guidance=3.0, steering=OFF, ab
     family, seen = module.family, []
 
     def draw(words, on_step):
-        texts = (family.encode_text([said]).repeat(2) for said in (words, negative))
+        texts = (family.encode_text([prompt_text]).repeat(2) for prompt_text in (words, negative))
         return family.generate(*texts, height=64, width=64, num_inference_steps=steps, guidance_scale=guidance,
                                generator=[torch.Generator().manual_seed(i) for i in range(2)], on_step=on_step)  # fmt: skip
 
@@ -97,8 +97,8 @@ def test_personal_guidance_at_full_strength_is_plain_guidance(module):
 )  # fmt: skip
 def test_validation_images_match_generate(small, tmp_path, words):
     prompts = f'validation.prompts=["{SUBJECT}","{CLASS}"]'
-    said = [*small, *words, prompts, "trainer.max_steps=3", "optimizer.lr=1e-2", "validation.num_inference_steps=4"]
-    cfg = lab.compose(*said, "export.dtype=float32", "validation.guidance_scale=3")
+    overrides = [*small, *words, prompts, "trainer.max_steps=3", "optimizer.lr=1e-2", "validation.num_inference_steps=4"]
+    cfg = lab.compose(*overrides, "export.dtype=float32", "validation.guidance_scale=3")
     check(cfg)
     run(cfg, tmp_path / "run")
     generate(read([f"run={tmp_path / 'run'}", f"prompt=['{SUBJECT}', '{CLASS}']", "seeds=1", f"out={tmp_path / 'out'}"]))
@@ -130,7 +130,7 @@ def test_article_is_dropped_if_the_class_prompt_has_none():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (
             ["validation.superclass=switch", "dataset.class_prompt=null"],
@@ -142,10 +142,10 @@ def test_article_is_dropped_if_the_class_prompt_has_none():
         (["validation.personal_guidance=0.5", "adapter=full"], "whose strength can't be set while it trains"),
     ],
 )
-def test_contradictory_options_are_refused(words, said):
+def test_contradictory_options_are_refused(words, message):
     with pytest.raises(ConfigError) as caught:
         check(lab.compose(*words))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_generate_refuses_unknown_options(small):

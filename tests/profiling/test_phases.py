@@ -29,13 +29,13 @@ def test_peak_memory_is_assigned_to_its_phase():
     with phases("small"):
         time.sleep(0.01)
     with phases("large"):
-        held = mmap.mmap(-1, 300 * 2**20)  # not by malloc, which may hand out memory that is resident already
-        for page in range(0, len(held), mmap.PAGESIZE):
-            held[page] = 1
+        buffer = mmap.mmap(-1, 300 * 2**20)  # not by malloc, which may hand out memory that is resident already
+        for page in range(0, len(buffer), mmap.PAGESIZE):
+            buffer[page] = 1
         until = time.monotonic() + 10  # the sampling thread may be late on a busy machine
         while phases.of["large"].memory < phases.of["small"].memory + 250 * 2**20 and time.monotonic() < until:
             time.sleep(0.02)
-        held.close()
+        buffer.close()
     small, large = phases.of["small"].memory, phases.of["large"].memory
     assert large - small > 250 * 2**20
 

@@ -68,9 +68,9 @@ def test_error_is_within_its_bound_and_the_cache_is_bit_identical(kind, dtype, t
     assert len(reads) == 1, "the second start reads no full-precision weights"
     error, bytes_a_weight = PROMISE[kind]
     with torch.no_grad():
-        answer = made(x).float()
-        assert torch.equal(answer, kept(x).float())
-    assert 1e-4 < (answer - exact).norm() / exact.norm() < error
+        output = made(x).float()
+        assert torch.equal(output, kept(x).float())
+    assert 1e-4 < (output - exact).norm() / exact.norm() < error
     done = second.done["m"]
     assert done.cached and not first.done["m"].cached and done.layers == 2 and done.left == ("0",)
     assert done.weights_size / done.weights <= bytes_a_weight
@@ -138,10 +138,10 @@ def test_float8_on_an_old_gpu_is_refused(monkeypatch):
 def test_int8_run_trains_and_its_second_start_reads_the_cache(small, tmp_path):
     need(enums.QuantKind.int8)
     words = [*small, "quant=int8", "quant.text_encoder_2=int8", "validation.every_n_steps=0", f"cache={tmp_path / 'cache'}"]
-    for name, said in (("first", "quantised in"), ("second", "from the cache")):
+    for name, message in (("first", "quantised in"), ("second", "from the cache")):
         run(lab.compose(*words), tmp_path / name)
         text = " ".join(lab.load(tmp_path / name).folder.preflight.read_text().replace("│", " ").split())
-        assert "unet in int8" in text and said in text
+        assert "unet in int8" in text and message in text
     assert lab.load(tmp_path / "first").series == lab.load(tmp_path / "second").series
 
 
@@ -149,9 +149,9 @@ def test_int8_run_trains_and_its_second_start_reads_the_cache(small, tmp_path):
 def test_frozen_layer_saves_no_input_for_backward(kind):
     layer = backend(enums.QuantKind(kind)).quantise(nn.Linear(128, 128, bias=False).requires_grad_(False))
     x = torch.randn(64, 128, requires_grad=True)
-    with LiveBytes([*layer.parameters(), *layer.buffers()]) as held:
+    with LiveBytes([*layer.parameters(), *layer.buffers()]) as live_bytes:
         y = layer(x * 2)  # a tensor that nothing else holds
-        assert held.live < 1.5 * y.nbytes
+        assert live_bytes.live < 1.5 * y.nbytes
     expected = 2 * torch.ones(64, 128) @ layer.weight.dequantize()
     y.sum().backward()
     assert torch.allclose(x.grad, expected, atol=1e-4)

@@ -53,11 +53,11 @@ MODELS = {
 
 def source(name: str, folder: Path, dtype: torch.dtype, streams: bool) -> Source:
     kind, _ = MODELS[name]
-    said = {"dtype" if name == "t5" else "torch_dtype": dtype}
+    dtypes = {"dtype" if name == "t5" else "torch_dtype": dtype}
 
     def read(device: torch.device) -> nn.Module:
         assert not streams, "the whole model is read"
-        return files.freeze_to(kind.from_pretrained(folder, use_safetensors=True, **said), device)
+        return files.freeze_to(kind.from_pretrained(folder, use_safetensors=True, **dtypes), device)
 
     shards = tuple(sorted(folder.glob("*.safetensors")))
     bones = (lambda: meta_init.build(kind, folder, dtype)) if streams else None

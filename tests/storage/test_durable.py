@@ -91,9 +91,9 @@ def test_lock_of_a_dead_process_is_released(tmp_path):
     assert durable.lock(tmp_path) is None
     process.kill()
     process.wait()
-    held = durable.lock(tmp_path)
-    assert held is not None
-    held.release()
+    lock = durable.lock(tmp_path)
+    assert lock is not None
+    lock.release()
 
 
 def test_insufficient_disk_space_is_refused_before_training(small, tmp_path, monkeypatch):
@@ -119,12 +119,12 @@ def test_estimated_folder_size_is_an_upper_bound(small, tmp_path):
     data = DreamBoothData(cfg, family)
     data.prepare()
     estimated = needed(cfg, data, build_module(cfg, family, data, RunFolder(tmp_path / "other")))
-    held = {
+    sizes = {
         name: sum(file.stat().st_size for file in (tmp_path / "run" / name).rglob("*") if file.is_file())
         for name in ("checkpoints", "export")
     }
-    assert 0.3 * estimated["3 checkpoints"] < held["checkpoints"] < 1.5 * estimated["3 checkpoints"]
-    assert 0.3 * estimated["exports"] < held["export"] < 1.5 * estimated["exports"]
+    assert 0.3 * estimated["3 checkpoints"] < sizes["checkpoints"] < 1.5 * estimated["3 checkpoints"]
+    assert 0.3 * estimated["exports"] < sizes["export"] < 1.5 * estimated["exports"]
 
 
 def test_damaged_checkpoints_are_skipped(tmp_path, caplog):

@@ -51,12 +51,12 @@ def test_weights_are_not_needed(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [("quant=int8", "quant=none"), ("adapter.train_token=true", "leave them out"), ("model.compile=true", "set it to false")],
 )
-def test_invalid_plans_are_refused(small, word, said):
+def test_invalid_plans_are_refused(small, word, message):
     result = CliRunner().invoke(app, ["--plan", *small, word])
-    assert isinstance(result.exception, ConfigError) and said in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
 
 
 def test_command_measures_and_plans(small):

@@ -93,12 +93,12 @@ def folder(tmp_path: Path, photos: Path) -> Path:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_imports(folder, name):
     options, model, unsupported = EXAMPLES[name]
-    said, became = translate(options, folder)
-    assert said["/model"] == model and said["dataset.path"] == str(folder.parent / "data.json")
+    translation, became = translate(options, folder)
+    assert translation["/model"] == model and translation["dataset.path"] == str(folder.parent / "data.json")
     assert {one.option for one in became if one.kind is Kind.left} == unsupported
     target = folder / "imported/experiment/example.yaml"
     target.parent.mkdir(parents=True)
-    target.write_text(experiment(said, "example", "config.json"))
+    target.write_text(experiment(translation, "example", "config.json"))
     assert problems(target) == ""
 
 
@@ -113,7 +113,11 @@ def test_tutorial_example_imports(folder):
     options = {"model_family": "flux", "model_type": "lora", "push_to_hub": "true", "gradient_checkpointing": "true",
                "lr_scheduler": "polynomial", "lr_warmup_steps": 100, "validation_num_inference_steps": "20", "report_to": "wandb",
                "validation_guidance_rescale": "0.0", "validation_torch_compile": "false", "learning_rate": "1e-4"}  # fmt: skip
-    said, became = translate(options | LYCORIS, folder)
+    translation, became = translate(options | LYCORIS, folder)
     assert not [one for one in became if one.kind is Kind.left]
-    assert said["optimizer.schedule"] == "linear" and said["/logger"] == ["wandb"] and said["/adapter"] == "lokr"
-    assert said["export.push_to_hub"] is True and said["validation.num_inference_steps"] == 20
+    assert (
+        translation["optimizer.schedule"] == "linear"
+        and translation["/logger"] == ["wandb"]
+        and translation["/adapter"] == "lokr"
+    )
+    assert translation["export.push_to_hub"] is True and translation["validation.num_inference_steps"] == 20

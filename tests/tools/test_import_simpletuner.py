@@ -105,13 +105,13 @@ def test_mapped_options_are_existing_keys():
     for option in OPTIONS.keys() - LORA.keys():
         for value in VALUES:
             try:
-                said, became = translate(LORA | {"model_family": "flux"} | {option: value}, Path())
+                translation, became = translate(LORA | {"model_family": "flux"} | {option: value}, Path())
             except ConfigError:
                 continue
             (one,) = (one for one in became if one.option == option)
             assert bool(one.here) == (one.kind is Kind.mapped) and (one.here or one.note)
             taken |= {option} if one.here else set()
-            for key, chosen in said.items():
+            for key, chosen in translation.items():
                 files = [conf_dir() / key[1:] / f"{name}.yaml" for name in (chosen if isinstance(chosen, list) else [chosen])]
                 known = OmegaConf.select(cfg, key, default=...) is not ...
                 assert all(file.is_file() for file in files) if key.startswith("/") else known, key
@@ -119,7 +119,7 @@ def test_mapped_options_are_existing_keys():
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("config.json", None, "can't be read"),
         ("config.json", "[", "line 1, column 2"),
@@ -131,11 +131,11 @@ def test_mapped_options_are_existing_keys():
         ("config.env", "A='b", "quotation mark"),
     ],
 )
-def test_invalid_file_is_refused(tmp_path, name, text, said):
+def test_invalid_file_is_refused(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     result = run(tmp_path / name)
-    assert isinstance(result.exception, ConfigError) and said in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
     assert not (tmp_path / "imported").exists()
 
 
@@ -155,9 +155,9 @@ TRAINER_EXTRA_ARGS+=" --gradient_checkpointing"
 
 
 def test_all_three_formats_give_the_same_result(tmp_path):
-    said = {"model_family": "sdxl", "model_type": "lora", "use_ema": True, "lora_rank": 4}
-    (tmp_path / "a.json").write_text(json.dumps({f"--{name}": value for name, value in said.items()}))
-    (tmp_path / "a.toml").write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in said.items()))
+    options = {"model_family": "sdxl", "model_type": "lora", "use_ema": True, "lora_rank": 4}
+    (tmp_path / "a.json").write_text(json.dumps({f"--{name}": value for name, value in options.items()}))
+    (tmp_path / "a.toml").write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in options.items()))
     (tmp_path / "a.env").write_text("MODEL_FAMILY=sdxl\nMODEL_TYPE=lora\nUSE_EMA=true\nTRAINER_EXTRA_ARGS='--lora_rank=4'\n")
     results = [translate(read(tmp_path / f"a.{kind}"), tmp_path)[0] for kind in ("json", "toml", "env")]
     assert results[0] == results[1] == results[2] and results[0]["adapter.rank"] == 4 and results[0]["ema.enabled"] is True
@@ -198,14 +198,14 @@ def test_nothing_is_written_into_the_package(config):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"validation_preview": True}, "there is no receiver"), ({"data_backend_config": "gone.json"}, "gone.json"),
      ({"tread_config": {"routes": []}}, "Not supported"), ({"lora_type": "lycoris"}, "lycoris_config.json"),
      ({"data_backend_config": None}, "dataset.path"), ({"max_train_steps": 0, "num_train_epochs": 0}, "trainer.max_steps")],
 )  # fmt: skip
-def test_remaining_steps_are_reported(config, changes, said):
+def test_remaining_steps_are_reported(config, changes, message):
     result = run(config(**changes))
-    assert result.exit_code == 1 and said in result.output and written(config()).exists()
+    assert result.exit_code == 1 and message in result.output and written(config()).exists()
 
 
 def test_command_line_files_take_precedence(config, tmp_path, photos):
@@ -226,16 +226,16 @@ def test_each_lycoris_algorithm_is_mapped_or_named(tmp_path, algorithm):
     (tmp_path / "lycoris.json").write_text(json.dumps({"algo": algorithm}))
     options = LORA | {"lora_type": "lycoris", "lycoris_config": "lycoris.json"}
     if algorithm in ON_LYCORIS:
-        said, _ = translate(options, tmp_path)
-        own = OmegaConf.load(conf_dir() / "adapter" / f"{said['/adapter']}.yaml").algorithm
-        assert algorithm in network_module_dict and (said.get("adapter.algorithm") or own) in (algorithm, "locon")
+        translation, _ = translate(options, tmp_path)
+        own = OmegaConf.load(conf_dir() / "adapter" / f"{translation['/adapter']}.yaml").algorithm
+        assert algorithm in network_module_dict and (translation.get("adapter.algorithm") or own) in (algorithm, "locon")
     else:
         with pytest.raises(ConfigError, match=f"algo '{algorithm}'"):
             translate(options, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"model_family": "wan"}, "makes video"), ({"model_family": "kolors"}, "not supported"), ({"model_family": "xyz"}, "known"),
      ({"model_family": "flux", "model_flavour": "kontext"}, "edits an input image"), ({"model_flavour": "base-9"}, "base-1.0"),
      ({"model_family": ""}, "model_family is not set"), ({"model_type": ""}, "model_type is not set"),
@@ -243,9 +243,9 @@ def test_each_lycoris_algorithm_is_mapped_or_named(tmp_path, algorithm):
      ({"controlnet": True}, "controlnet"), ({"pretrained_model_name_or_path": "x.gguf"}, "GGUF"),
      ({"pretrained_transformer_model_name_or_path": "x/y"}, "denoiser")],
 )  # fmt: skip
-def test_unsupported_models_write_no_files(config, changes, said):
+def test_unsupported_models_write_no_files(config, changes, message):
     result = run(config(**changes))
-    assert isinstance(result.exception, ConfigError) and said in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
     assert not written(config()).exists()
 
 
@@ -258,16 +258,16 @@ def test_every_flavour_is_mapped_or_refused_with_a_reason():
                 with pytest.raises(ConfigError, match="model_flavour"):
                     translate(options, Path())
             else:
-                said, _ = translate(options, Path())
-                own = OmegaConf.load(conf_dir() / "model" / f"{said['/model']}.yaml").pretrained
-                assert said.get("model.pretrained", own) == checkpoint
+                translation, _ = translate(options, Path())
+                own = OmegaConf.load(conf_dir() / "model" / f"{translation['/model']}.yaml").pretrained
+                assert translation.get("model.pretrained", own) == checkpoint
     assert {name for names in families.UNBUILT.values() for name in names}.isdisjoint(families.BUILT)
 
 
 def test_missing_flavour_is_taken_from_the_checkpoint_or_default():
     def model(**options: str) -> tuple[str, str | None]:
-        said, _ = translate({"model_type": "lora"} | options, Path())
-        return said["/model"], said.get("model.pretrained")
+        translation, _ = translate({"model_type": "lora"} | options, Path())
+        return translation["/model"], translation.get("model.pretrained")
 
     assert model(model_family="flux") == ("flux", "black-forest-labs/FLUX.1-Krea-dev")
     assert model(model_family="z-image", model_flavour="base") == ("z_image", None)
@@ -276,8 +276,8 @@ def test_missing_flavour_is_taken_from_the_checkpoint_or_default():
 
 
 def test_training_type_changes_the_meaning_of_options():
-    said, became = translate(LORA | {"model_type": "full", "mixed_precision": "bf16", "lora_rank": 8}, Path())
-    assert said["/adapter"] == "full" and said["model.dtype"] == "float32" and "adapter.rank" not in said
+    translation, became = translate(LORA | {"model_type": "full", "mixed_precision": "bf16", "lora_rank": 8}, Path())
+    assert translation["/adapter"] == "full" and translation["model.dtype"] == "float32" and "adapter.rank" not in translation
     assert {one.option for one in became if one.kind is Kind.idle} == {"mixed_precision", "lora_rank"}
     assert translate(LORA | {"mixed_precision": "fp16"}, Path())[0]["model.dtype"] == "bfloat16"
     assert translate(LORA | {"use_dora": "true"}, Path())[0]["/adapter"] == "dora"
@@ -285,14 +285,18 @@ def test_training_type_changes_the_meaning_of_options():
 
 def test_time_shift_applies_to_flow_models_only():
     assert kinds(flow_schedule_shift=3)["flow_schedule_shift"] is Kind.idle
-    said, _ = translate({"model_family": "sd3", "model_type": "lora", "flow_schedule_shift": 3}, Path())
-    assert said["objective.shift"] == 3
+    translation, _ = translate({"model_family": "sd3", "model_type": "lora", "flow_schedule_shift": 3}, Path())
+    assert translation["objective.shift"] == 3
 
 
 def test_disabled_options_are_not_reported_as_unsupported():
     assert kinds(tread_config=None, ramtorch=False, quantize_activations="false")["ramtorch"] is Kind.idle
-    asked = kinds(ramtorch=True, lora_rank="many", use_ema="perhaps", flux_lora_target="tiny", validation_prompt="${oc.env:HOME}")
-    assert {name for name, kind in asked.items() if kind is Kind.left} == asked.keys() - LORA.keys() - {"data_backend_config"}
+    reported = kinds(
+        ramtorch=True, lora_rank="many", use_ema="perhaps", flux_lora_target="tiny", validation_prompt="${oc.env:HOME}"
+    )
+    assert {name for name, kind in reported.items() if kind is Kind.left} == reported.keys() - LORA.keys() - {
+        "data_backend_config"
+    }
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from dreambooth_lab.toybox.subjects import subject_photos
 
 
 @pytest.fixture
-def album(tmp_path: Path) -> Path:
+def photo_folder(tmp_path: Path) -> Path:
     """Three different photos with masks and text files: two square, one wide."""
     folder = tmp_path / "album"
     (folder / "masks").mkdir(parents=True)
@@ -38,10 +38,15 @@ def album(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def words(album: Path, small: list[str], tmp_path: Path) -> list[str]:
+def words(photo_folder: Path, small: list[str], tmp_path: Path) -> list[str]:
     kept = [word for word in small if not word.startswith(("dataset=", "dataset.path=", "cache=", "prior"))]
-    said = ["dataset=masked", f"dataset.path={album}", f"dataset.mask_path={album / 'masks'}", "dataset.caption=textfile"]
-    return [*kept, *said, "prior=none", f"cache={tmp_path / 'cache'}"]
+    overrides = [
+        "dataset=masked",
+        f"dataset.path={photo_folder}",
+        f"dataset.mask_path={photo_folder / 'masks'}",
+        "dataset.caption=textfile",
+    ]
+    return [*kept, *overrides, "prior=none", f"cache={tmp_path / 'cache'}"]
 
 
 def call(words: list[str], folder: Path) -> Result:
@@ -80,8 +85,8 @@ def test_page_shows_each_crop_with_mask_and_caption(words: list[str], tmp_path: 
     result = call(words, tmp_path / "out")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "out" / "look.html").read_text()
-    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
+    images = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in images]
     assert len(sizes) == 9 and sizes.count((64, 64)) == 4 and (160, 96) in sizes
     assert set(re.findall(r"(?:src|href|url)\W+(\w+)", page)) == {"data"}
     assert all(f"photo &lt;{i}&gt; of a robot" in page for i in range(3)) and page.count("with its mask") == 2 * 3
@@ -92,14 +97,14 @@ def test_page_shows_each_crop_with_mask_and_caption(words: list[str], tmp_path: 
 
 def test_captions_are_counted_and_mirrored_crops_are_reported(words: list[str], tmp_path: Path) -> None:
     """In the tests' tokenizers every letter is a token, so a caption has as many as it has letters."""
-    told = inspect_datasets(lab.compose(*words, "dataset.flip=true"), 100)
-    captions = {caption for seen in told.datasets[0].seen for caption in seen.captions}
-    letters = {caption: len(caption.replace(" ", "")) for caption in captions}
-    assert captions and told.tokens == {c: {"text_encoder": n, "text_encoder_2": n} for c, n in letters.items()}
-    assert {crop.mirrored for crop in told.datasets[0].seen[0].crops} == {False, True}
+    inspected = inspect_datasets(lab.compose(*words, "dataset.flip=true"), 100)
+    captions = {caption for seen in inspected.datasets[0].seen for caption in seen.captions}
+    lengths = {caption: len(caption.replace(" ", "")) for caption in captions}
+    assert captions and inspected.tokens == {c: {"text_encoder": n, "text_encoder_2": n} for c, n in lengths.items()}
+    assert {crop.mirrored for crop in inspected.datasets[0].seen[0].crops} == {False, True}
     call([*words, "dataset.flip=true"], tmp_path / "out")
     page = (tmp_path / "out" / "look.html").read_text()
-    assert ", mirrored" in page and f"tokens: {min(letters.values())} for text_encoder" in page
+    assert ", mirrored" in page and f"tokens: {min(lengths.values())} for text_encoder" in page
 
 
 def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,29 +115,29 @@ def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch
     assert crops(words)
 
 
-def test_duplicates_and_near_duplicates_are_named(words: list[str], album: Path) -> None:
+def test_duplicates_and_near_duplicates_are_named(words: list[str], photo_folder: Path) -> None:
     """The same bytes; and the same photo smaller, as a JPEG. Other photos of the subject are neither."""
-    (album / "same.png").write_bytes((album / "0.png").read_bytes())
-    with Image.open(album / "1.png") as photo:
-        photo.resize((100, 100)).save(album / "near.jpg", quality=70)
+    (photo_folder / "same.png").write_bytes((photo_folder / "0.png").read_bytes())
+    with Image.open(photo_folder / "1.png") as photo:
+        photo.resize((100, 100)).save(photo_folder / "near.jpg", quality=70)
     for name, like in (("same", "0"), ("near", "1")):
-        (album / f"{name}.txt").write_text("a robot")
-        (album / "masks" / f"{name}.png").write_bytes((album / "masks" / f"{like}.png").read_bytes())
+        (photo_folder / f"{name}.txt").write_text("a robot")
+        (photo_folder / "masks" / f"{name}.png").write_bytes((photo_folder / "masks" / f"{like}.png").read_bytes())
     (one,) = inspect_datasets(lab.compose(*words), 100).datasets
     assert one.remarks[0] == "0.png and same.png are duplicates: equal bytes"
     assert one.remarks[1].startswith("1.png and near.jpg are near-duplicates") and len(one.remarks) == 2
 
 
-def test_blurred_small_and_heavily_cropped_photos_are_named(words: list[str], album: Path) -> None:
-    with Image.open(album / "0.png") as photo:
-        photo.filter(ImageFilter.GaussianBlur(6)).save(album / "0.png")
-    with Image.open(album / "1.png") as photo:
-        photo.resize((24, 24)).save(album / "1.png")
+def test_blurred_small_and_heavily_cropped_photos_are_named(words: list[str], photo_folder: Path) -> None:
+    with Image.open(photo_folder / "0.png") as photo:
+        photo.filter(ImageFilter.GaussianBlur(6)).save(photo_folder / "0.png")
+    with Image.open(photo_folder / "1.png") as photo:
+        photo.resize((24, 24)).save(photo_folder / "1.png")
     (one,) = inspect_datasets(lab.compose(*words, "dataset.crop_aspect=square"), 100).datasets
-    said = {seen.picture.name: seen.remarks for seen in one.seen}
-    assert said["0.png"] == [f"blurred? variance of the Laplacian {one.seen[0].sharpness:.3g} < 25"]
-    assert said["1.png"] == ["small: enlarged 2.67 times for 64×64"]
-    assert said["2.png"] == ["40% is removed by the crop to 64×64"]
+    remarks = {seen.picture.name: seen.remarks for seen in one.seen}
+    assert remarks["0.png"] == [f"blurred? variance of the Laplacian {one.seen[0].sharpness:.3g} < 25"]
+    assert remarks["1.png"] == ["small: enlarged 2.67 times for 64×64"]
+    assert remarks["2.png"] == ["40% is removed by the crop to 64×64"]
 
 
 def test_sharpness_is_the_variance_of_the_laplacian() -> None:
@@ -144,18 +149,18 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
     assert sharpness(Image.new("RGB", (50, 40), "red")) == 0
 
 
-def test_converted_colour_profiles_are_reported(words: list[str], album: Path) -> None:
-    with Image.open(album / "0.png") as photo:
-        photo.save(album / "0.png", icc_profile=display_p3())
+def test_converted_colour_profiles_are_reported(words: list[str], photo_folder: Path) -> None:
+    with Image.open(photo_folder / "0.png") as photo:
+        photo.save(photo_folder / "0.png", icc_profile=display_p3())
     assert (
         "colours converted from its ICC profile to sRGB" in inspect_datasets(lab.compose(*words), 100).datasets[0].seen[0].remarks
     )
 
 
-def test_problems_are_named(words: list[str], album: Path, tmp_path: Path) -> None:
-    (album / "masks" / "1.png").unlink()
-    (album / "2.png").write_bytes((album / "2.png").read_bytes()[:300])
-    Image.new("L", (128, 128)).save(album / "masks" / "0.png")
+def test_problems_are_named(words: list[str], photo_folder: Path, tmp_path: Path) -> None:
+    (photo_folder / "masks" / "1.png").unlink()
+    (photo_folder / "2.png").write_bytes((photo_folder / "2.png").read_bytes()[:300])
+    Image.new("L", (128, 128)).save(photo_folder / "masks" / "0.png")
     result = call(words, tmp_path / "out")
     assert result.exit_code == 1
     assert "1.png: has no mask" in result.output and "0.png: its mask 0.png is all black" in result.output

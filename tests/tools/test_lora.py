@@ -64,7 +64,7 @@ def pipe(base):
     return StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
 
 
-def answer(pipeline):
+def prediction(pipeline):
     states, _, pooled, _ = pipeline.encode_prompt("a photo of sks dog", do_classifier_free_guidance=False)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     added = {"text_embeds": pooled, "time_ids": torch.full((1, 6), 64.0)}
@@ -73,9 +73,9 @@ def answer(pipeline):
 
 
 @pytest.fixture(scope="module")
-def answers(tiny_sdxl, exports):
+def predictions(tiny_sdxl, exports):
     """Of the base, and with each export's own diffusers file on it."""
-    return [answer(loaded(tiny_sdxl, path)) for path in (None, *(folder / DIFFUSERS for folder in exports))]
+    return [prediction(loaded(tiny_sdxl, path)) for path in (None, *(folder / DIFFUSERS for folder in exports))]
 
 
 def loaded(base, path):
@@ -104,15 +104,17 @@ def test_three_layouts_of_an_export_give_the_same_update(which, exports):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("source", [DIFFUSERS, KOHYA, "peft"])
 @pytest.mark.parametrize("to", ["diffusers", "kohya", "peft"])
-def test_converted_file_gives_the_same_update_and_prediction(which, source, to, exports, answers, tiny_sdxl, tmp_path, capsys):
+def test_converted_file_gives_the_same_update_and_prediction(
+    which, source, to, exports, predictions, tiny_sdxl, tmp_path, capsys
+):
     output = tmp_path / ("folder" if to == "peft" else "out.safetensors")
     call("convert", exports[which] / source, "--to", to, "--output", output)
     ours, theirs = dense(exports[which] / DIFFUSERS), dense(output)
     assert theirs.keys() == ours.keys() and read(output).layout == to
     for layer in ours:
         assert_close(theirs[layer], ours[layer], atol=1e-6, rtol=0)
-    assert_close(answer(loaded(tiny_sdxl, output)), answers[which + 1], atol=1e-4, rtol=1e-4)
-    assert (answers[which + 1] - answers[0]).abs().max() > 1e-2, "the update shows"
+    assert_close(prediction(loaded(tiny_sdxl, output)), predictions[which + 1], atol=1e-4, rtol=1e-4)
+    assert (predictions[which + 1] - predictions[0]).abs().max() > 1e-2, "the update shows"
 
 
 def call(*words):
@@ -131,9 +133,9 @@ def refused(capsys, *words):
 def test_headers_are_kept_except_outdated_fields(exports, tmp_path):
     call("convert", exports[0] / DIFFUSERS, "--to", "kohya", "--output", tmp_path / "k.safetensors", "--dtype", "float16")
     with safe_open(tmp_path / "k.safetensors", "pt") as file:
-        said = file.metadata()
+        header = file.metadata()
         assert {str(file.get_tensor(key).dtype) for key in file.keys() if "lora_" in key.partition(".")[2]} == {"torch.float16"}  # noqa: SIM118
-    assert said["steps"] == "3" and said["ss_network_dim"] == "4" and "lora_adapter_metadata" not in said
+    assert header["steps"] == "3" and header["ss_network_dim"] == "4" and "lora_adapter_metadata" not in header
 
 
 @pytest.mark.parametrize("how", [("--rank", "2"), ("--keep", "0.9")])
@@ -151,8 +153,8 @@ def test_resized_file_has_the_optimal_error(how, exports, tmp_path, capsys):
         error, whole = error + (full - after[layer]).square().sum().item(), whole + squares.sum().item()
     error, bound = (error / whole) ** 0.5, (bound / whole) ** 0.5
     assert bound > 0.01 and abs(error - bound) < 1e-4 * bound
-    said = [float(word) for word in printed.replace(";", " ").split() if word[0].isdigit()]
-    assert said == pytest.approx([error, bound], rel=1e-4)
+    values = [float(word) for word in printed.replace(";", " ").split() if word[0].isdigit()]
+    assert values == pytest.approx([error, bound], rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [None, 8])
@@ -167,22 +169,22 @@ def test_merge_is_the_weighted_sum(rank, exports, tmp_path):
 
 
 @pytest.mark.parametrize(("which", "name", "strength"), [(0, KOHYA, 1.0), (1, "peft", 0.5)])
-def test_baked_pipeline_predicts_like_the_base_with_the_lora(which, name, strength, exports, answers, tiny_sdxl, tmp_path):
+def test_baked_pipeline_predicts_like_the_base_with_the_lora(which, name, strength, exports, predictions, tiny_sdxl, tmp_path):
     call("bake", exports[which] / name, "--base", tiny_sdxl, "--output", tmp_path / "baked", "--strength", strength)
     with_lora = pipe(tiny_sdxl)
     with_lora.load_lora_weights(exports[which] / DIFFUSERS, adapter_name="it")
     with_lora.set_adapters("it", strength)
     baked = pipe(tmp_path / "baked")
     assert not [key for key in baked.unet.state_dict() if "lora" in key]
-    assert_close(answer(baked), answer(with_lora), atol=1e-4, rtol=1e-4)
-    assert (answer(baked) - answers[0]).abs().max() > 1e-2
+    assert_close(prediction(baked), prediction(with_lora), atol=1e-4, rtol=1e-4)
+    assert (prediction(baked) - predictions[0]).abs().max() > 1e-2
 
 
 def test_lora_of_another_base_is_not_baked(exports, tiny_sdxl, tmp_path, capsys):
     one = {"unet.nosuch.to_q.lora_A.weight": torch.zeros(2, 8), "unet.nosuch.to_q.lora_B.weight": torch.zeros(8, 2)}
     save_file(one, tmp_path / "other.safetensors")
-    said = refused(capsys, "bake", tmp_path / "other.safetensors", "--base", tiny_sdxl, "--output", tmp_path / "baked")
-    assert "--base" in said and not (tmp_path / "baked").exists()
+    output = refused(capsys, "bake", tmp_path / "other.safetensors", "--base", tiny_sdxl, "--output", tmp_path / "baked")
+    assert "--base" in output and not (tmp_path / "baked").exists()
 
 
 def test_ai_toolkit_file_uses_rank_as_alpha_with_a_notice(tmp_path, capsys):
@@ -193,8 +195,8 @@ def test_ai_toolkit_file_uses_rank_as_alpha_with_a_notice(tmp_path, capsys):
     }
     save_file(weights, tmp_path / "ai.safetensors")
     call("inspect", tmp_path / "ai.safetensors")
-    told = capsys.readouterr()
-    assert "2 layers" in told.err and "alpha = rank" in told.err and "comfyui" in told.out
+    output = capsys.readouterr()
+    assert "2 layers" in output.err and "alpha = rank" in output.err and "comfyui" in output.out
     call("convert", tmp_path / "ai.safetensors", "--to", "diffusers", "--output", tmp_path / "d.safetensors")
     capsys.readouterr()
     call("inspect", tmp_path / "d.safetensors")
@@ -209,21 +211,21 @@ def test_rslora_and_rank_patterns_scale_as_in_peft(exports, tmp_path):
     layer = next(key for key in load_file(file) if key.endswith("to_q.lora_A.weight"))
     layer = layer.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
     (tmp_path / "adapter_model.safetensors").write_bytes(file.read_bytes())
-    said = {"lora_alpha": 6, "r": 4, "use_rslora": True, "alpha_pattern": {layer: 10}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    config = {"lora_alpha": 6, "r": 4, "use_rslora": True, "alpha_pattern": {layer: 10}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     scales = {name: one.scale for name, one in read(tmp_path).parts["unet"].items()}
     assert scales.pop(layer) == pytest.approx(10 / 2) and list(scales.values()) == pytest.approx([6 / 2] * len(scales))
 
 
 def test_inspect_reports_layers_ranks_and_norms(exports, capsys):
     call("inspect", exports[1] / KOHYA)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     update = dense(exports[1] / DIFFUSERS)
     block = [full for name, full in update.items() if name.startswith("unet.down_blocks.1.")]
     norm = sum(full.square().sum() for full in block).sqrt()
-    row = next(line for line in told.splitlines() if "down_blocks.1 " in line)
+    row = next(line for line in output.splitlines() if "down_blocks.1 " in line)
     assert str(len(block)) in row and f"{norm:.4g}" in row
-    assert "kohya" in told and "2 (" in told and "4 (" in told and "float32" in told
+    assert "kohya" in output and "2 (" in output and "4 (" in output and "float32" in output
 
 
 @pytest.mark.parametrize("file", ["lora.bin", "lora.safetensors"])
@@ -235,20 +237,20 @@ def test_pickle_is_refused_and_not_loaded(file, tmp_path, capsys):
     (tmp_path / file).write_bytes(pickle.dumps(Bomb()))
     torch.save({"a": torch.zeros(1)}, tmp_path / "torch.safetensors")
     for name in (file, "torch.safetensors"):
-        said = refused(capsys, "inspect", tmp_path / name)
-        assert name in said and "pickle" in said
+        output = refused(capsys, "inspect", tmp_path / name)
+        assert name in output and "pickle" in output
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [("unet.conv.weight", "is not a LoRA"), ("lora_unet_a.hada_w1_a", "LoHa"), ("unet.a.lora_magnitude_vector", "DoRA"),
      ("unet.a.lora_A.weight", "lacks")],
 )  # fmt: skip
-def test_files_other_than_plain_loras_are_refused_by_name(key, told, tmp_path, capsys):
+def test_files_other_than_plain_loras_are_refused_by_name(key, message, tmp_path, capsys):
     save_file({key: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
-    said = refused(capsys, "inspect", tmp_path / "x.safetensors")
-    assert "x.safetensors" in said and told in said
+    output = refused(capsys, "inspect", tmp_path / "x.safetensors")
+    assert "x.safetensors" in output and message in output
 
 
 def test_invalid_options_are_named(exports, tmp_path, capsys):
@@ -272,8 +274,8 @@ def test_original_layout_is_inspected_and_not_converted(tmp_path, capsys):
     call("inspect", tmp_path / "flux.safetensors")
     assert "double_blocks.0" in capsys.readouterr().out
     for to in ("diffusers", "kohya", "peft"):
-        said = refused(capsys, "convert", tmp_path / "flux.safetensors", "--to", to, "--output", tmp_path / "out")
-        assert "double_blocks" in said and "save_lora_weights" in said and not (tmp_path / "out").exists()
+        output = refused(capsys, "convert", tmp_path / "flux.safetensors", "--to", to, "--output", tmp_path / "out")
+        assert "double_blocks" in output and "save_lora_weights" in output and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def read(path: Path) -> np.ndarray:
 
 
 @pytest.fixture
-def album(tmp_path: Path) -> Path:
+def photo_folder(tmp_path: Path) -> Path:
     """Two subjects, one in a subfolder as a sideways JPEG: 128×96 px on disk, 96×128 as shown."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
@@ -135,9 +135,9 @@ def test_threshold_binarises_and_soft_keeps_grey_values(found: np.ndarray) -> No
     assert Finish(threshold=0.95).of(found) is None
 
 
-def test_masks_have_the_photos_names_and_exif_corrected_sizes(album: Path, tmp_path: Path) -> None:
+def test_masks_have_the_photos_names_and_exif_corrected_sizes(photo_folder: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
-    result = run(album, masks, "--text_input", "robot")  # SimpleTuner's command
+    result = run(photo_folder, masks, "--text_input", "robot")  # SimpleTuner's command
     assert result.exit_code == 0 and "--text_input='robot' is not used by grabcut" in result.output
     assert {p.relative_to(masks).as_posix() for p in masks.rglob("*") if p.is_file()} == {"a.b.png", "more/c.png"}
     assert read(masks / "a.b.png").shape == (128, 128) and read(masks / "more" / "c.png").shape == (128, 96)
@@ -147,41 +147,41 @@ def test_masks_have_the_photos_names_and_exif_corrected_sizes(album: Path, tmp_p
         assert sheet.height > 2 * 128  # a row for each
 
 
-def test_photos_without_a_mask_are_named_and_have_no_file(album: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (80, 60), "teal").save(album / "plain.png")
-    (album / "torn.png").write_bytes((album / "a.b.png").read_bytes()[:200])
-    Image.new("RGB", (80, 60), "teal").save(album / "a.b.webp")
-    result = run(album, tmp_path / "masks")
+def test_photos_without_a_mask_are_named_and_have_no_file(photo_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 60), "teal").save(photo_folder / "plain.png")
+    (photo_folder / "torn.png").write_bytes((photo_folder / "a.b.png").read_bytes()[:200])
+    Image.new("RGB", (80, 60), "teal").save(photo_folder / "a.b.webp")
+    result = run(photo_folder, tmp_path / "masks")
     assert result.exit_code == 1
     assert "no mask: plain.png: nothing was found" in result.output and "no mask: torn.png: can't be decoded" in result.output
     assert "no mask: a.b.webp: a.b.png has the same name" in result.output
     assert {p.name for p in (tmp_path / "masks").rglob("*.*")} == {"a.b.png", "c.png"}
 
 
-def test_second_run_writes_only_missing_masks(album: Path, tmp_path: Path) -> None:
+def test_second_run_writes_only_missing_masks(photo_folder: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
-    run(album, masks)
+    run(photo_folder, masks)
     by_hand = Image.new("L", (128, 128), 200)
     (masks / "a.b.png").unlink()
     by_hand.save(masks / "a.b.webp", lossless=True)  # another extension is still this photo's mask
     (masks / "more" / "c.png").unlink()
-    result = run(album, masks)
+    result = run(photo_folder, masks)
     assert "1 masks made, 1 existed already" in result.output
     assert (masks / "more" / "c.png").is_file() and not (masks / "a.b.png").exists()
     by_hand.resize((96, 128)).save(masks / "more" / "c.png")
-    run(album, masks)
+    run(photo_folder, masks)
     assert (read(masks / "more" / "c.png") == 200).all()
-    run(album, masks, "--force")
+    run(photo_folder, masks, "--force")
     assert not (read(masks / "more" / "c.png") == 200).all()
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_written_masks_can_be_trained_with(inside: bool, album: Path, tmp_path: Path, small: list[str]) -> None:
+def test_written_masks_can_be_trained_with(inside: bool, photo_folder: Path, tmp_path: Path, small: list[str]) -> None:
     """Every photo finds its mask, and neither masks nor the sheet are taken for photos."""
-    masks = album / "masks" if inside else tmp_path / "masks"
-    assert run(album, masks, "--largest_only", "--fill_holes", "--padding=2").exit_code == 0
+    masks = photo_folder / "masks" if inside else tmp_path / "masks"
+    assert run(photo_folder, masks, "--largest_only", "--fill_holes", "--padding=2").exit_code == 0
     words = [word for word in small if not word.startswith(("dataset=", "dataset.path=", "cache="))]
-    words += ["dataset=masked", f"dataset.path={album}", f"dataset.mask_path={masks}", f"cache={tmp_path / 'cache'}"]
+    words += ["dataset=masked", f"dataset.path={photo_folder}", f"dataset.mask_path={masks}", f"cache={tmp_path / 'cache'}"]
     cfg = lab.compose(*words)
     data = DreamBoothData(cfg, build_family(cfg))
     data.prepare()
@@ -218,79 +218,79 @@ def clipseg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_clipseg_uses_the_text_and_keeps_the_photo_size(clipseg: Path, album: Path, tmp_path: Path) -> None:
+def test_clipseg_uses_the_text_and_keeps_the_photo_size(clipseg: Path, photo_folder: Path, tmp_path: Path) -> None:
     """A random network: its masks mean nothing, but have names and sizes, and depend on the text."""
-    result = run(album, tmp_path / "masks", "--text_input", "a robot", "--model", clipseg, "--threshold=0", "--soft")
+    result = run(photo_folder, tmp_path / "masks", "--text_input", "a robot", "--model", clipseg, "--threshold=0", "--soft")
     assert result.exit_code == 0, result.output
     assert read(tmp_path / "masks" / "a.b.png").shape == (128, 128) and read(tmp_path / "masks" / "more" / "c.png").shape == (
         128,
         96,
     )
-    photo = Image.open(album / "a.b.png")
+    photo = Image.open(photo_folder / "a.b.png")
     robot, house = (finder(Method.text, text, str(clipseg), None)(b"", photo) for text in ("a robot", "house"))
     assert robot.min() >= 0 and robot.max() <= 1 and not np.array_equal(robot, house)
 
 
-def test_florence2_polygons_for_the_text_are_filled(album: Path, tmp_path: Path) -> None:
+def test_florence2_polygons_for_the_text_are_filled(photo_folder: Path, tmp_path: Path) -> None:
     """A random network, whose answer is no polygon: no mask, and each photo named. Then an answer as it is trained to give."""
     place = str(tiny_captioners.florence2(tmp_path / "florence"))
-    result = run(album, tmp_path / "masks", "--text_input", "a robot", "--model", place)
+    result = run(photo_folder, tmp_path / "masks", "--text_input", "a robot", "--model", place)
     assert result.exit_code == 1 and "no mask: a.b.png: nothing was found" in result.output
     network = segment.load(place, "--model", torch.device("cpu"))
     assert isinstance(network, segment.Florence2)
-    said = "</s><s><loc_250><loc_500><loc_750><loc_500><loc_750><loc_999><loc_250><loc_999></s>"
-    mask = network.drawn(said, (80, 40))
+    text = "</s><s><loc_250><loc_500><loc_750><loc_500><loc_750><loc_999><loc_250><loc_999></s>"
+    mask = network.drawn(text, (80, 40))
     assert mask.shape == (40, 80) and mask[22:38, 22:58].all() and not mask[:18].any() and not mask[:, :18].any()
-    asked = network.processor(text=segment.TASK + "a robot", images=Image.open(album / "a.b.png")).input_ids[0]
-    assert "Locate a robot in the image with mask" in network.processor.tokenizer.decode(asked)
+    token_ids = network.processor(text=segment.TASK + "a robot", images=Image.open(photo_folder / "a.b.png")).input_ids[0]
+    assert "Locate a robot in the image with mask" in network.processor.tokenizer.decode(token_ids)
 
 
-def test_rembg_loads_a_local_network_file(album: Path, tmp_path: Path) -> None:
+def test_rembg_loads_a_local_network_file(photo_folder: Path, tmp_path: Path) -> None:
     """A network that answers the mean over the colours: bright is the subject."""
     pytest.importorskip("rembg")
     onnx = pytest.importorskip("onnx")
     kinds = [("in", 3), ("out", 1)]
-    given, answer = (
+    given, output = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", channels, 320, 320]) for name, channels in kinds
     )
     node = onnx.helper.make_node("ReduceMean", ["in"], ["out"], axes=[1], keepdims=1)
-    graph = onnx.helper.make_graph([node], "mean", [given], [answer])
+    graph = onnx.helper.make_graph([node], "mean", [given], [output])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)])
     model.ir_version = 8
     onnx.save(model, tmp_path / "mean.onnx")
-    photo = Image.open(album / "a.b.png").convert("RGB")
+    photo = Image.open(photo_folder / "a.b.png").convert("RGB")
     found = finder(Method.rembg, None, str(tmp_path / "mean.onnx"), None)(b"", photo)
     bright = np.asarray(photo, dtype=np.float32).mean(-1)
     assert found.shape == bright.shape and np.corrcoef(found.ravel(), bright.ravel())[0, 1] > 0.95
 
 
-def test_invalid_options_are_refused(album: Path, tmp_path: Path) -> None:
-    for words, said in [
+def test_invalid_options_are_refused(photo_folder: Path, tmp_path: Path) -> None:
+    for words, message in [
         (["--method=text"], "--text_input is None"),
         (["--model=x"], "--method=grabcut does not use"),
         (["--text_input=dog", f"--model={tmp_path}"], "could not be loaded"),
         (["--rect=0.5,0.5,0.6,0.2"], "shares of the sides"),
         (["--rect=0,0,1,1"], "some background outside"),
-        ([f"--output_dir={album / 'a.b.png'}"], "which is a file"),
+        ([f"--output_dir={photo_folder / 'a.b.png'}"], "which is a file"),
         ([f"--input_dir={tmp_path / 'none'}"], "which is not a folder"),
         (["--method=rembg"], "give an .onnx file"),
-        (["--method=rembg", f"--model={album / 'a.b.png'}"], "give an .onnx file"),
+        (["--method=rembg", f"--model={photo_folder / 'a.b.png'}"], "give an .onnx file"),
         (["--method=alpha", "--rect=0,0,1,1"], "--method=alpha does not use"),
     ]:
-        error = run(album, tmp_path / "masks", *words).exception
-        assert isinstance(error, ConfigError) and said in str(error), words
-    assert "own folder" in str(run(album, album).exception)
+        error = run(photo_folder, tmp_path / "masks", *words).exception
+        assert isinstance(error, ConfigError) and message in str(error), words
+    assert "own folder" in str(run(photo_folder, photo_folder).exception)
 
 
-def test_missing_library_is_named_with_its_extra(album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named_with_its_extra(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    error = run(album, tmp_path / "masks").exception
+    error = run(photo_folder, tmp_path / "masks").exception
     assert isinstance(error, ConfigError) and "pip install 'dreambooth-lab[masks]'" in str(error)
 
 
-def test_simpletuner_options_are_accepted(album: Path, tmp_path: Path) -> None:
-    run(album, tmp_path / "ours", "--invert", "--padding=3", "--blur=2")
-    assert run(album, tmp_path / "theirs", "--invert_mask", "--mask_padding=3", "--mask_blur=2").exit_code == 0
+def test_simpletuner_options_are_accepted(photo_folder: Path, tmp_path: Path) -> None:
+    run(photo_folder, tmp_path / "ours", "--invert", "--padding=3", "--blur=2")
+    assert run(photo_folder, tmp_path / "theirs", "--invert_mask", "--mask_padding=3", "--mask_blur=2").exit_code == 0
     for name in ("a.b.png", "more/c.png"):
         assert np.array_equal(read(tmp_path / "ours" / name), read(tmp_path / "theirs" / name))
 

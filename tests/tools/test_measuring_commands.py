@@ -6,20 +6,20 @@ from dreambooth_lab.tools.common.training_config import command, compose_checked
 
 
 @pytest.mark.parametrize(
-    ("word", "told"), [("nosuch=1", "nosuch is not a key"), ("dataset.batch_size=0", "dataset.batch_size is 0")]
+    ("word", "message"), [("nosuch=1", "nosuch is not a key"), ("dataset.batch_size=0", "dataset.batch_size is 0")]
 )
-def test_invalid_overrides_end_a_measuring_command_with_the_key(capsys, word, told):
+def test_invalid_overrides_end_a_measuring_command_with_the_key(capsys, word, message):
     with pytest.raises(SystemExit) as ended:
         command(compose_checked, "What it measures.", [word])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: ") and told in said
+    output = capsys.readouterr().err
+    assert ended.value.code == 2 and output.startswith("error: ") and message in output
 
 
 def test_help_describes_what_a_command_measures(capsys):
     with pytest.raises(SystemExit) as ended:
         command(compose_checked, "What it measures:\n\n    python -m it key=value\n", ["--help"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and "What it measures" in said and "python -m it key=value" in said
+    output = capsys.readouterr().out
+    assert ended.value.code == 0 and "What it measures" in output and "python -m it key=value" in output
 
 
 def test_valid_overrides_give_the_run_config():

@@ -27,8 +27,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def call(words: list[str], prompts: list[str], folder: Path, *more: str):
-    said = [word for prompt in prompts for word in ("--prompts", prompt)]
-    return CliRunner().invoke(application, [*words, *said, "--output_dir", str(folder), *more])
+    options = [word for prompt in prompts for word in ("--prompts", prompt)]
+    return CliRunner().invoke(application, [*words, *options, "--output_dir", str(folder), *more])
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -25,11 +25,11 @@ def build(folder, words, monkeypatch):
     toybox.save_tokenizer(folder)
 
 
-def tell(capsys, *words):
+def run_tool(capsys, *words):
     with pytest.raises(SystemExit) as ended:
         rare_tokens.main([str(word) for word in words])
-    told = capsys.readouterr()
-    return ended.value.code, told.out, told.err
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def model(tmp_path, monkeypatch):
 
 
 def test_candidates_are_single_tokens_and_known_words_are_excluded_with_a_reason(model, capsys):
-    code, out, _ = tell(capsys, "--tokenizer", model)
+    code, out, _ = run_tool(capsys, "--tokenizer", model)
     assert code == 0
     listed = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert set(listed) == {"qvz", "zwx", "xjy"}, "bnha is several tokens to the second; longish is too long"
@@ -70,12 +70,12 @@ def test_isolation_is_the_distance_to_the_nearest_other_embedding():
 
 def test_word_file_excludes_more_candidates(model, capsys, tmp_path):
     (tmp_path / "mine.txt").write_text("ZWX other\n")
-    _, out, _ = tell(capsys, "--tokenizer", model, "--words", tmp_path / "mine.txt")
+    _, out, _ = run_tool(capsys, "--tokenizer", model, "--words", tmp_path / "mine.txt")
     assert "│ zwx" not in out and "mine.txt: zwx" in out.replace("\n", " ")
 
 
 def test_audit_counts_the_tokens_of_each_encoder(model, capsys):
-    _, out, _ = tell(capsys, "--tokenizer", model, "--audit", "bnha dog")
+    _, out, _ = run_tool(capsys, "--tokenizer", model, "--audit", "bnha dog")
     rows = {
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:4]] for line in out.splitlines() if "│" in line
     }
@@ -85,12 +85,12 @@ def test_audit_counts_the_tokens_of_each_encoder(model, capsys):
 
 
 def test_toybox_is_the_default_and_its_unused_words_are_found(capsys):
-    code, out, _ = tell(capsys, "--count", "500")
+    code, out, _ = run_tool(capsys, "--count", "500")
     assert code == 0 and "│ zwx" in out and "│ ohwx" in out and "│ cat" not in out
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path, capsys):
-    code, _, err = tell(capsys, "--tokenizer", tmp_path)
+    code, _, err = run_tool(capsys, "--tokenizer", tmp_path)
     assert code == 2 and "--tokenizer" in err and str(tmp_path) in err
 
 
@@ -130,7 +130,7 @@ def test_tokens_are_counted_for_words_inside_a_prompt(build, tmp_path):
 
 
 def test_csv_lists_every_candidate_with_its_tokens(model, capsys, tmp_path):
-    tell(capsys, "--tokenizer", model, "--count", "1", "--csv", tmp_path / "out" / "rare.csv")
+    run_tool(capsys, "--tokenizer", model, "--count", "1", "--csv", tmp_path / "out" / "rare.csv")
     with (tmp_path / "out" / "rare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     readers = vocabulary.load(str(model))
@@ -152,7 +152,7 @@ def test_words_are_sorted_by_change_of_prediction(capsys, tmp_path):
 
 def test_rarest_words_are_evaluated_and_drawn_by_the_model(capsys, tmp_path):
     words = ["model=toybox", *MODEL, "--count", "2", "--drawn", "3", "--csv", tmp_path / "r.csv", "--sheet", tmp_path / "s.png"]
-    code, out, err = tell(capsys, *words)
+    code, out, err = run_tool(capsys, *words)
     assert code == 0, err
     with (tmp_path / "r.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -168,18 +168,18 @@ def rows_of(path):
 
 
 def test_audit_with_a_model_draws_the_words(capsys, tmp_path):
-    code, out, err = tell(capsys, "model=toybox", *MODEL, "--audit", "sks robot", "--sheet", tmp_path / "audit.png")
+    code, out, err = run_tool(capsys, "model=toybox", *MODEL, "--audit", "sks robot", "--sheet", tmp_path / "audit.png")
     assert code == 0 and "movement" in out, err
     assert rows_of(tmp_path / "audit.png") == 3, "the class, and two words"
 
 
 def test_contradictory_options_are_refused(capsys, tmp_path):
-    for said, named in (
+    for options, named in (
         (["model=toybox", "--tokenizer", tmp_path], "--tokenizer"),
         (["--sheet", tmp_path / "s.png"], "--sheet"),
         (["--words", tmp_path / "absent.txt"], "--words"),
     ):
-        code, _, err = tell(capsys, *said)
+        code, _, err = run_tool(capsys, *options)
         assert code == 2 and named in err
 
 
@@ -202,7 +202,7 @@ def test_clip_vocabulary_is_searched(capsys, tmp_path):
     clips_own(tmp_path)
     (reader,) = vocabulary.load(str(tmp_path))
     assert reader.ids(["photo", "sks", "ohwx"]) == [[1125], [48136], [47993]] and len(reader.ids(["zwx"])[0]) == 2
-    code, _, _ = tell(capsys, "--tokenizer", tmp_path, "--csv", tmp_path / "rare.csv")
+    code, _, _ = run_tool(capsys, "--tokenizer", tmp_path, "--csv", tmp_path / "rare.csv")
     with (tmp_path / "rare.csv").open(newline="") as file:
         words = {row["word"]: float(row["place"]) for row in csv.DictReader(file)}
     assert code == 0 and words["ohwx"] > 0.97 and not {"sks", "dog", "emma", "def"} & words.keys()

@@ -25,13 +25,13 @@ def test_help_does_not_import_torch():
 
 @pytest.mark.parametrize("word", ["--max_size", "--max-size"])
 def test_options_accept_dashes_and_underscores(word):
-    tool, told = cli.app(), []
+    tool, received = cli.app(), []
 
     @tool.command()
     def main(max_size: int = 0) -> None:
-        told.append(max_size)
+        received.append(max_size)
 
-    assert CliRunner().invoke(tool, [word, "3"]).exit_code == 0 and told == [3]
+    assert CliRunner().invoke(tool, [word, "3"]).exit_code == 0 and received == [3]
 
 
 def test_errors_are_one_line_with_exit_code_2(capsys):

@@ -46,15 +46,15 @@ def test_base_generates_what_the_prompt_names(pipe, evaluator):
     class Few:
         batch, steps, guidance, first_seed = 12, 12, 4.0, 0
 
-    asked = chosen(12, seed=1)
-    seen = score(evaluator, draw_all(pipe, asked, Few), asked)
+    wanted = chosen(12, seed=1)
+    seen = score(evaluator, draw_all(pipe, wanted, Few), wanted)
     assert seen["class"] > 0.8 and seen["colour"] > 0.8 and seen["background"] > 0.8
 
 
 def test_base_generates_other_aspect_ratios(pipe, evaluator):
     for height, width in ((96, 160), (160, 96)):
-        pictures = sample(pipe, ["a photo of a green fish in the snow"], 0, steps=8, height=height, width=width)
-        assert pictures.shape == (1, 3, height, width)
+        images = sample(pipe, ["a photo of a green fish in the snow"], 0, steps=8, height=height, width=width)
+        assert images.shape == (1, 3, height, width)
 
 
 def test_latents_have_unit_variance_under_the_scaling_factor(pipe):
@@ -90,6 +90,6 @@ def test_shipped_dino_distinguishes_individuals_of_one_class(kind):
         own = subject_photos(name, 4)
         rng = np.random.default_rng(0)
         others = [render(replace(photo.scene, who=replace(draw_individual(rng), kind=name))) for photo in own]
-        of_own, of_others = (judge.embed([p.image for p in pictures]) for pictures in (own, others))
+        of_own, of_others = (judge.embed([p.image for p in group]) for group in (own, others))
         alike = (of_own @ of_own.T)[~torch.eye(4, dtype=torch.bool)].mean()
         assert alike > (of_own @ of_others.T).mean() + 0.2, name

@@ -26,7 +26,7 @@ def test_shipped_images_match_the_generator(drawn):
 
 def test_class_images_never_show_a_subject():
     for who in SUBJECTS.values():
-        assert all(picture.scene.who.look not in HELD_OUT_LOOKS for picture in draw_toybox.class_pictures(who.kind, 12))
+        assert all(shown.scene.who.look not in HELD_OUT_LOOKS for shown in draw_toybox.class_pictures(who.kind, 12))
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

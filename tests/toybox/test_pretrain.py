@@ -145,9 +145,9 @@ def test_nearest_features_find_the_matching_image():
 
 
 def test_card_sums_the_time_of_all_runs_of_a_stage(tmp_path):
-    told = [("vae", 1800), ("export", 12), ("unet", 3000), ("vae", 600)]
+    records = [("vae", 1800), ("export", 12), ("unet", 3000), ("vae", 600)]
     path = tmp_path / "times.jsonl"
-    path.write_text("".join(f'{{"stage": "{stage}", "wall_s": {seconds}}}\n' for stage, seconds in told))
+    path.write_text("".join(f'{{"stage": "{stage}", "wall_s": {seconds}}}\n' for stage, seconds in records))
     assert minutes(path) == "vae 40, unet 50"
 
 

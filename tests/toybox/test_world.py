@@ -28,8 +28,8 @@ def test_scene_is_a_function_of_its_seed():
 
 @pytest.mark.parametrize("size", BUCKETS)
 def test_images_have_the_requested_size(size):
-    picture = render(scene(1), size)
-    assert picture.image.size == picture.mask.size == size[::-1]
+    rendered = render(scene(1), size)
+    assert rendered.image.size == rendered.mask.size == size[::-1]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -64,10 +64,10 @@ def test_subject_photos_show_one_individual_in_different_places(name):
 
 
 def test_captions_may_omit_attributes_but_not_the_class():
-    told = [caption(scene(3), np.random.default_rng(i)) for i in range(200)]
+    captions = [caption(scene(3), np.random.default_rng(i)) for i in range(200)]
     s = scene(3)
-    assert all(s.who.kind in c for c in told)
-    assert any(s.who.colour not in c for c in told) and any(s.background not in c for c in told)
+    assert all(s.who.kind in c for c in captions)
+    assert any(s.who.colour not in c for c in captions) and any(s.background not in c for c in captions)
 
 
 def test_prompts_enumerate_the_world():
