@@ -1,4 +1,5 @@
 import gc
+import json
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from dreambooth_lab import lab, pages, sweep
 from dreambooth_lab.config import ConfigError, check, conf_dir
 from dreambooth_lab.config.hydra_errors import explain
 from dreambooth_lab.runfolder import RunFolder
-from dreambooth_lab.sweep import State
+from dreambooth_lab.sweep import Job, State, recorded
 
 SWEEPS = sorted((conf_dir().parent / "experiments" / "sweep").glob("*.yaml"))
 
@@ -201,7 +202,7 @@ def test_job_that_lost_the_race_ends_and_is_not_run_again(small, tmp_path):
     (winner, kept), (loser, lost) = sweep.jobs(next(tmp_path.glob("runs/*")))
     assert (kept.state, lost.state) == (State.done, State.lost)
     steps = max(step for step, *_ in loser.read_metrics())
-    assert 4 <= steps < 10 and loser.newest() is not None and f"stopped at step {steps} and saved" in lost.told
+    assert 4 <= steps < 10 and loser.newest() is not None and f"stopped at step {steps} and saved" in lost.message
     assert sweep.finished(winner) is not None and (loser.export / "pytorch_lora_weights.safetensors").is_file()
     page = (winner.root.parent / "compare.html").read_text()
     assert "lost the race: behind" in page and len(pd.read_csv(winner.root.parent / "compare.csv")) == 1
@@ -212,6 +213,13 @@ def test_job_that_lost_the_race_ends_and_is_not_run_again(small, tmp_path):
     assert max(step for step, *_ in loser.read_metrics()) == 10
 
 
+@pytest.mark.parametrize("key", ["message", "told"])
+def test_record_of_an_earlier_version_is_read(tmp_path, key):
+    folder = RunFolder(tmp_path)
+    folder.job.write_text(json.dumps({"number": 3, "words": ["seed=1"], "state": "failed", key: "out of memory"}))
+    assert recorded(folder) == Job(3, ["seed=1"], "failed", "out of memory")
+
+
 def test_race_requires_a_sweep_and_an_eval_loss(small, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="race is 3, but runs have no eval loss to race by"):
         check(lab.compose(*small, "race=3"))
@@ -219,7 +227,7 @@ def test_race_requires_a_sweep_and_an_eval_loss(small, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"race is 3, but this is a single run; start a sweep \(-m, or sweep=NAME\)"):
         cli._check_race(OmegaConf.create({"race": 3}), RunFolder(tmp_path))
     folder = RunFolder(tmp_path)
-    folder.job.write_text('{"number": 0, "words": [], "state": "began", "told": ""}')
+    folder.job.write_text('{"number": 0, "words": [], "state": "began", "message": ""}')
     cli._check_race(OmegaConf.create({"race": 3}), folder)
     hydra_cfg = {
         "mode": RunMode.MULTIRUN,

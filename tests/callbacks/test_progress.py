@@ -63,19 +63,19 @@ def test_bar_shows_speed_and_share_of_peak_flops(made, monkeypatch):
 
 @pytest.mark.parametrize("start", [0, 12])
 def test_remaining_time_includes_pending_steps_and_evaluations(start):
-    """2 s a step, 30 s for the first ones; 10 s for each look, every 8 steps and at the end, and at the base model."""
+    """2 s a step, 30 s for the first ones; 10 s for each evaluation: of the base model, every 8 steps and at the end."""
     when = Interval(8, 0.0, 1.0, 44)
     left = TimeLeft({"images": when}, 44)
     now, took = (10.0, 10.0) if start == 0 else (0.0, 0.0)
     left.begin(start, now)
     for step in range(start + 1, 45):
         now += 30.0 if step <= start + FIRST else 2.0
-        told = left.seconds(step, now, {"images": took})
+        remaining = left.seconds(step, now, {"images": took})
         if step <= start + FIRST:
-            assert told is None
+            assert remaining is None
         elif took:
             to_come = sum(when.due(one) for one in range(step, 45))
-            assert told == pytest.approx((44 - step) * 2.0 + to_come * 10.0), step
+            assert remaining == pytest.approx((44 - step) * 2.0 + to_come * 10.0), step
         if when.due(step):
             now, took = now + 10.0, took + 10.0
 
@@ -87,9 +87,23 @@ def test_bar_fits_the_terminal_width(made, width, samples, monkeypatch):
     monkeypatch.setattr(progress, "console", lambda: on)
     bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 900))
     bar.metrics.last = {"train/loss": 0.125}
-    told = bar.status(2.0, torch.device("cpu"), 700.0)
-    assert ("samples/s" in told) == samples and told.endswith("12 min left")
-    bar.bar.add_task("", total=900, completed=123, told=told)
+    status = bar.status(2.0, torch.device("cpu"), 700.0)
+    assert ("samples/s" in status) == samples and status.endswith("12 min left")
+    bar.bar.add_task("", total=900, completed=123, status=status)
     on.print(bar.bar.get_renderable())
     (line,) = [one for one in on.file.getvalue().splitlines() if "loss" in one]
     assert "12 min left" in line and "123/900" in line and "…" not in line
+
+
+def test_bar_shows_its_status_after_a_step(made, monkeypatch):
+    data, module = made
+    terminal = Console(width=100, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(progress, "console", lambda: terminal)
+    bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 9))
+    bar.metrics.last = {"train/loss": 0.125}
+    trainer = type("At", (), {"max_steps": 9, "global_step": 0})()
+    bar.on_train_start(trainer, module)
+    trainer.global_step = 9
+    bar.on_train_batch_end(trainer, module, None, None, 8)
+    bar.bar.stop()
+    assert "9/9" in terminal.file.getvalue() and "loss 0.1250" in terminal.file.getvalue()

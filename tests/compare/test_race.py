@@ -19,7 +19,7 @@ def run(sweep, rate, seed, error, number, steps=STEPS, spread=0.01):
     folder = RunFolder(sweep / f"{number}_x")
     folder.root.mkdir(parents=True)
     folder.config.write_text(yaml.safe_dump({"seed": seed, "optimizer": {"lr": rate}, "name": f"n{number}"}))
-    record = {"number": number, "words": [f"optimizer.lr={rate}", f"seed={seed}"], "state": "done", "told": ""}
+    record = {"number": number, "words": [f"optimizer.lr={rate}", f"seed={seed}"], "state": "done", "message": ""}
     folder.job.write_text(json.dumps(record))
     rows = []
     for step in steps:
