@@ -1,4 +1,4 @@
-"""Records: named tensors, moved by whole rows."""
+"""Records of named tensors, indexed by row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dreambooth_lab.batch import Cond, Record, Text
 
 
 def text(rows, tokens, start=1):
-    """States, and a mask of ones that says how many of them there are."""
+    """States, and a mask of ones for each of them."""
     states = torch.arange(start, start + rows * tokens * 2.0).view(rows, tokens, 2)
     return Text(states=states, pooled=states[:, 0], mask=torch.ones(rows, tokens, dtype=torch.long))
 
@@ -35,11 +35,11 @@ def test_replaced_rows_are_selected_back_and_others_unchanged():
     whole, other = Cond(text(4, 3), size=torch.arange(4.0)[:, None]), text(2, 3, start=100)
     rows = torch.tensor([3, 1])
     made = whole.replace_rows(rows, other)
-    assert type(made) is Cond and torch.equal(made["size"], whole["size"]), "names that the other lacks"
+    assert type(made) is Cond and torch.equal(made["size"], whole["size"]), "names that the other record lacks"
     assert all(torch.equal(made.select(rows)[name], other[name]) for name in other)
     rest = torch.tensor([0, 2])
     assert same(made.select(rest), whole.select(rest))
-    assert torch.equal(whole["states"], text(4, 3)["states"]), "the record itself is as it was"
+    assert torch.equal(whole["states"], text(4, 3)["states"]), "the record itself is unchanged"
 
 
 def test_records_of_equal_shape_are_stacked_unchanged():

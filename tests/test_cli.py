@@ -1,4 +1,4 @@
-"""The command line as a user types it."""
+"""The command line, run in processes of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BANK = ["prior=bank", "prior.path=null", "prior.source=generated", "prior.genera
     "more", [[], *(pytest.param(words, marks=pytest.mark.slow) for words in (ROLLOUT, BANK))], ids=["plain", "rollout", "bank"]
 )
 def test_killed_run_resumes_bit_for_bit(small, tmp_path, more):
-    """Dropout, accumulation, clipping, cosine, EMA, validation: killed between checkpoints, in mid-accumulation."""
+    """Dropout, accumulation, clipping, cosine, EMA, validation: killed between checkpoints, during accumulation."""
     words = [
         *small, "adapter.dropout=0.3", "trainer.accumulate_grad_batches=2", "optimizer.schedule=cosine", "trainer.max_steps=24",
         "checkpoint.every_n_steps=3", "validation.every_n_steps=8", "dataset.flip=true", "dataset.caption_dropout=0.2",
@@ -42,7 +42,7 @@ def test_killed_run_resumes_bit_for_bit(small, tmp_path, more):
     assert done.returncode == 0, done.stderr
     kill_at(8, words, broken)
     (run,) = broken.glob("runs/*")
-    assert RunFolder(run).newest()[1] < 24, "it was killed in time"
+    assert RunFolder(run).newest()[1] < 24, "it was killed before its end"
     resumed = call(f"resume={run.relative_to(broken)}", cwd=broken)
     assert resumed.returncode == 0, resumed.stderr
     assert list(broken.glob("runs/*")) == [run], "a resumed run stays in its folder"
@@ -59,7 +59,7 @@ def test_killed_run_resumes_bit_for_bit(small, tmp_path, more):
 
 
 def test_readme_command_runs_end_to_end(tiny_sdxl, tmp_path):
-    """`model=sdxl quant=int8 rollout.enabled=true`, with all else as it ships but for size: bfloat16, the shipped photos."""
+    """`model=sdxl quant=int8 rollout.enabled=true`, with all other defaults except sizes: bfloat16, the shipped photos."""
     small = [f"model.pretrained={tiny_sdxl}", "model.resolution=64", "trainer.max_steps=4", "rollout.ramp_steps=0",
              "validation.num_inference_steps=2", "validation.num_images=1"]  # fmt: skip
     done = call("model=sdxl", "quant=int8", "rollout.enabled=true", *small, cwd=tmp_path)

@@ -37,13 +37,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)")
 MODULE = ("python", "-m")
-ELSEWHERE = {  # first words of a line → why it is not run here
+ELSEWHERE = {  # beginning of a line → why it is not run here
     "uv ": "installs", "pip ": "installs", "py ": "Windows", "docker ": "needs docker",
     "python -m venv": "makes an environment", ". .venv/bin/activate": "needs that environment",
     ".venv\\Scripts\\Activate.ps1": "Windows",
     "export DREAMBOOTH_WATCH_TOKEN=": "sets a variable of the shell", "eval ": "changes the shell",
 }  # fmt: skip
-NOT_COMPOSED = {  # words of the program → why
+NOT_COMPOSED = {  # arguments of the program → why
     "--config-dir imported experiment=NAME": "the importer writes it; tests/tools/test_import_simpletuner.py runs it",
 }
 OF_THE_SHELL = (
@@ -54,7 +54,7 @@ OF_THE_SHELL = (
     "preflight=",
     'resume="auto',
     'resume="latest',
-)  # what a configuration has nothing of
+)  # arguments that are not part of a composed configuration
 NOT_RUN = {"load_lora_weights": "needs SDXL's weights; tests/adapter/test_exports.py does the same with tiny ones"}
 
 
@@ -72,7 +72,7 @@ def blocks(*languages: str) -> Iterator[Block]:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Page and words of each command line."""
+    """Page and arguments of each command line."""
     for block in blocks("bash", "powershell"):
         for line in block.text.replace("\\\n", " ").splitlines():
             if line.strip() and not any(line.startswith(word) for word in ELSEWHERE):
@@ -80,7 +80,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def of_module(prefix: str) -> list[tuple[str, str, list[str]]]:
-    """Page, module and words of the commands that start a module whose name begins so, each once."""
+    """Page, module and arguments of the commands that start a module with this prefix, each once."""
     found = {}
     for page, words in commands():
         if tuple(words[:2]) == MODULE and words[2].startswith(prefix):
@@ -94,7 +94,7 @@ TOOLS = of_module("dreambooth_lab.tools")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder in which the names that pages use are there."""
+    """A folder with the files that pages refer to."""
     folder = tmp_path_factory.mktemp("place")
     photos = tiny.save_photos(folder / "PHOTOS", [(40, 40), (40, 50)])
     for name in ("MASKS", "CLASS_PHOTOS", "FOLDER"):
@@ -118,7 +118,7 @@ def place(tmp_path_factory) -> Path:
 
 @cache
 def chosen(groups: tuple[str, ...]) -> DictConfig:
-    """The configuration with these options of groups."""
+    """The configuration with these group options, cached."""
     return lab.compose(*groups)
 
 
@@ -172,7 +172,7 @@ def parsed(module: str, words: list[str]) -> click.Context:
     if hasattr(loaded, "__path__"):
         loaded = importlib.import_module(f"{module}.__main__")
     app = getattr(loaded, "application", None) or getattr(loaded, "app", None)
-    if app is None:  # it takes the words of a run alone
+    if app is None:  # it takes only a run's overrides
         return click.Context(click.Command(module), info_name=module, obj=composed(words))
     command = typer.main.get_command(app)
     context = command.make_context(module, list(words))
@@ -246,7 +246,7 @@ def test_documented_simpletuner_options_are_read_by_the_importer():
 
 
 def test_documented_file_locations_match_the_export_card():
-    """The page names the file of a run called `dreambooth`, and of a word `ohwx`."""
+    """The page names the files of a run called `dreambooth` with the token `ohwx`."""
     page = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
     texts = [text.format(name="dreambooth") for text in card_files.COPY.values()]
     texts += [text.format(file="embeddings/ohwx.safetensors", stem="ohwx", word="ohwx") for text in card_files.SAY.values()]
@@ -266,7 +266,7 @@ def test_reference_lists_every_key_with_its_comment(site):
     assert "one of center, random, corner" in about and "default `center`" in about and "position of the crop" in about
     about = dataset_page.split("{ #dataset.path }")[1].split("###")[0]
     assert "folder of the subject's photos" in about and "package:toybox/pictures" in about, (
-        "a comment of folder, a value of toybox"
+        "the comment of folder.yaml, the value of toybox.yaml"
     )
     assert "ablation" not in text and "In the lab log: [" in text
 

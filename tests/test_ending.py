@@ -1,4 +1,4 @@
-"""The three lines at the end of a run, and runs whose length is said in epochs."""
+"""The three-line summary at the end of a run, and runs with max_epochs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreambooth_lab.tools import generate
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
-    """A run of two epochs on five photos and their class pictures, with what it said."""
+    """A run of two epochs on five photos and their class images, with its log messages."""
     root = tmp_path_factory.mktemp("ending") / "run"
     messages: list[str] = []
     handler = logging.Handler()

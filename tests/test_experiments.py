@@ -18,7 +18,7 @@ EXPERIMENTS = sorted((conf_dir().parent / "experiments" / "experiment").glob("*.
 
 @pytest.fixture(scope="module")
 def at_home(tmp_path_factory):
-    """Where the pictures of mask_study are, drawn as its header says."""
+    """A working directory with the images of mask_study, generated as its header says."""
     folder = tmp_path_factory.mktemp("experiments")
     draw_toybox.write(folder / "at_home", ("in the city",))
     return folder
@@ -26,12 +26,12 @@ def at_home(tmp_path_factory):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_pinned_experiment_states_its_question_and_composes(path, at_home, monkeypatch, tmp_path):
-    """What only the user has, such as photographs, is a folder here."""
+    """Keys without a default, such as the photos' folder, are set to an existing folder."""
     monkeypatch.chdir(at_home)
     head = path.read_text().split("defaults:")[0]
     assert all(f"# {word}" in head for word in ("Question:", "Cost:", "Expected:"))
     words = [f"experiment={path.stem}", "resume=null"]
-    if "dream" in path.stem:  # its photos are in folders that only the user has
+    if "dream" in path.stem:  # its photos are in folders of the user
         monkeypatch.setenv("DREAMBENCH", str(tmp_path))
         (tmp_path / "dog").mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / "dog" / "0.png")
@@ -78,6 +78,8 @@ def test_demo_runs(tmp_path):
     shown, again = judge_toybox.saved_images(done), judge_toybox.generated_images(done, 2, {})
     for step in (0, 2):
         for a, b in zip(chain(*shown[step]), chain(*again[step]), strict=True):
-            assert np.abs(np.asarray(a, dtype=float) - np.asarray(b)).max() <= 2, "as many sampler steps, the same pictures"
+            assert np.abs(np.asarray(a, dtype=float) - np.asarray(b)).max() <= 2, (
+                "equal numbers of sampler steps give equal images"
+            )
     records = judge_toybox.judge(done, judge_toybox.Judge(), again)
     assert [r["leak"] for r in records if r["step"] == 0] == [0.0] * 2

@@ -1,4 +1,4 @@
-"""Every leaf of the configuration is given what it can't be; each is refused with words or used, and none crashes."""
+"""Every key of the configuration gets invalid values; each is refused with a message or used, and none crashes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def good() -> DictConfig:
 
 
 def groups(key: str) -> list[str]:
-    """Groups that a refusal of a key may name: its own, and those whose keys refer to it."""
+    """Groups that an error about a key may name: its own, and those whose keys refer to it."""
     readers = ["adapter", "optimizer", "sampling"] if key.startswith("model.recommended") else []
     return [key.split(".")[0], "dataset", *readers]
 
@@ -86,7 +86,7 @@ def judge(good: DictConfig, key: str, value: Any) -> str:
 
 
 def holds_absurd(value: Any) -> bool:
-    """A number that nothing should be."""
+    """An absurd number."""
     if isinstance(value, list):
         return any(map(holds_absurd, value))
     return isinstance(value, int | float) and (not math.isfinite(value) or value == ABSURD)
@@ -121,7 +121,7 @@ def test_sampled_bad_values_are_refused_or_used(good):
 
 
 def preflights(good: DictConfig, root: Path, every: int) -> Counter[str]:
-    """What `check` accepts, taken to the tables before training."""
+    """Configurations that `check` accepts, up to the preflight."""
     counts: Counter[str] = Counter()
     wrong = []
     pairs = [(key, value) for key in leaves(good) for value in VALUES if judge(good, key, value) == "accepted"]

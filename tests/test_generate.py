@@ -1,4 +1,4 @@
-"""tools.generate: the pictures a run showed, at every strength, from any of its files."""
+"""tools.generate reproduces a run's validation images, at any strength, from any of its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEARNED = ["adapter.train_token=true", "adapter.token=q", 'dataset.instance_prom
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
-    """Adapter kind → a finished run that also learned the token."""
+    """Adapter kind → a finished run that also trained the token."""
     done = {}
     for kind, words in {"lora": ["adapter.text_encoders=[1,2]"], "lokr": ["adapter=lokr"], "full": ["adapter=full"]}.items():
         root = tmp_path_factory.mktemp("generate") / kind
@@ -47,7 +47,7 @@ def test_strength_0_is_the_base_model_and_1_matches_validation(kind, finished, t
         made = [tmp_path / "out" / f"{row:02d}_{seed:02d}.png" for row in range(4)]
         assert close(made[0], shown / "step_0000003" / f"00_{seed:02d}.png") <= 1
         assert close(made[1], shown / "step_0000000" / f"00_{seed:02d}.png") <= 1
-        assert close(made[0], made[3]) == 0, "strengths leave nothing behind"
+        assert close(made[0], made[3]) == 0, "strengths leave the weights unchanged"
         assert close(made[2], made[0]) > 1 and close(made[2], made[1]) > 1
 
 

@@ -1,4 +1,4 @@
-"""The pages of help: everything in them is read from conf/, and nothing runs."""
+"""The help pages, which are read from conf/ without starting a run."""
 
 from __future__ import annotations
 

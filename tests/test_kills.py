@@ -1,6 +1,6 @@
-"""Runs killed at random moments and started again by the same command end with the same bits as a run that nothing disturbed.
+"""Runs that are killed at random times and restarted by the same command are bit-identical to an undisturbed run.
 
-The moments fall in caching, class pictures, bank, training, looks, checkpoints, exports and report. `make slow` kills in all
+The kills fall into caching, class images, bank, training, evaluations, checkpoints, exports and report. `make slow` kills in all
 configurations, the suite in one.
 """
 
@@ -79,7 +79,7 @@ def same_end(ours: RunFolder, theirs: RunFolder) -> None:
 
 
 def kill_and_compare(name: str, small: list[str], tmp_path: Path, kills: int, seed: int) -> int:
-    """Kill runs until so many kills came before a run's end; compare every run that ends. Returns how many were compared."""
+    """Kill runs until `kills` of them came before a run's end; compare every finished run. Returns how many were compared."""
     held_out = tiny.save_photos(tmp_path / "held", [(80, 80)], seed=7)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()

@@ -13,12 +13,12 @@ from dreambooth_lab.callbacks.ema import Ema
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.run import run
 
-NAME = "<b>&"  # what a file may say
+NAME = "<b>&"  # a name that needs escaping
 
 
 @pytest.fixture(scope="module")
 def done(small, tmp_path_factory):
-    """A run whose token and text encoder learn too, and which keeps its best step."""
+    """A run that also trains the token and a text encoder, and keeps its best step."""
     root = tmp_path_factory.mktemp("lab") / "a"
     words = [
         "adapter.train_token=true",
@@ -69,7 +69,7 @@ def test_module_of_a_schedule_free_run_matches_its_export(small, tmp_path):
     assert exported.keys() == again.keys() and all(torch.equal(exported[name], again[name]) for name in exported)
     point = torch.load(tmp_path / "run/checkpoints/step_0000003.ckpt", weights_only=True)["state_dict"]
     ours = weights(lab.load(tmp_path / "run").module())
-    assert any(not torch.equal(ours[name], point[name]) for name in point), "they are not those that take gradients"
+    assert any(not torch.equal(ours[name], point[name]) for name in point), "they differ from the training weights"
 
 
 def test_checkpoint_pipeline_matches_export_pipeline(done):
@@ -120,7 +120,7 @@ def test_untrusted_config_runs_no_code(done, tmp_path):
             other.module()
     other = lab.load(done.folder.root)
     other.config.optimizer._target_ = "subprocess.Popen"
-    other.module()  # which needs none
+    other.module()  # which needs no extra
     kept["optimizer_states"][0]["param_groups"][0]["train_mode"] = True
     torch.save(kept, tmp_path / "z.ckpt")
     with pytest.raises(ConfigError, match=r"no torch\.optim\.Optimizer"):
@@ -132,7 +132,7 @@ def test_run_from_another_machine_loads(done):
     other.config.trainer.accelerator, other.config.trainer.devices, other.config.adapter.init_from = "gpu", 8, "/gone"
     if not torch.cuda.is_available():
         assert next(iter(other.module().trainable_parameters().values())).device.type == "cpu"
-    assert other.config.trainer.devices == 8, "its configuration stays"
+    assert other.config.trainer.devices == 8, "its configuration is unchanged"
 
 
 def test_notebook_cell_shows_images_and_summary(done):
@@ -152,7 +152,7 @@ def test_runs_are_listed_and_compared_in_data_frames(done, small, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.yaml").write_text("{")
     (tmp_path / "bad" / "environment.json").write_text("[]")
-    table = lab.runs(tmp_path)  # one that is damaged is left out
+    table = lab.runs(tmp_path)  # a damaged run is skipped
     assert list(table.index) == [str(tmp_path / "a"), str(other)]
     assert list(table["steps"]) == [4, 4] and list(table["seed"]) == [0, 1] and table["name"].iloc[0] == NAME
     assert (table["seconds"] > 0).all() and table["train/loss"].nunique() == 2 and "trainer.max_steps" not in table

@@ -1,4 +1,4 @@
-"""The properties the method stands on, on a tiny SDXL."""
+"""The properties that the method relies on, on a tiny SDXL."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def made(small):
 
 
 def move(module, scale=0.05):
-    """Give the adapter weights as after training."""
+    """Perturb the adapter's weights, as training does."""
     generator = torch.Generator().manual_seed(5)
     for p in module.trainable_parameters().values():
         p.data += scale * torch.randn(p.shape, generator=generator)
@@ -53,7 +53,7 @@ def test_model_without_adapter_is_bit_identical_to_the_base(made):
     again = prediction(module, batch)
     with module.adapter.base():
         pass
-    assert torch.equal(prediction(module, batch), again), "the adapter is put back as it was"
+    assert torch.equal(prediction(module, batch), again), "the adapter is restored"
 
 
 def test_fresh_adapter_has_zero_prior_loss(made):

@@ -1,4 +1,4 @@
-"""Runs and files of earlier versions: read, resumed and drawn with under today's names."""
+"""Runs and files of earlier versions are read, resumed and sampled under the current names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def old(request, tmp_path) -> Path:
 
 
 def test_old_run_loads_with_all_current_keys(old):
-    """Fails when a key was added to the schema: give it an `Added` in `config/migrations.py`, with what a run did before."""
+    """Fails for a new key of the schema: add an `Added` to `config/migrations.py`, with the value that earlier runs had."""
     run = lab.load(old)
     assert OmegaConf.missing_keys(run.config) == set()
     check(run.config)
@@ -71,8 +71,8 @@ def test_migration_renames_adds_and_removes_keys_groups_and_values(steps):
     made = migrate(tree | {"trainer": {"steps": 3, "speed": 1}})
     assert made == {"ema": {"device": "cuda", "decay": 0.5}, "rollout": {"enabled": True}, "checkpoint": {"mode": "min"},
                     "trainer": {"max_steps": 3}}  # fmt: skip
-    assert migrate({"ema": {"kept_on": "cuda"}}, 1) == {"ema": {"kept_on": "cuda", "decay": 0.5}}, "only what came later"
-    assert migrate({"name": "x"}) == {"name": "x"}, "a group that was left out stays out"
+    assert migrate({"ema": {"kept_on": "cuda"}}, 1) == {"ema": {"kept_on": "cuda", "decay": 0.5}}, "only later metrics"
+    assert migrate({"name": "x"}) == {"name": "x"}, "an omitted group stays omitted"
 
 
 def test_old_names_on_the_command_line_are_accepted_with_one_notice_each(steps, caplog):

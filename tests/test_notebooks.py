@@ -22,7 +22,7 @@ def read(name):
 
 
 def at(root):
-    """Words for the least run, with few class images and the caches in a folder."""
+    """Overrides of the smallest run, with few class images and the caches in a folder."""
     return f"{LEAST} cache={root / 'cache'} prior.path={root / 'class'}"
 
 
@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
 
 
 def execute(name):
-    """A notebook's cells in this process; what they show, as mime type → data."""
+    """Execute a notebook's cells in this process; returns their outputs as mime type → data."""
     shell, shown = InteractiveShell(), []
     for cell in read(name).cells:
         if cell.cell_type == "code":

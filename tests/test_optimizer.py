@@ -1,4 +1,4 @@
-"""Every optimiser's own settings learn, go on after a checkpoint, and learn each part at its rate."""
+"""Every optimiser's default settings train, resume from a checkpoint, and use each part's learning rate."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def config(name, *words):
 
 
 class LowRank(nn.Module):
-    """W = B A with B = 0 at first, as LoRA begins."""
+    """W = B A with B = 0 initially, as in LoRA."""
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.lora_A = nn.Parameter(torch.randn(64, 96, generator=generator) / 8)
-        self.lora_B = nn.Parameter(torch.zeros(64, 64))  # 4,096 numbers, from where bitsandbytes keeps 8 bits
+        self.lora_B = nn.Parameter(torch.zeros(64, 64))  # 4,096 elements, from which bitsandbytes uses 8 bits
         self.x = torch.randn(96, 32, generator=generator)
         self.y = torch.randn(64, 32, generator=generator) / 10
 
@@ -102,7 +102,7 @@ def test_schedule_scales_all_groups_equally():
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0], "the run's own rate comes first"
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0], "the run's own rate takes precedence"
     assert all(b == pytest.approx(4 * a) for a, b in rates) and rates[0][0] == 0.5 and rates[2][0] == 1.0 > rates[9][0]
 
 
@@ -242,7 +242,7 @@ def test_invalid_optimizer_is_refused_before_training(small, tmp_path):
         cfg.options = OmegaConf.create(options)
         with pytest.raises(ConfigError, match=r"optimizer\.options is .*, which torch\.optim\.AdamW refuses"):
             check_installed(cfg)
-    assert [path.name for path in Path(tmp_path / "run").iterdir()] == [".lock"], "nothing but the lock was made"
+    assert [path.name for path in Path(tmp_path / "run").iterdir()] == [".lock"], "no file but the lock was written"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_eval_mode_disables_dropout_and_restores_it(adapter, tiny_sdxl):
 
 
 def test_clipping_bounds_the_step(small, tmp_path):
-    """Plain gradient descent at rate 1 moves by the gradient itself."""
+    """Plain gradient descent with learning rate 1 moves by the gradient."""
     sgd = ["optimizer._target_=torch.optim.SGD", *(f"~optimizer.options.{key}" for key in ("betas", "eps", "fused"))]
     words = [*small, *sgd, "optimizer.lr=1", "optimizer.weight_decay=0", "validation.every_n_steps=0", "ema.enabled=false"]
     weights = []

@@ -17,7 +17,7 @@ from dreambooth_lab.terminal import show
 
 @pytest.fixture(scope="module")
 def data(small, photos, tmp_path_factory):
-    """A dataset file with long names, two notices and a rejected picture."""
+    """A dataset file with long names, two notices and a rejected image."""
     long = "a-dataset-with-a-rather-long-name-1024px"
     entries = [
         samples.entry(photos, id=long, crop_style="random", minimum_image_size=85),
@@ -76,9 +76,9 @@ def test_crop_sheet_shows_each_photo_and_class_image_once(ready):
                for row, many in ((0, 5), (1, 3)) for place in range(many)]  # fmt: skip
     for left, top in middles:
         colours = {pixels.getpixel((left + x, top)) for x in range(8)}
-        assert colours != {(255, 255, 255)}, "a picture is there"
+        assert colours != {(255, 255, 255)}, "an image is drawn"
     after = sheet.GAP + 3 * (side + sheet.GAP) + 20
-    assert {pixels.getpixel((after + x, middles[-1][1])) for x in range(8)} == {(255, 255, 255)}, "three class pictures"
+    assert {pixels.getpixel((after + x, middles[-1][1])) for x in range(8)} == {(255, 255, 255)}, "three class images"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -22,7 +22,7 @@ def test_paper_prompts_contain_the_subject(small, name, one):
     ("class_prompt", "token"), [("a photo of a dog", None), (None, "sks"), ("a dog", "sks"), ("a photo of a dog", "SKS")]
 )
 def test_prompt_is_about_the_subject_if_it_contains_the_rare_word(class_prompt, token):
-    """Not the words that the class prompt lacks: with the class prompt "a dog" those are "photo" and "of" too."""
+    """Not any word missing from the class prompt: with "a dog" those include "photo" and "of"."""
     subject = Subject("a photo of sks dog", class_prompt, token)
     for prompt in ("a photo of sks dog on the beach", "sks dog, in the snow", "SKS", "a painting of a (sks) dog"):
         assert subject.is_subject(prompt) and not subject.is_class(prompt), prompt
@@ -33,7 +33,7 @@ def test_prompt_is_about_the_subject_if_it_contains_the_rare_word(class_prompt, 
 
 
 def test_subject_prompts_without_a_rare_word_contain_the_instance_prompt():
-    """Two words could be it, or any: a prompt with one of them is scored neither as subject nor as class."""
+    """If several words could be the rare word, a prompt with one of them is scored neither as subject nor as class."""
     two = Subject("a photo of sks dog wearing glasses", "a photo of a dog", None)
     assert not two.rare and two.is_subject("a photo of sks dog wearing glasses, on the beach")
     assert not two.is_subject("a photo of sks dog") and not two.is_class("a photo of sks dog")

@@ -1,4 +1,4 @@
-"""Hydra's refusals, as the command line says them: the key, the value and the way out."""
+"""Hydra's errors as the command line reports them: key, value and fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollout: rows reach t as sampling would, and are told the way back."""
+"""Rollout: rows reach t by sampler steps, with a target that points back to the image."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ every_sampler = pytest.mark.parametrize("sampler", enums.Sampler, ids=lambda s: 
 
 
 def config(*overrides):
-    """Strides long enough for drift to be seen."""
+    """Steps long enough for visible drift."""
     return lab.compose("rollout.enabled=true", "rollout.ramp_steps=0", "rollout.num_steps=28", *overrides).rollout
 
 
@@ -83,15 +83,15 @@ def test_exact_prediction_stays_on_the_path(path, sampler, grid):
 
 @cache
 def rollout_of(*words):
-    """As it ships, but for the ramp and these words."""
+    """The default rollout without ramp, with these overrides."""
     return lab.compose("rollout.enabled=true", "rollout.ramp_steps=0", *words).rollout
 
 
 def shrunk(path, t, variance, *words):
-    """By what a walk multiplies the x_0 that is asked of an exact denoiser of N(0, variance), at time t.
+    """The factor by which a rollout scales the target x_0 of an exact denoiser of N(0, variance), at time t.
 
-    Four samples (±√v, ±1) have the second moments of x_0 and ε exactly, once for each length of a walk, and all that follows is
-    linear; so the least-squares answer to what is asked is exact as well.
+    Four samples (±√v, ±1) have the second moments of x_0 and ε exactly, once for each rollout length, and everything is
+    linear; so the least-squares fit is exact as well.
     """
     cfg = rollout_of(*words)
     lengths = cfg.max_step_offset
@@ -136,7 +136,7 @@ def test_default_rollout_keeps_an_exact_denoiser_at_its_optimum(path, sampler, v
 @every_path
 @pytest.mark.parametrize("variance", [0.5, 1.0, 2.0])
 def test_long_rollouts_shift_the_optimum_by_the_documented_factor(path, variance):
-    """But for the solver's own error on such strides."""
+    """Up to the solver's own error on such steps."""
     for t in (0.1, 0.3, 0.5, 0.7):
         for words, strides, number in ((("rollout.num_steps=28",), 4, 28), (("rollout.max_step_offset=10",), 10, 1000)):
             factor = shrunk(path, t, variance, "rollout.sampler=unipc", *words)
@@ -145,7 +145,7 @@ def test_long_rollouts_shift_the_optimum_by_the_documented_factor(path, variance
 
 
 def test_documented_factors_match_the_formula():
-    """In conf/rollout/default.yaml and in the docstring."""
+    """The factors in conf/rollout/default.yaml and in the docstring."""
     path, times = PATHS["epsilon"], (0.1, 0.5, 0.9)
     for strides, number, documented in (
         (4, 1000, (0.998, 0.994, 0.987)),
@@ -203,9 +203,9 @@ def test_rollout_lengths_are_uniform_and_start_below_the_maximum_time():
     made = walk(config("rollout.max_step_offset=4"), PATHS["flow"])
     assert torch.bincount(lengths_of(made, draws, t, 0)).tolist() == [0, 1000, 1000, 1000, 1000]
     high = lengths_of(made, draws, torch.full_like(u, 1 - 2.5 / 28), 0)
-    assert high.max() == 2, "there are two strides and a half up to pure noise"
+    assert high.max() == 2, "there are two and a half steps up to pure noise"
     limited = walk(config("rollout.max_step_offset=4"), PATHS["flow"], top=0.55)
-    assert lengths_of(limited, draws, t, 0).max() == 1, "nor above what the model was trained on"
+    assert lengths_of(limited, draws, t, 0).max() == 1, "nor above the model's maximum training time"
 
 
 @every_sampler
@@ -352,7 +352,7 @@ def test_reflexflow_direction_points_to_the_clean_image():
     mask[..., :4] = 1
     terms.direction_loss(v + batch.xi, x_t, x0, rolled_out, mask).sum().backward()
     assert v.grad[2].abs().sum() == 0 < v.grad[0].abs().sum()
-    assert v.grad[..., 4:].abs().sum() == 0, "nothing is turned outside the mask"
+    assert v.grad[..., 4:].abs().sum() == 0, "the direction term is masked"
 
 
 def test_reflexflow_frequency_weight_follows_the_drift():

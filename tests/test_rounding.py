@@ -1,4 +1,4 @@
-"""Weights that learn in bfloat16: rounding is right on average, small updates add up, a resumed run rounds the same."""
+"""Training in bfloat16: rounding is unbiased, small updates accumulate, a resumed run rounds the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_mean_of_rounded_values_equals_the_value():
     assert draws.dtype is torch.float32 and all(len(set(column.tolist())) <= 2 for column in draws.T)
     step = (draws.max(0).values - draws.min(0).values).clamp(min=1e-30)
     assert ((draws.mean(0) - x).abs() <= 5 * step / 2 / 40_000**0.5 + 1e-7 * x.abs()).all()
-    assert torch.equal(draws[:, 5:].unique(dim=0), torch.tensor([[0.0, 2.0]])), "what fits is left as it is"
+    assert torch.equal(draws[:, 5:].unique(dim=0), torch.tensor([[0.0, 2.0]])), "representable values are unchanged"
 
 
 def test_nonfinite_values_and_float32_are_unchanged():
@@ -51,7 +51,7 @@ def steps(weights, optimizer, n):
 
 @pytest.mark.parametrize("name", ABLE)
 def test_updates_below_bfloat16_resolution_accumulate_as_in_float32(name, monkeypatch):
-    monkeypatch.setattr(rounding, "AT_ONCE", 100)  # each parameter on its own
+    monkeypatch.setattr(rounding, "AT_ONCE", 100)  # per parameter
     (low, low_optimizer), (full, full_optimizer) = made(name, torch.bfloat16), made(name, torch.float32)
     steps(low, low_optimizer, 30)
     steps(full, full_optimizer, 30)

@@ -107,8 +107,8 @@ def test_export_predicts_the_same_in_plain_diffusers(done, small, tmp_path, whic
         ours = family.denoise(x, family.path.time(inputs["t"]), Cond(text, size=inputs["size"]))
         with adapter.base():
             base = family.denoise(x, family.path.time(inputs["t"]), Cond(text, size=inputs["size"]))
-    assert (ours - base).abs().max() > 1e-3, "the adapter does something"
-    assert (ours - theirs).norm() < 0.01 * (ours - base).norm(), "to float16's rounding"
+    assert (ours - base).abs().max() > 1e-3, "the adapter changes the prediction"
+    assert (ours - theirs).norm() < 0.01 * (ours - base).norm(), "up to float16 rounding"
 
 
 def test_lab_load_gives_config_metrics_and_a_pipeline(done):
@@ -118,7 +118,7 @@ def test_lab_load_gives_config_metrics_and_a_pipeline(done):
     image = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
     saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
     difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(saved.tobytes()))
-    assert difference.abs().max() <= 1, "what validation showed is what a user gets"
+    assert difference.abs().max() <= 1, "the export reproduces the validation image"
     assert done.pipeline(ema=True) is not None
     assert done.config.dataset.instance_prompt == "a photo of sks dog" and done.steps == 6
 
@@ -176,7 +176,7 @@ def test_ema_follows_its_closed_form(small, tmp_path):
 
 
 def test_ema_update_interval_is_compensated(monkeypatch):
-    """The way from a CUDA device: copies of a step's weights, added when they are next needed."""
+    """As on a CUDA device: copies of a step's weights arrive later and are averaged when next needed."""
     from unittest.mock import MagicMock
 
     from dreambooth_lab.callbacks.ema import Ema

@@ -1,4 +1,4 @@
-"""What stops a run from outside: signals, other processes, damage; and what stops it from inside: numbers that are not finite."""
+"""Runs stopped by signals, other processes, damaged files, full disks and non-finite values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK = ["validation.every_n_steps=0", "ema.enabled=false"]
 
 
 def here(words: list[str], root: Path) -> RunFolder:
-    """A run in this process, which has the libraries already."""
+    """A run in this process, which has imported the libraries already."""
     run(lab.compose(*words), root)
     return RunFolder(root)
 
@@ -54,7 +54,7 @@ def test_signal_saves_exports_and_prints_how_to_resume(number, small, tmp_path):
     assert process.returncode == 128 + number and f"stopped at step {step} and saved; resume with" in output
     assert f"resume={path}" in output and "Traceback" not in output
     assert 5 <= step < 30 and (folder.export / "pytorch_lora_weights.safetensors").is_file()
-    assert max(line[0] for line in folder.read_metrics()) == step, "nothing that was done is lost"
+    assert max(line[0] for line in folder.read_metrics()) == step, "no finished step is lost"
     goes_on(path)
     theirs = here(words, tmp_path / "whole")
     assert folder.metrics.read_text() == theirs.metrics.read_text()
@@ -97,7 +97,7 @@ def test_run_has_one_writer(small, tmp_path):
     process.wait()
     assert second.returncode == 2 and "is being written by another process" in second.stderr
     step = RunFolder(path).newest()[1]
-    assert goes_on(path, max_steps=step + 1).newest()[1] == step + 1, "the lock died with its holder"
+    assert goes_on(path, max_steps=step + 1).newest()[1] == step + 1, "the lock is released when its process dies"
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_previous(small, tmp_path, caplog):
@@ -188,7 +188,7 @@ def test_warning_if_no_weight_changes(small, tmp_path, caplog):
 
 @pytest.fixture
 def little_disk(tmp_path):
-    """A disk of 24 MB, if this machine lets us have one."""
+    """A file system of 24 MB; skipped if it can't be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", place], capture_output=True, check=False).returncode:
@@ -244,7 +244,7 @@ def test_run_killed_before_its_first_checkpoint_restarts_in_its_folder(small, tm
 
 
 def test_run_killed_after_its_last_checkpoint_exports_on_resume(small, tmp_path):
-    """What the checkpoint before exported is older."""
+    """The previous checkpoint's export is older."""
     words = [*small, *QUICK, "trainer.max_steps=4", "checkpoint.every_n_steps=2"]
     folder = here(words, tmp_path / "run")
     file = folder.export / "pytorch_lora_weights.safetensors"

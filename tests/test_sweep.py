@@ -26,7 +26,7 @@ SWEEPS = sorted((conf_dir().parent / "experiments" / "sweep").glob("*.yaml"))
 
 
 def hydra_of(*words, number=0):
-    """Hydra's part of a job's configuration, as far as a sweep reads it."""
+    """The Hydra settings of a job that a sweep reads."""
     return {"hydra": {"overrides": {"task": list(words)}, "job": {"num": number}}}
 
 
@@ -47,7 +47,7 @@ def test_sweep_states_its_question_and_each_job_composes(path):
         for value in (values[0], values[-1]):
             cfg = lab.compose("experiment=demo", f"sweep={path.stem}", f"{key}={value}")
             assert cfg.resume == "auto" and cfg.name == path.stem
-            cfg.resume = None  # as for a job that begins
+            cfg.resume = None  # as for a starting job
             check(cfg)
 
 
@@ -58,7 +58,7 @@ def test_job_folder_depends_on_its_configuration(tmp_path):
     assert name.startswith("3_instance_prompt-sks-robot_seed-1_") and len(name.rpartition("_")[2]) == 8
     (tmp_path / name).mkdir()
     moved = job(*words, "runs=elsewhere", "trainer.progress=false", "resume=auto")
-    assert sweep.job_folder(str(tmp_path), 0, _root_=moved) == name, "another number and place, the same job"
+    assert sweep.job_folder(str(tmp_path), 0, _root_=moved) == name, "another number and folder, the same job"
     for other in ("seed=2", "trainer.max_steps=8", "validation.num_images=1"):
         assert sweep.job_folder(str(tmp_path), 3, _root_=job(*words, other)) != name
 
@@ -78,7 +78,7 @@ def test_sweep_folder_depends_on_its_command(tmp_path):
 
 @pytest.fixture
 def member(tmp_path, monkeypatch):
-    """Runs `cli._member` in a folder, with a stand-in for the training."""
+    """Runs `cli._member` in a folder with a fake of the training."""
 
     def run(work, number=0, **more):
         folder = tmp_path / f"job_{number}"
@@ -93,14 +93,14 @@ def member(tmp_path, monkeypatch):
 def test_failed_job_frees_its_memory(member, tmp_path):
     class Weights:
         def __init__(self):
-            self.module = self  # modules know each other
+            self.module = self  # modules may refer to each other
 
     references = []
 
     def work(cfg):
         weights = Weights()
         references.append(weakref.ref(weights))
-        gc.freeze()  # what an import does meanwhile, see heap.imports
+        gc.freeze()  # as an import does, see heap.imports
         raise RuntimeError("out of memory")
 
     with pytest.raises(sweep.JobFailed, match="RuntimeError: out of memory") as caught:
@@ -139,13 +139,13 @@ def test_finished_job_is_not_run_again(member, tmp_path):
     folder.metrics.write_text("step,name,value\n1,train/loss,3.0\n2,train/loss,2.0\n")
     folder.environment.write_text('[{"started": "a"}, {"started": "b", "cost": {}}]')
     assert member(never, resume="auto") == {"train/loss": 2.0}
-    folder.environment.write_text('[{"started": "a", "cost": {}}, {"started": "b"}]')  # made longer, then killed
+    folder.environment.write_text('[{"started": "a", "cost": {}}, {"started": "b"}]')  # extended, then killed
     with pytest.raises(sweep.JobFailed):
         member(never, resume="auto")
 
 
 def words(small, *more):
-    """A sweep over three seeds on the tiny model, which goes on."""
+    """A sweep over three seeds on the tiny model with resume=auto."""
     return ["-m", *small, "validation.every_n_steps=0", "checkpoint.every_n_steps=1", "resume=auto", "seed=0,1,2", *more]
 
 
@@ -163,7 +163,7 @@ def wait_for_job(number, cwd, process, steps=2):
 
 @pytest.mark.slow
 def test_stopped_and_killed_sweep_runs_only_missing_jobs(small, tmp_path):
-    """SIGTERM in job 0, SIGKILL in job 1, then to its end; against the same sweep in one go."""
+    """SIGTERM in job 0, SIGKILL in job 1, then to the end; compared with the same sweep without interruption."""
     overrides = words(small, "trainer.max_steps=16")
     process = start(*overrides, cwd=tmp_path)
     first = wait_for_job(0, tmp_path, process)
@@ -182,7 +182,7 @@ def test_stopped_and_killed_sweep_runs_only_missing_jobs(small, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "job 0 is already done" in done.stdout and "job 1 is already done" not in done.stdout
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
-    assert len(RunFolder(first).starts()) == len(RunFolder(second).starts()) == 2, "each was taken up once"
+    assert len(RunFolder(first).starts()) == len(RunFolder(second).starts()) == 2, "each was resumed once"
     table = pd.read_csv(first.parent / "compare.csv")
     assert sorted(table["seed"]) == [0, 1, 2] and (first.parent / "compare.html").read_text().count("</html>") == 1
 
@@ -190,11 +190,11 @@ def test_stopped_and_killed_sweep_runs_only_missing_jobs(small, tmp_path):
     whole.mkdir()
     assert call(*overrides, cwd=whole).returncode == 0
     for ours, theirs in zip(sorted(first.parent.glob("*/metrics.csv")), sorted(whole.glob("runs/*/*/metrics.csv")), strict=True):
-        assert ours.read_text() == theirs.read_text(), "to the bit"
+        assert ours.read_text() == theirs.read_text(), "bit for bit"
 
 
 def test_job_that_lost_the_race_ends_and_is_not_run_again(small, tmp_path):
-    """A rate so small that it learns nothing, after one that learns; the loser can be resumed by itself."""
+    """A learning rate too small to train, after one that trains; the losing job can be resumed by itself."""
     held_out = [f"eval.path={tiny.save_photos(tmp_path / 'held', [(80, 80)] * 4, seed=7)}", "eval.every_n_steps=2"]
     overrides = ["-m", *small, *held_out, "validation.every_n_steps=0", "trainer.max_steps=10", "race=2", "optimizer.lr=0.5,1e-4"]
     done = call(*overrides, "resume=auto", cwd=tmp_path)
@@ -255,7 +255,7 @@ LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}  # 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_jobs_in_other_processes_are_bit_identical(launcher, small, tmp_path):
-    """At the same time, with caches that are empty when they begin."""
+    """Jobs run concurrently and start with empty caches."""
     pytest.importorskip(f"hydra_plugins.hydra_{LAUNCHERS[launcher]}_launcher")
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     for name, how in (("plain", []), (launcher, [f"hydra/launcher={launcher}", *more])):

@@ -1,4 +1,4 @@
-"""Training steps on the toybox have the losses that were recorded once: a change of structure changes no numbers."""
+"""Training steps on the toybox have the recorded losses: refactoring does not change results."""
 
 from __future__ import annotations
 

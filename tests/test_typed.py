@@ -21,7 +21,7 @@ LETTERS = st.one_of(st.sampled_from(list("\\\"'${}[](),=~ \n:ab")), st.character
 
 
 def value(word: str):
-    """What Hydra and OmegaConf make of a word's value."""
+    """The value of an argument after Hydra and OmegaConf."""
     converted, *_ = as_hydra_reads([word])
     parsed = OverridesParser.create().parse_override(converted).value()
     return OmegaConf.create({"a": getattr(parsed, "text", parsed)}).a

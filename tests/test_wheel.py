@@ -1,4 +1,4 @@
-"""The built wheel holds all that a run needs, and runs without the checkout."""
+"""The built wheel contains all files that a run needs, and runs without the checkout."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_wheel_contains_all_package_and_configuration_files(tmp_path):
 
 @pytest.mark.slow
 def test_wheel_from_the_sdist_runs_the_demo_in_an_empty_folder(tmp_path):
-    """In a virtual environment of its own, which sees the libraries of this one but not this checkout."""
+    """In a separate virtual environment with access to this one's libraries but not to the checkout."""
     with tarfile.open(build("sdist", tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     wheel = build("wheel", tmp_path / "wheel", next((tmp_path / "source").iterdir()))

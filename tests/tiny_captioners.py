@@ -1,4 +1,4 @@
-"""Tiny random models that write captions, of the real classes, as folders."""
+"""Tiny random caption models of the real classes, saved as folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blip(folder: Path) -> Path:
     processor = T.BlipProcessor(T.BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
     model = T.BlipForConditionalGeneration(config)
     _save(folder, model, processor)
-    model.text_decoder.cls.predictions.bias.data[:5] = -100  # it says letters
+    model.text_decoder.cls.predictions.bias.data[:5] = -100  # it generates letters
     model.save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Exports load in a fresh process with the other libraries alone, and answer the same; live weights and averaged ones."""
+"""Exports load in a fresh process without this package and predict the same, for live and averaged weights."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ LOADS = {
 
 
 def moved(module, seed):
-    """Weights as after some training: every one somewhere else."""
+    """Perturb every trainable weight, as training does."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in module.trainable_parameters().items()
@@ -89,7 +89,7 @@ def prediction(module, weights):
 
 @pytest.fixture(scope="module")
 def written(tiny_sdxl, tmp_path_factory):
-    """(kind, live or ema) → our answer and the export, after a fresh process has loaded them all."""
+    """(kind, live or ema) → our prediction and the export, after a fresh process has loaded them all."""
     root, ours, jobs = tmp_path_factory.mktemp("exports"), {}, []
     for kind, hows in LOADS.items():
         cfg = compose(tiny_sdxl, kind.partition("+")[0])
@@ -117,7 +117,7 @@ def written(tiny_sdxl, tmp_path_factory):
 
 
 class At:
-    """A Trainer, as far as the export looks at one."""
+    """The attributes of a Trainer that the export reads."""
 
     def __init__(self, step):
         self.global_step = self.max_steps = step
@@ -133,7 +133,7 @@ def test_export_predicts_the_same_without_this_package(kind, how, which, written
     assert_close(theirs["pooled"], text["pooled_prompt_embeds"], atol=1e-4, rtol=1e-4)
     assert_close(theirs["states"], text["prompt_embeds"], atol=1e-4, rtol=1e-4)
     before, base_text = ours[kind, "base"]
-    assert (y - before).abs().max() > 1e-3, "it learned"
+    assert (y - before).abs().max() > 1e-3, "the weights changed"
     assert kind.endswith("+text") == bool((text["prompt_embeds"] - base_text["prompt_embeds"]).abs().max() > 1e-2)
 
 
@@ -192,7 +192,7 @@ def test_lycoris_files_have_kohya_names_and_lycoris_names(name, tiny_sdxl, tmp_p
 
 
 def test_all_layers_of_a_lora_have_equal_scale(tiny_sdxl, tmp_path):
-    """Layers of several ranks, and an alpha that is none of them."""
+    """Layers of several ranks, with an alpha that differs from all of them."""
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.blocks = [BlockConfig("down_blocks", 2, 1.0)]
     module, _ = build(cfg)

@@ -1,4 +1,4 @@
-"""`adapter.init_from` takes a LoRA in any layout, and its update is the same under another alpha of the run."""
+"""`adapter.init_from` reads a LoRA in any layout; its update does not depend on the run's alpha."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreambooth_lab.factory import attach, build_adapter, build_family, build_tr
 
 @pytest.fixture(scope="module")
 def trained(tiny_sdxl, tmp_path_factory):
-    """An export at alpha 3, rank 4, also without its stored settings; and the model's prediction."""
+    """An export with alpha 3 and rank 4, with and without its stored settings, and the model's prediction."""
     cfg, folder = compose(tiny_sdxl, "lora"), tmp_path_factory.mktemp("export")
     module, _ = build(cfg)
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def test_mismatched_files_and_pickles_are_refused(trained, tiny_sdxl, tmp_path):
 
 
 def test_ai_toolkit_layout_uses_its_rank_with_a_warning(folders, tmp_path, caplog):
-    """Its files of transformers begin with `diffusion_model` and say no alpha."""
+    """The keys of its transformer files start with `diffusion_model`, and no alpha is stored."""
     words = ["model=flux", f"model.pretrained={folders('flux')}", "model.dtype=float32", "model.tae=null", "dataset=folder"]
     cfg = lab.compose(*words, "dataset.path=.", "adapter.rank=4", "adapter.alpha=2", "trainer.accelerator=cpu")
     one, other = (build_adapter(cfg) for _ in range(2))
@@ -109,7 +109,7 @@ def test_ai_toolkit_layout_uses_its_rank_with_a_warning(folders, tmp_path, caplo
     ours = {name: torch.nn.init.normal_(p) for name, p in one.model.named_parameters() if p.requires_grad}
     one.export(tmp_path, ExportWeights("transformer", ours, {}, {}, {}, ALL))
     weights = load_file(tmp_path / "kohya.safetensors")
-    assert all(key.startswith("transformer.") for key in weights), "without kohya's names they are diffusers'"
+    assert all(key.startswith("transformer.") for key in weights), "without kohya's names the keys are diffusers'"
     save_file({key.replace("transformer.", "diffusion_model.", 1): t for key, t in weights.items()}, tmp_path / "ai.safetensors")
     other.load_weights(tmp_path / "ai.safetensors")
     theirs = {name: p for name, p in other.model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""The names that ComfyUI looks for in a LoRA, made from its rules, against those that we write."""
+"""Exported layer names against the names that ComfyUI accepts, derived from its rules."""
 
 from __future__ import annotations
 

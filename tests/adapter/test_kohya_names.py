@@ -1,4 +1,4 @@
-"""A layer's name comes back from kohya's layout, with diffusers' names or Stable Diffusion's own."""
+"""Layer names round-trip through kohya's layout, from diffusers' names and from Stable Diffusion's original names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA's branch in the base's dtype: the same bits on float32 bases, the same gradient otherwise, fewer bytes kept."""
+"""LoRA's branch in the base's dtype: bit-identical on float32 bases, equally accurate gradients otherwise, fewer bytes saved."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def unet(dtype, ours=True, kind=enums.QuantKind.none, alpha=6.0, algorithm="lora
 
 
 def step(model, dtype):
-    """Answer and gradient of a batch."""
+    """Prediction and gradient of a batch."""
     draws = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(*shape, generator=draws).to(dtype)  # noqa: E731
     added_cond = {"text_embeds": draw(2, 16), "time_ids": torch.full((2, 6), 64.0)}
@@ -80,14 +80,14 @@ def test_gradient_error_is_no_larger_than_with_a_float32_branch(algorithm, kind)
 
 
 def kept_for_backward(model, dtype):
-    """Bytes that autograd keeps, each storage once, weights aside."""
+    """Bytes saved by autograd, without weights; each storage counts once."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -103,7 +103,7 @@ def test_fewer_bytes_are_saved_for_backward(algorithm):
 
 
 def bare():
-    """The base alone, asked for the gradient of its first convolution so that everything above keeps what it needs."""
+    """The base alone. Its first convolution requires a gradient, so that all later layers save their inputs."""
     model = tiny.unet(24, 16, 4).to(torch.bfloat16).requires_grad_(False)
     model.conv_in.weight = torch.nn.Parameter(model.conv_in.weight.detach().float())
     model.conv_in.forward = lambda x: torch.nn.functional.conv2d(
@@ -119,11 +119,11 @@ def test_rounded_factors_are_cached_until_they_change():
     first = rounded(layer, a, b, torch.bfloat16)
     assert rounded(layer, a, b, torch.bfloat16)[0] is first[0]
     with torch.no_grad():
-        assert rounded(layer, a, b, torch.bfloat16)[0] is first[0], "a walk without gradient takes the same"
-        a.add_(1)  # as an optimiser does
+        assert rounded(layer, a, b, torch.bfloat16)[0] is first[0], "a forward pass without gradient uses the same"
+        a.add_(1)  # in place, as an optimiser does
     changed = rounded(layer, a, b, torch.bfloat16)
     assert torch.equal(changed[0], a.to(torch.bfloat16)) and torch.equal(changed[1], b.to(torch.bfloat16))
-    a.data = torch.zeros_like(a)  # as weights are swapped for an average
+    a.data = torch.zeros_like(a)  # as when weights are replaced by their average
     assert not rounded(layer, a, b, torch.bfloat16)[0].any()
     assert ROUNDED not in dict(layer.named_buffers()) and not any(ROUNDED in key for key in model.state_dict())
 

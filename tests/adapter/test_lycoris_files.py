@@ -1,4 +1,4 @@
-"""LyCORIS' own presets and configuration files, taken as they are."""
+"""LyCORIS' own presets and configuration files are used unchanged."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_presets_select_the_documented_layers(make):
         resnets = any("resnets" in layer for layer in layers)
         assert (("Conv2d" in kinds(module, layers)), resnets) == (convolutions, everywhere), preset
     _, again = make("locon", "attn-mlp")
-    assert not any("resnets" in layer for layer in again), "the last preset leaves nothing behind"
+    assert not any("resnets" in layer for layer in again), "the previous preset has no effect"
 
 
 def test_simpletuner_file_is_read_unchanged(make, tmp_path):
     module, layers = make("locon", save(tmp_path / "lycoris_config.json", SIMPLETUNERS))
     assert layers and all(".attn" in layer or ".ff." in layer for layer in layers)
     small = {lora.lora_name: lora.lokr_w1.shape for lora in module.adapter.network.loras if "to_q" in lora.lora_name}
-    assert set(small.values()) == {(2, 2)}, "its factor for attention, not the one for all"
+    assert set(small.values()) == {(2, 2)}, "the factor of the attention rule, not the general one"
     assert all("lokr" in name for name in module.trainable_parameters())
 
 
@@ -154,7 +154,7 @@ def test_factored_update_matches_the_weight_update(algorithm, options, make):
     module, layers = make("locon", **preset)
     assert any("resnets" in layer for layer in layers)
     loras = module.adapter.network.loras
-    assert all(lora.bypass_mode for lora in loras), "nothing keeps a copy of its layer's weight"
+    assert all(lora.bypass_mode for lora in loras), "no module keeps a copy of its layer's weight"
     for p in module.trainable_parameters().values():
         p.data += 0.05 * torch.randn(p.shape)
     ask, found = question(), []
@@ -171,7 +171,7 @@ def test_algorithms_without_factored_form_use_the_weights(make):
         assert not any(lora.bypass_mode for lora in make("locon", **options)[0].adapter.network.loras)
     for options in (True, False):
         module, _ = make("locon", options={"bypass_mode": options})
-        assert {lora.bypass_mode for lora in module.adapter.network.loras} == {options}, "what the options say goes first"
+        assert {lora.bypass_mode for lora in module.adapter.network.loras} == {options}, "explicit options take precedence"
 
 
 @torch.no_grad()

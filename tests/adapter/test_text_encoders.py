@@ -1,4 +1,4 @@
-"""Adapters on the text encoders: what they learn, what stays the base's, and a whole run."""
+"""Adapters on the text encoders: their gradients and learning rates, the unchanged base, and a whole run."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_base_text_encoders_are_unchanged_and_used_by_the_teacher(make):
     batch = batch_of(data)
     base = batch.cond
     assert_close(module.conditioning(batch)["prompt_embeds"], base["prompt_embeds"]), "fresh adapters change nothing"
-    assert module.training_step(batch, 0)["prior"] < 1e-12, "captions encoded together round a little otherwise"
+    assert module.training_step(batch, 0)["prior"] < 1e-12, "captions encoded in one batch round differently"
     teacher_output = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
     move(module)
     cond = module.conditioning(batch)
     assert (cond["prompt_embeds"] - base["prompt_embeds"]).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
     again = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
-    assert torch.equal(teacher_output, again), "the teacher hears the base model's text"
+    assert torch.equal(teacher_output, again), "the teacher uses the base model's text encoders"
     by_family = module.family.encode_text(batch.captions)
     assert torch.equal(by_family["prompt_embeds"], base["prompt_embeds"]), "the family's encoders are the base's"
     assert torch.equal(batch_of(data).cond["prompt_embeds"], base["prompt_embeds"]), "and so are cached texts"
@@ -70,7 +70,7 @@ def test_gradients_reach_only_the_adapters_of_both_encoders(made):
     module.training_step(batch_of(data), 0)["loss"].backward()
     assert len(layers) == len([name for name in layers if not name.startswith("text_encoder")]) + 2 * 2 * 6
     for name, p in module.text.encoders.named_parameters():
-        last_of_first = name.startswith("text_encoder.") and ".layers.1." in name  # the UNet hears the layer before it
+        last_of_first = name.startswith("text_encoder.") and ".layers.1." in name  # the UNet uses the output of the layer before
         assert ("lora_" in name) == p.requires_grad
         assert (p.grad is not None and bool(p.grad.any())) == ("lora_" in name and not last_of_first), name
 
@@ -103,13 +103,13 @@ def test_run_trains_validates_and_exports_text_encoders(small, tmp_path):
     image = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
     saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
     difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(saved.tobytes()))
-    assert difference.abs().max() <= 1, "what validation showed is what a user gets"
+    assert difference.abs().max() <= 1, "the export reproduces the validation image"
     more = lab.compose(
         *small, BOTH, f"adapter.init_from={done.folder.export}", "trainer.max_steps=1", "validation.every_n_steps=0"
     )
     run(more, tmp_path / "more")
     first = dict(lab.load(tmp_path / "more").series["train/loss_prior"])[1]
-    assert first > 0, "it goes on from what was learned"
+    assert first > 0, "it continues from the trained weights"
 
 
 def test_resumed_run_continues_bit_for_bit(small, tmp_path):

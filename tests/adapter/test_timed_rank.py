@@ -1,4 +1,4 @@
-"""T-LoRA: ranks by time, and a start from orthogonal directions."""
+"""T-LoRA: rank by timestep, and orthogonal initialisation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def prediction(module, batch, t):
 
 @torch.no_grad()
 def cut_to(module, rank):
-    """All ranks beyond the first are 0 for good."""
+    """Set all ranks beyond the first `rank` to 0."""
     for name, p in module.trainable_parameters().items():
         if ".lora_B." in name:
             p[:, rank:] = 0
@@ -91,7 +91,7 @@ def test_each_row_uses_the_ranks_of_its_own_time(made):
 
 @pytest.mark.parametrize("words", [[], ["rollout.enabled=true", "rollout.probability=1", "rollout.ramp_steps=0"]])
 def test_gradients_match_under_checkpointing_and_are_zero_for_inactive_ranks(made, words):
-    """Blocks run again after the teacher ran at other times."""
+    """Checkpointed blocks run again after the teacher ran at other timesteps."""
     words = [*TIMED, "adapter.min_rank=1", "objective.min_time=0.9", "prior=teacher", *words]
     grads = []
     for checkpointing in ("false", "true"):
@@ -102,7 +102,7 @@ def test_gradients_match_under_checkpointing_and_are_zero_for_inactive_ranks(mad
     for name, grad in grads[0].items():
         assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-4)
         beyond = grad[1:] if ".lora_A." in name else grad[:, 1:]
-        assert (beyond == 0).all(), "(4 - 1)(1 - t) < 1 beyond .9: one rank acts"
+        assert (beyond == 0).all(), "(4 - 1)(1 - t) < 1 beyond .9: one rank is active"
         assert name.endswith("to_k.lora_A.default.weight") or grad.abs().max() > 0
 
 
@@ -113,7 +113,7 @@ def test_no_schedule_adds_no_hooks(made):
 
 
 def test_images_of_run_and_export_follow_the_schedule(made, tmp_path):
-    """The sampler's own network calls, seen by its LoRA layers."""
+    """Records the active ranks in the sampler's own network calls."""
     module, _ = made(*TIMED, "adapter.min_rank=1")
     move(module)
     family = module.family
@@ -124,7 +124,7 @@ def test_images_of_run_and_export_follow_the_schedule(made, tmp_path):
     text = family.encode_text(["a photo of sks dog"])
     ours = family.generate(text, family.encode_text([None]), height=64, width=64, num_inference_steps=6, guidance_scale=3.0,
                            generator=torch.Generator().manual_seed(0))[0]  # fmt: skip
-    assert seen == sorted(seen) and seen[0] == 1 and seen[-1] >= 3, "few ranks in noise, more towards the picture"
+    assert seen == sorted(seen) and seen[0] == 1 and seen[-1] >= 3, "few ranks at high noise, more towards the image"
     owned = module.by_owner(module.trainable_parameters())
     module.adapter.export(tmp_path, ExportWeights("unet", owned["unet"], {}, {}, family.kohya, ALL))
     theirs = TrainedPipeline(module.cfg, tmp_path)
@@ -133,7 +133,7 @@ def test_images_of_run_and_export_follow_the_schedule(made, tmp_path):
     plain = lab.compose("model=toybox").adapter
     module.cfg.adapter.rank_schedule, module.cfg.adapter.min_rank = plain.rank_schedule, None
     full = TrainedPipeline(module.cfg, tmp_path).draw("a photo of sks dog", "", 64, 6, 3.0, 0)[0]
-    assert full.tobytes() != ours.tobytes(), "what other programs draw"
+    assert full.tobytes() != ours.tobytes(), "the image of other programs"
 
 
 def test_header_and_card_state_the_rank_schedule(made, tmp_path):
@@ -146,7 +146,7 @@ def test_header_and_card_state_the_rank_schedule(made, tmp_path):
 
 
 def test_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_path):
-    """The ranks of a resized file are others, in the order of the singular values."""
+    """The ranks of a resized file are new ones, ordered by singular value."""
     module, _ = made(*TIMED, "adapter.min_rank=1")
     move(module)
     owned = module.by_owner(module.trainable_parameters())
@@ -204,7 +204,7 @@ def test_export_of_an_orthogonal_init_matches_the_runs_images(made, tmp_path, wo
                            generator=torch.Generator().manual_seed(0))  # fmt: skip
     theirs = TrainedPipeline(module.cfg, tmp_path).draw("a photo of sks dog", "", 64, 4, 3.0, 0)
     pairs = zip(ours[0].tobytes(), theirs[0].tobytes(), strict=True)
-    assert max(abs(a - b) for a, b in pairs) <= 2, "but for rounding: the file adds what the run subtracts"
+    assert max(abs(a - b) for a, b in pairs) <= 2, "up to rounding: the file contains the start that the run subtracts"
 
 
 @pytest.mark.parametrize(

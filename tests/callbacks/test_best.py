@@ -1,4 +1,4 @@
-"""The best checkpoint beside the newest, and stopping when it gets no better."""
+"""The best checkpoint is kept beside the newest; early stopping."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreambooth_lab.runfolder import RunFolder
 
 
 def watch(values, tmp_path, mode=enums.Mode.min, patience=0):
-    """Show a Best these values, one a step; returns it, its trainer and the steps it kept."""
+    """Call a Best with these values, one per step; returns it, its trainer and the steps it kept."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir(exist_ok=True)
     numbers = SimpleNamespace(newest={})
@@ -61,7 +61,7 @@ def test_training_stops_after_patience_values_without_improvement(tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(small, tmp_path_factory):
-    """A run that only gets worse after its first evaluation: a huge rate."""
+    """A run with a huge learning rate, which only gets worse after its first evaluation."""
     root = tmp_path_factory.mktemp("best")
     held_out = tiny.save_photos(root / "held", [(80, 80)], seed=7)
     words = [f"eval.path={held_out}", "eval.every_n_steps=2", "eval.timesteps=2", "checkpoint.monitor=eval/loss",
@@ -77,7 +77,7 @@ def test_worsening_run_stops_and_keeps_its_best_step(stopped):
     best = min(after, key=after.get)
     assert stopped.steps == best + 4 < 60, "two values of two steps each"
     assert stopped.folder.best()[1] == best and stopped.folder.newest()[1] == stopped.steps
-    assert sorted(stopped.images) == [0, stopped.steps], "the last pictures are those of the step where it stopped"
+    assert sorted(stopped.images) == [0, stopped.steps], "the last validation images are of the step where it stopped"
     assert torch.load(stopped.folder.best()[0], weights_only=True)["global_step"] == best
     for export, step in ((stopped.folder.best_export, best), (stopped.folder.export, stopped.steps)):
         with safe_open(export / "pytorch_lora_weights.safetensors", "pt") as file:

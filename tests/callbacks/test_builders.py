@@ -1,4 +1,4 @@
-"""What watches a run, put together from its configuration."""
+"""The callbacks of a run, built from its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights: the card, whose code works, and the way to the hub."""
+"""The files beside the weights: the model card, its code, and the upload to the hub."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_card_shows_images_metrics_and_settings(finished):
     card = (finished.folder.export / "README.md").read_text()
     front = OmegaConf.create(card.split("---")[1])
     assert front.instance_prompt == "a 'photo' of q: \"dog\"" and front.library_name == "diffusers"
-    assert "base_model" not in front, "a folder of this machine is no model of the hub's"
+    assert "base_model" not in front, "a local folder is not a hub model"
     last = dict(finished.series["train/loss"])[2]
     assert f"| train/loss | {last:.6g} | 2 |" in card and "lora of rank 4" in card and "2 optimiser steps" in card
     for name in re.findall(r"\]\((.*?)\)", card):
@@ -102,7 +102,7 @@ def test_card_code_runs(words, finished, small, tmp_path):
 
 
 class Hub:
-    """Stands in for the hub's client."""
+    """A fake of the hub's client."""
 
     calls: ClassVar[list[tuple]] = []
 
@@ -210,7 +210,7 @@ def test_metadata_none_writes_no_metadata(small, tmp_path):
 
 
 def test_header_has_the_fields_that_other_programs_show(finished):
-    """The rules of A1111's and Forge's lists, and the fields that they, ComfyUI's and InvokeAI's managers show."""
+    """The rules by which A1111 and Forge list files, and the fields that A1111, Forge, ComfyUI and InvokeAI show."""
     export = finished.folder.export
     for folder, name in ((export, "dreambooth"), (export / "ema", "dreambooth_ema")):
         with safe_open(folder / f"{name}.safetensors", "pt") as opened:
@@ -236,7 +236,7 @@ def test_header_has_the_fields_that_other_programs_show(finished):
 
 
 def test_embedding_file_is_readable_by_each_program(finished):
-    """A1111 and ComfyUI take the file's name for the word; diffusers is told one that its tokenizer lacks."""
+    """A1111 and ComfyUI use the file's name as the trigger word; diffusers needs a token that its tokenizer lacks."""
     file = finished.folder.export / "embeddings" / "q.safetensors"
     rows = load_file(file)
     pipeline = finished.pipeline()

@@ -53,7 +53,7 @@ def test_bar_shows_speed_and_share_of_peak_flops(made, monkeypatch):
     bar.console = Console(width=120)
     bar.metrics.last = {"train/loss": 0.125}
     assert "loss 0.1250  2.00 steps/s  12.0 samples/s  " in bar.status(2.0, torch.device("cpu"))
-    assert "of peak" not in bar.status(2.0, torch.device("cpu")), "a CPU's is not known"
+    assert "of peak" not in bar.status(2.0, torch.device("cpu")), "the peak of a CPU is unknown"
     monkeypatch.setattr(progress, "peak", lambda *_: 60 * speed.row_flops(module, data.text(""), data.schedule.buckets))
     trainer = type("At", (), {"max_steps": 9, "global_step": 0})()
     bar.on_train_start(trainer, module)

@@ -1,4 +1,4 @@
-"""Receivers of every temper, on this machine's own loopback."""
+"""Webhook receivers that work, fail, hang or recover, on the loopback interface."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quick(monkeypatch):
 
 @contextmanager
 def server(respond):
-    """A server that keeps the bodies it was sent; `answer(handler, n)` replies to request n. Yields (url, bodies)."""
+    """A server that stores request bodies; `respond(handler, n)` answers request n. Yields (url, bodies)."""
     bodies, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -132,7 +132,7 @@ def test_failing_receiver_does_not_delay_training_and_is_counted(receiver):
         for _ in range(30):
             sending.send(message())
         sending.send(message(final=True))
-        assert time.monotonic() - start < 2, "sending never waits for the five seconds"
+        assert time.monotonic() - start < 2, "sending never waits for the five-second response"
         counts = sending.close(0.4)["mine"]
     assert counts["sent"] == 0 and counts["dropped"] == 31
 
@@ -178,7 +178,7 @@ def test_retries_end_with_the_run(monkeypatch):
         sending.send(message(final=True))
         time.sleep(0.05)
         counts = sending.close(1.0)["mine"]
-    assert counts["dropped"] == 1 and 2 <= len(bodies) <= 8, "now and then, not all the time"
+    assert counts["dropped"] == 1 and 2 <= len(bodies) <= 8, "with pauses between attempts"
 
 
 def test_metrics_are_batched_and_the_oldest_are_dropped_first(monkeypatch):
@@ -193,7 +193,7 @@ def test_metrics_are_batched_and_the_oldest_are_dropped_first(monkeypatch):
     lines = [line for each in messages for line in each["lines"]]
     assert counts["numbers sent"] == len(lines) and counts["numbers sent"] + counts["numbers dropped"] == 400
     assert len(messages) <= 3 and lines[-2:] == [[199, "train/loss", 0.5], [199, "train/odd", None]]
-    assert counts["sent"] == 1 and counts["dropped"] == 0, "pictures are counted apart"
+    assert counts["sent"] == 1 and counts["dropped"] == 0, "images are counted separately"
 
 
 def test_metrics_never_block_and_are_not_sent_to_discord():
@@ -211,7 +211,7 @@ def test_metrics_never_block_and_are_not_sent_to_discord():
 
 
 def test_finished_image_is_read_when_sent(tmp_path):
-    """What waits for a receiver lies on disk; a file that is gone by then is counted, and the next is sent."""
+    """Queued images are read from disk when sent; a missing file is counted, and the next is sent."""
     for name in ("a", "b"):
         Image.new("RGB", (4, 4), "blue").save(tmp_path / f"{name}.png")
     with server(status(200)) as (url, bodies):
@@ -253,7 +253,7 @@ def test_validation_sends_previews_every_5_of_20_steps_and_then_the_images(small
         assert image.tobytes() == saved.tobytes()
         last = next(m for m in mine if m["sampler_step"] == 20 and m["type"] == "preview")
         shown = Image.open(io.BytesIO(base64.b64decode(last["image"])))
-        assert shown.tobytes() == image.tobytes(), "without a small decoder the VAE itself draws previews"
+        assert shown.tobytes() == image.tobytes(), "without a tiny decoder the VAE itself decodes previews"
 
 
 @pytest.mark.slow

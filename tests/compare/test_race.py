@@ -1,4 +1,4 @@
-"""Which run of a sweep is stopped early, and that none is without cause."""
+"""Early stopping of a sweep's trailing runs, and its rate of false positives."""
 
 import json
 
@@ -15,7 +15,7 @@ STEPS = (0, 10, 20, 30, 40)
 
 
 def run(sweep, rate, seed, error, number, steps=STEPS, spread=0.01):
-    """A job's folder as far as racing reads it: error(step) above a loss that all runs share, and some noise of its own."""
+    """The files of a job that racing reads: error(step) above a loss that all runs share, plus noise of its own."""
     folder = RunFolder(sweep / f"{number}_x")
     folder.root.mkdir(parents=True)
     folder.config.write_text(yaml.safe_dump({"seed": seed, "optimizer": {"lr": rate}, "name": f"n{number}"}))
@@ -51,7 +51,7 @@ def test_leading_and_single_runs_continue(tmp_path):
     assert race.lost(lone, 40, 1, 4) is None
     best = run(tmp_path / "two", 1e-3, 0, lambda step: -0.01 * step, 0)
     run(tmp_path / "two", 1e-4, 0, lambda step: 0.0, 1)
-    run(tmp_path / "two", 1e-3, 1, lambda step: -1.0, 2)  # of its own arm, so no rival
+    run(tmp_path / "two", 1e-3, 1, lambda step: -1.0, 2)  # of the same arm, so not a competitor
     assert race.lost(best, 40, 1, 4) is None
 
 
@@ -84,7 +84,7 @@ def test_shared_seeds_are_averaged(tmp_path):
 
 
 def test_equal_arms_are_stopped_in_less_than_5_percent_of_sweeps(tmp_path):
-    """One evaluation in a row is the easiest to lose, and the correction covers looking at every one of them."""
+    """One evaluation in a row is the strictest setting; the correction covers repeated testing."""
     stopped = 0
     for sweep in range(20):
         run(tmp_path / str(sweep), 1e-3, 2 * sweep, lambda step: 0.0, 0)

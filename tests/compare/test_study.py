@@ -20,7 +20,7 @@ RANKS, SEEDS = (4, 8, 16), (0, 1, 2)
 
 
 def save(root, cfg, series, ended=True):
-    """A run's folder, as far as a comparison reads it."""
+    """The files of a run that a comparison reads."""
     folder = RunFolder(root)
     folder.save_config(cfg)
     lines = [f"{step},{name},{value!r}" for name, values in series.items() for step, value in values]
@@ -37,12 +37,12 @@ def base():
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """Three ranks × three seeds; rank 16 is better by .1 in each seed, rank 8 by nothing that can be told."""
+    """Three ranks × three seeds; rank 16 is better by .1 in each seed, rank 8 by nothing detectable."""
     root, noise = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
     for rank in RANKS:
         for seed in SEEDS:
             cfg = base.copy()
-            cfg.adapter.rank, cfg.seed, cfg.runs = rank, seed, f"elsewhere_{seed}"  # where it lies is no difference
+            cfg.adapter.rank, cfg.seed, cfg.runs = rank, seed, f"elsewhere_{seed}"  # its path is not a difference
             end = 0.5 + 0.2 * seed - 0.1 * (rank == 16) + 0.01 * noise.standard_normal()
             losses = [(step, 1 - step / 100 + 0.1 * noise.random()) for step in range(1, 41)]
             save(root / f"{rank:02d}_{seed}", cfg, {"train/loss": losses, "eval/loss": [(0, 1.0), (40, end)]})
@@ -94,7 +94,7 @@ def test_csv_and_parquet_have_equal_values(page):
 
 
 def test_only_real_differences_are_reported(study):
-    assert set(study.differing) == {"adapter.rank", "adapter.alpha"}, "which follows the rank"
+    assert set(study.differing) == {"adapter.rank", "adapter.alpha"}, "alpha follows the rank"
     assert [arm.name for arm in study.arms] == ["4", "8", "16"] and study.seeds == [0, 1, 2]
 
 
@@ -113,11 +113,11 @@ def test_holm_correction():
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
     corrected = stats.holm([float("nan"), 0.02])
-    assert isnan(corrected[0]) and corrected[1] == 0.02, "what was not tested does not count"
+    assert isnan(corrected[0]) and corrected[1] == 0.02, "untested metrics are not counted"
 
 
 def study_of(values):
-    """Arm → seed → the number it came to."""
+    """Arm → seed → the metric's value."""
     made = []
     for name, by_seed in values.items():
         runs = {

@@ -1,5 +1,5 @@
-"""A corpus of bad input. Each is refused before step 0 with a message that names it and the way out, or used correctly; none
-crashes, none is lost silently."""
+"""A corpus of bad input. Each input is refused before step 0 with a message that names it and a fix, or used correctly; none
+crashes, and none is ignored silently."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def frames() -> bytes:
     return data.getvalue()
 
 
-# file name, its bytes, what is said of it at the scan or at decoding; None: it is used
+# file name, content, message at the scan or at decoding; None: it is used
 PICTURES = [
     ("zero.jpg", b"", "the file is empty"),
     ("text.png", b"not a picture", "not an image of a known format"),
@@ -192,7 +192,7 @@ def test_folders_without_images_are_refused(tmp_path, make):
     done = collect(tmp_path, spec(place))
     assert not done.entries
     assert {"missing": "does not exist", "file": "is a file"}.get(make, "") in "".join(done.problems)
-    assert bool(done.problems) == (make in ("missing", "file"))  # the module names the others: no usable picture
+    assert bool(done.problems) == (make in ("missing", "file"))  # the data module reports the others: no usable image
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -265,7 +265,7 @@ def test_image_without_transparency_has_no_alpha_mask(tmp_path):
     assert len(problems) == 1 and "b.png is all black" in problems[0]
 
 
-# what an entry says, and what is said of it
+# entry, and the message about it
 ENTRIES = [
     ({"crop": "False"}, 'crop is "False"; it must be true or false, without quotes'),
     ({"crop": 1}, "it must be true or false"),

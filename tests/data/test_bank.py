@@ -1,4 +1,4 @@
-"""The target bank: fixed draws, verified answers."""
+"""The target bank: fixed draws, verified predictions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_damaged_and_missing_predictions_are_rebuilt_bit_for_bit(banked):
     time = whole.stat().st_mtime_ns
     again = banked()
     assert again.bank.built == 1 + len(others[::2]) and again.bank.targets.damaged == 1
-    assert whole.stat().st_mtime_ns == time, "what is whole is left alone"
+    assert whole.stat().st_mtime_ns == time, "intact entries are kept"
     assert all(torch.equal(a, b) for a, (*_, b) in zip(before, rows(again, 8), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Colours are sRGB when they are trained on."""
+"""Images are converted to sRGB before training."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_damaged_profile_is_reported_and_the_image_unchanged(tmp_path: Path, pro
     spec = DatasetSpec(
         "p", Where(enums.DatasetType.folder, str(folder)), Captions(enums.CaptionKind.instanceprompt, ("a dog",)), Shaping(64)
     )  # fmt: skip
-    for _ in range(2):  # the second scan remembers
+    for _ in range(2):  # from the scan cache
         done = Collector(16, tmp_path / "cache").collect([spec])
         (notice,) = done.notices
         assert notice.startswith("a.png: its colour profile can't be used (") and notice.endswith("are interpreted as sRGB")

@@ -1,4 +1,4 @@
-"""What of a folder is taken for photos, whatever it is called, and what is passed over with a word."""
+"""Which files of a folder are recognised as photos, and which are skipped with a notice."""
 
 from __future__ import annotations
 

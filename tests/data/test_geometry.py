@@ -111,7 +111,7 @@ def test_minimum_size_is_in_the_unit_of_the_resolution():
         rule = Shaping(0.25 if unit is enums.ResolutionType.area else 512, unit, minimum=minimum)
         assert geometry.reason_against((500, 500), rule, 16) is None
         assert "minimum_image_size" in geometry.reason_against((499, 499), rule, 16)
-    assert geometry.reason_against((250, 1000), Shaping(512, minimum=500), 16) is None, "its area is enough"
+    assert geometry.reason_against((250, 1000), Shaping(512, minimum=500), 16) is None, "its area is sufficient"
     square = Shaping(512, minimum=500, aspect=enums.CropAspect.square)
     assert "square crops" in geometry.reason_against((250, 1000), square, 16)
 

@@ -10,7 +10,7 @@ from dreambooth_lab.factory import build_family
 
 @pytest.fixture
 def masked(small, tmp_path):
-    """Pictures that are black and white, with masks that are their own thresholds."""
+    """Black and white images, with masks that are their own thresholds."""
     folder, masks = tmp_path / "photos", tmp_path / "masks"
     for i, size in enumerate([(100, 80), (60, 120)]):
         photo = (
@@ -46,7 +46,7 @@ STYLES = [
 
 @pytest.mark.parametrize("style", STYLES, ids=[" ".join(s).replace("dataset.", "") or "default" for s in STYLES])
 def test_image_and_mask_stay_aligned_under_every_crop_style(masked, monkeypatch, style):
-    """What the encoder is shown, averaged over latent cells, is the mask that comes with its latents."""
+    """The encoder's input, averaged over latent cells, equals the mask of its latents."""
     shown = {}
     from dreambooth_lab.models.sdxl import SDXL
 

@@ -156,7 +156,7 @@ def test_only_changed_images_are_encoded_again(prepared, photos, tmp_path):
     assert [s.built for s in prepared(f"dataset.path={own}", "prior=none").summaries()] == [0]
     assert [s.built for s in prepared(f"dataset.path={own}", "prior=none", "dataset.resolutions=[48]").summaries()] == [
         3
-    ]  # of 4, two alike
+    ]  # of 4, two are equal
 
 
 def test_truncated_photo_is_rejected_by_name_and_the_rest_trains(prepared, photos, tmp_path):

@@ -1,4 +1,4 @@
-"""What the preflight says of crops, growth and copies."""
+"""The preflight's notices about crops, upscaling and duplicates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures behind URLs, on file systems that need no network."""
+"""Images behind URLs, on file systems that need no network."""
 
 import zipfile
 
@@ -85,7 +85,7 @@ def test_url_without_images_is_refused_by_name(tmp_path, url, message):
 
 
 def test_photos_masks_and_class_images_can_be_remote(small, photos, class_photos, tmp_path):
-    """From folders' keys, and from a dataset file."""
+    """From configuration keys, and from a dataset file."""
     from PIL import Image
 
     masks = tmp_path / "masks"
@@ -117,7 +117,7 @@ def test_bucket_of_a_dataset_file_is_a_url(tmp_path):
 
 
 def test_bucket_of_a_local_s3_server_is_read(folder, tmp_path, monkeypatch):
-    """Needs `s3fs` and `moto[server]`; listing, reading, stamps, and what a wrong bucket says."""
+    """Needs `s3fs` and `moto[server]`: listing, reading, time stamps, and the error for a missing bucket."""
     s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
     running = server.ThreadedMotoServer(port=0)
     running.start()

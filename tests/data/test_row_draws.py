@@ -22,7 +22,7 @@ def test_noise_offset_is_per_channel_with_given_strength_and_probability():
     assert abs(has.double().mean() - 0.25) < 0.03
     values = offsets[has][:, :, 0, 0]
     assert abs(values.std() - 0.1) < 0.005 and abs(values.mean()) < 0.005
-    assert abs(torch.corrcoef(values.T)[0, 1]) < 0.1, "channels move apart"
+    assert abs(torch.corrcoef(values.T)[0, 1]) < 0.1, "channels have independent offsets"
 
 
 def test_masks_are_dropped_per_sample_with_given_probability():

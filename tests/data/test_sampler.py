@@ -85,7 +85,7 @@ rates = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0.25, 1, 2.5, 101
 @settings(deadline=None, max_examples=60)
 @given(rates, st.integers(1, 4), st.integers(0, 3))
 def test_each_dataset_contributes_its_requested_rows(datasets, batch_size, seed):
-    """Any number of datasets in a bucket: each picture of one as often as its neighbours, each dataset at its own rate."""
+    """Any number of datasets in a bucket: images of a dataset are used equally often, each dataset at its own rate."""
     first, groups = 0, []
     for n, rate in datasets:
         groups.append(Group(tuple(range(first, first + n)), n * rate, False))
@@ -109,7 +109,7 @@ def test_ranks_have_equal_numbers_of_rows(datasets, ranks):
 
 
 def test_bucket_of_one_image_fills_any_batch():
-    """The endless stream instead of padding: over batches each picture counts as often as it should."""
+    """Batches are filled from an endless stream instead of padding: each image is used as often as it should be."""
     schedule, _ = build([(7, 0), (1, 0)], batch_size=4)
     seen = Counter(row.entry for row in stream(schedule, schedule._before(8)))
     assert set(seen) == set(range(8)) and set(seen.values()) == {8}

@@ -8,7 +8,7 @@ from dreambooth_lab.data.sources.scan import ScanCache
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
-    monkeypatch.setattr(scan, "STABLE_AFTER", -1.0)  # files made a moment ago count as old
+    monkeypatch.setattr(scan, "STABLE_AFTER", -1.0)  # newly written files count as old
 
 
 def test_warm_start_reads_no_image_and_finds_the_same(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def of_file(small, tmp_path):
 
 @pytest.fixture
 def training(tmp_path):
-    """The samples' folders; pictures of their sizes are only headers' worth of work."""
+    """The folders of SimpleTuner's examples. Only the headers of the large images are read."""
     root = tmp_path / "training"
     tiny.save_photos(root / "datasets/test_datasets/dreambooth/deep", [(1024, 1300)])
     mask = Image.new("L", (1024, 1300), 0)
@@ -217,7 +217,7 @@ def test_keys_set_by_the_file_are_refused_beside_it(photos, tmp_path, override, 
 
 
 def test_arbitrary_values_never_crash(photos, tmp_path):
-    """A wrong value is refused or used; nothing but a ConfigError comes out."""
+    """An invalid value is refused or used; no exception other than ConfigError is raised."""
     path = samples.save(tmp_path / "a.json", samples.entry(photos))
     cfg, used = config(path), 0
     for key in KEYS:

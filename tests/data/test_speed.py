@@ -1,4 +1,4 @@
-"""Measurements, printed: `pytest -m slow -s tests/data/test_speed.py`. What is asserted is only what must hold anywhere."""
+"""Measurements, printed: `pytest -m slow -s tests/data/test_speed.py`. Only what holds on any machine is asserted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 def small_png(number: int) -> bytes:
-    """A 16 × 16 PNG unlike any other."""
+    """A unique 16 × 16 PNG."""
     body = zlib.compress(b"".join(b"\0" + struct.pack(">Q", number) * 6 for _ in range(16)), 1)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
@@ -64,7 +64,7 @@ def photo(path, seed: int) -> None:
 
 
 def test_cache_build_time_against_a_plain_loop(small, tmp_path):
-    """Scan, hash, decode, resize, encode, checksum, write; against decode, resize, encode of the same pictures. Interleaved."""
+    """Scan, hash, decode, resize, encode, checksum, write; against decode, resize, encode of the same images. Interleaved."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(24):
@@ -87,7 +87,7 @@ def test_cache_build_time_against_a_plain_loop(small, tmp_path):
         made = list(fill_latents(stores, entries, encoder, False))
         ended = time.perf_counter()
         assert len(made) == 24
-        if turn:  # the first warms everything up
+        if turn:  # the first is a warm-up
             times["bare"].append(between - started)
             times["ours"].append(ended - between)
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["ours"], strict=True)]
@@ -97,7 +97,7 @@ def test_cache_build_time_against_a_plain_loop(small, tmp_path):
 
 
 class Shards:
-    """The alternative to one file an entry: whole safetensors files of many, with an index by key. Only measured."""
+    """The alternative to one file per entry: safetensors files of many entries with an index by key. Only measured."""
 
     SIZE = 64
 
@@ -131,7 +131,7 @@ class Shards:
 
 
 def timed(work, n: int) -> tuple[float, float]:
-    """Microseconds an entry, wall and CPU; the CPU's are the steadier on a busy machine."""
+    """Microseconds per entry, wall and CPU time; CPU time varies less on a busy machine."""
     started = time.perf_counter(), time.process_time()
     work()
     return (time.perf_counter() - started[0]) / n * 1e6, (time.process_time() - started[1]) / n * 1e6

@@ -66,7 +66,7 @@ def test_hugging_face_dataset_is_read(folder, tmp_path, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_local_hugging_face_folder_is_read(small, folder, tmp_path, streaming):
-    """The layout of a hub repository, pictures and metadata.csv, up to batches; a second start encodes nothing."""
+    """The layout of a hub repository (images and metadata.csv) up to batches; a second start encodes nothing."""
     pytest.importorskip("datasets")
     (folder / "metadata.csv").write_text("file_name,text\n00.png,one\n01.png,two\n")
     words = [w for w in small if not w.startswith(("dataset", "prior", "cache"))] + [f"cache={tmp_path / 'cache'}"]

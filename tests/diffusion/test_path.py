@@ -110,7 +110,7 @@ def test_zero_terminal_snr_excludes_the_pure_noise_step():
 
 @path_of_each_kind
 def test_float64_is_not_used_on_devices_without_it(path, monkeypatch):
-    """Apple's GPUs. Another device stands in for one: tensors without values, of which every operator's results are looked at."""
+    """Apple's GPUs, imitated by the meta device: the results of every operator are checked."""
     monkeypatch.setattr(batch, "WITHOUT_FLOAT64", ("meta",))
     path = copy.copy(path)
     path.copies = {}
@@ -141,7 +141,7 @@ def test_scales_in_float32_match_float64(path, monkeypatch):
 
 
 class NoFloat64(TorchDispatchMode):
-    """Fails when an operator makes float64 on a device."""
+    """Fails when an operator returns float64 on a device."""
 
     def __init__(self, device: str):
         super().__init__()

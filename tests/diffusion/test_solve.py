@@ -1,4 +1,4 @@
-"""Solvers against diffusers' schedulers over whole trajectories, and against themselves row by row."""
+"""Solvers against diffusers' schedulers over whole trajectories, and batched against single rows."""
 
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ def sample(rows=4):
 
 
 def network(x, t):
-    """A smooth function of place and time, as wrong as an untrained network."""
+    """A smooth function of sample and time, as inaccurate as an untrained network."""
     return torch.tanh(1.3 * x + t.float().view(-1, 1, 1, 1)) + 0.3 * x
 
 
@@ -44,7 +44,7 @@ def walk(path, sampler, x, times, predict=network):
 
 
 def follow(scheduler, x, path, native=False):
-    """diffusers' own loop with the same network; times are asked of the scheduler."""
+    """diffusers' own loop with the same network, at the scheduler's timesteps."""
     for step in scheduler.timesteps:
         t = path.time(step.expand(len(x))) if native else step.double().expand(len(x)) / path.num_steps
         x = scheduler.step(network(scheduler.scale_model_input(x, step), t), step, x).prev_sample
@@ -101,7 +101,7 @@ def test_rows_with_different_times_match_single_row_results(path, sampler):
         return [start[rows] - 0.03 * torch.minimum(torch.tensor(i), length[rows]) for i in range(5)]
 
     together = walk(path, sampler, x, times(slice(None)))
-    assert together.isfinite().all() and torch.equal(together[2], x[2]), "a stride of no length is the identity"
+    assert together.isfinite().all() and torch.equal(together[2], x[2]), "a step of length 0 is the identity"
     for row in range(3):
         own = times(slice(row, row + 1))[: int(length[row]) + 1]
         assert_close(together[row : row + 1], walk(path, sampler, x[row : row + 1], own), atol=1e-5, rtol=1e-5)
@@ -143,7 +143,7 @@ def test_higher_order_solver_is_closer_to_the_true_trajectory(path):
 @pytest.mark.parametrize("path", VP.values(), ids=VP)
 @every_sampler
 def test_steps_shorter_than_one_native_timestep_stay_on_the_path(path, sampler):
-    """Some lead from a step of the discrete clock to the same step."""
+    """Some start and end within the same native timestep."""
     x0, eps = sample()
     times = [torch.full((4,), 0.9 - i / 3000, dtype=torch.float64) for i in range(8)]
     assert len({int(path.native(t)[0]) for t in times}) < 5

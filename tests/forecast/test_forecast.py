@@ -1,4 +1,4 @@
-"""What is foreseen without weights, against what a run then holds."""
+"""Memory estimates made without weights, against the memory of real runs."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ MORE = [
 
 
 def ratio(small, folder, words):
-    """The training phase as foreseen over the true peak of a step."""
+    """Estimate of the training phase divided by the true peak of a step."""
     cfg = lab.compose(*small, *BIG, *words)
     foreseen = next(need for need in Forecast(cfg, CachedCounts(folder)).phases() if need.phase == "training")
     module, data = build_training(cfg)
@@ -84,8 +84,8 @@ def test_counted_sizes_match_the_real_networks(small):
     }
     for visit, (work, network) in works.items():
         assert visit.weights.size == memory.stored(network.parameters())
-        work()  # what is made once is there
-        assert 0.8 < visit.work / memory.peak(work, family.device) < 1.15  # a CPU's convolutions need room of their own
+        work()  # one-time allocations exist
+        assert 0.8 < visit.work / memory.peak(work, family.device) < 1.15  # convolutions on a CPU need workspace
     encoders = [encoder for _, encoder in family.text_encoders]
     assert counts.reading(cfg).weights.size == sum(memory.stored(one.parameters()) for one in encoders)
 
@@ -94,7 +94,7 @@ def test_offloaded_blocks_count_as_the_largest_block(small):
     words = ["trainer.accelerator=auto", "model.gradient_checkpointing=true"]
     whole, away = (counts.step(lab.compose(*small, *words, f"model.offload={offload}"), 2, 64) for offload in ("none", "blocks"))
     assert away.base.size + away.base.away == whole.base.size and 0 < away.base.block < away.base.away
-    assert away.work > whole.work, "the block that runs"
+    assert away.work > whole.work, "the running block"
     assert (away.learning, away.added) == (whole.learning, whole.added)
 
 

@@ -1,4 +1,4 @@
-"""memory=…: which plan is taken, and what stays as the user said it."""
+"""memory=…: which plan is chosen, and that user overrides are kept."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 def needing(cfg):
-    """A stand-in for the forecast: GiB by what is said, times 2 for each row and half for each thing that saves."""
+    """A fake forecast: GiB by resolution, times 2 for each row and halved by each saving option."""
     saves = (
         cfg.model.gradient_checkpointing, cfg.quant.kind.value != "none", cfg.model.offload.value != "none",
         cfg.validation.batch_size == 1,

@@ -31,7 +31,7 @@ def weight_file(folder: Path, part: str) -> Path:
 
 
 def add_half(folder: Path, *parts: str, keep: bool) -> Path:
-    """fp16 weights, doubled so that they can be told from the plain ones, beside or instead of those."""
+    """fp16 weights, doubled so that they differ from the plain ones, beside or instead of them."""
     for part in parts:
         plain = weight_file(folder, part)
         halved = {name: (2 * tensor).half() for name, tensor in load_file(plain).items()}
@@ -148,7 +148,7 @@ def test_missing_files_are_refused_before_loading(spoil, message, tiny_sdxl, tmp
 
 
 def test_unused_files_may_be_missing(tiny_sdxl, tmp_path):
-    """Such as the safety checker, a class of a library of the pipeline's own."""
+    """Such as the safety checker, whose class belongs to the pipeline's own library."""
     folder = copy(tiny_sdxl, tmp_path / "m")
     index = json.loads((folder / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -191,7 +191,7 @@ def test_digests_are_cached_until_a_file_changes(tiny_sdxl, tmp_path, monkeypatc
 
 
 def test_quantisation_reuses_the_digests(tiny_sdxl, tmp_path, monkeypatch):
-    """The denoiser's gigabytes are hashed once for what was trained on it and for its quantised weights."""
+    """The denoiser's files are hashed once for both the model's identity and its quantised weights."""
     checkpoint = Checkpoint(str(tiny_sdxl), None, None, tmp_path)
     checkpoint.identity(("unet",), PLAIN)
     monkeypatch.setattr(hashlib, "file_digest", None)
@@ -206,7 +206,7 @@ def test_trim_releases_memory():
         return psutil.Process().memory_info().rss
 
     pieces = [torch.ones(16_000) for _ in range(3000)]  # 64 kB each: below the size that malloc maps by itself
-    last = torch.ones(16_000)  # at the heap's end: what is free before it stays malloc's
+    last = torch.ones(16_000)  # at the end of the heap: malloc keeps the free memory before it
     full = resident()
     del pieces
     files.trim()
@@ -218,7 +218,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """An empty cache of the hub's, and the hub's answers counted: there are none."""
+    """An empty hub cache, and the list of requests to the hub, which all fail."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -263,7 +263,7 @@ def test_incomplete_hub_cache_uses_the_network(lost, tiny_sdxl, hub_cache):
 
 
 def test_only_needed_files_are_downloaded(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
-    """A fetch through the hub's own calls takes one variant and leaves pickles, code and what nothing needs."""
+    """A download through the hub's client takes one variant and no pickles, code or unused files."""
     import huggingface_hub
 
     remote = add_half(copy(tiny_sdxl, tmp_path / "remote"), "unet", keep=True)

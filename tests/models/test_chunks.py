@@ -1,4 +1,4 @@
-"""Captions beyond 77 tokens: cut with a word, or read whole in pieces."""
+"""Captions beyond 77 tokens: truncated with a notice, or encoded in chunks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokenizer(family):
 
 
 def long(family, tail: str) -> str:
-    """A caption whose tail lies in its second piece."""
+    """A caption whose tail lies in its second chunk."""
     text = "a dog"
     while len(tokens(tokenizer(family), text)) < 80:
         text += " a dog"
@@ -56,7 +56,7 @@ def test_only_chunked_captions_use_the_tail_and_rows_have_equal_length(family):
     width = tokenizer(family).model_max_length
     assert family.chunks == 2 and whole["prompt_embeds"].shape[:2] == (4, 2 * width) and family.text_identity() != identity
     assert not torch.equal(whole["prompt_embeds"][0], whole["prompt_embeds"][1])
-    assert torch.equal(whole["prompt_embeds"][:, :width], cut["prompt_embeds"]), "the first piece is what it was"
+    assert torch.equal(whole["prompt_embeds"][:, :width], cut["prompt_embeds"]), "the first chunk is unchanged"
     assert torch.equal(whole["pooled_prompt_embeds"], cut["pooled_prompt_embeds"])
     assert family.truncated_part([one]) == []
 
@@ -66,7 +66,7 @@ def test_chunk_matches_encoding_its_words_alone(family):
     ids = tokens(tokenizer(family), text)
     assert pieces([tokenizer(family)], [text]) == 2
     rest = tokenizer(family).decode(ids[75:])
-    assert tokens(tokenizer(family), rest) == ids[75:], "the tail is words of its own"
+    assert tokens(tokenizer(family), rest) == ids[75:], "the tail is encoded alone"
     alone = family.encode_text([rest])["prompt_embeds"]
     family.fit_chunks([text])
     torch.testing.assert_close(family.encode_text([text])["prompt_embeds"][:, 77:], alone)
@@ -106,7 +106,7 @@ def test_run_reads_long_captions_in_full_and_reports_truncation(small, tmp_path,
     trained = TrainedPipeline(lab.load(tmp_path / "run").config, tmp_path / "run" / "export")
     short = trained.draw(SHORT, "", 64, 2, 3.0, 0)[0]
     whole, other = (np.asarray(trained.draw(prompt, "", 64, 2, 3.0, 0)[0]) for prompt in tail)
-    assert (whole != other).any(), "the tail of a prompt is read when pictures are drawn"
+    assert (whole != other).any(), "sampling uses the tail of a prompt"
     cfg = lab.load(tmp_path / "run").config
     cfg.dataset.long_captions = enums.LongCaptions.truncate
     again = TrainedPipeline(cfg, tmp_path / "run" / "export").draw(SHORT, "", 64, 2, 3.0, 0)[0]

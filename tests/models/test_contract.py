@@ -1,4 +1,4 @@
-"""What every family must do, tried on a tiny model of its real classes."""
+"""The contract of a family, tested on a tiny model of its real classes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_text_matches_the_pipelines_encoding(family, pipeline):
 
 @pytest.mark.parametrize("forced", [True, False])
 def test_empty_caption_follows_the_setting_and_sampling_follows_the_pipeline(tiny_sdxl, tmp_path, forced):
-    """SDXL's files force zeros; the pipeline of files that don't encodes "" instead."""
+    """SDXL's files force zeros; without that setting the pipeline encodes ""."""
     folder = shutil.copytree(tiny_sdxl, tmp_path / "sdxl")
     index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": forced}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -87,7 +87,7 @@ def test_empty_caption_follows_the_setting_and_sampling_follows_the_pipeline(tin
         assert_close((text["prompt_embeds"][1:2], text["pooled_prompt_embeds"][1:2]), (beside, pooled_beside))
         assert_close(text["prompt_embeds"][2:3], theirs.encode_prompt("a dog", device="cpu")[0])
         identities.add(family.text_identity())
-    assert len(identities) == 3, "so that none reads another's cache"
+    assert len(identities) == 3, "so that caches are not shared"
 
 
 def test_latents_decode_in_the_pipeline(family, pipeline):

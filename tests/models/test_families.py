@@ -1,5 +1,5 @@
-"""What every family must do, tried on tiny models of its real diffusers and transformers classes. The oracle is the family's own
-diffusers pipeline, loaded and called as a user does."""
+"""The contract of all families, tested on tiny models of their real diffusers and transformers classes. The reference is the
+family's own diffusers pipeline, loaded and called as users do."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from dreambooth_lab.models.pipeline_family import PipelineFamily
 
 NAMED = [name for name in tiny_families.PIPELINES if tiny_families.model_of(name) != "diffusers"]
 FROM_PROMPTS = [name for name in tiny_families.PIPELINES if name not in ("sdxl_refiner", "deepfloyd_2")]
-TWINS = ("sd21", "sd35", "flux_schnell", "pixart")  # of another's class, or of one that is asked the same way
+TWINS = ("sd21", "sd35", "flux_schnell", "pixart")  # of the same class as another, or of one that is called in the same way
 
 
 def quick(names):
-    """The twins' cases are slow: they are for `make slow`."""
+    """Marks the cases of TWINS as slow."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in names]
 
 
@@ -65,7 +65,7 @@ def cells(family):
 
 
 def inputs(family, captions, seed=0):
-    """Rows to ask about: x [B C h w], t [B], and what the family is told of them."""
+    """Inputs of a denoiser: x [B C h w], t [B], and the conditioning."""
     height, width = cells(family)
     x = torch.randn(len(captions), family.channels, height, width, generator=torch.Generator().manual_seed(seed))
     size = Size((100, 80), (3, 5), (height * family.factor, width * family.factor))
@@ -75,7 +75,7 @@ def inputs(family, captions, seed=0):
 
 
 def first_step(pipeline, **call):
-    """(answer, native time, sample) that a pipeline's call hands to its scheduler first, in its own layout."""
+    """(prediction, native timestep, sample) of a pipeline's first scheduler step, in its own layout."""
     seen = []
     step = type(pipeline.scheduler).step
 
@@ -93,7 +93,7 @@ def first_step(pipeline, **call):
 
 
 def unpacked(pipeline, latents, family, height, width):
-    """By the pipeline's own function, or as FLUX.2 lays tokens out."""
+    """Unpack tokens by the pipeline's own function, or in FLUX.2's order."""
     if latents.ndim == 4:
         return latents[:, : family.channels]
     if not hasattr(pipeline, "_unpack_latents"):
@@ -142,7 +142,7 @@ def test_refiner_prediction_matches_its_pipeline(folders):
     calls = PipelineCalls(pipeline)
     calls.layouts[tuple(x.shape[1:])] = None  # UNets' samples are not packed
     texts = {name: tensor for name, tensor in cond.items() if name.endswith("embeds")}
-    for i in range(2):  # this pipeline takes one time a call
+    for i in range(2):  # this pipeline takes one timestep per call
         row = {name: tensor[i : i + 1] for name, tensor in texts.items()} | {"image": torch.zeros_like(x[:1])}
         theirs = calls.denoise(x[i : i + 1], family.native(t[i : i + 1]), height=height, width=width, **call, **row)
         assert_close(family.denoise(x, t, cond)[i : i + 1], theirs, atol=1e-5, rtol=1e-5)
@@ -153,7 +153,7 @@ def test_stage_two_prediction_matches_its_pipeline(folders):
     family = load(folders, "deepfloyd_2")
     x, t, cond = inputs(family, [CAPTION])
     small, level = torch.rand(1, 3, *(side // 4 for side in x.shape[2:])) * 2 - 1, torch.tensor([250])
-    cond["small"], cond["level"] = family.noised(small, x, level), level  # the pipeline draws both noises from one stand-in
+    cond["small"], cond["level"] = family.noised(small, x, level), level  # the pipeline draws both noises from the same fake
     pipeline = family.pipeline()
     call = {
         "prompt_embeds": cond["prompt_embeds"],
@@ -170,7 +170,7 @@ def test_stage_two_prediction_matches_its_pipeline(folders):
 
 @pytest.mark.slow
 def test_stage_two_upscales_the_stage_one_image(folders):
-    """Validation from prompts alone, by both stages; the same as stage II from stage I's picture."""
+    """Validation from prompts by both stages equals stage II from stage I's image."""
     both = load(folders, "deepfloyd_2", f"model.options.first_stage={folders('deepfloyd_1')}")
     one, two = load(folders, "deepfloyd_1"), load(folders, "deepfloyd_2")
     assert not both.needs_image and two.needs_image
@@ -178,7 +178,7 @@ def test_stage_two_upscales_the_stage_one_image(folders):
     noise = lambda: {"generator": [torch.Generator().manual_seed(3)]}  # noqa: E731
     texts = both.encode_text([CAPTION]), both.encode_text([""])
     small = one.generate(*texts, height=32, width=64, **calls, **noise())
-    shared = noise()  # stage II goes on drawing where stage I stopped
+    shared = noise()  # stage II continues stage I's generator
     two_steps = both.generate(*texts, height=128, width=256, **calls, **shared)
     after = noise()
     one.generate(*texts, height=32, width=64, **calls, **after)
@@ -212,7 +212,7 @@ def test_text_matches_the_pipelines_encoding(name, folders):
         "clean_caption": False,
     }
     options |= {"do_classifier_free_guidance": False}
-    called = inspect.signature(type(pipeline).__call__).parameters  # for what the call itself says to encode_prompt
+    called = inspect.signature(type(pipeline).__call__).parameters  # for the arguments that the call passes to encode_prompt
     options |= {n: called[n].default for n in ("complex_human_instruction", "max_sequence_length") if n in called}
     known = inspect.signature(pipeline.encode_prompt).parameters
     theirs = pipeline.encode_prompt(**{n: value for n, value in options.items() if n in known})[0]
@@ -233,7 +233,7 @@ def test_captions_of_different_lengths_share_a_batch(name, folders):
     ]
     assert_close(together, torch.cat(alone), atol=2e-5, rtol=2e-5)
     swapped = family.denoise(x, t, family.cond(text.select(torch.tensor([1, 0, 2, 3])), shown))
-    assert not torch.allclose(swapped[:2], together[:2], atol=1e-6), "who says what must matter"
+    assert not torch.allclose(swapped[:2], together[:2], atol=1e-6), "roles must change the encoding"
     assert_close(swapped[2:], together[2:], atol=2e-5, rtol=2e-5)
 
 
@@ -361,7 +361,7 @@ def test_export_predicts_the_same_in_a_fresh_process(folders, tmp_path):
                 if hasattr(module, "lora_A"):
                     module.enable_adapters(False)
             base = family.denoiser(*args, **kwargs)[0]
-        ours, theirs, base = (torch.stack(list(x)) for x in (ours, theirs, base))  # Z-Image answers in a list
+        ours, theirs, base = (torch.stack(list(x)) for x in (ours, theirs, base))  # Z-Image returns a list
         assert_close(ours, theirs, atol=2e-5, rtol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
         assert (ours - base).abs().max() > 1e-3, name
 
@@ -376,7 +376,7 @@ def test_full_weights_load_to_the_same_prediction(name, folders, tmp_path):
     x, t, cond = inputs(family, [CAPTION, "a dog"])
     base = family.denoise(x, t, cond)
     adapter.export(tmp_path, ExportWeights(family.denoiser_part, learned, {}, {}, family.kohya, FORM))
-    assert torch.equal(family.denoise(x, t, cond), base), "an export leaves the model alone"
+    assert torch.equal(family.denoise(x, t, cond), base), "an export does not change the model"
     again.denoiser.load_state_dict(type(again.denoiser).from_pretrained(tmp_path / family.denoiser_part).state_dict())
     for own, tensor in learned.items():
         family.denoiser.get_parameter(own).data.copy_(tensor)
@@ -421,7 +421,7 @@ def test_time_shift_is_the_models_own_for_a_size(folders):
 
 @pytest.mark.parametrize("name", ["flux", "flux2_klein", "z_image", "qwen_image", "sana", "sd15"])
 def test_inspecting_a_pipeline_consumes_no_random_numbers(name, folders):
-    """A step's adapter dropout is torch's own generator's: a resumed run asks for the first time in another step."""
+    """Adapter dropout uses torch's generator, and a resumed run inspects the pipeline at another step."""
     family = load(folders, name)
     x, t, cond = inputs(family, [CAPTION])
     family.__dict__.pop("calls"), family.shifts.clear()

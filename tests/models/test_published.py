@@ -1,4 +1,4 @@
-"""The published sizes of every family, on the meta device: parameters, adapted layers, and what a LoRA of rank 16 holds.
+"""The published sizes of every family, on the meta device: parameters, adapted layers, and the size of a LoRA of rank 16.
 
 The table of docs/models.md is `python tests/models/test_published.py`."""
 
@@ -20,11 +20,11 @@ from dreambooth_lab.config import conf_dir
 from programs import COMFYUI, UNREAD
 from published import MEDIUM, PUBLISHED
 
-PARENT = {"sd35_medium": "sd3"}  # model → whose family it is of, if not its own
+PARENT = {"sd35_medium": "sd3"}  # model → its family, if named differently
 
 
 class Sizes:
-    """A family's published denoiser, counted."""
+    """Parameter counts of a family's published denoiser."""
 
     def __init__(self, name: str):
         kind, settings, self.published = PUBLISHED[name]
@@ -63,7 +63,7 @@ MISSED = {("sdxl", "A1111"): {"lora_unet_up_blocks_0_upsamplers_0_conv"}}  # of 
 
 @cache
 def written(name: str) -> tuple[set[str], int]:
-    """Names of all layers that can learn of a real-size model, as the file for other programs has them, of LoRA and LyCORIS."""
+    """Names of all trainable layers of a full-size model in the file for other programs, for LoRA and LyCORIS."""
     kind, settings, _ = PUBLISHED.get(name) or (D.SD3Transformer2DModel, MEDIUM, 0)
     family = family_of(PARENT.get(name, name))
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""From a scheduler's settings to a path: what is right, and what is refused by name."""
+"""Paths from a scheduler's settings, and settings that are refused by name."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def write(folder: Path, to: Path, *flags: str, metadata: dict[str, str] | None =
 
 
 def of_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """OpenCLIP's names of a text encoder's tensors: query, key and value in one, the projection transposed."""
+    """A text encoder's tensors under OpenCLIP's names: query, key and value in one tensor, the projection transposed."""
     made: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         name = name.removeprefix("text_model.")
@@ -120,7 +120,7 @@ def of_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_xl(folder: Path, to: Path, *flags: str) -> Path:
-    """An SDXL pipeline in the layout that SDXL's checkpoints and fine-tunes of it have."""
+    """An SDXL pipeline in the layout of SDXL checkpoint files."""
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     clip = load_file(folder / "text_encoder" / "model.safetensors")
@@ -148,7 +148,7 @@ def test_single_sdxl_file_matches_its_folder(tiny_sdxl, tmp_path):
         cond = family.cond(text, [ImageInfo(Size((64, 64), (0, 0), (64, 64)), mean[0], 0, 0, 7.0)])
         outputs.append((mean, *text.values(), family.denoise(mean, torch.tensor([0.5]), cond), family.decode(mean)))
     for one, other in zip(*outputs, strict=True):
-        assert_close(one, other, atol=1e-6, rtol=1e-6)  # mapped weights start at other bytes, so last bits may differ
+        assert_close(one, other, atol=1e-6, rtol=1e-6)  # memory-mapped weights have another alignment, so last bits may differ
     (tmp_path / "plain").touch()
     converted = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".safetensors"]
     assert converted and {path.stat().st_mode for path in converted} == {(tmp_path / "plain").stat().st_mode}
@@ -189,7 +189,7 @@ def test_single_file_is_converted_once(folder, tmp_path, monkeypatch):
     first = converted(file, folder, tmp_path / "c").folder
     monkeypatch.setattr(single_file, "_make", None)
     assert converted(file, folder, tmp_path / "c").folder == first
-    assert [path.name for path in first.parent.iterdir()] == [first.name], "nothing half-written is left"
+    assert [path.name for path in first.parent.iterdir()] == [first.name], "no partial file is left"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def module(small, request):
 
 
 def latents(module, prompt, steps, negative=None, guidance=3.0, steering=OFF, about=CLASS):
-    """After every step, of two pictures."""
+    """Latents after every step, of two images."""
     family, seen = module.family, []
 
     def draw(words, on_step):

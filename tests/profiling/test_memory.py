@@ -27,7 +27,7 @@ def test_peak_counts_tensors_that_are_alive_at_once():
     def work():
         kept = torch.zeros(1000)
         for _ in range(3):
-            torch.ones(5000)  # gone before the next
+            torch.ones(5000)  # freed before the next
         return kept
 
     assert 4 * 6000 <= memory.peak(work, torch.device("cpu")) < 4 * 6200

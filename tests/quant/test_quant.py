@@ -1,4 +1,4 @@
-"""Quantised models: what is quantised, how far off it is, and that the cache gives the same model."""
+"""Quantised models: which layers, the error, and the cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dreambooth_lab.quant.base import layers_to_quantize
 from dreambooth_lab.run import run
 
 LIBRARY = {"torchao": "torchao", "nf4": "bitsandbytes"}
-# Largest relative error of a prediction, and bytes a weight at 1024 inputs, as the formats promise.
+# Largest relative error of a prediction, and bytes per weight at 1024 inputs, by the definition of the formats.
 PROMISE = {
     enums.QuantKind.int8: (0.01, 1.01),
     enums.QuantKind.int4: (0.12, 0.57),
@@ -80,7 +80,7 @@ def test_error_is_within_its_bound_and_the_cache_is_bit_identical(kind, dtype, t
 
 @pytest.mark.parametrize("kind", PROMISE, ids=lambda k: k.value)
 def test_gradients_pass_through_after_an_evaluation(kind, tmp_path):
-    """bitsandbytes once repacked its weights in evaluation so that training after it failed."""
+    """bitsandbytes once repacked its weights in evaluation mode, which made later training fail."""
     need(kind)
     model = Quantiser({"m": kind}, None).load("m", source(tmp_path / "w", torch.float32, []), [])
     x = torch.randn(6, 32)
@@ -150,7 +150,7 @@ def test_frozen_layer_saves_no_input_for_backward(kind):
     layer = backend(enums.QuantKind(kind)).quantise(nn.Linear(128, 128, bias=False).requires_grad_(False))
     x = torch.randn(64, 128, requires_grad=True)
     with LiveBytes([*layer.parameters(), *layer.buffers()]) as live_bytes:
-        y = layer(x * 2)  # a tensor that nothing else holds
+        y = layer(x * 2)  # a tensor without other references
         assert live_bytes.live < 1.5 * y.nbytes
     expected = 2 * torch.ones(64, 128) @ layer.weight.dequantize()
     y.sum().backward()

@@ -1,4 +1,4 @@
-"""Quantised straight from the files: the same bits as from the whole model, which is never read."""
+"""Quantisation while reading the files is bit-identical to quantising the whole model, which is never loaded."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_layer_split_over_shards_is_quantised_once_complete(tmp_path):
 
 @pytest.mark.parametrize("spoil", ["renamed", "lacking", "more"])
 def test_files_with_other_names_are_loaded_whole(spoil, tmp_path):
-    """transformers and diffusers rename some tensors on load; what they make of a file is not guessed here."""
+    """transformers and diffusers rename some tensors on load; such files are loaded by the library."""
     folder = save("unet", tmp_path)
     file = sorted(folder.glob("*.safetensors"))[0]
     tensors = load_file(file)

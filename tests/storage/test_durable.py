@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all."""
+"""Files and folders are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("at", range(8))
 def test_folder_is_old_or_new_after_a_kill_at_any_point(at, tmp_path, monkeypatch):
-    """Each change of the file system is one moment; what `settle` then finds is one of the two, and nothing lies beside it."""
+    """A kill before each file operation; `settle` then restores the old or the new folder, and nothing else is left."""
     target, calls = tmp_path / "export", []
     write(target, "old")
 
@@ -65,7 +65,7 @@ def test_folder_is_old_or_new_after_a_kill_at_any_point(at, tmp_path, monkeypatc
 
 
 def test_leftover_folders_of_a_kill_are_reused(tmp_path):
-    """As versions that knew no `settle` left them: the old one beside the place."""
+    """As left by versions without `settle`: the old folder beside its place."""
     target = tmp_path / "export_best"
     write(tmp_path / "export_best.old", "old")
     write(target, "new")
@@ -133,7 +133,7 @@ def test_damaged_checkpoints_are_skipped(tmp_path, caplog):
     for step in (2, 4, 6, 8):
         torch.save({"step": torch.full((1000,), step)}, folder.checkpoint(step))
     whole = folder.checkpoint(8).read_bytes()
-    folder.checkpoint(8).write_bytes(whole[:2000])  # cut short
+    folder.checkpoint(8).write_bytes(whole[:2000])  # truncated
     flipped = bytearray(folder.checkpoint(6).read_bytes())
     with zipfile.ZipFile(folder.checkpoint(6)) as archive:
         start = next(info for info in archive.infolist() if info.filename.endswith("data/0")).header_offset

@@ -1,4 +1,4 @@
-"""Captions beside photos: by models of the real classes, with the instance prompt in them, nothing overwritten or lost."""
+"""Captions beside photos by models of the real classes, with the instance prompt; nothing is overwritten or lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def photo_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the network says of the next photos; the last again and again."""
+    """The generated captions of the next photos; the last is repeated."""
     captions = ["a brown dog on a beach"]
     monkeypatch.setattr(captioning, "network", lambda *_: lambda photo: captions.pop(0) if len(captions) > 1 else captions[0])
     return captions
@@ -45,7 +45,7 @@ def call(photo_folder: Path, *words: str):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_caption_matches_the_models_own_generation(kind: str, photo_folder: Path, tmp_path: Path) -> None:
-    """From a folder, through its own processor; the question is no part of the answer; other pictures, other words."""
+    """From a folder with its own processor. The question is not part of the caption, and other images give other captions."""
     place = str(KINDS[kind](tmp_path / kind))
     captioner = Captioner(place, "--model", torch.device("cpu"), None, 12)
     photos = [Image.open(photo_folder / name) for name in ("a.png", "sub/b.png")]
@@ -55,11 +55,11 @@ def test_caption_matches_the_models_own_generation(kind: str, photo_folder: Path
     whole = [_generate(captioner, photo) for photo in photos]
     texts = captioner.processor.batch_decode([one.sequences[0] for one in whole], skip_special_tokens=True)
     assert all(own and " ".join(text.split()).endswith(own) for text, own in zip(texts, captions, strict=True))
-    assert not torch.equal(whole[0].scores[0], whole[1].scores[0]), "it looks at the picture"
+    assert not torch.equal(whole[0].scores[0], whole[1].scores[0]), "the caption depends on the image"
 
 
 def _generate(captioner: Captioner, photo: Image.Image):
-    """By the model's own call."""
+    """By the model's own generate."""
     inputs = captioner._inputs(photo)
     return captioner.model.generate(
         **inputs, max_new_tokens=12, do_sample=False, num_beams=1, return_dict_in_generate=True, output_scores=True

@@ -1,4 +1,4 @@
-"""The doctor tells what is there, and its report nothing of whose machine it is."""
+"""tools.doctor describes the installation, and its report contains nothing private."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreambooth_lab.tools import doctor
 
 @pytest.fixture
 def private_environment(tmp_path, monkeypatch):
-    """Somebody's machine: a home with a cache, a host, secrets, and a module that fails with a path in its message."""
+    """A fake machine: a home with a cache, a host name, secrets, and a module that fails with a path in its message."""
     home = tmp_path / "homes" / "annemarie"
     home.mkdir(parents=True)
     hub = home / "hub"
@@ -63,7 +63,7 @@ def test_secrets_are_reported_only_as_set(private_environment, capsys, tmp_path)
 def test_report_has_no_home_user_host_or_path(private_environment, capsys, tmp_path):
     _, output = run_doctor(capsys, "--report", tmp_path / "report.txt")
     report = (tmp_path / "report.txt").read_text()
-    assert str(private_environment) in output, "the screen has them"
+    assert str(private_environment) in output, "the terminal output has them"
     for private in (str(private_environment), str(Path.home()), "annemarie", "bigbox42", str(tmp_path)):
         assert private not in report
     assert "owner/model" in report and torch.__version__ in report and "OMP_NUM_THREADS" in report

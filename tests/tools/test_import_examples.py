@@ -1,4 +1,4 @@
-"""What SimpleTuner's published examples say, restated per family: each option and value that they use comes out as expected."""
+"""SimpleTuner's published examples, restated per family: each option and value that they use is mapped as expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dreambooth_lab.config import ConfigError
 from dreambooth_lab.tools.import_simpletuner.__main__ import problems
 from dreambooth_lab.tools.import_simpletuner.translate import Kind, experiment, translate
 
-SHARED: dict[str, Any] = {  # by most of them
+SHARED: dict[str, Any] = {  # used by most of them
     "model_type": "lora", "lora_type": "standard", "optimizer": "adamw_bf16", "lr_scheduler": "constant", "learning_rate": 1e-4,
     "base_model_precision": "int8-quanto", "quantize_via": "cpu", "mixed_precision": "bf16", "gradient_checkpointing": True,
     "train_batch_size": 1, "max_train_steps": 100, "num_train_epochs": 0, "checkpoint_step_interval": 50, "seed": 42,
@@ -82,7 +82,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], str, set[str]]] = {  # options, the mo
 
 @pytest.fixture
 def folder(tmp_path: Path, photos: Path) -> Path:
-    """The folder of one example, in the layout of SimpleTuner's."""
+    """The folder of one example in SimpleTuner's layout."""
     own = tmp_path / "examples/x.lycoris-lokr"
     own.mkdir(parents=True)
     (own / "lycoris_config.json").write_text(json.dumps(LOKR))

@@ -1,4 +1,4 @@
-"""A SimpleTuner configuration becomes an experiment that runs; nothing of it is dropped without a word."""
+"""A SimpleTuner configuration becomes an experiment that runs; every option is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dreambooth_lab.tools.import_simpletuner.read import read
 from dreambooth_lab.tools.import_simpletuner.translate import Kind, translate
 
 LORA = {"model_family": "sdxl", "model_type": "lora"}
-# the settings that SimpleTuner's DreamBooth page speaks of, and what a run can't do without
+# the settings of SimpleTuner's DreamBooth page, and those that a run requires
 PAGE = LORA | {
     "base_model_precision": "int8-quanto", "text_encoder_1_precision": "no_change", "text_encoder_2_precision": "no_change",
     "text_encoder_3_precision": "no_change", "scheduled_sampling_max_step_offset": 10, "scheduled_sampling_probability": 1.0,
@@ -308,7 +308,7 @@ def test_imported_page_runs_on_the_toybox(config, tmp_path, sample):
         tiny.save_photos(tmp_path / "datasets" / name, [(80, 80), (90, 90)], seed=seed)
     for name in ("dreambooth", "dreambooth_mask"):
         tiny.save_photos(tmp_path / "datasets/test_datasets" / name, [(80, 80), (90, 90)])
-    sample = sample.replace('"repeats": 100', '"repeats": 0')  # both kinds of rows in two steps
+    sample = sample.replace('"repeats": 100', '"repeats": 0')  # instance and class rows in two steps
     for size in ("1024", "768", "512", "192"):
         sample = sample.replace(f": {size}", ": 64")
     data = samples.write(tmp_path / "data.json", sample, tmp_path)

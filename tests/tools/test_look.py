@@ -1,4 +1,4 @@
-"""The page of what training will see: its crops are those that are encoded, and what is odd is named."""
+"""The page of the training data: its crops are those that are encoded, and unusual photos are named."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def crops(words: list[str]) -> list[Crop]:
 
 
 def test_shown_crops_match_the_encoded_crops(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte for byte, in every bucket, random places and mirrors included; their masks are the loss' on its grid."""
+    """Byte for byte in every bucket, including random and mirrored crops; masks are those of the loss on the latent grid."""
     words = [*words, "dataset.resolutions=[32,64]", "dataset.crop=random", "dataset.crop_variants=2", "dataset.flip=true"]
     words += ["dataset.crop_aspect=square"]
     shown = crops(words)
@@ -81,7 +81,7 @@ def test_shown_crops_match_the_encoded_crops(words: list[str], monkeypatch: pyte
 
 
 def test_page_shows_each_crop_with_mask_and_caption(words: list[str], tmp_path: Path) -> None:
-    """A photo, its crop and that with its mask; all in one file that asks for nothing."""
+    """A photo, its crop, and the crop with its mask, in one self-contained file."""
     result = call(words, tmp_path / "out")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "out" / "look.html").read_text()
@@ -92,11 +92,11 @@ def test_page_shows_each_crop_with_mask_and_caption(words: list[str], tmp_path: 
     assert all(f"photo &lt;{i}&gt; of a robot" in page for i in range(3)) and page.count("with its mask") == 2 * 3
     assert "copies" not in page and "near-duplicates" not in page and "blurred?" not in page
     with Image.open(tmp_path / "out" / "look.png") as drawn:
-        assert drawn.height == 3 * (160 + sheet.TITLE + sheet.GAP) + sheet.GAP, "a row a crop"
+        assert drawn.height == 3 * (160 + sheet.TITLE + sheet.GAP) + sheet.GAP, "one row per crop"
 
 
 def test_captions_are_counted_and_mirrored_crops_are_reported(words: list[str], tmp_path: Path) -> None:
-    """In the tests' tokenizers every letter is a token, so a caption has as many as it has letters."""
+    """In the tests' tokenizers every letter is a token."""
     inspected = inspect_datasets(lab.compose(*words, "dataset.flip=true"), 100)
     captions = {caption for seen in inspected.datasets[0].seen for caption in seen.captions}
     lengths = {caption: len(caption.replace(" ", "")) for caption in captions}
@@ -116,7 +116,7 @@ def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_duplicates_and_near_duplicates_are_named(words: list[str], photo_folder: Path) -> None:
-    """The same bytes; and the same photo smaller, as a JPEG. Other photos of the subject are neither."""
+    """The same bytes, and the same photo as a smaller JPEG; other photos of the subject are neither."""
     (photo_folder / "same.png").write_bytes((photo_folder / "0.png").read_bytes())
     with Image.open(photo_folder / "1.png") as photo:
         photo.resize((100, 100)).save(photo_folder / "near.jpg", quality=70)
@@ -141,7 +141,7 @@ def test_blurred_small_and_heavily_cropped_photos_are_named(words: list[str], ph
 
 
 def test_sharpness_is_the_variance_of_the_laplacian() -> None:
-    """A picture of single white points: the Laplacian is 4·255 there, −255 at each neighbour, 0 elsewhere."""
+    """An image of single white points: the Laplacian is 4·255 there, −255 at each neighbour, 0 elsewhere."""
     level = np.zeros((66, 66), dtype=np.uint8)
     level[4:62:8, 4:62:8] = 255
     points, inside = 64, 64 * 64

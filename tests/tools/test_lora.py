@@ -1,4 +1,4 @@
-"""Files of LoRAs: the same update in every layout, cuts at the singular values' bound, exact sums, and baked pipelines."""
+"""LoRA files: the same update in every layout, resizing with optimal error, exact merges, and baked pipelines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 
 
 def export(tiny_sdxl, folder, seed, *more):
-    """A LoRA of the UNet and both text encoders, its weights anywhere."""
+    """Export a LoRA of the UNet and both text encoders with random weights."""
     cfg = lab.compose("model=sdxl", f"model.pretrained={tiny_sdxl}", "model.resolution=64", "dataset=folder", "dataset.path=.",
                       "model.dtype=float32", "adapter=lora", "adapter.alpha=3", "adapter.rank=4", "trainer.accelerator=cpu",
                       "adapter.text_encoders=[1,2]", "adapter.parts=[attention,feed_forward,convolution]", *more)  # fmt: skip
@@ -44,14 +44,14 @@ def export(tiny_sdxl, folder, seed, *more):
 
 @pytest.fixture(scope="module")
 def exports(tiny_sdxl, tmp_path_factory):
-    """Two, the second with another rank in some layers."""
+    """Two exports, the second with another rank in some layers."""
     root = tmp_path_factory.mktemp("exports")
     other = "adapter.blocks=[{match: up_blocks, rank: 2, lr_ratio: 1}]"
     return export(tiny_sdxl, root / "a", 1), export(tiny_sdxl, root / "b", 2, other)
 
 
 def dense(path):
-    """Part and layer → s · B A, formed."""
+    """Part and layer → s · B A, as a matrix."""
     parts = read(path).parts
     return {
         f"{part}.{name}": one.alpha / len(one.down) * one.up.flatten(1).double() @ one.down.flatten(1).double()
@@ -74,7 +74,7 @@ def prediction(pipeline):
 
 @pytest.fixture(scope="module")
 def predictions(tiny_sdxl, exports):
-    """Of the base, and with each export's own diffusers file on it."""
+    """Predictions of the base, and with each export's diffusers file loaded."""
     return [prediction(loaded(tiny_sdxl, path)) for path in (None, *(folder / DIFFUSERS for folder in exports))]
 
 
@@ -114,7 +114,7 @@ def test_converted_file_gives_the_same_update_and_prediction(
     for layer in ours:
         assert_close(theirs[layer], ours[layer], atol=1e-6, rtol=0)
     assert_close(prediction(loaded(tiny_sdxl, output)), predictions[which + 1], atol=1e-4, rtol=1e-4)
-    assert (predictions[which + 1] - predictions[0]).abs().max() > 1e-2, "the update shows"
+    assert (predictions[which + 1] - predictions[0]).abs().max() > 1e-2, "the update changes the prediction"
 
 
 def call(*words):
@@ -159,7 +159,7 @@ def test_resized_file_has_the_optimal_error(how, exports, tmp_path, capsys):
 
 @pytest.mark.parametrize("rank", [None, 8])
 def test_merge_is_the_weighted_sum(rank, exports, tmp_path):
-    """Also when it is cut to a rank that holds all of it."""
+    """Also when resized to a rank that keeps the whole update."""
     more = ["--rank", rank] if rank else []
     words = [exports[0] / KOHYA, exports[1] / DIFFUSERS, "--weights", "0.75", "-0.5", "--output", tmp_path / "m.safetensors"]
     call("merge", *words, *more)
@@ -263,7 +263,7 @@ def test_invalid_options_are_named(exports, tmp_path, capsys):
 
 
 def test_original_layout_is_inspected_and_not_converted(tmp_path, capsys):
-    """FLUX as sd-scripts has it: one matrix for q, k and v."""
+    """FLUX in sd-scripts' layout: one matrix for q, k and v."""
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     one = {
         f"{name}.lora_down.weight": torch.ones(2, 4),

@@ -1,4 +1,4 @@
-"""The mask generator: what it finds, what is done to it, and that `dataset=masked` takes what it writes."""
+"""The mask generator: segmentation, postprocessing, and training with the written masks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def iou(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def test_grabcut_finds_toybox_subjects() -> None:
-    """Known masks: each subject above .75, all together above .85, more than the best discs in the middle."""
+    """Known masks: IoU above .75 for each subject, above .85 on average, and better than the best centred discs."""
     finish = Finish(largest_only=True, fill_holes=True)
     scores, blind = {}, []
     y, x = np.mgrid[:192, :192] / 192 - 0.5
@@ -84,7 +84,7 @@ def test_grabcut_is_deterministic_and_stays_in_its_rectangle() -> None:
 
 @pytest.fixture
 def found() -> np.ndarray:
-    """A ring with a hole of 8×8 px, and apart from it a small square."""
+    """A ring with a hole of 8×8 px, and a separate small square."""
     made = np.zeros((64, 64), dtype=np.float32)
     made[10:34, 10:34] = 0.9
     made[18:26, 18:26] = 0.2
@@ -93,7 +93,7 @@ def found() -> np.ndarray:
 
 
 def test_holes_are_filled_but_concavities_are_not(found: np.ndarray) -> None:
-    found[44:64, 0:12], found[48:64, 4:8] = 0.9, 0.0  # a bay that is open at the picture's border
+    found[44:64, 0:12], found[48:64, 4:8] = 0.9, 0.0  # a concavity that is open at the image's border
     mask, plain = Finish(fill_holes=True).of(found), Finish().of(found)
     assert mask[18:26, 18:26].all() and not plain[18:26, 18:26].any()
     assert not mask[48:64, 4:8].any()
@@ -142,7 +142,7 @@ def test_masks_have_the_photos_names_and_exif_corrected_sizes(photo_folder: Path
     assert {p.relative_to(masks).as_posix() for p in masks.rglob("*") if p.is_file()} == {"a.b.png", "more/c.png"}
     assert read(masks / "a.b.png").shape == (128, 128) and read(masks / "more" / "c.png").shape == (128, 96)
     truth = np.asarray(subject_photos("car", 1, (128, 96))[0].mask) > 127
-    assert iou(read(masks / "more" / "c.png") > 127, truth) > 0.5  # upright as the photo is, not as it lies on the disk
+    assert iou(read(masks / "more" / "c.png") > 127, truth) > 0.5  # upright by EXIF orientation, not as stored
     with Image.open(tmp_path / "contact_sheet_masks.png") as sheet:
         assert sheet.height > 2 * 128  # a row for each
 
@@ -163,7 +163,7 @@ def test_second_run_writes_only_missing_masks(photo_folder: Path, tmp_path: Path
     run(photo_folder, masks)
     by_hand = Image.new("L", (128, 128), 200)
     (masks / "a.b.png").unlink()
-    by_hand.save(masks / "a.b.webp", lossless=True)  # another extension is still this photo's mask
+    by_hand.save(masks / "a.b.webp", lossless=True)  # another extension still matches this photo
     (masks / "more" / "c.png").unlink()
     result = run(photo_folder, masks)
     assert "1 masks made, 1 existed already" in result.output
@@ -177,7 +177,7 @@ def test_second_run_writes_only_missing_masks(photo_folder: Path, tmp_path: Path
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_written_masks_can_be_trained_with(inside: bool, photo_folder: Path, tmp_path: Path, small: list[str]) -> None:
-    """Every photo finds its mask, and neither masks nor the sheet are taken for photos."""
+    """Every photo is paired with its mask, and neither masks nor the sheet are read as photos."""
     masks = photo_folder / "masks" if inside else tmp_path / "masks"
     assert run(photo_folder, masks, "--largest_only", "--fill_holes", "--padding=2").exit_code == 0
     words = [word for word in small if not word.startswith(("dataset=", "dataset.path=", "cache="))]
@@ -219,7 +219,7 @@ def clipseg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_clipseg_uses_the_text_and_keeps_the_photo_size(clipseg: Path, photo_folder: Path, tmp_path: Path) -> None:
-    """A random network: its masks mean nothing, but have names and sizes, and depend on the text."""
+    """A random network: its masks are meaningless, but have names and sizes and depend on the text."""
     result = run(photo_folder, tmp_path / "masks", "--text_input", "a robot", "--model", clipseg, "--threshold=0", "--soft")
     assert result.exit_code == 0, result.output
     assert read(tmp_path / "masks" / "a.b.png").shape == (128, 128) and read(tmp_path / "masks" / "more" / "c.png").shape == (
@@ -232,7 +232,7 @@ def test_clipseg_uses_the_text_and_keeps_the_photo_size(clipseg: Path, photo_fol
 
 
 def test_florence2_polygons_for_the_text_are_filled(photo_folder: Path, tmp_path: Path) -> None:
-    """A random network, whose answer is no polygon: no mask, and each photo named. Then an answer as it is trained to give."""
+    """A random network whose output is not a polygon: no mask, and each photo is named. Then an output in the trained format."""
     place = str(tiny_captioners.florence2(tmp_path / "florence"))
     result = run(photo_folder, tmp_path / "masks", "--text_input", "a robot", "--model", place)
     assert result.exit_code == 1 and "no mask: a.b.png: nothing was found" in result.output
@@ -246,7 +246,7 @@ def test_florence2_polygons_for_the_text_are_filled(photo_folder: Path, tmp_path
 
 
 def test_rembg_loads_a_local_network_file(photo_folder: Path, tmp_path: Path) -> None:
-    """A network that answers the mean over the colours: bright is the subject."""
+    """A network that returns the mean over the colours: bright pixels are the subject."""
     pytest.importorskip("rembg")
     onnx = pytest.importorskip("onnx")
     kinds = [("in", 3), ("out", 1)]
@@ -298,7 +298,7 @@ def test_simpletuner_options_are_accepted(photo_folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 3), (9, 7), (64, 64)])
 @pytest.mark.parametrize("colour", [True, False])
 def test_arbitrary_images_are_segmented(size: tuple[int, int], colour: bool) -> None:
-    """No size and no content breaks the search; noise and flat colours too give numbers in [0, 1]."""
+    """Any size and content, including noise and flat colours, gives values in [0, 1]."""
     noise = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     found = grabcut(noise if colour else np.full((*size, 3), 90, np.uint8))
     assert found.shape == size and found.min() >= 0 and found.max() <= 1

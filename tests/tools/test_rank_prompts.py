@@ -1,4 +1,4 @@
-"""Prompts are ranked by what the base model draws of them, under the same noise, and by the photos alone."""
+"""Prompts are ranked by the base model's images from the same noise, and by its loss on the photos."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def test_class_of_the_subject_ranks_first_on_the_toybox(words: list[str], tmp_pa
     assert all(float(r["low"]) <= float(r["mean"]) <= float(r["high"]) for r in ranks)
     scores = read(tmp_path / "out" / "scores.csv")
     assert len([s for s in scores if s["metric"] == "clip_i"]) == 3 * 3
-    assert len([s for s in scores if s["metric"] == "clip_t"]) == 3 * 5, "a value for each photo"
+    assert len([s for s in scores if s["metric"] == "clip_t"]) == 3 * 5, "one value per photo"
     with Image.open(tmp_path / "out" / "sheet.png") as drawn:
-        assert drawn.height == 4 * (128 + sheet.TITLE + sheet.GAP) + sheet.GAP, "the photos once, and a row a prompt"
+        assert drawn.height == 4 * (128 + sheet.TITLE + sheet.GAP) + sheet.GAP, "the photos once, and one row per prompt"
     assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 9
     again = call(words, PROMPTS, tmp_path / "out")
     assert isinstance(again.exception, ConfigError) and "--force" in str(again.exception)
 
 
 def test_every_prompt_starts_from_the_same_noise(words: list[str]) -> None:
-    """A prompt's pictures don't depend on which others are asked for."""
+    """A prompt's images do not depend on the other prompts."""
     cfg = lab.compose(*words)
     family = base_model.load(cfg)
     alone = base_model.images(cfg, family, [PROMPTS[2]])[0]
@@ -65,7 +65,7 @@ def test_every_prompt_starts_from_the_same_noise(words: list[str]) -> None:
 
 
 def test_differences_from_the_best_are_paired() -> None:
-    """The pictures differ much, the prompts by a constant: the difference is certain though the means are not."""
+    """Values vary much between images, but the prompts differ by a constant: the paired difference is certain."""
     made = compared({"a": [0.1, 0.5, 0.9], "b": [0.2, 0.6, 1.0]})
     assert made["b"].behind == 0 and made["a"].behind == pytest.approx(0.1)
     assert made["a"].behind_high - made["a"].behind_low < 1e-6 < made["a"].high - made["a"].low

@@ -1,4 +1,4 @@
-"""Rare tokens are single tokens to every encoder, no words that people know, and the loneliest come first."""
+"""Rare tokens are single tokens of every encoder and unknown words, sorted by isolation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_tool(capsys, *words):
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """Two encoders: one word is two tokens to the second, and one embedding is nearly another's."""
+    """Two encoders: one word is two tokens of the second, and two embeddings are nearly equal."""
     build(tmp_path / "tokenizer", ["dog", "emma", "def", "qvz", "zwx", "bnha", "xjy", "sks", "longish"], monkeypatch)
     build(tmp_path / "tokenizer_2", ["dog", "emma", "def", "qvz", "zwx", "xjy", "sks", "longish"], monkeypatch)
     for end in ("", "_2"):
@@ -53,7 +53,7 @@ def test_candidates_are_single_tokens_and_known_words_are_excluded_with_a_reason
     assert code == 0
     listed = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert set(listed) == {"qvz", "zwx", "xjy"}, "bnha is several tokens to the second; longish is too long"
-    assert listed[-1] == "qvz", "it lies beside dog"
+    assert listed[-1] == "qvz", "its embedding is close to dog's"
     reasons = {line.partition(":")[0]: line.partition(":")[2] for line in out.splitlines() if line.startswith("left out")}
     assert "dog" in reasons["left out, a word"] and "emma" in reasons["left out, a name"]
     assert "def" in reasons["left out, a word of code"] and "sks" in reasons["left out, a thing that models draw"]
@@ -100,7 +100,7 @@ MODEL = ["validation.num_inference_steps=2", "trainer.accelerator=cpu", "trainer
 
 
 def unigram():
-    """In it ▁zwx stands for a word; xq only for a word's end."""
+    """▁zwx is a whole word; xq only the end of a word."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -1.0), ("▁zwx", -9.0), ("xq", -9.5)]
     return T5Tokenizer(vocab=[*pieces, *((letter, -8.0) for letter in LETTERS)])
 
@@ -140,7 +140,7 @@ def test_csv_lists_every_candidate_with_its_tokens(model, capsys, tmp_path):
 
 
 def test_words_are_sorted_by_change_of_prediction(capsys, tmp_path):
-    """The toybox was trained with "red" and never with "zwx"; each word is asked at the same times and noises."""
+    """The toybox was trained with "red" and never with "zwx"; each word is evaluated at the same timesteps and noises."""
     from dreambooth_lab import lab
     from dreambooth_lab.tools.rare_words.base_model_test import BaseModelTest
 
@@ -162,7 +162,7 @@ def test_rarest_words_are_evaluated_and_drawn_by_the_model(capsys, tmp_path):
 
 
 def rows_of(path):
-    """Rows of a sheet of the toybox's pictures."""
+    """Number of rows of a sheet of toybox images."""
     with Image.open(path) as drawn:
         return (drawn.height - sheet.GAP) / (128 + sheet.TITLE + sheet.GAP)
 
@@ -198,7 +198,7 @@ def clips_own(folder):
 
 
 def test_clip_vocabulary_is_searched(capsys, tmp_path):
-    """sks is one late token, as the field knows; ohwx is another, and is a candidate; zwx is two."""
+    """sks is one token with a high index; ohwx is another and a candidate; zwx is two tokens."""
     clips_own(tmp_path)
     (reader,) = vocabulary.load(str(tmp_path))
     assert reader.ids(["photo", "sks", "ohwx"]) == [[1125], [48136], [47993]] and len(reader.ids(["zwx"])[0]) == 2

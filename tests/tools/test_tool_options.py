@@ -1,4 +1,4 @@
-"""What all tools share: both spellings, exit codes, help that waits for no library."""
+"""Common behaviour of all tools: both spellings of options, exit codes, fast help."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIGHT = ["caption", "draw_toybox", "generate", "bench.load_time", "rank_prompts"
 
 
 def test_help_does_not_import_torch():
-    """Importing a tool is all that its help takes."""
+    """The help only imports the tool."""
     names = ", ".join(f"dreambooth_lab.tools.{name}" for name in LIGHT)
     code = f"import sys, {names}; assert not {{'torch', 'transformers', 'diffusers'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

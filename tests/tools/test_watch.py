@@ -1,4 +1,4 @@
-"""The live page: who may speak and look, what it believes, what it shows."""
+"""The live page: authentication, validation of messages, and display."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def test_requests_without_the_token_are_refused(server):
             assert httpx.get(server + path, headers=wrong).status_code == 401, path
     assert httpx.get(server, headers=basic).status_code == httpx.get(server, headers=BEARER).status_code == 200
     assert post(server, image_message(), {}).status_code == 401
-    assert post(server, image_message(), basic).status_code == 401, "what a browser sends by itself can't speak for a run"
+    assert post(server, image_message(), basic).status_code == 401, (
+        "credentials that a browser sends by itself can't post messages"
+    )
     assert post(server, image_message()).status_code == 204
 
 
@@ -91,7 +93,7 @@ def test_page_loads_only_its_own_resources(server):
     response = httpx.get(server, auth=("me", TOKEN))
     rules = response.headers["content-security-policy"].split("; ")
     assert "default-src 'none'" in rules and "script-src 'self'" in rules
-    assert [rule for rule in rules if "unsafe" in rule] == ["style-src 'self' 'unsafe-inline'"], "plotly's styles alone"
+    assert [rule for rule in rules if "unsafe" in rule] == ["style-src 'self' 'unsafe-inline'"], "only plotly's styles"
     assert response.headers["x-content-type-options"] == "nosniff"
 
 
@@ -119,14 +121,14 @@ def test_messages_reach_current_and_later_clients(server):
     post(server, image_message("preview", sampler_step=10))
     events = read_events(server, 2)
     assert events[0] == {"kind": "numbers", "run": "a run", "lines": [[1, "train/loss", 0.5], [2, "train/loss", None]]}
-    assert events[1]["sampler_step"] == 10 and not events[1]["final"], "of a picture there is one preview, the newest"
+    assert events[1]["sampler_step"] == 10 and not events[1]["final"], "only the newest preview of an image is kept"
     post(server, image_message())
     (_, final) = read_events(server, 2)
     assert final["final"] and final["training_step"] == 10
     shown = httpx.get(f"{server}/picture/{final['number']}", auth=("me", TOKEN))
     assert shown.content == base64.b64decode(png()) and shown.headers["content-type"] == "image/png"
     replaced = httpx.get(f"{server}/picture/{events[1]['number']}", auth=("me", TOKEN))
-    assert replaced.status_code == 200, "a browser that has just heard of it may still come"
+    assert replaced.status_code == 200, "a browser may still request the replaced image"
     assert httpx.get(f"{server}/picture/999", auth=("me", TOKEN)).status_code == 404
 
 

@@ -1,4 +1,4 @@
-"""The shipped base: it opens with no options, knows the world, and stays small."""
+"""The shipped base model: it loads without options, generates the toybox world, and stays small."""
 
 from dataclasses import replace
 
@@ -83,7 +83,7 @@ def test_scorer_loads_as_clip_and_distinguishes_prompts():
 
 @pytest.mark.parametrize("kind", [Dino, MaskedDino])
 def test_shipped_dino_distinguishes_individuals_of_one_class(kind):
-    """Photos of a held-out subject in other places are nearer to each other than to others of its class in the same places."""
+    """Photos of a held-out subject in different places are more similar than photos of other subjects in the same places."""
     dino = Dino(str(base_folder() / "dino"), "eval.dino_model", torch.device("cpu"), 64)
     judge = dino if kind is Dino else MaskedDino(dino)
     for name in SUBJECTS:

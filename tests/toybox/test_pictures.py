@@ -1,4 +1,4 @@
-"""The picture folders that ship are what the world draws."""
+"""The shipped image folders match the generator."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The training stages on settings small enough for seconds."""
+"""The pretraining stages with settings that take seconds."""
 
 import json
 
@@ -32,7 +32,7 @@ def config(*overrides):
 
 
 class Memory:
-    """What `Cache` holds, without files."""
+    """The contents of `Cache`, without files."""
 
     def __init__(self, n=6):
         views = [latents.view(i) for i in range(40)]
@@ -79,7 +79,7 @@ def test_batch_is_a_function_of_the_step():
 
 
 def test_dropped_captions_become_zero_embeddings(tmp_path):
-    """As StableDiffusionXLPipeline's force_zeros_for_empty_prompt: the words of a dropped caption can't matter."""
+    """As StableDiffusionXLPipeline's force_zeros_for_empty_prompt: a dropped caption has no effect."""
     cfg = config()
     stage, batch = unet.UnetStage(cfg.unet), unet.Draw(Memory(), cfg.unet, 0)(0)
     dropped = batch._replace(kept=torch.zeros(4))
@@ -90,7 +90,7 @@ def test_dropped_captions_become_zero_embeddings(tmp_path):
 
 
 def test_folding_statistics_is_exact():
-    """z' = (z - mean) / (std · scale), its log-variance shifted alike, and the decoder undoes it."""
+    """z' = (z - mean) / (std · scale), with the log-variance shifted accordingly, and the decoder inverts it."""
     cfg = config()
     torch.manual_seed(0)
     net = vae.new_vae(cfg.vae).double().eval()
@@ -139,7 +139,7 @@ def test_unused_tokens_get_the_norm_of_trained_words():
 
 
 def test_nearest_features_find_the_matching_image():
-    features = torch.eye(6)[[0, 1, 2, 0, 1, 2]]  # picture i and picture 3 + i are alike
+    features = torch.eye(6)[[0, 1, 2, 0, 1, 2]]  # images i and 3 + i are equal
     assert found_partner(features) == 1
     assert found_partner(features[[0, 1, 2, 1, 2, 0]]) == 0
 
