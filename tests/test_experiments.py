@@ -17,7 +17,7 @@ EXPERIMENTS = sorted((conf_dir().parent / "experiments" / "experiment").glob("*.
 
 
 @pytest.fixture(scope="module")
-def at_home(tmp_path_factory):
+def working_directory(tmp_path_factory):
     """A working directory with the images of mask_study, generated as its header says."""
     folder = tmp_path_factory.mktemp("experiments")
     draw_toybox.write(folder / "at_home", ("in the city",))
@@ -25,9 +25,9 @@ def at_home(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_pinned_experiment_states_its_question_and_composes(path, at_home, monkeypatch, tmp_path):
+def test_pinned_experiment_states_its_question_and_composes(path, working_directory, monkeypatch, tmp_path):
     """Keys without a default, such as the photos' folder, are set to an existing folder."""
-    monkeypatch.chdir(at_home)
+    monkeypatch.chdir(working_directory)
     head = path.read_text().split("defaults:")[0]
     assert all(f"# {word}" in head for word in ("Question:", "Cost:", "Expected:"))
     words = [f"experiment={path.stem}", "resume=null"]

@@ -129,7 +129,7 @@ def test_extended_run_holds_its_last_rate_or_stretches_its_schedule(small, tmp_p
     root = tmp_path / "run"
     run(lab.compose(*words, "trainer.max_steps=4"), root)
 
-    def go_on(*more):
+    def resume(*more):
         overrides = [f"resume={root}", *more]
         cfg = resume_config(lab.compose(*overrides), overrides)
         check(cfg)
@@ -137,16 +137,16 @@ def test_extended_run_holds_its_last_rate_or_stretches_its_schedule(small, tmp_p
         return [rate for _, rate in lab.load(root).series["train/lr"]]
 
     with pytest.raises(ConfigError, match=r"trainer\.max_steps was 4 and is 7, but .* optimizer\.on_extend is refuse; set "):
-        go_on("trainer.max_steps=7")
+        resume("trainer.max_steps=7")
     caplog.set_level("INFO")
-    rates = go_on("trainer.max_steps=7", f"optimizer.on_extend={what}")
+    rates = resume("trainer.max_steps=7", f"optimizer.on_extend={what}")
     four, seven = (learning_rate(enums.Schedule[schedule], 0, total) for total in (4, 7))
     after = {"hold": [four(3)] * 3, "stretch": [seven(step) for step in (4, 5, 6)]}[what]
     assert_close(rates, [1e-3 * share for share in (*map(four, range(4)), *after)])
     assert "trainer.max_steps was 4 and is 7: the" in caplog.text
     assert ("then the last learning rate is kept" in caplog.text) is (what == "hold")
     if what == "hold":
-        assert_close(go_on("trainer.max_steps=8")[-1], rates[-1]), "and goes on holding it"
+        assert_close(resume("trainer.max_steps=8")[-1], rates[-1]), "and goes on holding it"
 
 
 def test_run_resumed_at_equal_or_shorter_length_keeps_its_schedule():

@@ -57,12 +57,12 @@ def unshifted(height, width):
     return 1.0
 
 
-def walk(cfg, path, predict=network, top=1.0):
+def make_rollout(cfg, path, predict=network, top=1.0):
     return ModelRollout(cfg, path, top, unshifted, predict, nullcontext)
 
 
-def lengths_of(made, walk, t, step):
-    return made.rollout_steps(walk, t, step, Grid(made.grid, made.shift(8, 8)))
+def lengths_of(made, draws, t, step):
+    return made.rollout_steps(draws, t, step, Grid(made.grid, made.shift(8, 8)))
 
 
 @every_path
@@ -75,7 +75,9 @@ def test_exact_prediction_stays_on_the_path(path, sampler, grid):
         mine = cond["states"][:, 0, 0].long()
         return path.target(x0[mine], batch.eps[mine], now)
 
-    at = walk(config(f"rollout.sampler={sampler.value}", f"rollout.num_steps={grid}"), path, oracle)(x0, batch, cond, t, 5)
+    at = make_rollout(config(f"rollout.sampler={sampler.value}", f"rollout.num_steps={grid}"), path, oracle)(
+        x0, batch, cond, t, 5
+    )
     assert at.rolled_out.any()
     assert_close(at.x_t, path.noise(x0, batch.eps, t), atol=1e-3, rtol=1e-3)
     assert_close(at.eps, batch.eps, atol=2e-2, rtol=2e-2)
@@ -87,7 +89,7 @@ def rollout_of(*words):
     return lab.compose("rollout.enabled=true", "rollout.ramp_steps=0", *words).rollout
 
 
-def shrunk(path, t, variance, *words):
+def optimum_factor(path, t, variance, *words):
     """The factor by which a rollout scales the target x_0 of an exact denoiser of N(0, variance), at time t.
 
     Four samples (±√v, ±1) have the second moments of x_0 and ε exactly, once for each rollout length, and everything is
@@ -105,7 +107,7 @@ def shrunk(path, t, variance, *words):
         return path.target(alpha * variance / spread * x, sigma / spread * x, now)
 
     t = torch.full((4 * lengths,), t, dtype=torch.float64)
-    at = walk(cfg, path, exact)(
+    at = make_rollout(cfg, path, exact)(
         x0, SimpleNamespace(eps=eps, rollout_draws=draws), Cond(states=torch.zeros(4 * lengths, 1, 1)), t, 0
     )
     assert at.rolled_out.all()
@@ -115,9 +117,9 @@ def shrunk(path, t, variance, *words):
     return float((path.split(best, x, t)[0] / right).mean())
 
 
-def predicted(path, t, variance, strides, number):
+def predicted(path, t, variance, steps, number):
     """E_k[α_s/α_t √(V_t/V_s)] of rollout.py's docstring."""
-    times = t + torch.arange(0, strides + 1, dtype=torch.float64) / number
+    times = t + torch.arange(0, steps + 1, dtype=torch.float64) / number
     alpha, sigma = path.exact_scales(times)
     spread = alpha**2 * variance + sigma**2
     return float((alpha[1:] / alpha[0] * (spread[0] / spread[1:]).sqrt()).mean())
@@ -128,7 +130,7 @@ def predicted(path, t, variance, strides, number):
 @pytest.mark.parametrize("variance", [0.5, 1.0, 2.0])
 def test_default_rollout_keeps_an_exact_denoiser_at_its_optimum(path, sampler, variance):
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-        factor = shrunk(path, t, variance, f"rollout.sampler={sampler.value}")
+        factor = optimum_factor(path, t, variance, f"rollout.sampler={sampler.value}")
         assert factor == pytest.approx(1, abs=0.03)
         assert factor == pytest.approx(predicted(path, t, variance, 4, 1000), abs=2e-3)
 
@@ -138,35 +140,35 @@ def test_default_rollout_keeps_an_exact_denoiser_at_its_optimum(path, sampler, v
 def test_long_rollouts_shift_the_optimum_by_the_documented_factor(path, variance):
     """Up to the solver's own error on such steps."""
     for t in (0.1, 0.3, 0.5, 0.7):
-        for words, strides, number in ((("rollout.num_steps=28",), 4, 28), (("rollout.max_step_offset=10",), 10, 1000)):
-            factor = shrunk(path, t, variance, "rollout.sampler=unipc", *words)
-            assert factor == pytest.approx(predicted(path, t, variance, strides, number), rel=0.03)
-    assert shrunk(path, 0.5, 1.0, "rollout.num_steps=28") < 0.9
+        for words, steps, number in ((("rollout.num_steps=28",), 4, 28), (("rollout.max_step_offset=10",), 10, 1000)):
+            factor = optimum_factor(path, t, variance, "rollout.sampler=unipc", *words)
+            assert factor == pytest.approx(predicted(path, t, variance, steps, number), rel=0.03)
+    assert optimum_factor(path, 0.5, 1.0, "rollout.num_steps=28") < 0.9
 
 
 def test_documented_factors_match_the_formula():
     """The factors in conf/rollout/default.yaml and in the docstring."""
     path, times = PATHS["epsilon"], (0.1, 0.5, 0.9)
-    for strides, number, documented in (
+    for steps, number, documented in (
         (4, 1000, (0.998, 0.994, 0.987)),
         (10, 1000, (0.996, 0.987, 0.972)),
         (4, 28, (0.93, 0.79, 0.66)),
     ):
-        assert [predicted(path, t, 1.0, strides, number) for t in times] == pytest.approx(
+        assert [predicted(path, t, 1.0, steps, number) for t in times] == pytest.approx(
             documented, abs=0.005 if number == 28 else 5e-4
         )
-    original = shrunk(path, 0.5, 1.0, "rollout.num_steps=28", "rollout.sampler=unipc", "rollout.target=original")
+    original = optimum_factor(path, 0.5, 1.0, "rollout.num_steps=28", "rollout.sampler=unipc", "rollout.target=original")
     assert original == pytest.approx(0.82, abs=0.01)
 
 
 @every_path
 def test_corrected_target_points_to_the_clean_image(path):
     x0, batch, cond, t = rows()
-    at = walk(config("rollout.max_step_offset=8"), path)(x0, batch, cond, t, 5)
+    at = make_rollout(config("rollout.max_step_offset=8"), path)(x0, batch, cond, t, 5)
     assert (at.x_t - path.noise(x0, batch.eps, t))[at.rolled_out].abs().max() > 0.05, "this network does drift"
     back, _ = path.split(path.target(x0, at.eps, t), at.x_t, t)
     assert_close(back, x0, atol=1e-3, rtol=1e-3)
-    original = walk(config("rollout.max_step_offset=8", "rollout.target=original"), path)(x0, batch, cond, t, 5)
+    original = make_rollout(config("rollout.max_step_offset=8", "rollout.target=original"), path)(x0, batch, cond, t, 5)
     assert torch.equal(original.eps, batch.eps) and torch.equal(original.x_t, at.x_t)
 
 
@@ -175,7 +177,7 @@ def test_corrected_target_points_to_the_clean_image(path):
 @pytest.mark.parametrize("off", ["rollout.probability=0", "rollout.min_time=1"])
 def test_rollout_of_zero_steps_is_bit_identical_to_no_rollout(path, sampler, off):
     x0, batch, cond, t = rows()
-    at = walk(config(f"rollout.sampler={sampler.value}", off), path, None)(x0, batch, cond, t, 5)
+    at = make_rollout(config(f"rollout.sampler={sampler.value}", off), path, None)(x0, batch, cond, t, 5)
     plain = NoRollout(path)(x0, batch, cond, t, 5)
     assert all(torch.equal(a, b) for a, b in zip(at, plain, strict=True))
 
@@ -185,14 +187,14 @@ def test_rollout_of_zero_steps_is_bit_identical_to_no_rollout(path, sampler, off
 def test_batched_rollout_matches_row_by_row_with_few_forward_passes(path, sampler):
     x0, batch, cond, t = rows()
     cfg, calls = config(f"rollout.sampler={sampler.value}"), []
-    counted = walk(cfg, path, lambda x, *a: calls.append(len(x)) or network(x, *a))
+    counted = make_rollout(cfg, path, lambda x, *a: calls.append(len(x)) or network(x, *a))
     at = counted(x0, batch, cond, t, 5)
     lengths = lengths_of(counted, batch.rollout_draws, t, 5)
     assert len(set(lengths.tolist())) > 2
     assert calls == [int((lengths > i).sum()) for i in range(int(lengths.max()))]
     for i in range(len(t)):
         one = SimpleNamespace(eps=batch.eps[i : i + 1], rollout_draws=batch.rollout_draws[i : i + 1])
-        alone = walk(cfg, path)(x0[i : i + 1], one, cond.select(torch.tensor([i])), t[i : i + 1], 5)
+        alone = make_rollout(cfg, path)(x0[i : i + 1], one, cond.select(torch.tensor([i])), t[i : i + 1], 5)
         assert_close(at.x_t[i : i + 1], alone.x_t, atol=1e-5, rtol=1e-5)
         assert_close(at.eps[i : i + 1], alone.eps, atol=1e-4, rtol=1e-4)
 
@@ -200,11 +202,11 @@ def test_batched_rollout_matches_row_by_row_with_few_forward_passes(path, sample
 def test_rollout_lengths_are_uniform_and_start_below_the_maximum_time():
     u = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1]
     draws, t = torch.stack([torch.zeros_like(u), u], 1), torch.full_like(u, 0.5)
-    made = walk(config("rollout.max_step_offset=4"), PATHS["flow"])
+    made = make_rollout(config("rollout.max_step_offset=4"), PATHS["flow"])
     assert torch.bincount(lengths_of(made, draws, t, 0)).tolist() == [0, 1000, 1000, 1000, 1000]
     high = lengths_of(made, draws, torch.full_like(u, 1 - 2.5 / 28), 0)
     assert high.max() == 2, "there are two and a half steps up to pure noise"
-    limited = walk(config("rollout.max_step_offset=4"), PATHS["flow"], top=0.55)
+    limited = make_rollout(config("rollout.max_step_offset=4"), PATHS["flow"], top=0.55)
     assert lengths_of(limited, draws, t, 0).max() == 1, "nor above the model's maximum training time"
 
 
@@ -223,7 +225,7 @@ def test_zero_terminal_snr_rollouts_do_not_start_at_pure_noise_and_are_finite(sa
         f"rollout.shift={shift}",
         "rollout.max_step_offset=8",
     )
-    made = walk(config(*words), ZERO, spy)
+    made = make_rollout(config(*words), ZERO, spy)
     at = made(x0, batch, cond, t, 5)
     assert max(seen) <= ZERO.top + 1e-9 and ZERO.native(torch.tensor(seen)).max() <= 998
     assert at.x_t.isfinite().all() and at.eps.isfinite().all()
@@ -259,13 +261,13 @@ def test_rollout_steps_match_inference_steps():
     batch.rollout_draws = torch.tensor([[0.0, 0.99]], dtype=torch.float64)
     t = torch.tensor([0.5], dtype=torch.float64)
     spy = lambda x, now, cond: seen.append(float(now)) or network(x, now, cond)  # noqa: E731
-    walk(config("rollout.max_step_offset=3", "rollout.num_steps=10"), PATHS["flow"], spy)(x0, batch, cond, t, 0)
+    make_rollout(config("rollout.max_step_offset=3", "rollout.num_steps=10"), PATHS["flow"], spy)(x0, batch, cond, t, 0)
     assert_close(seen, [0.8, 0.7, 0.6])
     seen.clear()
-    walk(config("rollout.max_step_offset=3", "rollout.num_steps=native"), PATHS["epsilon"], spy)(x0, batch, cond, t, 0)
+    make_rollout(config("rollout.max_step_offset=3", "rollout.num_steps=native"), PATHS["epsilon"], spy)(x0, batch, cond, t, 0)
     assert PATHS["epsilon"].native(torch.tensor(seen, dtype=torch.float64)).tolist() == [503, 502, 501]
     seen.clear()
-    walk(config("rollout.max_step_offset=2", "rollout.num_steps=10", "rollout.shift=3"), PATHS["flow"], spy)(
+    make_rollout(config("rollout.max_step_offset=2", "rollout.num_steps=10", "rollout.shift=3"), PATHS["flow"], spy)(
         x0, batch, cond, t, 0
     )
     assert_close(seen, [3 * u / (1 + 2 * u) for u in (0.45, 0.35)])
@@ -275,7 +277,7 @@ def test_rollout_runs_without_gradient_in_eval_mode():
     x0, batch, cond, t = rows()
     weight, inside = torch.ones((), requires_grad=True), []
 
-    class Rest:
+    class EvalMode:
         def __enter__(self):
             inside.append("in")
 
@@ -286,7 +288,7 @@ def test_rollout_runs_without_gradient_in_eval_mode():
         inside.append(torch.is_grad_enabled())
         return weight * network(x, now, cond)
 
-    at = ModelRollout(config(), PATHS["flow"], 1.0, unshifted, predict, Rest)(x0, batch, cond, t, 5)
+    at = ModelRollout(config(), PATHS["flow"], 1.0, unshifted, predict, EvalMode)(x0, batch, cond, t, 5)
     assert not at.x_t.requires_grad and inside[0] == "in" and inside[-1] == "out" and set(inside[1:-1]) == {False}
 
 
@@ -301,7 +303,7 @@ def test_example_ramp_values_match():
     """max_step_offset 10, probability 1, ramp_steps 1000, unipc: from no rollout at all to every row."""
     cfg = lab.compose("rollout.enabled=true", "rollout.max_step_offset=10", "rollout.probability=1.0",
                       "rollout.ramp_steps=1000", "rollout.sampler=unipc").rollout  # fmt: skip
-    made, t = walk(cfg, PATHS["epsilon"]), torch.full((2000,), 0.5, dtype=torch.float64)
+    made, t = make_rollout(cfg, PATHS["epsilon"]), torch.full((2000,), 0.5, dtype=torch.float64)
     draws = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shares = [(lengths_of(made, draws, t, step) > 0).double().mean().item() for step in (0, 250, 500, 750, 1000, 9000)]
     assert shares[0] == 0 and shares[-2:] == [1.0, 1.0] and shares == sorted(shares)
@@ -310,7 +312,7 @@ def test_example_ramp_values_match():
 
 def test_rolled_out_rows_stay_rolled_out_as_the_ramp_rises():
     draws = torch.rand(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    made, t = walk(config("rollout.ramp_steps=1000"), PATHS["flow"]), torch.full((64,), 0.4, dtype=torch.float64)
+    made, t = make_rollout(config("rollout.ramp_steps=1000"), PATHS["flow"]), torch.full((64,), 0.4, dtype=torch.float64)
     lengths = torch.stack([lengths_of(made, draws, t, step) for step in range(0, 2000, 50)])
     before, after = lengths[:-1], lengths[1:]
     assert ((before == 0) | (before == after)).all() and (before != after).any()

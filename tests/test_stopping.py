@@ -29,7 +29,7 @@ def here(words: list[str], root: Path) -> RunFolder:
     return RunFolder(root)
 
 
-def goes_on(path: Path, **changes: int) -> RunFolder:
+def resume(path: Path, **changes: int) -> RunFolder:
     cfg = RunFolder(path).saved_config()
     cfg.resume = str(path)
     for key, value in changes.items():
@@ -55,7 +55,7 @@ def test_signal_saves_exports_and_prints_how_to_resume(number, small, tmp_path):
     assert f"resume={path}" in output and "Traceback" not in output
     assert 5 <= step < 30 and (folder.export / "pytorch_lora_weights.safetensors").is_file()
     assert max(line[0] for line in folder.read_metrics()) == step, "no finished step is lost"
-    goes_on(path)
+    resume(path)
     theirs = here(words, tmp_path / "whole")
     assert folder.metrics.read_text() == theirs.metrics.read_text()
     a, b = (torch.load(f.newest()[0], weights_only=True) for f in (folder, theirs))
@@ -97,7 +97,7 @@ def test_run_has_one_writer(small, tmp_path):
     process.wait()
     assert second.returncode == 2 and "is being written by another process" in second.stderr
     step = RunFolder(path).newest()[1]
-    assert goes_on(path, max_steps=step + 1).newest()[1] == step + 1, "the lock is released when its process dies"
+    assert resume(path, max_steps=step + 1).newest()[1] == step + 1, "the lock is released when its process dies"
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_previous(small, tmp_path, caplog):
@@ -106,7 +106,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_previous(small, tmp_path, c
     wanted, numbers = torch.load(folder.checkpoint(6), weights_only=True), folder.metrics.read_text()
     with folder.checkpoint(6).open("r+b") as file:
         file.truncate(5000)
-    goes_on(folder.root)
+    resume(folder.root)
     assert "step_0000006.ckpt is damaged; resuming from an older checkpoint" in caplog.text
     assert_same(torch.load(folder.checkpoint(6), weights_only=True)["state_dict"], wanted["state_dict"])
     assert folder.metrics.read_text() == numbers
@@ -114,10 +114,10 @@ def test_damaged_newest_checkpoint_falls_back_to_the_previous(small, tmp_path, c
         checkpoint.write_bytes(b"")
     folder.environment.write_text("[{")
     with pytest.raises(ConfigError, match="has no readable checkpoint"):
-        goes_on(folder.root)
+        resume(folder.root)
     folder.config.write_text("model: [")
     with pytest.raises(ConfigError, match="is damaged"):
-        goes_on(folder.root)
+        resume(folder.root)
 
 
 def test_diverging_run_stops_and_keeps_the_last_finite_weights(small, tmp_path):
@@ -150,7 +150,7 @@ BROKEN: dict[str, object] = {}
 
 
 @pytest.fixture(autouse=True)
-def mended():
+def intact():
     yield
     from dreambooth_lab.dreambooth import DreamBooth
 
@@ -187,7 +187,7 @@ def test_warning_if_no_weight_changes(small, tmp_path, caplog):
 
 
 @pytest.fixture
-def little_disk(tmp_path):
+def small_disk(tmp_path):
     """A file system of 24 MB; skipped if it can't be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
@@ -197,11 +197,11 @@ def little_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_run_ended_by_a_full_or_read_only_disk_can_resume(small, little_disk, tmp_path):
-    words = [*small, *QUICK, "trainer.max_steps=400", "checkpoint.every_n_steps=5", f"runs={little_disk}/runs", "resume=auto"]
+def test_run_ended_by_a_full_or_read_only_disk_can_resume(small, small_disk, tmp_path):
+    words = [*small, *QUICK, "trainer.max_steps=400", "checkpoint.every_n_steps=5", f"runs={small_disk}/runs", "resume=auto"]
     process = start(*words, cwd=tmp_path)
-    path = wait_for(7, little_disk, process)
-    filler = little_disk / "filler"
+    path = wait_for(7, small_disk, process)
+    filler = small_disk / "filler"
     with filler.open("wb") as file, suppress(OSError):
         while True:
             file.write(bytes(2**16))
@@ -210,12 +210,12 @@ def test_run_ended_by_a_full_or_read_only_disk_can_resume(small, little_disk, tm
     assert f"free disk space or give write access, then resume with: python -m dreambooth_lab resume={path}" in output
     step = RunFolder(path).newest_readable()[1]
     assert step >= 5
-    subprocess.run(["mount", "-o", "remount,ro", little_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     refused = call(f"resume={path}", cwd=tmp_path)
     assert refused.returncode in (1, 2) and "Traceback" not in refused.stderr, refused.stderr
-    subprocess.run(["mount", "-o", "remount,rw", little_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     filler.unlink()
-    assert goes_on(path, max_steps=step + 3).newest_readable()[1] == step + 3
+    assert resume(path, max_steps=step + 3).newest_readable()[1] == step + 3
 
 
 def test_failed_evaluation_does_not_stop_training(small, tmp_path, monkeypatch, caplog):
@@ -250,5 +250,5 @@ def test_run_killed_after_its_last_checkpoint_exports_on_resume(small, tmp_path)
     file = folder.export / "pytorch_lora_weights.safetensors"
     weights = load_file(file)
     save_file({name: tensor + 1 for name, tensor in weights.items()}, file)
-    goes_on(folder.root)
+    resume(folder.root)
     assert_same(load_file(file), weights)

@@ -61,7 +61,7 @@ def frames() -> bytes:
 
 
 # file name, content, message at the scan or at decoding; None: it is used
-PICTURES = [
+IMAGES = [
     ("zero.jpg", b"", "the file is empty"),
     ("text.png", b"not a picture", "not an image of a known format"),
     ("html.jpg", b"<html><body>404</body></html>", "not an image of a known format"),
@@ -102,7 +102,7 @@ def collect(tmp_path: Path, one: DatasetSpec):
     return Collector(16, tmp_path / "cache").collect([one])
 
 
-@pytest.mark.parametrize(("name", "data", "message"), PICTURES, ids=[name for name, _, _ in PICTURES])
+@pytest.mark.parametrize(("name", "data", "message"), IMAGES, ids=[name for name, _, _ in IMAGES])
 def test_image_is_used_or_reported(tmp_path, name, data, message):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -144,7 +144,7 @@ def dangling(folder: Path) -> None:
     (folder / "b.png").write_bytes(png())
 
 
-def directory_named_as_picture(folder: Path) -> None:
+def directory_named_as_image(folder: Path) -> None:
     (folder / "a.png").mkdir()
     (folder / "a.png/b.png").write_bytes(png())
 
@@ -152,7 +152,7 @@ def directory_named_as_picture(folder: Path) -> None:
 @pytest.mark.parametrize(("make", "names", "rejected"), [
     (loop, ["below/a.png"], []),
     (dangling, ["b.png"], ["a.png", "self.png"]),
-    (directory_named_as_picture, ["a.png/b.png"], []),
+    (directory_named_as_image, ["a.png/b.png"], []),
 ])  # fmt: skip
 def test_links_and_unusual_folders_are_handled(tmp_path, make, names, rejected):
     folder = tmp_path / "photos"
@@ -389,7 +389,7 @@ def test_invalid_table_rows_are_named(tmp_path):
 
 
 def test_the_corpus_is_large_enough():
-    assert len(PICTURES) + len(MASKS) + len(ENTRIES) + len(FILES) + len(TABLES) >= 60
+    assert len(IMAGES) + len(MASKS) + len(ENTRIES) + len(FILES) + len(TABLES) >= 60
 
 
 def test_rejected_sizes_are_listed_with_the_rule(tmp_path):

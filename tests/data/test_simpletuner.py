@@ -93,8 +93,8 @@ def test_regularisation_set_without_a_prior_is_explained(training, tmp_path):
 def test_refiner_example_without_training_data_is_refused(training, tmp_path):
     with pytest.raises(ConfigError, match="no entry has images to train on"):
         specs(samples.write(tmp_path / "a.json", samples.REFINER, training))
-    with_pictures = [samples.entry(training), *json.loads(samples.REFINER)]
-    made = plan(config(samples.save(tmp_path / "b.json", *with_pictures)))
+    with_images = [samples.entry(training), *json.loads(samples.REFINER)]
+    made = plan(config(samples.save(tmp_path / "b.json", *with_images)))
     assert made.texts == "/training/text_cache/sdxl_refiner" and len(made.specs) == 1
 
 

@@ -123,9 +123,9 @@ def test_float64_is_not_used_on_devices_without_it(path, monkeypatch):
         for kind in enums.Weight:
             time_weight(kind, 5.0, path, t)
         for solver in SOLVERS.values():
-            walk = solver(path)
+            stepper = solver(path)
             for s in (t / 2, t / 4, t / 8):
-                walk.step(x_t, x_t, t, s)
+                stepper.step(x_t, x_t, t, s)
 
 
 @path_of_each_kind

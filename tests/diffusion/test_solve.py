@@ -35,7 +35,7 @@ def network(x, t):
     return torch.tanh(1.3 * x + t.float().view(-1, 1, 1, 1)) + 0.3 * x
 
 
-def walk(path, sampler, x, times, predict=network):
+def solve(path, sampler, x, times, predict=network):
     """Through `times`, one [B] after the other."""
     solver = SOLVERS[sampler](path)
     for t, s in pairwise(times):
@@ -59,7 +59,7 @@ def test_trajectory_matches_diffusers_scheduler(sampler, prediction, steps):
     scheduler = THEIRS[sampler](**BETAS, prediction_type=prediction, timestep_spacing="leading", steps_offset=1)
     scheduler.set_timesteps(steps)
     times = [path.time(n.expand(len(x))) for n in (*scheduler.timesteps, torch.tensor(-1))]
-    assert_close(walk(path, sampler, x, times), follow(scheduler, x, path, native=True), atol=3e-4, rtol=3e-4)
+    assert_close(solve(path, sampler, x, times), follow(scheduler, x, path, native=True), atol=3e-4, rtol=3e-4)
 
 
 @pytest.mark.parametrize("prediction", VP)
@@ -71,7 +71,7 @@ def test_trajectory_matches_euler(prediction):
     times = [path.time(n.expand(len(x))) for n in (*native, torch.tensor(-1))]
     alpha = path.exact_scales(times[0])[0][0].float()
     theirs = follow(scheduler, x / alpha, path, native=True)  # its samples are x / α
-    assert_close(walk(path, enums.Sampler.euler, x, times), theirs, atol=5e-4, rtol=5e-4)
+    assert_close(solve(path, enums.Sampler.euler, x, times), theirs, atol=5e-4, rtol=5e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -87,7 +87,7 @@ def test_flow_trajectory_matches_diffusers_scheduler(sampler, shift):
     theirs, i = x, iter(times)
     for step in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, next(i)), step, theirs).prev_sample
-    assert_close(walk(path, sampler, x, times), theirs, atol=3e-4, rtol=3e-4)
+    assert_close(solve(path, sampler, x, times), theirs, atol=3e-4, rtol=3e-4)
 
 
 @every_path
@@ -100,11 +100,11 @@ def test_rows_with_different_times_match_single_row_results(path, sampler):
     def times(rows):
         return [start[rows] - 0.03 * torch.minimum(torch.tensor(i), length[rows]) for i in range(5)]
 
-    together = walk(path, sampler, x, times(slice(None)))
+    together = solve(path, sampler, x, times(slice(None)))
     assert together.isfinite().all() and torch.equal(together[2], x[2]), "a step of length 0 is the identity"
     for row in range(3):
         own = times(slice(row, row + 1))[: int(length[row]) + 1]
-        assert_close(together[row : row + 1], walk(path, sampler, x[row : row + 1], own), atol=1e-5, rtol=1e-5)
+        assert_close(together[row : row + 1], solve(path, sampler, x[row : row + 1], own), atol=1e-5, rtol=1e-5)
 
 
 @every_path
@@ -112,7 +112,7 @@ def test_rows_with_different_times_match_single_row_results(path, sampler):
 def test_exact_prediction_stays_on_the_path(path, sampler):
     x0, eps = sample()
     times = [torch.full((4,), t, dtype=torch.float64) for t in (0.97, 0.9, 0.6, 0.59, 0.2, 0.01, -1.0)]
-    arrived = walk(path, sampler, path.noise(x0, eps, times[0]), times, lambda x, t: path.target(x0, eps, t))
+    arrived = solve(path, sampler, path.noise(x0, eps, times[0]), times, lambda x, t: path.target(x0, eps, t))
     assert_close(arrived, x0, atol=1e-3, rtol=1e-3)
 
 
@@ -120,7 +120,7 @@ def test_exact_prediction_stays_on_the_path(path, sampler):
 def test_flow_can_start_at_pure_noise(sampler):
     x0, eps = sample()
     path, times = PATHS["flow"], [torch.full((4,), t, dtype=torch.float64) for t in (1.0, 0.8, 0.6, 0.4)]
-    arrived = walk(path, sampler, eps, times, lambda x, t: path.target(x0, eps, t))
+    arrived = solve(path, sampler, eps, times, lambda x, t: path.target(x0, eps, t))
     assert_close(arrived, path.noise(x0, eps, times[-1]), atol=1e-4, rtol=1e-4)
 
 
@@ -128,9 +128,9 @@ def test_flow_can_start_at_pure_noise(sampler):
 def test_higher_order_solver_is_closer_to_the_true_trajectory(path):
     x, _ = sample()
 
-    def error(sampler, strides):
-        times = [torch.full((4,), 0.8 - 0.4 * i / strides, dtype=torch.float64) for i in range(strides + 1)]
-        return walk(path, sampler, x, times)
+    def error(sampler, number):
+        times = [torch.full((4,), 0.8 - 0.4 * i / number, dtype=torch.float64) for i in range(number + 1)]
+        return solve(path, sampler, x, times)
 
     truth = error(enums.Sampler.dpm, 200)
     errors = {s: (error(s, 10) - truth).norm() for s in enums.Sampler}
@@ -147,5 +147,5 @@ def test_steps_shorter_than_one_native_timestep_stay_on_the_path(path, sampler):
     x0, eps = sample()
     times = [torch.full((4,), 0.9 - i / 3000, dtype=torch.float64) for i in range(8)]
     assert len({int(path.native(t)[0]) for t in times}) < 5
-    reached = walk(path, sampler, path.noise(x0, eps, times[0]), times, lambda _, t: path.target(x0, eps, t))
+    reached = solve(path, sampler, path.noise(x0, eps, times[0]), times, lambda _, t: path.target(x0, eps, t))
     assert_close(reached, path.noise(x0, eps, times[-1]), atol=1e-3, rtol=1e-3)

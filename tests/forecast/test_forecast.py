@@ -14,13 +14,13 @@ from dreambooth_lab.tools.bench.memory import true_peak
 from dreambooth_lab.tools.common.training import build_training
 
 BIG = ["model.resolution=256", "dataset.crop_aspect=square", "adapter.rank=8"]
-WALKS = ["rollout.enabled=true", "rollout.probability=1.0", "rollout.ramp_steps=0", "rollout.max_step_offset=2", "prior=none"]
+ROLLOUT = ["rollout.enabled=true", "rollout.probability=1.0", "rollout.ramp_steps=0", "rollout.max_step_offset=2", "prior=none"]
 BY_VALUES = ["z_image", "qwen_image", "lumina2"]  # read lengths of captions from masks
 TOKEN = ["adapter.train_token=true", "dataset.instance_prompt=a photo of q dog", "adapter.token=q"]
 FULL = ["adapter=full", "adapter.rank=1"]
 CASES = [["prior=teacher"], ["model.gradient_checkpointing=true"]]
 MORE = [
-    WALKS, ["adapter=lokr"], ["adapter.text_encoders=[1,2]"], ["quant=int8"],
+    ROLLOUT, ["adapter=lokr"], ["adapter.text_encoders=[1,2]"], ["quant=int8"],
     ["prior=none"], ["adapter=dora"], ["adapter=loha"], ["adapter=locon"], FULL,
     ["optimizer=adafactor", *FULL], ["optimizer=adamw8bit", *FULL], ["optimizer=lion", *FULL], TOKEN, ["model.dtype=bfloat16"],
     ["model.dtype=bfloat16", "quant=int8"], ["quant=int4"], ["quant=nf4"], ["quant=int8_torchao"],
@@ -32,11 +32,11 @@ MORE = [
 def ratio(small, folder, words):
     """Estimate of the training phase divided by the true peak of a step."""
     cfg = lab.compose(*small, *BIG, *words)
-    foreseen = next(need for need in Forecast(cfg, CachedCounts(folder)).phases() if need.phase == "training")
+    estimate = next(need for need in Forecast(cfg, CachedCounts(folder)).phases() if need.phase == "training")
     module, data = build_training(cfg)
     batches = (data.build(data.schedule.batch(number)) for number in range(20))
     batch = next(one for one in batches if len(one.class_rows) == (1 if data.schedule.class_share else 0))
-    found = foreseen.total / true_peak(module, batch)
+    found = estimate.total / true_peak(module, batch)
     print(f"RATIO {' '.join(words)}: {found:.3f}")
     return found
 

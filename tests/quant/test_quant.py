@@ -19,7 +19,7 @@ from dreambooth_lab.run import run
 
 LIBRARY = {"torchao": "torchao", "nf4": "bitsandbytes"}
 # Largest relative error of a prediction, and bytes per weight at 1024 inputs, by the definition of the formats.
-PROMISE = {
+BOUNDS = {
     enums.QuantKind.int8: (0.01, 1.01),
     enums.QuantKind.int4: (0.12, 0.57),
     enums.QuantKind.int2: (0.6, 0.32),
@@ -57,7 +57,7 @@ def source(file: Path, dtype: torch.dtype, reads: list[int]) -> Source:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", PROMISE, ids=lambda k: k.value)
+@pytest.mark.parametrize("kind", BOUNDS, ids=lambda k: k.value)
 def test_error_is_within_its_bound_and_the_cache_is_bit_identical(kind, dtype, tmp_path):
     need(kind)
     x, reads = torch.randn(6, 32).to(dtype), []
@@ -66,7 +66,7 @@ def test_error_is_within_its_bound_and_the_cache_is_bit_identical(kind, dtype, t
     first, second = Quantiser({"m": kind}, tmp_path / "c"), Quantiser({"m": kind}, tmp_path / "c")
     made, kept = first.load("m", where, ["0"]), second.load("m", where, ["0"])
     assert len(reads) == 1, "the second start reads no full-precision weights"
-    error, bytes_a_weight = PROMISE[kind]
+    error, bytes_a_weight = BOUNDS[kind]
     with torch.no_grad():
         output = made(x).float()
         assert torch.equal(output, kept(x).float())
@@ -78,7 +78,7 @@ def test_error_is_within_its_bound_and_the_cache_is_bit_identical(kind, dtype, t
     assert type(kept[0]) is nn.Linear and kept[0].weight.dtype is dtype
 
 
-@pytest.mark.parametrize("kind", PROMISE, ids=lambda k: k.value)
+@pytest.mark.parametrize("kind", BOUNDS, ids=lambda k: k.value)
 def test_gradients_pass_through_after_an_evaluation(kind, tmp_path):
     """bitsandbytes once repacked its weights in evaluation mode, which made later training fail."""
     need(kind)

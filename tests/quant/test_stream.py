@@ -60,8 +60,8 @@ def source(name: str, folder: Path, dtype: torch.dtype, streams: bool) -> Source
         return files.freeze_to(kind.from_pretrained(folder, use_safetensors=True, **dtypes), device)
 
     shards = tuple(sorted(folder.glob("*.safetensors")))
-    bones = (lambda: meta_init.build(kind, folder, dtype)) if streams else None
-    return Source(read, lambda: files.on_meta(kind, folder), shards, dtype, CPU, None, bones)
+    build_on_meta = (lambda: meta_init.build(kind, folder, dtype)) if streams else None
+    return Source(read, lambda: files.on_meta(kind, folder), shards, dtype, CPU, None, build_on_meta)
 
 
 def save(name: str, folder: Path) -> Path:

@@ -62,17 +62,17 @@ def iou(found: np.ndarray, truth: np.ndarray) -> float:
 def test_grabcut_finds_toybox_subjects() -> None:
     """Known masks: IoU above .75 for each subject, above .85 on average, and better than the best centred discs."""
     finish = Finish(largest_only=True, fill_holes=True)
-    scores, blind = {}, []
+    scores, baseline = {}, []
     y, x = np.mgrid[:192, :192] / 192 - 0.5
     for name in SUBJECTS:
         drawn = subject_photos(name, 2, (192, 192))
         truths = [np.asarray(photo.mask) > 127 for photo in drawn]
         masks = [finish.of(grabcut(np.asarray(photo.image))) for photo in drawn]
         scores[name] = np.mean([iou(mask > 127, truth) for mask, truth in zip(masks, truths, strict=True) if mask is not None])
-        blind += [max(iou(x**2 + y**2 < r**2, truth) for r in (0.2, 0.25, 0.3, 0.35, 0.4)) for truth in truths]
+        baseline += [max(iou(x**2 + y**2 < r**2, truth) for r in (0.2, 0.25, 0.3, 0.35, 0.4)) for truth in truths]
     print({name: f"{score:.3f}" for name, score in scores.items()}, f"mean {np.mean(list(scores.values())):.3f}")
     assert min(scores.values()) > 0.75
-    assert np.mean(list(scores.values())) > max(0.85, float(np.mean(blind)))
+    assert np.mean(list(scores.values())) > max(0.85, float(np.mean(baseline)))
 
 
 def test_grabcut_is_deterministic_and_stays_in_its_rectangle() -> None:

@@ -173,9 +173,9 @@ def test_run_appears_in_the_browser_during_training(small, tmp_path, monkeypatch
     monkeypatch.setenv("DREAMBOOTH_WATCH_TOKEN", TOKEN)
     with serving() as url, browser.chromium(tmp_path / "profile") as page:
         page.get(url.replace("http://", f"http://me:{TOKEN}@"))
-        evil = "<img src=x onerror=alert(1)><script>document.title='owned'</script>"
-        assert post(url, image_message(run=evil, prompt=evil)).status_code == 204
-        assert post(url, numbers([1, evil, 2.0], run=evil)).status_code == 204
+        untrusted = "<img src=x onerror=alert(1)><script>document.title='owned'</script>"
+        assert post(url, image_message(run=untrusted, prompt=untrusted)).status_code == 204
+        assert post(url, numbers([1, untrusted, 2.0], run=untrusted)).status_code == 204
         words = ["webhook=watch", f"webhook.receivers.watch.url={url}/hook", "preview.enabled=true"]
         for name in ("first", "second"):
             run(lab.compose(*small, *words, "trainer.max_steps=3"), tmp_path / name)
@@ -184,7 +184,7 @@ def test_run_appears_in_the_browser_during_training(small, tmp_path, monkeypatch
         while page.execute_script(drawn) < 8 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert page.execute_script("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == [
-            evil,
+            untrusted,
             "first",
             "second",
         ]
