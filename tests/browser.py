@@ -1,4 +1,4 @@
-"""A headless Chromium that looks at pages, where one is installed."""
+"""A headless Chromium for testing pages, if one is installed."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def chromium(profile: Path) -> Iterator[Any]:
         browser.quit()
 
 
-def look(browser: Any, size: tuple[int, int], picture: Path) -> dict[str, int]:
-    """Lay the open page out at a size in px, and keep a picture of the whole of it."""
+def look(browser: Any, size: tuple[int, int], screenshot: Path) -> dict[str, int]:
+    """Set the window size in px, save a screenshot of the whole page, and measure it."""
     width, height = size
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -52,11 +52,11 @@ def look(browser: Any, size: tuple[int, int], picture: Path) -> dict[str, int]:
     found = browser.execute_script(LOOK)
     whole = browser.execute_script("return document.documentElement.scrollHeight")
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics | {"height": min(int(whole), 12000)})
-    browser.save_screenshot(str(picture))
+    browser.save_screenshot(str(screenshot))
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     return found
 
 
 def complaints(browser: Any) -> list[str]:
-    """What the console says since it was last asked."""
+    """Console messages since the last call."""
     return [entry["message"] for entry in browser.get_log("browser")]

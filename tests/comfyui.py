@@ -1,4 +1,4 @@
-"""The layer names that ComfyUI looks for in a LoRA's file, restated from its rules: it maps its own modules to diffusers' names,
+"""The layer names that ComfyUI accepts in a LoRA file, restated from its rules: it maps its own modules to diffusers' names,
 dots as underscores, behind a prefix."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ FEED = ("ff_net_0_proj", "ff_net_2", "ff_context_net_0_proj", "ff_context_net_2"
 
 
 def unet_names(depths: tuple[int, ...], middle: int, resnets: int) -> set[str]:
-    """Of SD 1.x, 2.x, SDXL and its refiner.
+    """Names of SD 1.x, 2.x, SDXL and its refiner.
 
     Args:
         depths: transformer blocks of each attention, down block by down block.
@@ -36,12 +36,12 @@ def unet_names(depths: tuple[int, ...], middle: int, resnets: int) -> set[str]:
 
 
 def text_names(prefix: str, layers: int) -> set[str]:
-    """Of a CLIP text encoder: `te` where a model has one, `te1` and `te2` where it has two."""
+    """Names of a CLIP text encoder: `te` where a model has one, `te1` and `te2` where it has two."""
     return {f"lora_{prefix}_text_model_encoder_layers_{layer}_{part}" for layer in range(layers) for part in CLIP}
 
 
 def sd3_names(blocks: int, dual: int = 0) -> set[str]:
-    """Of SD3 and 3.5: so many joint blocks, the first `dual` of them with a second attention."""
+    """Names of SD3 and 3.5: `blocks` joint blocks, the first `dual` of them with a second attention."""
     names = {f"{i}_attn_{part}" for i in range(blocks) for part in JOINT}
     names |= {f"{i}_{part}" for i in range(blocks) for part in FEED}
     names |= {f"{i}_attn2_{part}" for i in range(dual) for part in JOINT[:4]}
@@ -49,6 +49,6 @@ def sd3_names(blocks: int, dual: int = 0) -> set[str]:
 
 
 def flux_names(double: int, single: int) -> set[str]:
-    """Of FLUX.1 and Chroma."""
+    """Names of FLUX.1 and Chroma."""
     alone = ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp", "proj_out")
     return sd3_names(double) | {f"lora_transformer_single_transformer_blocks_{i}_{part}" for i in range(single) for part in alone}

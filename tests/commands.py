@@ -1,7 +1,7 @@
 """The program's command line in processes of its own, started by `multiprocessing`'s fork server.
 
-The server imports torch and the libraries once; a process that it forks begins at once. Nothing else is shared: each has its own
-words, folder, environment, signal handlers and output.
+The server imports torch and the libraries once, so a forked process starts immediately. Nothing else is shared: each has its own
+arguments, folder, environment, signal handlers and output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """Below 0: the signal that ended it."""
+        """Negative: the signal that ended it."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
@@ -65,19 +65,19 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it wrote to stdout and stderr, once it has ended."""
+        """Its stdout and stderr, after it has ended."""
         self.wait(timeout)
         out, err = (path.read_text(encoding="utf-8") if path.exists() else "" for path in self._files)
         return out, err
 
 
 def start(*words: str, cwd: Path, env: Mapping[str, str] | None = None, module: str = "dreambooth_lab") -> Process:
-    """`python -m MODULE WORDS` in a folder."""
+    """Start `python -m MODULE ARGUMENTS` in a folder."""
     return Process(words, cwd, os.environ if env is None else env, module)
 
 
 def call(*words: str, cwd: Path, timeout: float = 300, module: str = "dreambooth_lab") -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
+    """Run a command to its end."""
     process = start(*words, cwd=cwd, module=module)
     try:
         out, err = process.communicate(timeout)
@@ -109,7 +109,7 @@ def kill_at(step: int, words: Sequence[str], cwd: Path) -> Path:
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Equal to the bit, tensor by tensor."""
+    """Assert that all tensors are bit-identical."""
     assert a.keys() == b.keys() and a
     for key in a:
         if isinstance(a[key], dict):
@@ -119,7 +119,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def _main(words: tuple[str, ...], cwd: str, env: dict[str, str], module: str, out: str, err: str) -> None:
-    """In the new process: become the command."""
+    """Run the command in the new process."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

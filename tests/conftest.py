@@ -23,7 +23,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Name of a tiny family → its checkpoint's folder, made when first asked for."""
+    """Name of a tiny family → its checkpoint's folder, created on first use."""
     import tiny_families
 
     root = tmp_path_factory.mktemp("families")
@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three squares and two tall pictures: two buckets."""
+    """Three square and two tall photos: two buckets."""
     import tiny
 
     return tiny.save_photos(tmp_path_factory.mktemp("photos"), [(80, 80), (90, 90), (100, 100), (60, 120), (50, 100)])
@@ -47,7 +47,7 @@ def class_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(tiny_sdxl: Path, photos: Path, class_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of a run of seconds on the tiny model: teacher prior, two buckets."""
+    """Overrides of a run on the tiny model that takes seconds: teacher prior, two buckets."""
     return [
         "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", "model.tae=null",
         "model.resolution=64",

@@ -1,4 +1,4 @@
-"""Child processes without a new interpreter: seconds are dear."""
+"""Forked child processes, to save the start of an interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def fork(work: Callable[[], object]) -> int:
-    """The id of a child that does `work` and ends; one that hangs is ended by its alarm."""
+    """Fork a child that calls `work` and exits; returns its id. An alarm ends a child that hangs."""
     child = os.fork()
     if child:
         return child
@@ -21,5 +21,5 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def ended(child: int) -> int:
-    """A child's exit status once it has ended; below 0: the signal that ended it."""
+    """Wait for a child; returns its exit status, or the negative signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,4 +1,4 @@
-"""What other programs do with a LoRA's file, restated from their rules: which of its keys they read, and where they list it."""
+"""How other programs read a LoRA file, restated from their rules: which keys they read, and where they list it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def original_names(depths: tuple[int, ...], middle: int, resnets: int) -> set[st
 
 
 def a1111(name: str) -> str:
-    """What A1111 makes of a layer's name in a file: Stable Diffusion's own, without `diffusion_model`."""
+    """A1111's conversion of a layer's name in a file: Stable Diffusion's name without `diffusion_model`."""
     layer = name.removeprefix("lora_unet_")
     if found := re.fullmatch(r"(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)", layer):
         block, place, rest = int(found[2]), int(found[4]), found[5]
@@ -77,7 +77,7 @@ TWO_STREAMS = [f"attn.{part}" for part in map(dotted, JOINT)]
 FLUX2 = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 QWEN = [f"{mlp}.net.{end}" for mlp in ("img_mlp", "txt_mlp") for end in ("0.proj", "2")]
 Z_IMAGE = [f"attention.{part}" for part in map(dotted, JOINT[:4])] + [f"feed_forward.w{i}" for i in (1, 2, 3)]
-COMFYUI: dict[str, set[str]] = {  # the names that it looks for, of real sizes
+COMFYUI: dict[str, set[str]] = {  # the accepted names, of full-size models
     **{name: unet_names(*sizes) for name, sizes in UNETS.items()},
     "sd3": sd3_names(24),
     "sd35_medium": sd3_names(24, dual=13),
@@ -90,7 +90,7 @@ COMFYUI: dict[str, set[str]] = {  # the names that it looks for, of real sizes
     "flux2_klein": blocks({"transformer_blocks": 5}, [*TWO_STREAMS, *FLUX2])
     | blocks({"single_transformer_blocks": 20}, ["attn.to_qkv_mlp_proj", "attn.to_out"]),
 }
-INVOKE = {  # its expressions of whole names; of SDXL it takes diffusers' names or the original ones, and refuses both together
+INVOKE = {  # its regular expressions; for SDXL it accepts diffusers' names or the original ones, but not both together
     "sd15": r"lora_(unet|te)_.*", "sd21": r"lora_(unet|te)_.*",
     "sdxl": r"lora_unet_(?!input_blocks|middle_block|output_blocks).*|lora_te[12]_.*",
     "flux": r"lora_transformer_(single_transformer_blocks|transformer_blocks)_\d+_\w+|lora_te1_text_model_encoder_layers_\d+_.*",
@@ -114,17 +114,17 @@ def _invoke_unread(name: str, keys: set[str]) -> set[str]:
     return {key for key in keys if not re.fullmatch(INVOKE[name], key)}
 
 
-UNREAD: dict[str, Callable[[str, set[str]], set[str]]] = {  # program → of a model, the names that it leaves out
+UNREAD: dict[str, Callable[[str, set[str]], set[str]]] = {  # program → the names of a model that it does not read
     "ComfyUI": _comfyui_unread,
     "Forge": _comfyui_unread,  # a copy of ComfyUI's tables
-    "sd-scripts": _comfyui_unread,  # diffusers' names, which it turns into the original ones of SDXL
+    "sd-scripts": _comfyui_unread,  # diffusers' names, which it converts to SDXL's original names
     "A1111": _a1111_unread,
     "InvokeAI": _invoke_unread,
 }
 
 
 def a1111_version(header: Mapping[str, str]) -> str:
-    """Under which base models A1111 shows a file."""
+    """The base models under which A1111 lists a file."""
     if header.get("ss_base_model_version", "").startswith("sdxl_"):
         return "SDXL"
     if header.get("ss_v2") == "True":
@@ -133,7 +133,7 @@ def a1111_version(header: Mapping[str, str]) -> str:
 
 
 def forge_version(header: Mapping[str, str]) -> str:
-    """The same of Forge."""
+    """The base models under which Forge lists a file."""
     architecture = header.get("modelspec.architecture", "")
     if "black-forest-labs/flux" in header.get("modelspec.implementation", "") or architecture == "flux-1-dev/lora":
         return "Flux"

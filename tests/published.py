@@ -1,4 +1,4 @@
-"""The settings of the families' denoisers as they were published, restated."""
+"""The published settings of the families' denoisers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ PUBLISHED: dict[str, tuple[Any, dict[str, Any], float]] = {
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "projection_dim": 1280}
-TEXT: dict[str, dict[str, dict[str, Any]]] = {  # of the text encoders, what the denoiser notices
+TEXT: dict[str, dict[str, dict[str, Any]]] = {  # settings of the text encoders that affect the denoiser
     "sd15": {"text_encoder": CLIP_L},
     "sdxl": {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
     "flux": {"text_encoder": CLIP_L, "text_encoder_2": {"d_model": 4096}},

@@ -1,4 +1,4 @@
-"""SimpleTuner's own three sample files, word for word; only the folders are put where a test has them."""
+"""SimpleTuner's three example dataset files, verbatim except for the folders."""
 
 from __future__ import annotations
 
@@ -127,13 +127,13 @@ REFINER = """
 
 
 def write(path: Path, text: str, root: Path) -> Path:
-    """A sample with /training moved to `root`."""
+    """Write an example with /training replaced by `root`."""
     path.write_text(text.replace("/training", str(root)))
     return path
 
 
 def entry(folder: Path, **changes: object) -> dict[str, object]:
-    """A small entry that is right; a change to None leaves a key out."""
+    """A small valid entry; a change to None removes a key."""
     made = {"id": "photos", "type": "local", "instance_data_dir": str(folder), "caption_strategy": "instanceprompt",
             "instance_prompt": "a photo of sks dog", "resolution": 64, "resolution_type": "pixel_area"} | changes  # fmt: skip
     return {key: value for key, value in made.items() if value is not None}

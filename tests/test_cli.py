@@ -1,4 +1,4 @@
-"""The command line as a user types it."""
+"""The command line, run in processes of its own."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ BANK = ["prior=bank", "prior.path=null", "prior.source=generated", "prior.genera
 @pytest.mark.parametrize(
     "more", [[], *(pytest.param(words, marks=pytest.mark.slow) for words in (ROLLOUT, BANK))], ids=["plain", "rollout", "bank"]
 )
-def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, more):
-    """Dropout, accumulation, clipping, cosine, EMA, validation: killed between checkpoints, in mid-accumulation."""
+def test_killed_run_resumes_bit_for_bit(small, tmp_path, more):
+    """Dropout, accumulation, clipping, cosine, EMA, validation: killed between checkpoints, during accumulation."""
     words = [
         *small, "adapter.dropout=0.3", "trainer.accumulate_grad_batches=2", "optimizer.schedule=cosine", "trainer.max_steps=24",
         "checkpoint.every_n_steps=3", "validation.every_n_steps=8", "dataset.flip=true", "dataset.caption_dropout=0.2",
@@ -42,7 +42,7 @@ def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, more):
     assert done.returncode == 0, done.stderr
     kill_at(8, words, broken)
     (run,) = broken.glob("runs/*")
-    assert RunFolder(run).newest()[1] < 24, "it was killed in time"
+    assert RunFolder(run).newest()[1] < 24, "it was killed before its end"
     resumed = call(f"resume={run.relative_to(broken)}", cwd=broken)
     assert resumed.returncode == 0, resumed.stderr
     assert list(broken.glob("runs/*")) == [run], "a resumed run stays in its folder"
@@ -58,8 +58,8 @@ def test_a_killed_run_goes_on_bit_for_bit(small, tmp_path, more):
         assert grid.read_bytes() == lab.load(theirs.root).images[step].read_bytes()
 
 
-def test_the_command_of_the_first_page_runs_from_end_to_end(tiny_sdxl, tmp_path):
-    """`model=sdxl quant=int8 rollout.enabled=true`, with all else as it ships but for size: bfloat16, the shipped photos."""
+def test_readme_command_runs_end_to_end(tiny_sdxl, tmp_path):
+    """`model=sdxl quant=int8 rollout.enabled=true`, with all other defaults except sizes: bfloat16, the shipped photos."""
     small = [f"model.pretrained={tiny_sdxl}", "model.resolution=64", "trainer.max_steps=4", "rollout.ramp_steps=0",
              "validation.num_inference_steps=2", "validation.num_images=1"]  # fmt: skip
     done = call("model=sdxl", "quant=int8", "rollout.enabled=true", *small, cwd=tmp_path)
@@ -75,7 +75,7 @@ def test_the_command_of_the_first_page_runs_from_end_to_end(tiny_sdxl, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_can_be_made_longer(small, tmp_path):
+def test_resumed_run_can_be_extended(small, tmp_path):
     quick = [*small, "validation.every_n_steps=0"]
     for words in ([*quick, "trainer.max_steps=4", "name=short"], [*quick, "trainer.max_steps=9", "name=long"]):
         assert call(*words, cwd=tmp_path).returncode == 0
@@ -85,7 +85,7 @@ def test_a_run_can_be_made_longer(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_multirun_over_prompts_leaves_two_whole_runs(small, tmp_path):
+def test_multirun_over_prompts_writes_two_complete_runs(small, tmp_path):
     sweep = 'dataset.instance_prompt="a photo of sks dog","a photo of zwx dog"'
     done = call("-m", *[w for w in small if "instance_prompt" not in w], sweep, "trainer.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_multirun_over_prompts_leaves_two_whole_runs(small, tmp_path):
     assert len({r.folder.root.parent for r in runs}) == 1
 
 
-def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
+def test_refused_job_does_not_stop_other_jobs(small, tmp_path, photos):
     empty = tmp_path / "empty"
     empty.mkdir()
     words = [w for w in small if not w.startswith("dataset.path")]
@@ -118,7 +118,7 @@ def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["model=sdxl", "quant=int8", "adapter=full", "dataset.path=."], "needs the weights themselves"),
         (
@@ -128,9 +128,9 @@ def test_one_refused_job_does_not_lose_the_others(small, tmp_path, photos):
         (["resume=."], "is not a run folder"),
     ],
 )
-def test_refusals_are_short_and_leave_nothing(words, said, tmp_path):
+def test_refused_configurations_print_short_errors_and_write_no_files(words, message, tmp_path):
     done = call(*words, cwd=tmp_path)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("runs/*"))
 
 

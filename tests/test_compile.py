@@ -1,4 +1,4 @@
-"""torch.compile of the blocks: the same losses, for every kind of adapter that may be on them."""
+"""torch.compile of the blocks gives the same losses, for every kind of adapter."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = [
     ],
     ids=["lora and rollout", "int8 and checkpointing", "locon", "T-LoRA"],
 )
-def test_compiled_blocks_train_alike(words, small, tmp_path):
-    """Three steps with the teacher and pictures; two shapes of pictures come by."""
+def test_compiled_blocks_train_like_eager_blocks(words, small, tmp_path):
+    """Three steps with the teacher and validation, on images of two shapes."""
     words = [*small, *words, "trainer.max_steps=3", "optimizer.lr=1e-3"]
     run(lab.compose(*words), tmp_path / "plain")
     run(lab.compose(*words, "model.compile=true"), tmp_path / "compiled")

@@ -25,13 +25,13 @@ def problems(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_the_readme_command_composes():
+def test_readme_command_composes():
     cfg = lab.compose("model=sdxl", "quant=int8", "rollout.enabled=true")
     assert cfg.quant.kind.name == "int8" and cfg.rollout.enabled
 
 
 @pytest.mark.parametrize("path", sorted(conf_dir().glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
-def test_every_option_of_every_group_fits_the_schema(path):
+def test_all_group_options_fit_the_schema(path):
     if path.parent.name == "pretrain":
         pytest.skip("the configuration of another program")
     cfg = lab.compose(
@@ -42,7 +42,7 @@ def test_every_option_of_every_group_fits_the_schema(path):
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
-def test_a_good_config_passes(photos):
+def test_valid_config_passes(photos):
     check(lab.compose("model=sdxl", f"dataset.path={photos}", PROMPT))
 
 
@@ -54,7 +54,7 @@ def test_a_good_config_passes(photos):
         (["dataset.caption=textfile", "dataset.prepend_instance_prompt=true"], "'dataset.instance_prompt=a photo of ohwx dog'"),
     ],
 )
-def test_a_prompt_is_asked_for_with_the_line_to_add_and_never_invented(photos, more, line):
+def test_missing_instance_prompt_is_an_error_with_the_line_to_add(photos, more, line):
     words = ["model=sdxl", f"dataset.path={photos}", *more]
     with pytest.raises(ConfigError) as caught:
         check(lab.compose(*words))
@@ -62,14 +62,14 @@ def test_a_prompt_is_asked_for_with_the_line_to_add_and_never_invented(photos, m
     check(lab.compose(*words, line.strip("'")))
 
 
-def test_photos_that_have_captions_need_no_prompt(photos):
+def test_photos_with_captions_need_no_instance_prompt(photos):
     own = [f"dataset.path={photos}", "dataset.caption=textfile"]
     check(lab.compose(*own, "validation.prompts=[a dog, a cat]"))
     with pytest.raises(ConfigError, match=r"validation\.prompts is empty"):
         check(lab.compose(*own))
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_at_once():
     text = problems(
         "rollout.num_steps=0",
         "+dataset.bathc_size=2",
@@ -77,13 +77,13 @@ def test_all_problems_come_at_once():
         "adapter.alpha=1",
         "prior=teacher",
     )
-    for said in ("dataset.path has no value", "rollout.num_steps is 0", "did you mean dataset.batch_size",
+    for message in ("dataset.path has no value", "rollout.num_steps is 0", "did you mean dataset.batch_size",
                  "adapter.rank is 0; it must be at least 1", "prior.path is null", "prior.prompt is empty"):  # fmt: skip
-        assert said in text
+        assert message in text
     assert text.startswith("6 problem(s)")
 
 
-def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
+def test_relative_paths_are_resolved_independently_of_the_working_directory(photos, monkeypatch):
     monkeypatch.chdir(photos.parent)
     cfg = resolve_paths(lab.compose(f"dataset.path={photos.name}", "model.pretrained=owner/name", "cache=new"))
     assert cfg.dataset.path == str(photos) and cfg.cache == str(photos.parent / "new")
@@ -91,7 +91,7 @@ def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("dataset.path=/no/such/folder", "which does not exist"),
         ("model.pretrained=./nowhere", "model.pretrained is './nowhere'"),
@@ -153,11 +153,11 @@ def test_local_paths_mean_the_same_from_any_folder(photos, monkeypatch):
         ("dataset.path='${.path}'", "which can't be used: Recursive"),
     ],
 )
-def test_bad_values_are_refused_with_their_key(override, said):
-    assert said in problems("dataset.path=.", override)
+def test_bad_values_are_refused_with_their_key(override, message):
+    assert message in problems("dataset.path=.", override)
 
 
-def test_prompts_that_no_caption_takes_up_are_refused():
+def test_unused_prompts_are_refused():
     words = ["dataset.path=.", "dataset.prompts=[a,b]", "dataset.caption=filename", "validation.prompts=[a]"]
     assert "dataset.caption=filename ignores it" in problems(*words)
     check(lab.compose("model=sdxl", "dataset=folder", *words, "dataset.prepend_instance_prompt=true"))
@@ -167,7 +167,7 @@ CLASS = 'dataset.class_prompt="a photo of a dog"'
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["prior=teacher"], "set prior.path=FOLDER, prior.source=generated"),
         (["prior=teacher", "prior.source=generated", "prior.path=."], "which prior.source=generated does not read"),
@@ -179,11 +179,11 @@ CLASS = 'dataset.class_prompt="a photo of a dog"'
         (["prior.generated.resolution=100"], "prior.generated.resolution is 100; it must be a multiple of 8"),
     ],
 )
-def test_contradictions_are_refused_with_a_way_out(words, said):
-    assert said in problems("dataset.path=.", CLASS, *words)
+def test_contradictory_values_are_refused_with_a_fix(words, message):
+    assert message in problems("dataset.path=.", CLASS, *words)
 
 
-def test_help_is_instant_and_loads_no_torch():
+def test_help_does_not_import_torch():
     code = (
         "import sys, runpy; sys.argv = ['dreambooth_lab', '--help']\n"
         "try: runpy.run_module('dreambooth_lab', run_name='__main__')\n"
@@ -194,7 +194,7 @@ def test_help_is_instant_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "sdxl_refiner" in done.stdout and "dataset.path=PHOTOS" in done.stdout
     assert done.stdout.strip().endswith("NONE")
-    assert time.monotonic() - start < 20  # hangs only; the time itself is in the README
+    assert time.monotonic() - start < 20  # only against hanging
 
 
 def numeric_keys(schema: type = Config, prefix: str = "") -> Iterator[str]:
@@ -226,13 +226,13 @@ def test_numbers_outside_their_range_are_refused(good, key):
         parent, _, field = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
         node = node[0] if isinstance(node, ListConfig) else node
-        with suppress(ValidationError):  # types refuse it sooner
+        with suppress(ValidationError):  # refused by the schema's types
             node[field] = [wrong] if isinstance(node[field], ListConfig) else wrong
-            said = "|".join(text for text in ranges.problems(Reader(cfg)))
-            assert f"{key} is {node[field][0] if isinstance(node[field], ListConfig) else node[field]}; it must be" in said
+            messages = "|".join(text for text in ranges.problems(Reader(cfg)))
+            assert f"{key} is {node[field][0] if isinstance(node[field], ListConfig) else node[field]}; it must be" in messages
 
 
-def test_a_key_that_cant_be_read_is_said_once_and_anchors():
+def test_unreadable_key_is_reported_once_and_paths_are_still_resolved():
     cfg = lab.compose("dataset.path='${nowhere}'", "rollout.num_steps=0", PROMPT)
     with pytest.raises(ConfigError) as caught:
         check(resolve_paths(cfg))

@@ -37,13 +37,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)")
 MODULE = ("python", "-m")
-ELSEWHERE = {  # first words of a line → why it is not run here
+ELSEWHERE = {  # beginning of a line → why it is not run here
     "uv ": "installs", "pip ": "installs", "py ": "Windows", "docker ": "needs docker",
     "python -m venv": "makes an environment", ". .venv/bin/activate": "needs that environment",
     ".venv\\Scripts\\Activate.ps1": "Windows",
     "export DREAMBOOTH_WATCH_TOKEN=": "sets a variable of the shell", "eval ": "changes the shell",
 }  # fmt: skip
-NOT_COMPOSED = {  # words of the program → why
+NOT_COMPOSED = {  # arguments of the program → why
     "--config-dir imported experiment=NAME": "the importer writes it; tests/tools/test_import_simpletuner.py runs it",
 }
 OF_THE_SHELL = (
@@ -54,7 +54,7 @@ OF_THE_SHELL = (
     "preflight=",
     'resume="auto',
     'resume="latest',
-)  # what a configuration has nothing of
+)  # arguments that are not part of a composed configuration
 NOT_RUN = {"load_lora_weights": "needs SDXL's weights; tests/adapter/test_exports.py does the same with tiny ones"}
 
 
@@ -72,7 +72,7 @@ def blocks(*languages: str) -> Iterator[Block]:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Page and words of each command line."""
+    """Page and arguments of each command line."""
     for block in blocks("bash", "powershell"):
         for line in block.text.replace("\\\n", " ").splitlines():
             if line.strip() and not any(line.startswith(word) for word in ELSEWHERE):
@@ -80,7 +80,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def of_module(prefix: str) -> list[tuple[str, str, list[str]]]:
-    """Page, module and words of the commands that start a module whose name begins so, each once."""
+    """Page, module and arguments of the commands that start a module with this prefix, each once."""
     found = {}
     for page, words in commands():
         if tuple(words[:2]) == MODULE and words[2].startswith(prefix):
@@ -94,7 +94,7 @@ TOOLS = of_module("dreambooth_lab.tools")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder in which the names that pages use are there."""
+    """A folder with the files that pages refer to."""
     folder = tmp_path_factory.mktemp("place")
     photos = tiny.save_photos(folder / "PHOTOS", [(40, 40), (40, 50)])
     for name in ("MASKS", "CLASS_PHOTOS", "FOLDER"):
@@ -118,7 +118,7 @@ def place(tmp_path_factory) -> Path:
 
 @cache
 def chosen(groups: tuple[str, ...]) -> DictConfig:
-    """The configuration with these options of groups."""
+    """The configuration with these group options, cached."""
     return lab.compose(*groups)
 
 
@@ -127,10 +127,10 @@ def composed(words: Sequence[str]) -> None:
     read = [word for word in as_hydra_reads(words) if not word.startswith(OF_THE_SHELL)]
     jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(read), None)[0] if "-m" in words else [read]
     for job in {tuple(jobs[0]), tuple(jobs[-1])}:
-        said = OverridesParser.create().parse_overrides(list(job))
-        of_groups = tuple(one.input_line for one in said if one.key_or_group in help.groups())
+        overrides = OverridesParser.create().parse_overrides(list(job))
+        of_groups = tuple(one.input_line for one in overrides if one.key_or_group in help.groups())
         cfg = copy.deepcopy(chosen(of_groups))
-        for one in said:
+        for one in overrides:
             if one.input_line not in of_groups:
                 OmegaConf.update(cfg, one.key_or_group, one.value(), force_add=one.is_add())
         check(cfg)
@@ -142,7 +142,7 @@ def shape(words: Sequence[str]) -> str:
 
 
 @pytest.mark.parametrize("words", {shape(words): words for _, words in PROGRAM}.values(), ids=lambda words: " ".join(words)[:60])
-def test_the_programs_commands_can_be_composed(words, place, monkeypatch):
+def test_documented_run_commands_compose(words, place, monkeypatch):
     monkeypatch.chdir(place)
     if " ".join(words) in NOT_COMPOSED:
         return
@@ -155,12 +155,14 @@ def test_the_programs_commands_can_be_composed(words, place, monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "module", "words"), TOOLS, ids=[f"{module[21:]}-{i}" for i, (_, module, _) in enumerate(TOOLS)])
-def test_the_tools_commands_are_parsed(page, module, words, place, monkeypatch):
+def test_documented_tool_commands_parse(page, module, words, place, monkeypatch):
     monkeypatch.chdir(place)
-    asked = parsed(module, words).params
+    params = parsed(module, words).params
     if module.endswith("generate"):
         generate.read(words)
-    elif overrides := asked.get("overrides") or asked.get("words") if not module.endswith("rare_tokens") else asked["overrides"]:
+    elif (
+        overrides := params.get("overrides") or params.get("words") if not module.endswith("rare_tokens") else params["overrides"]
+    ):
         composed(overrides)
 
 
@@ -170,7 +172,7 @@ def parsed(module: str, words: list[str]) -> click.Context:
     if hasattr(loaded, "__path__"):
         loaded = importlib.import_module(f"{module}.__main__")
     app = getattr(loaded, "application", None) or getattr(loaded, "app", None)
-    if app is None:  # it takes the words of a run alone
+    if app is None:  # it takes only a run's overrides
         return click.Context(click.Command(module), info_name=module, obj=composed(words))
     command = typer.main.get_command(app)
     context = command.make_context(module, list(words))
@@ -180,7 +182,7 @@ def parsed(module: str, words: list[str]) -> click.Context:
     return inner.make_context(name, rest, parent=context)
 
 
-def test_other_lines_start_what_is_there():
+def test_other_documented_commands_exist():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for page, words in commands():
         if tuple(words[:2]) == MODULE:
@@ -199,7 +201,7 @@ def test_python_blocks_run(place, monkeypatch):
             exec(code, {})
 
 
-def test_blocks_say_their_language_and_data_can_be_read():
+def test_code_blocks_name_their_language_and_yaml_blocks_parse():
     for block in blocks():
         assert block.language in ("bash", "powershell", "python", "yaml", "text"), block
     for block in blocks("yaml"):
@@ -209,14 +211,14 @@ def test_blocks_say_their_language_and_data_can_be_read():
         assert indented is None, f"{page}: a block that no test sees: {indented[0]}"
 
 
-def test_lists_of_what_is_not_run_hold_nothing_else():
+def test_exclusion_lists_have_no_unused_entries():
     lines = [line for block in blocks("bash", "powershell") for line in block.text.splitlines()]
     assert all(any(line.startswith(word) for line in lines) for word in ELSEWHERE)
-    assert all(any(words == shlex.split(said) for _, words in PROGRAM) for said in NOT_COMPOSED)
+    assert all(any(words == shlex.split(command) for _, words in PROGRAM) for command in NOT_COMPOSED)
     assert all(any(word in block.text for block in blocks("python")) for word in NOT_RUN)
 
 
-def test_keys_and_options_that_pages_name_exist():
+def test_documented_keys_and_options_exist():
     known = help.groups()
     of_generate = {field.name for field in fields(generate.GenerateArgs)} - {"model"}
     names = {page: set(re.findall(r"`([a-z_]+(?:\.\w+)*(?:=[^`]*)?)`", page.read_text(encoding="utf-8"))) for page in PAGES}
@@ -234,7 +236,7 @@ def test_keys_and_options_that_pages_name_exist():
                     assert kind_of(name) is not None, (page.name, part)
 
 
-def test_simpletuners_options_are_those_that_its_importer_reads():
+def test_documented_simpletuner_options_are_read_by_the_importer():
     section = (ROOT / "docs" / "coming-from.md").read_text().split("| SimpleTuner | here |")[1].split("##")[0]
     cells = " ".join(row.split("|")[1] for row in section.splitlines() if row.startswith("| `"))
     read = importlib.import_module(f"{import_simpletuner.__name__}.options").OPTIONS
@@ -243,12 +245,12 @@ def test_simpletuners_options_are_those_that_its_importer_reads():
     assert set(re.findall(r"`([^`]+)`", cells)) - of_data_files - families <= set(read)
 
 
-def test_files_go_where_the_exports_own_card_says():
-    """The page names the file of a run called `dreambooth`, and of a word `ohwx`."""
+def test_documented_file_locations_match_the_export_card():
+    """The page names the files of a run called `dreambooth` with the token `ohwx`."""
     page = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
-    said = [text.format(name="dreambooth") for text in card_files.COPY.values()]
-    said += [text.format(file="embeddings/ohwx.safetensors", stem="ohwx", word="ohwx") for text in card_files.SAY.values()]
-    assert {span for text in said for span in re.findall(r"`[^`]+`", text) if span not in page} == set()
+    texts = [text.format(name="dreambooth") for text in card_files.COPY.values()]
+    texts += [text.format(file="embeddings/ohwx.safetensors", stem="ohwx", word="ohwx") for text in card_files.SAY.values()]
+    assert {span for text in texts for span in re.findall(r"`[^`]+`", text) if span not in page} == set()
 
 
 @pytest.fixture(scope="module")
@@ -256,27 +258,27 @@ def site(tmp_path_factory) -> Path:
     return runpy.run_path(str(ROOT / "docs" / "build.py"))["stage"](tmp_path_factory.mktemp("site") / "build" / "docs")
 
 
-def test_the_reference_has_every_key_with_its_comment(site):
+def test_reference_lists_every_key_with_its_comment(site):
     text = "\n".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.md"))
     assert {key for key in all_keys() if f"{{ #{key} }}" not in text} == set()
-    said = (site / "reference" / "dataset.md").read_text(encoding="utf-8")
-    about = said.split("{ #dataset.crop }")[1].split("###")[0]
+    dataset_page = (site / "reference" / "dataset.md").read_text(encoding="utf-8")
+    about = dataset_page.split("{ #dataset.crop }")[1].split("###")[0]
     assert "one of center, random, corner" in about and "default `center`" in about and "position of the crop" in about
-    about = said.split("{ #dataset.path }")[1].split("###")[0]
+    about = dataset_page.split("{ #dataset.path }")[1].split("###")[0]
     assert "folder of the subject's photos" in about and "package:toybox/pictures" in about, (
-        "a comment of folder, a value of toybox"
+        "the comment of folder.yaml, the value of toybox.yaml"
     )
     assert "ablation" not in text and "In the lab log: [" in text
 
 
-def test_relative_links_of_the_repositorys_pages_lead_somewhere():
+def test_relative_links_exist():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "experiments" / "README.md"):
         for link in LINK.findall(page.read_text(encoding="utf-8")):
             if not re.match(r"https?:", link):
                 assert (page.parent / link.partition("#")[0]).exists(), (page.name, link)
 
 
-def test_the_site_builds_without_warnings_and_asks_nothing_of_other_sites(site):
+def test_site_builds_without_warnings_or_external_resources(site):
     pytest.importorskip("zensical")
     shutil.copy(ROOT / "zensical.toml", site.parents[1])
     done = subprocess.run(
@@ -285,5 +287,5 @@ def test_the_site_builds_without_warnings_and_asks_nothing_of_other_sites(site):
     assert done.returncode == 0, done.stdout + done.stderr
     pages = sorted((site.parent / "site").rglob("*.html"))
     assert len(pages) > 40
-    asked = r"""<(?:script|img|link)[^>]*\b(?:src|href)=["'](?:https?:)?//"""
-    assert [page for page in pages if re.search(asked, page.read_text(encoding="utf-8"))] == []
+    external = r"""<(?:script|img|link)[^>]*\b(?:src|href)=["'](?:https?:)?//"""
+    assert [page for page in pages if re.search(external, page.read_text(encoding="utf-8"))] == []

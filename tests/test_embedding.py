@@ -40,7 +40,7 @@ def made(small):
         ("a photo of sks dog", None, None),
     ],
 )
-def test_the_rare_word_is_what_the_class_prompt_lacks(instance, kind, word):
+def test_rare_word_is_the_word_missing_from_the_class_prompt(instance, kind, word):
     assert rare_word(instance, kind) == word
 
 
@@ -54,29 +54,29 @@ def test_the_rare_word_is_what_the_class_prompt_lacks(instance, kind, word):
         ("a photo of a dog", False),
     ],
 )
-def test_a_token_is_found_as_the_tokenizer_finds_it(caption, there):
+def test_token_matching_agrees_with_the_tokenizer(caption, there):
     layer = torch.nn.Embedding(3, 2)
     assert TokenEmbedding("sks", [(layer, 1)]).occurs_in(caption) is there
 
 
-def test_an_unlearned_token_means_what_it_meant(made):
+def test_untrained_token_keeps_its_embedding(made):
     module, batch = made
     assert_close(module.conditioning(batch)["prompt_embeds"], batch.cond["prompt_embeds"])
     assert_close(module.conditioning(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])
 
 
-def test_a_learned_token_changes_the_captions_that_have_it_and_no_other(made):
+def test_trained_token_changes_only_captions_that_contain_it(made):
     module, batch = made
     for row in module.text.token.parameters():
         row.data += 1
-    told = module.conditioning(batch)
-    assert (told["prompt_embeds"][batch.instance_rows] - batch.cond["prompt_embeds"][batch.instance_rows]).abs().max() > 1e-2
-    assert torch.equal(told["prompt_embeds"][batch.class_rows], batch.cond["prompt_embeds"][batch.class_rows])
+    cond = module.conditioning(batch)
+    assert (cond["prompt_embeds"][batch.instance_rows] - batch.cond["prompt_embeds"][batch.instance_rows]).abs().max() > 1e-2
+    assert torch.equal(cond["prompt_embeds"][batch.class_rows], batch.cond["prompt_embeds"][batch.class_rows])
     plain = build_family(module.cfg).encode_text(["a photo of a dog"])
     assert torch.equal(module.text.encode(["a photo of a dog"])["prompt_embeds"], plain["prompt_embeds"])
 
 
-def test_gradients_reach_the_token_in_both_encoders_and_nothing_else_there(made):
+def test_gradients_reach_only_the_token_in_both_encoders(made):
     module, batch = made
     for p in module.denoiser.parameters():
         if p.requires_grad:
@@ -86,18 +86,18 @@ def test_gradients_reach_the_token_in_both_encoders_and_nothing_else_there(made)
     assert all(p.grad is None for _, encoder in module.text.pairs for p in encoder.parameters())
 
 
-def test_a_word_of_several_tokens_is_refused(made):
+def test_word_of_several_tokens_is_refused(made):
     with pytest.raises(ConfigError, match=r"'sks' is 3 tokens for the text encoder"):
         made[0].family.token_slots("sks", made[0].text.pairs)
 
 
-def test_an_unclear_word_is_refused(small):
+def test_ambiguous_rare_word_is_refused(small):
     with pytest.raises(ConfigError, match=r"set adapter\.token to it"):
         trained_token(lab.compose(*small, "adapter.train_token=true", "dataset.class_prompt=null"))
     assert trained_token(lab.compose(*small, "adapter.train_token=true", "adapter.token=dog")) == "dog"
 
 
-def test_a_run_learns_exports_and_reloads_its_token(small, tmp_path):
+def test_run_trains_exports_and_reloads_its_token(small, tmp_path):
     run(lab.compose(*small, *TOKEN), tmp_path / "run")
     done = lab.load(tmp_path / "run")
     rows, average = (
@@ -107,7 +107,7 @@ def test_a_run_learns_exports_and_reloads_its_token(small, tmp_path):
     pipeline = done.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
-    picture = pipeline("a photo of q dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    image = pipeline("a photo of q dog", generator=torch.Generator().manual_seed(0), **options).images[0]
     saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
-    difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
+    difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(saved.tobytes()))
     assert difference.abs().max() <= 1

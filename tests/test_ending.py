@@ -1,4 +1,4 @@
-"""The three lines at the end of a run, and runs whose length is said in epochs."""
+"""The three-line summary at the end of a run, and runs with max_epochs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dreambooth_lab.tools import generate
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
-    """A run of two epochs on five photos and their class pictures, with what it said."""
+    """A run of two epochs on five photos and their class images, with its log messages."""
     root = tmp_path_factory.mktemp("ending") / "run"
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("dreambooth_lab")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -39,10 +39,10 @@ def finished(small, tmp_path_factory):
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    return RunFolder(root), said
+    return RunFolder(root), messages
 
 
-def test_a_run_is_as_long_as_its_epochs(finished):
+def test_max_epochs_sets_the_number_of_steps(finished):
     folder, _ = finished
     cfg = folder.saved_config()
     assert cfg.trainer.max_steps == lab.load(folder.root).steps == 10 and cfg.trainer.max_epochs is None
@@ -51,10 +51,10 @@ def test_a_run_is_as_long_as_its_epochs(finished):
         check(lab.compose("trainer.max_epochs=0"))
 
 
-def test_three_lines_say_what_was_learned_what_to_keep_and_how_to_use_it(finished):
-    folder, told = finished
+def test_summary_has_three_lines_for_result_step_and_usage(finished):
+    folder, output = finished
     learned, keep, use = report.summary_lines(folder)
-    assert all(line in told for line in (learned, keep, use))
+    assert all(line in output for line in (learned, keep, use))
     assert learned.startswith("learned: train/loss ") and "eval.path" in learned
     assert keep.startswith("keep: No step is marked as best")
     command, _, copy = use.removeprefix("use: ").partition("; ")
@@ -64,7 +64,7 @@ def test_three_lines_say_what_was_learned_what_to_keep_and_how_to_use_it(finishe
     assert file.is_file() and for_comfyui(folder.export) == file and "ComfyUI/models/loras" in copy
 
 
-def test_numbers_against_the_base_are_said_first_and_the_step_that_was_kept(finished, tmp_path):
+def test_summary_starts_with_change_from_base_and_names_the_kept_step(finished, tmp_path):
     folder = RunFolder(tmp_path)
     folder.config.write_text(finished[0].config.read_text())
     folder.metrics.write_text("step,name,value\n0,eval/loss,0.5\n5,eval/loss,0.25\n9,eval/loss,0.375\n9,train/loss,1.0\n")
@@ -75,7 +75,7 @@ def test_numbers_against_the_base_are_said_first_and_the_step_that_was_kept(fini
     assert "eval/loss was lowest at step 5" in keep and "<" not in keep and f"the files are in {folder.export}" in use
 
 
-def test_the_file_for_comfyui_is_known_by_its_keys(tmp_path):
+def test_comfyui_file_is_detected_by_its_keys(tmp_path):
     assert for_comfyui(tmp_path) is None
     save_file({"unet.a.lora_A.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"broken")
@@ -84,7 +84,7 @@ def test_the_file_for_comfyui_is_known_by_its_keys(tmp_path):
     assert for_comfyui(tmp_path) == tmp_path / "c.safetensors"
 
 
-def test_progress_is_a_line_in_a_log_and_no_bar(finished):
-    _, said = finished
-    (line,) = [one for one in said if one.startswith("step 10 of 10  loss ")]
-    assert "steps/s" in line and "━" not in " ".join(said)
+def test_progress_in_a_log_file_is_plain_lines(finished):
+    _, messages = finished
+    (line,) = [one for one in messages if one.startswith("step 10 of 10  loss ")]
+    assert "steps/s" in line and "━" not in " ".join(messages)

@@ -17,30 +17,30 @@ EXPERIMENTS = sorted((conf_dir().parent / "experiments" / "experiment").glob("*.
 
 
 @pytest.fixture(scope="module")
-def at_home(tmp_path_factory):
-    """Where the pictures of mask_study are, drawn as its header says."""
+def working_directory(tmp_path_factory):
+    """A working directory with the images of mask_study, generated as its header says."""
     folder = tmp_path_factory.mktemp("experiments")
     draw_toybox.write(folder / "at_home", ("in the city",))
     return folder
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_a_pinned_experiment_says_why_and_composes(path, at_home, monkeypatch, tmp_path):
-    """What only the user has, such as photographs, is a folder here."""
-    monkeypatch.chdir(at_home)
+def test_pinned_experiment_states_its_question_and_composes(path, working_directory, monkeypatch, tmp_path):
+    """Keys without a default, such as the photos' folder, are set to an existing folder."""
+    monkeypatch.chdir(working_directory)
     head = path.read_text().split("defaults:")[0]
     assert all(f"# {word}" in head for word in ("Question:", "Cost:", "Expected:"))
     words = [f"experiment={path.stem}", "resume=null"]
-    if "dream" in path.stem:  # its photos are in folders that only the user has
+    if "dream" in path.stem:  # its photos are in folders of the user
         monkeypatch.setenv("DREAMBENCH", str(tmp_path))
         (tmp_path / "dog").mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / "dog" / "0.png")
-    asked = OmegaConf.missing_keys(lab.compose(*words))
-    check(lab.compose(*words, *(f"{key}={tmp_path}" for key in asked)))
+    missing = OmegaConf.missing_keys(lab.compose(*words))
+    check(lab.compose(*words, *(f"{key}={tmp_path}" for key in missing)))
 
 
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if "dream" in path.stem], ids=lambda p: p.stem)
-def test_a_dreambench_sweep_has_the_papers_subjects_and_prompts(path):
+def test_dreambench_sweep_has_the_papers_subjects_and_prompts(path):
     values = lab.compose(f"experiment={path.stem}", "dataset.subject=cat2")
     assert values.dataset.class_prompt == "a photo of a cat" and values.dataset.instance_prompt == "a photo of sks cat"
     assert len(values.validation.prompts) == 25 and "a sks cat in a chef outfit" in values.validation.prompts
@@ -53,7 +53,7 @@ def test_a_dreambench_sweep_has_the_papers_subjects_and_prompts(path):
         check(lab.compose(f"experiment={path.stem}", "dataset.subject=hamster"))
 
 
-def test_the_classes_are_those_of_the_dataset():
+def test_dreambench_classes_match_the_dataset():
     listed = Path(os.environ.get("SUBJECTS", conf_dir().parents[1] / "shared/data/dreambooth")) / "prompts_and_classes.txt"
     if not listed.is_file():
         pytest.skip("the photos of the DreamBooth paper are not here")
@@ -61,13 +61,13 @@ def test_the_classes_are_those_of_the_dataset():
     assert len(pairs) == 30 and dict(pair.split(",") for pair in pairs) == dreambench.CLASSES
 
 
-def test_the_embedded_model_fits_its_package():
+def test_embedded_model_stays_within_its_size_limit():
     files = [path for path in base_folder().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 14_000_000
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}
 
 
-def test_the_demo_runs(tmp_path):
+def test_demo_runs(tmp_path):
     quick = ["trainer.max_steps=2", "validation.num_images=2", "validation.num_inference_steps=2", "trainer.progress=false"]
     run(lab.compose("experiment=demo", *quick, f"cache={tmp_path / 'cache'}"), tmp_path / "run")
     done = lab.load(tmp_path / "run")
@@ -78,6 +78,8 @@ def test_the_demo_runs(tmp_path):
     shown, again = judge_toybox.saved_images(done), judge_toybox.generated_images(done, 2, {})
     for step in (0, 2):
         for a, b in zip(chain(*shown[step]), chain(*again[step]), strict=True):
-            assert np.abs(np.asarray(a, dtype=float) - np.asarray(b)).max() <= 2, "as many sampler steps, the same pictures"
+            assert np.abs(np.asarray(a, dtype=float) - np.asarray(b)).max() <= 2, (
+                "equal numbers of sampler steps give equal images"
+            )
     records = judge_toybox.judge(done, judge_toybox.Judge(), again)
     assert [r["leak"] for r in records if r["step"] == 0] == [0.0] * 2

@@ -1,4 +1,4 @@
-"""Every leaf of the configuration is given what it can't be; each is refused with words or used, and none crashes."""
+"""Every key of the configuration gets invalid values; each is refused with a message or used, and none crashes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def good() -> DictConfig:
 
 
 def groups(key: str) -> list[str]:
-    """Groups that a refusal of a key may name: its own, and those whose keys refer to it."""
+    """Groups that an error about a key may name: its own, and those whose keys refer to it."""
     readers = ["adapter", "optimizer", "sampling"] if key.startswith("model.recommended") else []
     return [key.split(".")[0], "dataset", *readers]
 
@@ -86,7 +86,7 @@ def judge(good: DictConfig, key: str, value: Any) -> str:
 
 
 def holds_absurd(value: Any) -> bool:
-    """A number that nothing should be."""
+    """An absurd number."""
     if isinstance(value, list):
         return any(map(holds_absurd, value))
     return isinstance(value, int | float) and (not math.isfinite(value) or value == ABSURD)
@@ -115,13 +115,13 @@ def fuzz(good: DictConfig, every: int) -> Counter[str]:
     return counts
 
 
-def test_a_sample_of_bad_values_is_refused_or_used(good):
+def test_sampled_bad_values_are_refused_or_used(good):
     counts = fuzz(good, every=41)
     assert counts["refused by types"] and counts["refused by check"] and counts["accepted"]
 
 
 def preflights(good: DictConfig, root: Path, every: int) -> Counter[str]:
-    """What `check` accepts, taken to the tables before training."""
+    """Configurations that `check` accepts, up to the preflight."""
     counts: Counter[str] = Counter()
     wrong = []
     pairs = [(key, value) for key in leaves(good) for value in VALUES if judge(good, key, value) == "accepted"]
@@ -142,7 +142,7 @@ def preflights(good: DictConfig, root: Path, every: int) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_what_is_accepted_comes_to_its_preflight_or_is_refused_there(small, tmp_path, monkeypatch):
+def test_accepted_values_reach_the_preflight_or_are_refused_there(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # cache=banana is a folder
     words = ["validation.num_images=1", "rollout.enabled=true", "adapter.blocks=[{match: a, rank: 1, lr_ratio: 1}]"]
     counts = preflights(lab.compose(*small, *words), tmp_path, every=1)
@@ -150,6 +150,6 @@ def test_what_is_accepted_comes_to_its_preflight_or_is_refused_there(small, tmp_
 
 
 @pytest.mark.slow
-def test_every_bad_value_of_every_leaf_is_refused_or_used(good):
+def test_all_bad_values_of_all_keys_are_refused_or_used(good):
     counts = fuzz(good, every=1)
     assert sum(counts.values()) > 2000

@@ -1,4 +1,4 @@
-"""tools.generate: the pictures a run showed, at every strength, from any of its files."""
+"""tools.generate reproduces a run's validation images, at any strength, from any of its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEARNED = ["adapter.train_token=true", "adapter.token=q", 'dataset.instance_prom
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
-    """Adapter kind → a finished run that also learned the token."""
+    """Adapter kind → a finished run that also trained the token."""
     done = {}
     for kind, words in {"lora": ["adapter.text_encoders=[1,2]"], "lokr": ["adapter=lokr"], "full": ["adapter=full"]}.items():
         root = tmp_path_factory.mktemp("generate") / kind
@@ -38,7 +38,7 @@ def close(path, other) -> int:
 
 
 @pytest.mark.parametrize("kind", ["lora", "lokr", "full"])
-def test_strength_0_is_the_base_model_and_1_what_training_showed(kind, finished, tmp_path):
+def test_strength_0_is_the_base_model_and_1_matches_validation(kind, finished, tmp_path):
     done = finished[kind]
     words = [f"run={done.folder.root}", *FAST, "seeds=2", "strengths=[1,0,0.5,1]", f"out={tmp_path / 'out'}"]
     assert generate(read(words)) == tmp_path / "out" / "grid.png"
@@ -47,7 +47,7 @@ def test_strength_0_is_the_base_model_and_1_what_training_showed(kind, finished,
         made = [tmp_path / "out" / f"{row:02d}_{seed:02d}.png" for row in range(4)]
         assert close(made[0], shown / "step_0000003" / f"00_{seed:02d}.png") <= 1
         assert close(made[1], shown / "step_0000000" / f"00_{seed:02d}.png") <= 1
-        assert close(made[0], made[3]) == 0, "strengths leave nothing behind"
+        assert close(made[0], made[3]) == 0, "strengths leave the weights unchanged"
         assert close(made[2], made[0]) > 1 and close(made[2], made[1]) > 1
 
 
@@ -55,7 +55,7 @@ FILES = [("lora", "dreambooth.safetensors"), ("lora", "."), ("lora", "ema"), ("l
 
 
 @pytest.mark.parametrize(("kind", "file"), FILES)
-def test_a_file_and_its_base_give_the_pictures_of_its_run(kind, file, finished, tiny_sdxl, tmp_path):
+def test_file_and_base_reproduce_the_runs_images(kind, file, finished, tiny_sdxl, tmp_path):
     done = finished[kind]
     alone = shutil.copytree(done.folder.export, tmp_path / "elsewhere")
     if kind == "full":
@@ -65,7 +65,7 @@ def test_a_file_and_its_base_give_the_pictures_of_its_run(kind, file, finished, 
     assert close(by_file, by_run) <= 1
 
 
-def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_path):
+def test_lora_of_another_program_requires_its_base_model(finished, tiny_sdxl, tmp_path):
     save_file(load_file(finished["lora"].folder.export / "dreambooth.safetensors"), tmp_path / "theirs.safetensors")
     words = [f"file={tmp_path / 'theirs.safetensors'}", *FAST, "seeds=1", "resolution=64"]
     with pytest.raises(ConfigError, match="has no configuration in its header; set model=BASE"):
@@ -75,34 +75,39 @@ def test_a_lora_made_elsewhere_needs_its_base_model(finished, tiny_sdxl, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "message"),
     [
         (("dreambooth_lab.adapter.LoRA", "subprocess.Popen"), "subprocess.Popen', which is no Adapter of this project"),
         (("name: dreambooth", "name: ${oc.env:HOME}"), "has interpolations"),
     ],
 )
-def test_a_strangers_file_chooses_no_code_and_reads_no_secret(edit, said, finished, tiny_sdxl, tmp_path):
+def test_untrusted_file_runs_no_code_and_reads_no_secret(edit, message, finished, tiny_sdxl, tmp_path):
     file = finished["lora"].folder.export / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     assert edit[0] in header["config"]
     save_file(load_file(file), tmp_path / "evil.safetensors", header | {"config": header["config"].replace(*edit)})
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         generate(read([f"file={tmp_path / 'evil.safetensors'}", f"model={tiny_sdxl}", "prompt=a dog", f"out={tmp_path / 'out'}"]))
 
 
-def test_pictures_say_how_they_were_made_and_nothing_is_overwritten(finished, tmp_path):
+def test_images_store_their_settings_and_nothing_is_overwritten(finished, tmp_path):
     words = [f"run={finished['lora'].folder.root}", *FAST, "seeds=[3]", "negative=a: b", f"out={tmp_path / 'out'}"]
     first, second = generate(read(words)), generate(read(words))
     assert (first.parent.name, second.parent.name) == ("out", "out_2")
-    said = json.loads(Image.open(first.parent / "00_00.png").info["dreambooth_lab"])
-    assert (said["prompt"], said["seed"], said["strength"], said["negative"]) == ("a photo of q dog", 3, 1.0, "a: b")
+    settings = json.loads(Image.open(first.parent / "00_00.png").info["dreambooth_lab"])
+    assert (settings["prompt"], settings["seed"], settings["strength"], settings["negative"]) == (
+        "a photo of q dog",
+        3,
+        1.0,
+        "a: b",
+    )
 
 
-def test_the_grid_has_a_row_for_each_prompt_and_strength_and_a_column_for_each_seed():
-    asked = [Picture(prompt, strength, seed) for prompt in ("x", "y") for strength in (0.0, 1.0) for seed in (5, 6, 7)]
+def test_grid_has_rows_for_prompts_and_strengths_and_columns_for_seeds():
+    requested = [Picture(prompt, strength, seed) for prompt in ("x", "y") for strength in (0.0, 1.0) for seed in (5, 6, 7)]
     made = [Image.new("RGB", (64, 48), (10 * i, 0, 0)) for i in range(12)]
-    sheet = grid(asked, made, 3)
+    sheet = grid(requested, made, 3)
     line = (sheet.height - 4 * 48) // 5
     assert sheet.width == 3 * 64
     for i in range(12):
@@ -111,14 +116,14 @@ def test_the_grid_has_a_row_for_each_prompt_and_strength_and_a_column_for_each_s
     assert len(sheet.crop((0, 0, 64, line)).getcolors()) > 1, "the seed is written over its column"
 
 
-def test_words_are_read_as_they_were_typed():
+def test_arguments_are_read_as_typed():
     ask = read(["run=r", "prompt=a photo: of, [sks] dog", "seeds=[4,2]", "strengths=0.5", "ema=true"])
     assert (ask.prompt, ask.seeds, ask.strengths, ask.ema) == (["a photo: of, [sks] dog"], [4, 2], [0.5], True)
     assert read(["run=r", 'prompt=["a, b", c]']).prompt == ["a, b", "c"] and GenerateArgs().out == "generated"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["prompt=x"], "either run=FOLDER or file=EXPORT"),
         (["run=a", "file=b", "prompt=x"], "either run=FOLDER or file=EXPORT"),
@@ -132,18 +137,18 @@ def test_words_are_read_as_they_were_typed():
         (["file=/no/such.safetensors", "prompt=x"], "which does not exist"),
     ],
 )
-def test_what_cant_be_is_refused(words, said):
+def test_invalid_arguments_are_refused(words, message):
     with pytest.raises(ConfigError) as error:
         generate(read(words))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_the_command_prints_the_grids_path_or_one_line_of_error(finished, tmp_path, capsys):
+def test_command_prints_the_grid_path_or_one_line_of_error(finished, tmp_path, capsys):
     words = [f"run={finished['lora'].folder.root}", *FAST, "seeds=1", f"out={tmp_path / 'out'}"]
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 0 and capsys.readouterr().out.strip().endswith("out/grid.png")
     with pytest.raises(SystemExit) as stopped:
         main([*words, "ema=maybe"])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert stopped.value.code == 2 and output.startswith("error: ") and output.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The pages of help: everything in them is read from conf/, and nothing runs."""
+"""The help pages, which are read from conf/ without starting a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dreambooth_lab.config.keys import all_keys, kind_of, nearest
 from dreambooth_lab.config.typed import as_hydra_reads
 
 
-def test_nothing_said_is_a_short_page_whose_commands_compose():
+def test_no_arguments_show_a_short_page_whose_commands_compose():
     text = page([])
     assert len(text.splitlines()) < 25 and max(map(len, text.splitlines())) <= 105
     ours = "  python -m dreambooth_lab "
@@ -25,7 +25,7 @@ def test_nothing_said_is_a_short_page_whose_commands_compose():
     assert page(["model=sdxl"]) is None and page(["--cfg", "job"]) is None
 
 
-def test_every_group_says_what_it_decides_and_what_is_chosen():
+def test_every_group_has_a_description_and_its_default():
     text = page(["--help"])
     for group in groups().values():
         assert group.what in " ".join(text.split()) and all(option in text for option in group.options), group.name
@@ -34,7 +34,7 @@ def test_every_group_says_what_it_decides_and_what_is_chosen():
 
 
 @pytest.mark.parametrize("group", sorted(groups()))
-def test_a_group_is_shown_with_its_keys_and_comments(group):
+def test_group_is_shown_with_keys_and_comments(group):
     text = page(["--help", group])
     missing = [key for key in all_keys() if key.startswith(f"{group}.") and f"{key.split('.')[-1]}:" not in text]
     assert not missing
@@ -47,21 +47,21 @@ def test_options_and_keys_are_shown_with_type_and_comment():
 
 
 @pytest.mark.parametrize("key", list(all_keys()))
-def test_every_key_has_a_line(key):
-    said = page(["--help", key]).splitlines()
-    assert said[0].startswith(f"{key}: ") and len(said) > 1
+def test_every_key_has_a_help_line(key):
+    lines = page(["--help", key]).splitlines()
+    assert lines[0].startswith(f"{key}: ") and len(lines) > 1
 
 
 @pytest.mark.parametrize(
     ("word", "near"),
     [("optimiser", "optimizer"), ("trainer.max_stps", "trainer.max_steps"), ("model=flx", "flux"), ("lr", "optimizer.lr")],
 )
-def test_a_name_that_is_not_there_comes_with_the_nearest(word, near):
+def test_unknown_name_is_answered_with_similar_names(word, near):
     with pytest.raises(ConfigError, match=near):
         page(["--help", word])
 
 
-def test_the_nearest_keys_are_found_in_any_group():
+def test_similar_keys_are_found_in_any_group():
     assert nearest("max_stepz") == ["trainer.max_steps"] and nearest("dataset.rank")[0] == "adapter.rank"
     assert nearest("zzzz") == [] and kind_of("no.such") is None
     assert as_hydra_reads(["dataset.path=x"]) == ['dataset.path="x"', "dataset=folder"]

@@ -1,6 +1,6 @@
-"""Runs killed at random moments and started again by the same command end with the same bits as a run that nothing disturbed.
+"""Runs that are killed at random times and restarted by the same command are bit-identical to an undisturbed run.
 
-The moments fall in caching, class pictures, bank, training, looks, checkpoints, exports and report. `make slow` kills in all
+The kills fall into caching, class images, bank, training, evaluations, checkpoints, exports and report. `make slow` kills in all
 configurations, the suite in one.
 """
 
@@ -42,18 +42,18 @@ CONFIGURATIONS = {
 KILLS = 5  # in each configuration
 
 
-def words(small: list[str], name: str, held: Path, cache: Path) -> list[str]:
+def words(small: list[str], name: str, held_out: Path, cache: Path) -> list[str]:
     more = [word.replace("sks", "z") for word in CONFIGURATIONS[name]]
     own = [word.replace("sks", "z") for word in small if not word.startswith("cache=")]
     return [
-        *own, "trainer.max_steps=12", "checkpoint.every_n_steps=2", "validation.every_n_steps=4", f"eval.path={held}",
+        *own, "trainer.max_steps=12", "checkpoint.every_n_steps=2", "validation.every_n_steps=4", f"eval.path={held_out}",
         *more, f"cache={cache}", "resume=auto",
     ]  # fmt: skip
 
 
-def started_and_killed(said: list[str], cwd: Path, after: float) -> bool:
+def started_and_killed(command: list[str], cwd: Path, after: float) -> bool:
     """Whether the kill came before the run's end."""
-    process = start(*said, cwd=cwd)
+    process = start(*command, cwd=cwd)
     try:
         _, errors = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:
@@ -79,23 +79,23 @@ def same_end(ours: RunFolder, theirs: RunFolder) -> None:
 
 
 def kill_and_compare(name: str, small: list[str], tmp_path: Path, kills: int, seed: int) -> int:
-    """Kill runs until so many kills came before a run's end; compare every run that ends. Returns how many were compared."""
-    held = tiny.save_photos(tmp_path / "held", [(80, 80)], seed=7)
+    """Kill runs until `kills` of them came before a run's end; compare every finished run. Returns how many were compared."""
+    held_out = tiny.save_photos(tmp_path / "held", [(80, 80)], seed=7)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     begin = time.monotonic()
-    done = call(*words(small, name, held, tmp_path / "cache_whole"), cwd=whole)
+    done = call(*words(small, name, held_out, tmp_path / "cache_whole"), cwd=whole)
     seconds = time.monotonic() - begin
     assert done.returncode == 0, done.stderr[-3000:]
     (theirs,) = whole.glob("runs/*")
-    said, moments = words(small, name, held, tmp_path / "cache_broken"), random.Random(seed)
+    command, moments = words(small, name, held_out, tmp_path / "cache_broken"), random.Random(seed)
     hits = ends = 0
     while hits < kills:
-        if started_and_killed(said, broken, moments.uniform(0.02, 1.0) * seconds):
+        if started_and_killed(command, broken, moments.uniform(0.02, 1.0) * seconds):
             hits += 1
         else:
             ends += compare_and_remove(broken, RunFolder(theirs))
-    last = call(*said, cwd=broken)
+    last = call(*command, cwd=broken)
     assert last.returncode == 0 and "Traceback" not in last.stderr, last.stderr[-3000:]
     return ends + compare_and_remove(broken, RunFolder(theirs))
 
@@ -107,7 +107,7 @@ def compare_and_remove(cwd: Path, theirs: RunFolder) -> int:
     return 1
 
 
-def test_a_run_survives_kills(small, tmp_path):
+def test_run_survives_kills(small, tmp_path):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     kill_and_compare("best export, average beside it", small, tmp_path, 3, seed)

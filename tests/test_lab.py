@@ -13,12 +13,12 @@ from dreambooth_lab.callbacks.ema import Ema
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.run import run
 
-NAME = "<b>&"  # what a file may say
+NAME = "<b>&"  # a name that needs escaping
 
 
 @pytest.fixture(scope="module")
 def done(small, tmp_path_factory):
-    """A run whose token and text encoder learn too, and which keeps its best step."""
+    """A run that also trains the token and a text encoder, and keeps its best step."""
     root = tmp_path_factory.mktemp("lab") / "a"
     words = [
         "adapter.train_token=true",
@@ -35,23 +35,23 @@ def weights(module):
     return {name: p.detach().clone() for name, p in module.trainable_parameters().items()}
 
 
-def test_the_numbers_are_a_table_by_step(done):
+def test_metrics_are_a_data_frame_by_step(done):
     table = done.metrics
     assert isinstance(table, pd.DataFrame) and table.index.name == "step" and set(table.columns) == set(done.series)
     for name, values in done.series.items():
         assert list(table[name].dropna().items()) == values
 
 
-def test_the_module_has_the_weights_that_are_asked_for(done):
+def test_module_has_the_requested_weights(done):
     base = torch.load(done.folder.checkpoint(4), weights_only=True)
     best = torch.load(done.folder.best()[0], weights_only=True)
     average = base["callbacks"][Ema.__qualname__]["shadow"]
-    asked = {
+    requested = {
         ("last", False): base["state_dict"], ("last", True): average, (2, False): None, ("best", False): best["state_dict"],
         (done.folder.checkpoint(4), False): base["state_dict"],
     }  # fmt: skip
-    made = {key: weights(done.module(*key)) for key in asked}
-    for key, expected in asked.items():
+    made = {key: weights(done.module(*key)) for key in requested}
+    for key, expected in requested.items():
         if expected:
             assert made[key].keys() == expected.keys()
             for name, weight in made[key].items():
@@ -61,7 +61,7 @@ def test_the_module_has_the_weights_that_are_asked_for(done):
     assert not done.module().training
 
 
-def test_a_module_of_a_schedule_free_run_has_what_was_exported(small, tmp_path):
+def test_module_of_a_schedule_free_run_matches_its_export(small, tmp_path):
     schedulefree = [word for word in small if not word.startswith("optimizer.lr")]
     run(lab.compose(*schedulefree, "optimizer=schedulefree", "trainer.max_steps=3", "validation.every_n_steps=0",
                     "export.dtype=float32"), tmp_path / "run")  # fmt: skip
@@ -69,10 +69,10 @@ def test_a_module_of_a_schedule_free_run_has_what_was_exported(small, tmp_path):
     assert exported.keys() == again.keys() and all(torch.equal(exported[name], again[name]) for name in exported)
     point = torch.load(tmp_path / "run/checkpoints/step_0000003.ckpt", weights_only=True)["state_dict"]
     ours = weights(lab.load(tmp_path / "run").module())
-    assert any(not torch.equal(ours[name], point[name]) for name in point), "they are not those that take gradients"
+    assert any(not torch.equal(ours[name], point[name]) for name in point), "they differ from the training weights"
 
 
-def test_a_checkpoints_pipeline_draws_what_its_export_draws(done):
+def test_checkpoint_pipeline_matches_export_pipeline(done):
     def draw(pipeline):
         generator = torch.Generator().manual_seed(0)
         words = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt", "generator": generator}
@@ -83,7 +83,7 @@ def test_a_checkpoints_pipeline_draws_what_its_export_draws(done):
     assert not torch.equal(first, exported)
 
 
-def test_what_is_not_there_is_named(done, small, tmp_path):
+def test_missing_runs_and_files_are_named(done, small, tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint is 3, but .* has 2, 4, 'best'"):
         done.module(3)
     with pytest.raises(ConfigError, match="is damaged, or is not a checkpoint"):
@@ -105,7 +105,7 @@ class Bomb:
         return exec, ("raise SystemExit('it ran')",)
 
 
-def test_nothing_of_a_stranger_runs(done, tmp_path):
+def test_untrusted_config_runs_no_code(done, tmp_path):
     kept = torch.load(done.folder.checkpoint(4), weights_only=True)
     torch.save(kept | {"callbacks": Bomb()}, tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match="is damaged, or is not a checkpoint"):
@@ -120,22 +120,22 @@ def test_nothing_of_a_stranger_runs(done, tmp_path):
             other.module()
     other = lab.load(done.folder.root)
     other.config.optimizer._target_ = "subprocess.Popen"
-    other.module()  # which needs none
+    other.module()  # which needs no extra
     kept["optimizer_states"][0]["param_groups"][0]["train_mode"] = True
     torch.save(kept, tmp_path / "z.ckpt")
     with pytest.raises(ConfigError, match=r"no torch\.optim\.Optimizer"):
         other.module(tmp_path / "z.ckpt")
 
 
-def test_a_run_made_elsewhere_loads_here(done):
+def test_run_from_another_machine_loads(done):
     other = lab.load(done.folder.root)
     other.config.trainer.accelerator, other.config.trainer.devices, other.config.adapter.init_from = "gpu", 8, "/gone"
     if not torch.cuda.is_available():
         assert next(iter(other.module().trainable_parameters().values())).device.type == "cpu"
-    assert other.config.trainer.devices == 8, "its configuration stays"
+    assert other.config.trainer.devices == 8, "its configuration is unchanged"
 
 
-def test_a_cell_shows_a_runs_pictures_and_verdict(done):
+def test_notebook_cell_shows_images_and_summary(done):
     shown = done._repr_html_()
     assert shown.count("data:image/jpeg;base64") == 1 and 'class="verdict"' in shown and "keep step" in shown
     assert "step 0 (the base model) and step 4" in shown and not re.search(r"<script|<b>&", shown)
@@ -144,7 +144,7 @@ def test_a_cell_shows_a_runs_pictures_and_verdict(done):
     assert "<script" not in other._repr_html_()
 
 
-def test_runs_are_a_table_and_compared_in_a_frame(done, small, tmp_path):
+def test_runs_are_listed_and_compared_in_data_frames(done, small, tmp_path):
     assert lab.runs(tmp_path).empty
     shutil.copytree(done.folder.root, tmp_path / "a")
     other = tmp_path / "b"
@@ -152,7 +152,7 @@ def test_runs_are_a_table_and_compared_in_a_frame(done, small, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.yaml").write_text("{")
     (tmp_path / "bad" / "environment.json").write_text("[]")
-    table = lab.runs(tmp_path)  # one that is damaged is left out
+    table = lab.runs(tmp_path)  # a damaged run is skipped
     assert list(table.index) == [str(tmp_path / "a"), str(other)]
     assert list(table["steps"]) == [4, 4] and list(table["seed"]) == [0, 1] and table["name"].iloc[0] == NAME
     assert (table["seconds"] > 0).all() and table["train/loss"].nunique() == 2 and "trainer.max_steps" not in table

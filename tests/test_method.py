@@ -1,4 +1,4 @@
-"""The properties the method stands on, on a tiny SDXL."""
+"""The properties that the method relies on, on a tiny SDXL."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ def made(small):
 
 
 def move(module, scale=0.05):
-    """Give the adapter weights as after training."""
+    """Perturb the adapter's weights, as training does."""
     generator = torch.Generator().manual_seed(5)
     for p in module.trainable_parameters().values():
         p.data += scale * torch.randn(p.shape, generator=generator)
 
 
-def answer(module, batch):
+def prediction(module, batch):
     with torch.no_grad():
         return module.predict(batch.latents(), batch.u, batch.cond)
 
 
-def test_without_its_adapter_the_model_is_the_base_to_the_bit(made):
+def test_model_without_adapter_is_bit_identical_to_the_base(made):
     module, stream = made()
     batch = next(stream)
     base = build_family(module.cfg).denoise(batch.latents(), batch.u, batch.cond)
     move(module)
-    assert (answer(module, batch) - base).abs().max() > 1e-3
+    assert (prediction(module, batch) - base).abs().max() > 1e-3
     with module.adapter.base():
-        assert torch.equal(answer(module, batch), base)
-    again = answer(module, batch)
+        assert torch.equal(prediction(module, batch), base)
+    again = prediction(module, batch)
     with module.adapter.base():
         pass
-    assert torch.equal(answer(module, batch), again), "the adapter is put back as it was"
+    assert torch.equal(prediction(module, batch), again), "the adapter is restored"
 
 
-def test_a_fresh_adapter_has_no_prior_loss(made):
+def test_fresh_adapter_has_zero_prior_loss(made):
     module, stream = made()
     losses = module.training_step(next(stream), 0)
     assert losses["prior"] < 1e-9 < losses["instance"]
 
 
-def test_the_teacher_sees_class_rows_only(made):
+def test_teacher_runs_on_class_rows_only(made):
     module, stream = made()
     move(module)
     batch = next(stream)
@@ -74,12 +74,12 @@ def test_the_teacher_sees_class_rows_only(made):
     assert len(seen) == 1 and torch.equal(seen[0][0], x_t[batch.class_rows])
     assert torch.equal(target[batch.instance_rows], batch.eps[batch.instance_rows])
     with module.adapter.base():
-        assert_close(target[batch.class_rows], answer(module, batch)[batch.class_rows])
+        assert_close(target[batch.class_rows], prediction(module, batch)[batch.class_rows])
     assert not target.requires_grad
 
 
 @pytest.mark.parametrize("prior", ["teacher", "noise"])
-def test_gradients_reach_the_adapter_and_nothing_else(made, prior):
+def test_gradients_reach_only_the_adapter(made, prior):
     module, stream = made(f"prior={prior}")
     move(module)
     module.training_step(next(stream), 0)["loss"].backward()
@@ -90,7 +90,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(made, prior):
     assert any(p.grad.abs().sum() > 0 for p in learning.values())
 
 
-def test_a_zero_weight_gives_the_gradients_of_the_instance_rows_alone(made):
+def test_zero_prior_weight_gives_instance_gradients_only(made):
     module, stream = made("prior.weight=0")
     move(module)
     batch = next(stream)
@@ -104,12 +104,12 @@ def test_a_zero_weight_gives_the_gradients_of_the_instance_rows_alone(made):
         assert_close(a, p.grad)
 
 
-def test_what_has_no_rows_is_not_reported(made):
+def test_terms_without_rows_are_not_logged(made):
     module, stream = made("prior=none")
     assert "prior" not in module.training_step(next(stream), 0)
 
 
-def test_the_default_targets_are_attention_and_feed_forward(made):
+def test_default_targets_are_attention_and_feed_forward(made):
     module, _ = made()
     layers = {name.split(".lora_")[0].split(".")[-1] for name in module.trainable_parameters()}
     assert layers == {"to_q", "to_k", "to_v", "0", "proj", "2"}
@@ -118,7 +118,7 @@ def test_the_default_targets_are_attention_and_feed_forward(made):
     assert not any("ff" in name for name in attention.trainable_parameters())
 
 
-def test_a_target_that_matches_nothing_names_its_neighbours(tiny_sdxl, small):
+def test_unmatched_target_error_lists_similar_layers(tiny_sdxl, small):
     unet = build_family(lab.compose(*small)).denoiser
     with pytest.raises(ConfigError, match=r"'to_qq' matches no layer of the model; similar: .*to_q"):
         matching_layers(unet, ["to_qq"])
@@ -126,7 +126,7 @@ def test_a_target_that_matches_nothing_names_its_neighbours(tiny_sdxl, small):
         LoRA(4, 4.0, 0.0, ["attn"], []).attach(unet, {"attention": ("to_q",)}, 0)
 
 
-def test_the_adapter_starts_the_same_for_the_same_seed_and_leaves_the_global_generator(made):
+def test_adapter_init_depends_on_the_seed_and_not_on_the_global_generator(made):
     torch.manual_seed(1)
     first, _ = made()
     state = torch.get_rng_state()
@@ -138,13 +138,13 @@ def test_the_adapter_starts_the_same_for_the_same_seed_and_leaves_the_global_gen
     )
 
 
-def test_adapters_learn_in_float32_on_a_bfloat16_base(made):
+def test_adapter_trains_in_float32_on_a_bfloat16_base(made):
     module, stream = made("model.dtype=bfloat16")
     assert {p.dtype for p in module.trainable_parameters().values()} == {torch.float32}
     module.training_step(next(stream), 0)["loss"].backward()
 
 
-def test_learning_rate():
+def test_learning_rate_schedules():
     constant, cosine = (learning_rate(kind, 4, 104) for kind in (enums.Schedule.constant, enums.Schedule.cosine))
     assert [constant(s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert (cosine(3), cosine(4)) == (1.0, 1.0)

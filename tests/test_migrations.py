@@ -1,4 +1,4 @@
-"""Runs and files of earlier versions: read, resumed and drawn with under today's names."""
+"""Runs and files of earlier versions are read, resumed and sampled under the current names."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def old(request, tmp_path) -> Path:
     return run
 
 
-def test_an_old_run_loads_with_every_key_of_today(old):
-    """Fails when a key was added to the schema: give it an `Added` in `config/migrations.py`, with what a run did before."""
+def test_old_run_loads_with_all_current_keys(old):
+    """Fails for a new key of the schema: add an `Added` to `config/migrations.py`, with the value that earlier runs had."""
     run = lab.load(old)
     assert OmegaConf.missing_keys(run.config) == set()
     check(run.config)
     assert run.steps == 2
 
 
-def test_an_old_run_goes_on(old, tmp_path):
+def test_old_run_resumes(old, tmp_path):
     done = call(f"resume={old}", "trainer.max_steps=4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert lab.load(old).steps == 4 and RunFolder(old).newest()[1] == 4
     assert f"{saved.KEY}: {migrations.VERSION}" in (old / "config.yaml").read_text()
 
 
-def test_an_old_export_says_what_it_was_trained_on(old):
+def test_old_export_header_gives_its_training_config(old):
     cfg = config_from_header(old / "export", str(PACKAGE / "toybox" / "base"))
     assert cfg.adapter.rank == 1 and cfg.dataset.instance_prompt == "a photo of sks robot"
 
@@ -66,27 +66,27 @@ def steps(monkeypatch):
     migrations.notice.cache_clear()
 
 
-def test_keys_groups_and_values_are_renamed_added_and_removed(steps):
+def test_migration_renames_adds_and_removes_keys_groups_and_values(steps):
     tree = {"ema": {"kept_on": "cuda"}, "walk": {"enabled": True}, "checkpoint": {"mode": "least"}}
     made = migrate(tree | {"trainer": {"steps": 3, "speed": 1}})
     assert made == {"ema": {"device": "cuda", "decay": 0.5}, "rollout": {"enabled": True}, "checkpoint": {"mode": "min"},
                     "trainer": {"max_steps": 3}}  # fmt: skip
-    assert migrate({"ema": {"kept_on": "cuda"}}, 1) == {"ema": {"kept_on": "cuda", "decay": 0.5}}, "only what came later"
-    assert migrate({"name": "x"}) == {"name": "x"}, "a group that was left out stays out"
+    assert migrate({"ema": {"kept_on": "cuda"}}, 1) == {"ema": {"kept_on": "cuda", "decay": 0.5}}, "only later metrics"
+    assert migrate({"name": "x"}) == {"name": "x"}, "an omitted group stays omitted"
 
 
-def test_old_names_are_read_on_the_command_line_with_one_notice_each(steps, caplog):
+def test_old_names_on_the_command_line_are_accepted_with_one_notice_each(steps, caplog):
     words = ["ema.kept_on=cuda", "walk.enabled=true", "walk.max_step_offset=3", "checkpoint.mode=least", "prior=without"]
     for _ in range(2):
         cfg = lab.compose(*words)
     assert (cfg.ema.device, cfg.rollout.enabled, cfg.rollout.max_step_offset) == ("cuda", True, 3)
     assert cfg.checkpoint.mode.value == "min" and cfg.prior.kind.name == "none"
-    said = [record.getMessage() for record in caplog.records]
-    assert "ema.kept_on was renamed to ema.device; the old name is still accepted" in said
-    assert len(said) == len(set(said)) == 5
+    notices = [record.getMessage() for record in caplog.records]
+    assert "ema.kept_on was renamed to ema.device; the old name is still accepted" in notices
+    assert len(notices) == len(set(notices)) == 5
 
 
-def test_old_names_are_read_in_experiment_files_and_in_files_of_groups(steps, tmp_path, caplog):
+def test_old_names_in_experiment_and_group_files_are_accepted(steps, tmp_path, caplog):
     folder = tmp_path / "experiment"
     folder.mkdir(), (tmp_path / "walk").mkdir(), (tmp_path / "ema").mkdir()
     (folder / "mine.yaml").write_text(
@@ -100,7 +100,7 @@ def test_old_names_are_read_in_experiment_files_and_in_files_of_groups(steps, tm
     assert migrations.migrate_file(tree)["hydra"]["sweeper"]["params"] == {"ema.device": "cpu,cuda"}
 
 
-def test_a_later_version_and_a_damaged_file_are_refused(tmp_path):
+def test_later_version_and_damaged_file_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"x was written by a later version .* update this project"):
         saved.load(f"{saved.KEY}: {migrations.VERSION + 1}\n", "x")
     for text in ("a: [", "- 1", "not_a_key: 3", f"{saved.KEY}: one"):
@@ -109,7 +109,7 @@ def test_a_later_version_and_a_damaged_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["a ${seed} dog", "a \\${dog", "${oc.env:HOME}", 'it\'s "quoted" \\'])
-def test_saved_values_are_what_they_are_and_refer_to_nothing(prompt):
+def test_saved_values_are_literal_and_not_interpolated(prompt):
     cfg = lab.compose()
     cfg.dataset.instance_prompt = saved.literal(prompt)
     text = saved.dump(cfg)
@@ -117,7 +117,7 @@ def test_saved_values_are_what_they_are_and_refer_to_nothing(prompt):
     assert again.dataset.instance_prompt == prompt and saved.dump(again) == text
 
 
-def test_images_and_eval_losses_of_a_run_that_began_under_other_names_are_found(tmp_path):
+def test_images_and_eval_losses_under_old_names_are_found(tmp_path):
     (tmp_path / "old" / "pictures").mkdir(parents=True)
     assert RunFolder(tmp_path / "old").image_folder.name == "pictures"
     assert RunFolder(tmp_path / "new").image_folder.name == "images"

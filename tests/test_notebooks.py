@@ -22,7 +22,7 @@ def read(name):
 
 
 def at(root):
-    """Words for the least run, with few class images and the caches in a folder."""
+    """Overrides of the smallest run, with few class images and the caches in a folder."""
     return f"{LEAST} cache={root / 'cache'} prior.path={root / 'class'}"
 
 
@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
 
 
 def execute(name):
-    """A notebook's cells in this process; what they show, as mime type → data."""
+    """Execute a notebook's cells in this process; returns their outputs as mime type → data."""
     shell, shown = InteractiveShell(), []
     for cell in read(name).cells:
         if cell.cell_type == "code":
@@ -61,7 +61,7 @@ def ends_in_expression(source):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_notebook_runs_in_small_and_shows_images(name, trained, tmp_path, monkeypatch):
+def test_notebook_runs_with_few_steps_and_shows_images(name, trained, tmp_path, monkeypatch):
     settings = {"RUN": trained / "run", "SWEEP": trained / "sweep", "ROOT": tmp_path, "STEPS": 1}
     for key, value in (settings | {"WORDS": at(trained)}).items():
         monkeypatch.setenv(key, str(value))
@@ -72,14 +72,14 @@ def test_the_notebook_runs_in_small_and_shows_images(name, trained, tmp_path, mo
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_notebook_is_kept_without_outputs(name):
+def test_notebook_is_stored_without_outputs(name):
     for cell in read(name).cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
-def test_the_notebook_runs_from_nothing_at_its_own_size(name, tmp_path, monkeypatch):
+def test_notebook_runs_from_scratch_at_full_size(name, tmp_path, monkeypatch):
     for key in ("RUN", "SWEEP", "ROOT", "STEPS", "WORDS"):
         monkeypatch.delenv(key, raising=False)
     notebook = read(name)

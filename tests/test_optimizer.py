@@ -1,4 +1,4 @@
-"""Every optimiser's own settings learn, go on after a checkpoint, and learn each part at its rate."""
+"""Every optimiser's default settings train, resume from a checkpoint, and use each part's learning rate."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def config(name, *words):
 
 
 class LowRank(nn.Module):
-    """W = B A with B = 0 at first, as LoRA begins."""
+    """W = B A with B = 0 initially, as in LoRA."""
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.lora_A = nn.Parameter(torch.randn(64, 96, generator=generator) / 8)
-        self.lora_B = nn.Parameter(torch.zeros(64, 64))  # 4,096 numbers, from where bitsandbytes keeps 8 bits
+        self.lora_B = nn.Parameter(torch.zeros(64, 64))  # 4,096 elements, from which bitsandbytes uses 8 bits
         self.x = torch.randn(96, 32, generator=generator)
         self.y = torch.randn(64, 32, generator=generator) / 10
 
@@ -58,7 +58,7 @@ def train(model, optimizer, steps):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_its_own_settings_learn_what_starts_at_nothing(name):
+def test_default_settings_train_zero_initialised_weights(name):
     """100 steps reach at least a third of what AdamW reaches; Prodigy has to find its step size first."""
     gains = {}
     for one in (name, "adamw"):
@@ -70,7 +70,7 @@ def test_its_own_settings_learn_what_starts_at_nothing(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_been(name):
+def test_optimizer_continues_from_a_checkpoint_unchanged(name):
     cfg, whole, broken = config(name), LowRank(), LowRank()
     optimizer = prepared(cfg, whole)
     train(whole, optimizer, 5)
@@ -85,14 +85,14 @@ def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_been(name):
     assert torch.equal(whole.lora_B, broken.lora_B) and torch.equal(whole.lora_A, broken.lora_A)
 
 
-def test_eight_bits_are_eight_bits():
+def test_adamw8bit_state_is_8_bit():
     model = LowRank()
     optimizer = prepared(config("adamw8bit"), model)
     train(model, optimizer, 1)
     assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8}
 
 
-def test_the_schedule_moves_every_group_alike():
+def test_schedule_scales_all_groups_equally():
     cfg = config("adamw", "optimizer.schedule=cosine", "optimizer.warmup_steps=2", "trainer.max_steps=10", "optimizer.lr=1")
     learning = {"a": nn.Parameter(torch.zeros(1)), "b": nn.Parameter(torch.zeros(1))}
     optimizer = build_optimizer(cfg.optimizer, learning, {"a": Rate(1.0, True), "b": Rate(4.0, False)})
@@ -102,12 +102,12 @@ def test_the_schedule_moves_every_group_alike():
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0], "the run's own rate comes first"
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0], "the run's own rate takes precedence"
     assert all(b == pytest.approx(4 * a) for a, b in rates) and rates[0][0] == 0.5 and rates[2][0] == 1.0 > rates[9][0]
 
 
 @pytest.mark.parametrize("cut", [["dataset.batch_size=2"], ["dataset.batch_size=1", "trainer.accumulate_grad_batches=2"]])
-def test_the_rate_that_is_logged_is_the_one_that_was_used(small, tmp_path, monkeypatch, cut):
+def test_logged_learning_rate_is_the_one_used(small, tmp_path, monkeypatch, cut):
     used, real = [], torch.optim.AdamW.step
 
     def spied(optimizer, closure=None):
@@ -124,32 +124,32 @@ def test_the_rate_that_is_logged_is_the_one_that_was_used(small, tmp_path, monke
 
 @pytest.mark.parametrize("schedule", [pytest.param("linear", marks=pytest.mark.slow), "cosine"])
 @pytest.mark.parametrize("what", ["hold", "stretch"])
-def test_a_run_made_longer_holds_its_last_rate_or_stretches_its_schedule(small, tmp_path, caplog, schedule, what):
+def test_extended_run_holds_its_last_rate_or_stretches_its_schedule(small, tmp_path, caplog, schedule, what):
     words = [*small, "optimizer.lr=1e-3", f"optimizer.schedule={schedule}", "validation.every_n_steps=0"]
     root = tmp_path / "run"
     run(lab.compose(*words, "trainer.max_steps=4"), root)
 
-    def go_on(*more):
-        said = [f"resume={root}", *more]
-        cfg = resume_config(lab.compose(*said), said)
+    def resume(*more):
+        overrides = [f"resume={root}", *more]
+        cfg = resume_config(lab.compose(*overrides), overrides)
         check(cfg)
         run(cfg, root)
         return [rate for _, rate in lab.load(root).series["train/lr"]]
 
     with pytest.raises(ConfigError, match=r"trainer\.max_steps was 4 and is 7, but .* optimizer\.on_extend is refuse; set "):
-        go_on("trainer.max_steps=7")
+        resume("trainer.max_steps=7")
     caplog.set_level("INFO")
-    rates = go_on("trainer.max_steps=7", f"optimizer.on_extend={what}")
+    rates = resume("trainer.max_steps=7", f"optimizer.on_extend={what}")
     four, seven = (learning_rate(enums.Schedule[schedule], 0, total) for total in (4, 7))
     after = {"hold": [four(3)] * 3, "stretch": [seven(step) for step in (4, 5, 6)]}[what]
     assert_close(rates, [1e-3 * share for share in (*map(four, range(4)), *after)])
     assert "trainer.max_steps was 4 and is 7: the" in caplog.text
     assert ("then the last learning rate is kept" in caplog.text) is (what == "hold")
     if what == "hold":
-        assert_close(go_on("trainer.max_steps=8")[-1], rates[-1]), "and goes on holding it"
+        assert_close(resume("trainer.max_steps=8")[-1], rates[-1]), "and goes on holding it"
 
 
-def test_a_run_that_goes_on_as_long_as_it_was_or_shorter_keeps_its_schedule():
+def test_run_resumed_at_equal_or_shorter_length_keeps_its_schedule():
     def settled(after, *words):
         before = lab.compose("dataset.path=.", "optimizer.schedule=cosine", "trainer.max_steps=10", *words)
         now = before.copy()
@@ -157,13 +157,13 @@ def test_a_run_that_goes_on_as_long_as_it_was_or_shorter_keeps_its_schedule():
         return set_schedule_length(before, now), now.optimizer.schedule_steps
 
     assert settled(10) == (None, None) and settled(20, "optimizer.schedule=constant") == (None, None)
-    said, length = settled(6)
-    assert length == 10 and "lasts 10 steps as before" in said
+    overrides, length = settled(6)
+    assert length == 10 and "lasts 10 steps as before" in overrides
     assert settled(20, "optimizer.schedule_steps=5")[1] == 5, "with a length of its own nothing is refused"
     assert settled(20, "optimizer.schedule_steps=5", "optimizer.on_extend=stretch")[1] is None
 
 
-def test_rules_for_blocks_set_ranks_and_rates(tiny_sdxl):
+def test_block_rules_set_ranks_and_learning_rates(tiny_sdxl):
     blocks = "adapter.blocks=[{match: '^up_blocks.*to_q$', rank: 8, lr_ratio: 0.5}, {match: up_blocks, rank: null, lr_ratio: 2}]"
     for kind, end in (("lora", "lora_A.default.weight"), ("locon", ":lora_down:weight"), ("full", "weight")):
         words = [blocks if kind != "full" else blocks.replace("rank: 8", "rank: null"), f"adapter={kind}", "optimizer.lr=1"]
@@ -198,7 +198,7 @@ PLUS = "optimizer.lora_plus_ratio=16"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["optimizer=prodigy", PLUS], PRODIGY),
         (["optimizer=prodigy", "adapter.train_token=true"], PRODIGY),
@@ -222,13 +222,13 @@ PLUS = "optimizer.lora_plus_ratio=16"
         (["model.attention=cudnn", "trainer.accelerator=cpu"], "which only CUDA devices have"),
     ],
 )
-def test_what_cant_work_is_refused_before_anything_loads(words, said):
+def test_invalid_settings_are_refused_before_loading(words, message):
     with pytest.raises(ConfigError) as error:
         check(lab.compose("dataset.path=.", *words))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_path):
+def test_invalid_optimizer_is_refused_before_training(small, tmp_path):
     with pytest.raises(
         ConfigError, match=r"optimizer\.options has 'betta', which torch\.optim\.AdamW does not accept; similar: betas"
     ):
@@ -242,11 +242,11 @@ def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_pa
         cfg.options = OmegaConf.create(options)
         with pytest.raises(ConfigError, match=r"optimizer\.options is .*, which torch\.optim\.AdamW refuses"):
             check_installed(cfg)
-    assert [path.name for path in Path(tmp_path / "run").iterdir()] == [".lock"], "nothing but the lock was made"
+    assert [path.name for path in Path(tmp_path / "run").iterdir()] == [".lock"], "no file but the lock was written"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["adapter.blocks=[{match: donw_blocks, rank: 2, lr_ratio: 1}]"], "applies to no adapted layer"),
         (["adapter.blocks=[{match: up, rank: 2, lr_ratio: 1}, {match: up_b, rank: 3, lr_ratio: 1}]"], "'up_b'"),
@@ -256,15 +256,15 @@ def test_an_optimiser_that_cant_be_made_is_refused_before_any_work(small, tmp_pa
         (["+adapter.options={bias: all}"], "adapter.options has 'bias'"),
     ],
 )
-def test_targets_and_rules_that_mean_nothing_are_refused(words, said, tiny_sdxl):
+def test_unmatched_targets_and_rules_are_refused(words, message, tiny_sdxl):
     cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words)
     family = build_family(cfg)
     with pytest.raises(ConfigError) as error:
         attach(cfg, family, build_adapter(cfg), None)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_regular_expressions_choose_whole_names(tiny_sdxl):
+def test_regular_expressions_match_whole_names(tiny_sdxl):
     words = ["adapter.targets=['re:.*attn2\\.to_[kv]', conv_in]"]
     cfg = lab.compose("dataset.path=.", "model=sdxl", f"model.pretrained={tiny_sdxl}", "model.dtype=float32", *words)
     layers = attach(cfg, build_family(cfg), build_adapter(cfg), None)
@@ -272,7 +272,7 @@ def test_regular_expressions_choose_whole_names(tiny_sdxl):
     assert all("attn2" in layer for layer in layers if layer != "conv_in")
 
 
-def test_a_walk_trains_schedule_free_on_with_its_own_weights(small, tmp_path):
+def test_rollout_with_schedule_free_keeps_training_weights(small, tmp_path):
     words = ["optimizer=schedulefree", "ema.enabled=false", "validation.every_n_steps=0", "rollout.enabled=true",
              "rollout.probability=1", "rollout.ramp_steps=0", "trainer.max_steps=3"]  # fmt: skip
     run(lab.compose(*small, *words), tmp_path / "run")
@@ -280,7 +280,7 @@ def test_a_walk_trains_schedule_free_on_with_its_own_weights(small, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["lora", "locon"])
-def test_at_rest_there_is_no_dropout_and_after_it_there_is(adapter, tiny_sdxl):
+def test_eval_mode_disables_dropout_and_restores_it(adapter, tiny_sdxl):
     words = ["model=sdxl", f"model.pretrained={tiny_sdxl}", f"adapter={adapter}", "adapter.dropout=0.5"]
     cfg = lab.compose("dataset.path=.", *words)
     family, ours = build_family(cfg), build_adapter(cfg)
@@ -292,8 +292,8 @@ def test_at_rest_there_is_no_dropout_and_after_it_there_is(adapter, tiny_sdxl):
     assert parts and all(part.training for part in parts)
 
 
-def test_a_step_is_no_longer_than_the_clipped_gradient(small, tmp_path):
-    """Plain gradient descent at rate 1 moves by the gradient itself."""
+def test_clipping_bounds_the_step(small, tmp_path):
+    """Plain gradient descent with learning rate 1 moves by the gradient."""
     sgd = ["optimizer._target_=torch.optim.SGD", *(f"~optimizer.options.{key}" for key in ("betas", "eps", "fused"))]
     words = [*small, *sgd, "optimizer.lr=1", "optimizer.weight_decay=0", "validation.every_n_steps=0", "ema.enabled=false"]
     weights = []
@@ -305,7 +305,7 @@ def test_a_step_is_no_longer_than_the_clipped_gradient(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["schedulefree", "prodigy"])
-def test_a_resumed_run_goes_on_bit_for_bit(name, small, tmp_path):
+def test_resumed_run_continues_bit_for_bit(name, small, tmp_path):
     words = [*small, f"optimizer={name}", "ema.enabled=false", "validation.every_n_steps=0", "trainer.gradient_clip_norm=0.5"]
     run(lab.compose(*words, "trainer.max_steps=4"), tmp_path / "whole")
     run(lab.compose(*words, "trainer.max_steps=2"), tmp_path / "part")

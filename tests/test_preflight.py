@@ -17,7 +17,7 @@ from dreambooth_lab.terminal import show
 
 @pytest.fixture(scope="module")
 def data(small, photos, tmp_path_factory):
-    """A dataset file with long names, two notices and a rejected picture."""
+    """A dataset file with long names, two notices and a rejected image."""
     long = "a-dataset-with-a-rather-long-name-1024px"
     entries = [
         samples.entry(photos, id=long, crop_style="random", minimum_image_size=85),
@@ -32,7 +32,7 @@ def data(small, photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_tables_show_everything_at_any_width(data, width):
+def test_tables_show_everything_at_any_width(data, width):
     shown = [
         tables.datasets(data),
         tables.mixture(data),
@@ -42,10 +42,10 @@ def test_the_tables_show_everything_at_any_width(data, width):
     console = Console(width=width, file=io.StringIO())
     for table in shown:
         console.print(table)
-    told = console.file.getvalue()
-    joined = "".join(c for c in told if c not in "│\n ")
+    output = console.file.getvalue()
+    joined = "".join(c for c in output if c not in "│\n ")
     headings = ("dataset", "use", "images", "rejected", "masks", "buckets", "rows/epoch", "share", "cached", "encoded")
-    assert all(word in told for word in headings) and "…" not in told
+    assert all(word in output for word in headings) and "…" not in output
     for notice in data.notices:
         assert notice.split()[-1] in joined and len(data.notices) == 2
     assert "a-dataset-with-a-rather-long-name-1024px" in joined and "minimum_image_size=85" in joined
@@ -59,16 +59,16 @@ def ready(small, tmp_path_factory):
     return folder
 
 
-def test_it_shows_prompts_sizes_what_is_written_and_whether_it_fits(ready):
+def test_preflight_shows_prompts_sizes_files_and_memory(ready):
     text = ready.preflight.read_text()
-    told = " ".join(text.split())
+    output = " ".join(text.split())
     wanted = ["photos a photo of [sks] dog", "class images a photo of a dog", "the rare word sks", "crops.png", "report.html"]
     for words in (*wanted, "3 checkpoints", "exports", "available on the device", "fits yes"):
-        assert words in told, words
+        assert words in output, words
     assert not set("┃│━") & set(text), "a file has no boxes"
 
 
-def test_the_sheet_of_crops_shows_each_photo_and_class_picture_once(ready):
+def test_crop_sheet_shows_each_photo_and_class_image_once(ready):
     with Image.open(ready.crops) as image:
         pixels = image.convert("RGB")
     side = pixels.height // 2 - sheet.TITLE - sheet.GAP
@@ -76,22 +76,22 @@ def test_the_sheet_of_crops_shows_each_photo_and_class_picture_once(ready):
                for row, many in ((0, 5), (1, 3)) for place in range(many)]  # fmt: skip
     for left, top in middles:
         colours = {pixels.getpixel((left + x, top)) for x in range(8)}
-        assert colours != {(255, 255, 255)}, "a picture is there"
+        assert colours != {(255, 255, 255)}, "an image is drawn"
     after = sheet.GAP + 3 * (side + sheet.GAP) + 20
-    assert {pixels.getpixel((after + x, middles[-1][1])) for x in range(8)} == {(255, 255, 255)}, "three class pictures"
+    assert {pixels.getpixel((after + x, middles[-1][1])) for x in range(8)} == {(255, 255, 255)}, "three class images"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_every_table_is_whole_at_any_width_and_encoding(data, width, terminal):
+def test_tables_are_complete_at_any_width_and_encoding(data, width, terminal):
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii", errors="replace")
     on = Console(width=width, file=file, force_terminal=terminal, no_color=True)
     wanted = [tables.datasets(data), tables.mixture(data), tables.crops(data), tables.notices(data), tables.buckets(data)]
     show(*wanted, overview.captions(data), on=on)
     file.flush()
-    told = raw.getvalue().decode()
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", told)
+    output = raw.getvalue().decode()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
     assert max(map(len, plain.splitlines())) <= width and "…" not in plain
     assert ("|" in plain) == terminal or not terminal
     assert "rows/epoch" in plain and "instance" in plain

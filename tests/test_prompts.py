@@ -11,7 +11,7 @@ from dreambooth_lab.config import ConfigError, Subject, check, resolve_paths
 @pytest.mark.parametrize(
     ("name", "one"), [("objects", "a sks dog floating in an ocean of milk"), ("live", "a sks dog in a chef outfit")]
 )
-def test_the_papers_prompts_have_the_subject_in_them(small, name, one):
+def test_paper_prompts_contain_the_subject(small, name, one):
     cfg = lab.compose(*small, f"validation.library=dreambooth_{name}")
     check(cfg)
     prompts = list(cfg.validation.prompts)
@@ -21,25 +21,25 @@ def test_the_papers_prompts_have_the_subject_in_them(small, name, one):
 @pytest.mark.parametrize(
     ("class_prompt", "token"), [("a photo of a dog", None), (None, "sks"), ("a dog", "sks"), ("a photo of a dog", "SKS")]
 )
-def test_the_rare_word_alone_makes_a_prompt_the_subjects(class_prompt, token):
-    """Not the words that the class prompt lacks: with the class prompt "a dog" those are "photo" and "of" too."""
-    tells = Subject("a photo of sks dog", class_prompt, token)
+def test_prompt_is_about_the_subject_if_it_contains_the_rare_word(class_prompt, token):
+    """Not any word missing from the class prompt: with "a dog" those include "photo" and "of"."""
+    subject = Subject("a photo of sks dog", class_prompt, token)
     for prompt in ("a photo of sks dog on the beach", "sks dog, in the snow", "SKS", "a painting of a (sks) dog"):
-        assert tells.is_subject(prompt) and not tells.is_class(prompt), prompt
+        assert subject.is_subject(prompt) and not subject.is_class(prompt), prompt
     for prompt in ("a photo of a dog on the beach", "a photo of a cat", "a photo of sksy dog", ""):
-        assert not tells.is_subject(prompt), prompt
-    assert tells.is_class("a photo of a dog on the beach") is bool(class_prompt)
-    assert not tells.is_class("a photo of a red car")
+        assert not subject.is_subject(prompt), prompt
+    assert subject.is_class("a photo of a dog on the beach") is bool(class_prompt)
+    assert not subject.is_class("a photo of a red car")
 
 
-def test_without_a_rare_word_the_subjects_prompts_are_those_that_hold_its_own():
-    """Two words could be it, or any: a prompt with one of them is scored neither as subject nor as class."""
+def test_subject_prompts_without_a_rare_word_contain_the_instance_prompt():
+    """If several words could be the rare word, a prompt with one of them is scored neither as subject nor as class."""
     two = Subject("a photo of sks dog wearing glasses", "a photo of a dog", None)
     assert not two.rare and two.is_subject("a photo of sks dog wearing glasses, on the beach")
     assert not two.is_subject("a photo of sks dog") and not two.is_class("a photo of sks dog")
     assert two.is_class("a photo of a dog on the beach") and not two.is_class("a dog wearing a hat")
-    said = Subject("a photo of sks dog wearing glasses", "a photo of a dog", "sks")
-    assert said.is_subject("a photo of sks dog") and said.is_class("a dog wearing a hat")
+    subject = Subject("a photo of sks dog wearing glasses", "a photo of a dog", "sks")
+    assert subject.is_subject("a photo of sks dog") and subject.is_class("a dog wearing a hat")
     any_of_them = Subject("a photo of sks dog", None, None)
     assert any_of_them.is_subject("a photo of sks dog in space")
     assert not any_of_them.is_subject("a photo of a dog in space") and not any_of_them.is_class("a photo of a dog in space")
@@ -47,7 +47,7 @@ def test_without_a_rare_word_the_subjects_prompts_are_those_that_hold_its_own():
     assert digits.is_subject("ohwx2 dog") and not digits.is_subject("ohwx dog 2")
 
 
-def test_a_users_library_is_a_list_or_names_in_yaml_or_json(small, tmp_path, monkeypatch):
+def test_prompt_library_file_is_a_list_or_mapping_in_yaml_or_json(small, tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("- '{subject}, in the snow'\n- a {class}\n")
     (tmp_path / "b.json").write_text(json.dumps({"snow": "{subject}, in the snow", "kind": "a {class}"}))
     monkeypatch.chdir(tmp_path)
@@ -61,7 +61,7 @@ def test_a_users_library_is_a_list_or_names_in_yaml_or_json(small, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["validation.library=nowhere.yaml"], "give dreambooth_live, dreambooth_objects, or a YAML or JSON file"),
         (["validation.library=dreambooth_live", "dataset.class_prompt=null", "prior=none", "prior.path=null"],
@@ -71,8 +71,8 @@ def test_a_users_library_is_a_list_or_names_in_yaml_or_json(small, tmp_path, mon
         (["validation.library=BAD"], "it must contain a list of prompts"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused(small, tmp_path, words, said):
+def test_invalid_prompt_libraries_are_refused(small, tmp_path, words, message):
     (tmp_path / "bad.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError) as caught:
         check(lab.compose(*small, *(word.replace("BAD", str(tmp_path / "bad.yaml")) for word in words)))
-    assert said in str(caught.value)
+    assert message in str(caught.value)

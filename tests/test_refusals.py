@@ -1,4 +1,4 @@
-"""Hydra's refusals, as the command line says them: the key, the value and the way out."""
+"""Hydra's errors as the command line reports them: key, value and fix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dreambooth_lab.tools.look import application as look
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("optimizer.lr=banana", "optimizer.lr is banana; it must be a number"),
         ("adapter.rank=2.5", "adapter.rank is 2.5; it must be a whole number"),
@@ -36,14 +36,14 @@ from dreambooth_lab.tools.look import application as look
         ("prior=teacher ema.enabled=true", "or write each key as a separate argument"),
     ],
 )
-def test_what_hydra_refuses_is_said_with_the_way_out(word, said):
+def test_hydra_errors_are_reported_with_a_fix(word, message):
     with pytest.raises(ConfigError) as caught:
         lab.compose(word)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("prompt", ["a photo (of sks dog", 'a "good" [dog]', "dogs: 100% = all", "a ${dog", "it's {sks} dog"])
-def test_a_value_outside_of_the_grammar_is_shown_quoted_and_the_shown_form_works(prompt):
+def test_value_outside_the_grammar_is_shown_quoted_and_the_shown_form_works(prompt):
     try:
         composed = lab.compose(f"dataset.instance_prompt={prompt}")
     except ConfigError as error:
@@ -52,17 +52,17 @@ def test_a_value_outside_of_the_grammar_is_shown_quoted_and_the_shown_form_works
     assert composed.dataset.instance_prompt == prompt
 
 
-def test_errors_of_other_kinds_are_left_alone():
+def test_other_errors_are_not_changed():
     assert explain(ValueError("boom")) is None and explain(KeyError("x")) is None
 
 
-def test_the_command_line_says_it_in_one_line_and_ends_with_2(tmp_path):
+def test_command_line_errors_are_one_line_with_exit_code_2(tmp_path):
     for word in ("optimizer.lr=banana", "model=sdxll"):
         done = call(word, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_tools_say_it_too():
+def test_tools_report_errors_the_same_way():
     for tool, words in ((bench, ["--plan"]), (look, [])):
         result = CliRunner().invoke(tool, [*words, "modle=sdxl"])
         assert isinstance(result.exception, ConfigError) and "did you mean model?" in str(result.exception)

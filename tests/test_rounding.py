@@ -1,4 +1,4 @@
-"""Weights that learn in bfloat16: rounding is right on average, small updates add up, a resumed run rounds the same."""
+"""Training in bfloat16: rounding is unbiased, small updates accumulate, a resumed run rounds the same."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_mean_of_rounded_numbers_is_the_number():
+def test_mean_of_rounded_values_equals_the_value():
     x = torch.tensor([1.0003, -1.0003, 3.14159, 1e-12, -7e5, 0.0, 2.0])
     draws = rounding.rounded(x.repeat(40_000, 1), torch.bfloat16, generator()).float()
     assert draws.dtype is torch.float32 and all(len(set(column.tolist())) <= 2 for column in draws.T)
     step = (draws.max(0).values - draws.min(0).values).clamp(min=1e-30)
     assert ((draws.mean(0) - x).abs() <= 5 * step / 2 / 40_000**0.5 + 1e-7 * x.abs()).all()
-    assert torch.equal(draws[:, 5:].unique(dim=0), torch.tensor([[0.0, 2.0]])), "what fits is left as it is"
+    assert torch.equal(draws[:, 5:].unique(dim=0), torch.tensor([[0.0, 2.0]])), "representable values are unchanged"
 
 
-def test_what_is_not_finite_stays_so_and_float32_is_left_alone():
+def test_nonfinite_values_and_float32_are_unchanged():
     x = torch.tensor([torch.inf, -torch.inf, torch.nan])
     assert_close(rounding.rounded(x, torch.bfloat16, generator()).float(), x, equal_nan=True)
     y = torch.randn(9)
@@ -50,8 +50,8 @@ def steps(weights, optimizer, n):
 
 
 @pytest.mark.parametrize("name", ABLE)
-def test_updates_below_the_last_digit_add_up_as_in_float32(name, monkeypatch):
-    monkeypatch.setattr(rounding, "AT_ONCE", 100)  # each parameter on its own
+def test_updates_below_bfloat16_resolution_accumulate_as_in_float32(name, monkeypatch):
+    monkeypatch.setattr(rounding, "AT_ONCE", 100)  # per parameter
     (low, low_optimizer), (full, full_optimizer) = made(name, torch.bfloat16), made(name, torch.float32)
     steps(low, low_optimizer, 30)
     steps(full, full_optimizer, 30)
@@ -61,7 +61,7 @@ def test_updates_below_the_last_digit_add_up_as_in_float32(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ABLE)
-def test_a_resumed_run_goes_on_to_the_bit(name):
+def test_resumed_optimizer_continues_bit_for_bit(name):
     whole, optimizer = made(name, torch.bfloat16)
     steps(whole, optimizer, 4)
     buffer = io.BytesIO()
@@ -76,7 +76,7 @@ def test_a_resumed_run_goes_on_to_the_bit(name):
     assert all(torch.equal(again[key], p) for key, p in whole.items())
 
 
-def test_the_seed_decides_and_the_step_runs_what_it_is_given_first():
+def test_rounding_depends_on_the_seed_and_step_runs_its_closure_first():
     ends = []
     for seed in (0, 0, 1):
         weights, optimizer = made("adamw", torch.bfloat16, seed=seed)
@@ -88,12 +88,12 @@ def test_the_seed_decides_and_the_step_runs_what_it_is_given_first():
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
-def test_float32_parameters_take_the_plain_class():
+def test_float32_parameters_use_the_plain_optimizer_class():
     assert type(made("adamw", torch.float32)[1]) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize("name", ["prodigy", "schedulefree"])
-def test_optimisers_of_all_weights_at_once_are_refused(name):
+def test_optimizers_without_per_tensor_updates_are_refused(name):
     prompt = "dataset.instance_prompt=a photo of ohwx dog"
     cfg = lab.compose("dataset.path=.", prompt, "adapter=full", f"optimizer={name}", "ema.enabled=false")
     check(cfg)
@@ -107,7 +107,7 @@ def test_float16_is_refused():
         check(lab.compose("dataset.path=.", "model.dtype=float16"))
 
 
-def test_the_weights_themselves_learn_at_their_own_rate():
+def test_full_adapter_trains_bfloat16_weights_at_lr_full():
     rates = {name: lab.compose("dataset.path=.", f"adapter={name}").optimizer.lr for name in ("full", "lora", "oft")}
     assert 1e-6 <= rates["full"] <= 5e-6 and rates["lora"] == rates["oft"] > rates["full"]
     assert lab.compose("dataset.path=.", "adapter=full", "model.recommended.lr_full=3e-6").optimizer.lr == 3e-6

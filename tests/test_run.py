@@ -26,7 +26,7 @@ def done(small, tmp_path_factory):
     return lab.load(folder)
 
 
-def test_a_run_leaves_everything_in_its_folder(done):
+def test_run_writes_all_files_to_its_folder(done):
     folder = done.folder
     for path in (folder.config, folder.environment, folder.preflight, folder.metrics, folder.report):
         assert path.stat().st_size > 0
@@ -37,22 +37,22 @@ def test_a_run_leaves_everything_in_its_folder(done):
     assert {"train/loss_instance", "train/loss_prior", "train/lr"} < done.series.keys()
 
 
-def test_what_it_took_is_told_by_phase(done):
+def test_time_and_memory_are_reported_by_phase(done):
     cost = done.folder.starts()[-1]["cost"]
     assert list(cost) == ["photos, text and caches", "adapter and preflight", "training", "images", "saving"]
     assert all(phase["memory_mib"] > 0 for phase in cost.values())
 
 
-def test_the_loss_is_the_sum_of_its_logged_parts(done):
+def test_loss_is_the_sum_of_its_logged_terms(done):
     parts = [dict(done.series[f"train/{name}"]) for name in ("loss", "loss_instance", "loss_prior")]
     for step, total in parts[0].items():
         assert total == pytest.approx(parts[1][step] + parts[2][step])
 
 
-def test_the_first_pictures_are_the_base_models_and_training_changes_them(done):
+def test_first_images_match_the_base_model_and_training_changes_them(done):
     family = build_family(done.config)
     text, negative = family.encode_text(["a photo of sks dog"]), family.encode_text([""])
-    picture = family.generate(
+    image = family.generate(
         text,
         negative,
         height=64,
@@ -62,10 +62,10 @@ def test_the_first_pictures_are_the_base_models_and_training_changes_them(done):
         generator=torch.Generator().manual_seed(1),
     )[0]
     saved = [Image.open(done.folder.image_folder / f"step_{step:07d}" / "00_01.png") for step in (0, 6)]
-    assert saved[0].tobytes() == picture.tobytes() != saved[1].tobytes()
+    assert saved[0].tobytes() == image.tobytes() != saved[1].tobytes()
 
 
-def test_a_checkpoint_holds_what_learns_and_loads_without_pickles(done):
+def test_checkpoint_holds_trained_weights_and_loads_without_pickles(done):
     checkpoint = torch.load(done.folder.newest()[0], weights_only=True)
     assert checkpoint["state_dict"] and all("lora_" in name for name in checkpoint["state_dict"])
 
@@ -84,7 +84,7 @@ save_file({"y": y.detach()}, sys.argv[3] + ".out")
 
 
 @pytest.mark.parametrize("which", ["live", "ema"])
-def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_path, which):
+def test_export_predicts_the_same_in_plain_diffusers(done, small, tmp_path, which):
     from safetensors.torch import save_file
 
     from dreambooth_lab.dreambooth import DreamBooth
@@ -96,8 +96,8 @@ def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_pa
     adapter.attach(family.denoiser, family.target_modules, seed=9)
     DreamBooth(done.config, family, adapter).load_state_dict(weights, strict=False)
     x, text = torch.randn(1, 4, 8, 8), family.encode_text(["a photo of sks dog"])
-    said = {"states": text["prompt_embeds"], "pooled": text["pooled_prompt_embeds"]}
-    inputs = {"x": x, "t": torch.tensor([500]), **said, "size": torch.zeros(1, 6)}
+    embeddings = {"states": text["prompt_embeds"], "pooled": text["pooled_prompt_embeds"]}
+    inputs = {"x": x, "t": torch.tensor([500]), **embeddings, "size": torch.zeros(1, 6)}
     save_file(inputs, tmp_path / "in")
     export = done.folder.export / ("ema" if which == "ema" else "")
     subprocess.run([sys.executable, "-c", FRESH, done.config.model.pretrained, export, tmp_path / "in"], check=True, timeout=300)
@@ -108,30 +108,30 @@ def test_the_export_gives_the_same_answer_in_diffusers_alone(done, small, tmp_pa
         ours = family.denoise(x, family.path.time(inputs["t"]), Cond(text, size=inputs["size"]))
         with adapter.base():
             base = family.denoise(x, family.path.time(inputs["t"]), Cond(text, size=inputs["size"]))
-    assert (ours - base).abs().max() > 1e-3, "the adapter does something"
-    assert (ours - theirs).norm() < 0.01 * (ours - base).norm(), "to float16's rounding"
+    assert (ours - base).abs().max() > 1e-3, "the adapter changes the prediction"
+    assert (ours - theirs).norm() < 0.01 * (ours - base).norm(), "up to float16 rounding"
 
 
-def test_lab_gives_config_metrics_and_a_working_pipeline(done):
+def test_lab_load_gives_config_metrics_and_a_pipeline(done):
     pipeline = done.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
-    picture = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    image = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
     saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
-    difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
-    assert difference.abs().max() <= 1, "what validation showed is what a user gets"
+    difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(saved.tobytes()))
+    assert difference.abs().max() <= 1, "the export reproduces the validation image"
     assert done.pipeline(ema=True) is not None
     assert done.config.dataset.instance_prompt == "a photo of sks dog" and done.steps == 6
 
 
-def test_validation_does_not_touch_training(done, small, tmp_path):
+def test_validation_does_not_change_training(done, small, tmp_path):
     run(lab.compose(*small, "adapter.alpha=8", "validation.every_n_steps=0"), tmp_path / "b")
     assert lab.load(tmp_path / "b").series == done.series
     plain, shown = (torch.load(f.newest()[0], weights_only=True)["state_dict"] for f in (RunFolder(tmp_path / "b"), done.folder))
     assert all(torch.equal(plain[name], shown[name]) for name in shown)
 
 
-def test_accumulation_logs_the_mean_of_its_micro_batches(small, tmp_path):
+def test_accumulation_logs_the_mean_over_micro_batches(small, tmp_path):
     quick = [
         *small,
         "prior=none",
@@ -148,7 +148,7 @@ def test_accumulation_logs_the_mean_of_its_micro_batches(small, tmp_path):
     assert len(two) == 4
 
 
-def test_the_average_follows_its_closed_form(small, tmp_path):
+def test_ema_follows_its_closed_form(small, tmp_path):
     from dreambooth_lab.callbacks.ema import Ema
 
     live = {"denoiser.w": torch.tensor([0.0, 4.0])}
@@ -176,8 +176,8 @@ def test_the_average_follows_its_closed_form(small, tmp_path):
         assert_close(ema.shadow["denoiser.w"], expected)
 
 
-def test_weights_that_arrive_later_are_averaged_as_if_they_came_at_once(monkeypatch):
-    """The way from a CUDA device: copies of a step's weights, added when they are next needed."""
+def test_ema_update_interval_is_compensated(monkeypatch):
+    """As on a CUDA device: copies of a step's weights arrive later and are averaged when next needed."""
     from unittest.mock import MagicMock
 
     from dreambooth_lab.callbacks.ema import Ema
@@ -205,14 +205,14 @@ def test_weights_that_arrive_later_are_averaged_as_if_they_came_at_once(monkeypa
     assert len(waited) == 8, "each copy is waited for once"
 
 
-def test_preflight_only_trains_nothing(small, tmp_path):
+def test_preflight_only_does_not_train(small, tmp_path):
     run(lab.compose(*small, "preflight=only"), tmp_path / "p")
     folder = RunFolder(tmp_path / "p")
     text = folder.preflight.read_text()
     assert "instance-64px" in text and "trainable parameters" in text and not folder.metrics.exists()
 
 
-def test_a_resumed_run_refuses_what_would_change_the_past(done, small):
+def test_resume_refuses_changes_to_past_steps(done, small):
     again = [*small, f"resume={done.folder.root}"]
     assert resume_config(lab.compose(f"resume={done.folder.root}"), ["trainer.max_steps=9"]).adapter.alpha == 8
     words = ["optimizer.lr=5", "trainer.max_steps=9", "dataset.batch_size=1"]
@@ -221,6 +221,6 @@ def test_a_resumed_run_refuses_what_would_change_the_past(done, small):
     assert "dataset.batch_size was 2, now 1" in str(caught.value) and "max_steps" not in str(caught.value)
 
 
-def test_resume_needs_a_run(tmp_path):
+def test_resume_requires_a_run(tmp_path):
     with pytest.raises(ConfigError, match="is not a run folder"):
         resume_config(lab.compose(f"resume={tmp_path}"), [])

@@ -1,4 +1,4 @@
-"""Training steps on the toybox have the losses that were recorded once: a change of structure changes no numbers."""
+"""Training steps on the toybox have the recorded losses: refactoring does not change results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", [kind if kind == "plain" else pytest.param(kind, marks=pytest.mark.slow) for kind in RUNS])
-def test_the_losses_are_those_recorded(kind, tmp_path):
+def test_losses_match_the_recorded_values(kind, tmp_path):
     run(lab.compose(*COMMON, *RUNS[kind], f"cache={tmp_path / 'cache'}"), tmp_path / "run")
     losses = [loss for _, loss in sorted(lab.load(tmp_path / "run").series["train/loss"])]
     assert losses == pytest.approx(RECORDED[kind], rel=1e-4), "other processors round differently, but no more than so"

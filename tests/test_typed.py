@@ -21,15 +21,15 @@ LETTERS = st.one_of(st.sampled_from(list("\\\"'${}[](),=~ \n:ab")), st.character
 
 
 def value(word: str):
-    """What Hydra and OmegaConf make of a word's value."""
-    said, *_ = as_hydra_reads([word])
-    parsed = OverridesParser.create().parse_override(said).value()
+    """The value of an argument after Hydra and OmegaConf."""
+    converted, *_ = as_hydra_reads([word])
+    parsed = OverridesParser.create().parse_override(converted).value()
     return OmegaConf.create({"a": getattr(parsed, "text", parsed)}).a
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(alphabet=LETTERS))
-def test_any_text_is_the_value_and_reading_twice_changes_nothing(text):
+def test_arbitrary_text_is_the_value_and_conversion_is_idempotent(text):
     is_hydras = text == "null" or re.fullmatch(f"{QUOTED}(,{QUOTED})*", text, re.DOTALL)
     if is_hydras or re.search(r"\$\{[^{}$\s]+\}", text):
         return
@@ -44,11 +44,11 @@ PLACES = ["~/My Photos (1)", "C:\\My Photos\\", "it's [mine], Ünïcode {2} = 50
 @pytest.mark.parametrize(
     "key", ["dataset.path", "+dataset.mask_path", "prior.path", "webhook.receivers.raw.url", "resume", "cache"]
 )
-def test_paths_and_addresses_are_taken_as_they_are(key, place):
+def test_paths_and_urls_are_taken_as_typed(key, place):
     assert value(f"{key}={place}") == place
 
 
-def test_what_is_quoted_for_hydra_or_refers_to_another_key_is_as_before():
+def test_hydra_quotes_and_interpolations_are_unchanged():
     for word in ('dataset.instance_prompt="a, b"', "dataset.instance_prompt='a'", "dataset.class_prompt=null", "seed=3",
                  'dataset.instance_prompt="a","b"', "model=sdxl", "optimizer.options={a: 1}", "~logger", "--cfg"):  # fmt: skip
         assert as_hydra_reads([word]) == [word]
@@ -56,7 +56,7 @@ def test_what_is_quoted_for_hydra_or_refers_to_another_key_is_as_before():
     assert cfg.dataset.instance_prompt == "a photo of [sks] cat"
 
 
-def test_lists_of_prompts_take_each_prompt_as_it_is():
+def test_lists_of_prompts_take_each_prompt_as_typed():
     typed = {
         "[a photo of [sks] dog, a dog (asleep)]": ["a photo of [sks] dog", "a dog (asleep)"],
         '["a, b", it\'s c]': ["a, b", "it's c"],
@@ -77,13 +77,13 @@ def test_lists_of_prompts_take_each_prompt_as_it_is():
         ("choice(a,b)", ["a", "b"]),
     ],
 )
-def test_commas_part_the_runs_of_a_sweep(text, values):
-    _, said = as_hydra_reads(["-m", f"dataset.instance_prompt={text}"])
-    swept = OverridesParser.create().parse_override(said).value().list
+def test_commas_separate_the_runs_of_a_sweep(text, values):
+    _, converted = as_hydra_reads(["-m", f"dataset.instance_prompt={text}"])
+    swept = OverridesParser.create().parse_override(converted).value().list
     assert [getattr(one, "text", one) for one in swept] == values
 
 
-def test_a_prompt_that_the_shell_took_apart_is_shown_in_quotes():
+def test_prompt_split_by_the_shell_is_shown_quoted():
     with pytest.raises(ConfigError) as caught:
         as_hydra_reads(["dataset.class_prompt=a", "photo", "of", "a", "dog", "seed=1"])
     shown = shlex.split(str(caught.value).partition("around both: ")[2])
@@ -91,7 +91,7 @@ def test_a_prompt_that_the_shell_took_apart_is_shown_in_quotes():
     assert as_hydra_reads(["name=x", "--config-dir", "y"]) == ['name="x"', "--config-dir", "y"]
 
 
-def test_the_drawing_tool_and_resume_take_paths_as_they_are(monkeypatch, tmp_path):
+def test_generate_and_resume_take_paths_as_typed(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     ask = generate.read(["run=~/My Runs (1): [x]", "prompt=a ${b} [sks] dog", "out=o u t, 2"])
     assert (ask.run, ask.prompt, ask.out) == ("~/My Runs (1): [x]", ["a ${b} [sks] dog"], "o u t, 2")

@@ -1,4 +1,4 @@
-"""A step never waits for the device: tried on the meta device, which has no numbers to read, beside a host that has."""
+"""A step never synchronises with the device: tested with the meta device, whose values can't be read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def on_device(value):
 
 
 class Waits(TorchDispatchMode):
-    """Lists what would wait for a CUDA device: numbers read, sizes that depend on them, copies that block."""
+    """Lists operations that would synchronise with a CUDA device: reading values, value-dependent sizes, blocking copies."""
 
     def __init__(self):
         super().__init__()
@@ -59,10 +59,10 @@ class Waits(TorchDispatchMode):
     ["prior=teacher", "adapter.train_token=true", "dataset.instance_prompt=a photo of q dog", "adapter.token=q"],
     ["prior=teacher", "adapter.text_encoders=[1,2]"],
 ], ids=lambda words: " ".join(word for word in words if word not in WALK))  # fmt: skip
-def test_a_step_waits_for_nothing(words, small):
+def test_step_does_not_synchronise(words, small):
     module, data = build_training(lab.compose(*small, *words))
     stream = iter(Samples(data, data.schedule, 0, 0, 1))
-    torch.__future__.set_swap_module_params_on_conversion(True)  # what shares a parameter goes on sharing it
+    torch.__future__.set_swap_module_params_on_conversion(True)  # shared parameters stay shared
     try:
         for part in (module, module.outside.network if module.outside else module):
             part.to(META)
@@ -72,7 +72,7 @@ def test_a_step_waits_for_nothing(words, small):
     optimizer = torch.optim.AdamW(module.trainable_parameters().values())
     trainer = SimpleNamespace(global_step=0, max_steps=100, world_size=1)
     watchers = [StepMetrics(50), Ema(0.99, 1, "meta")]
-    for step, waits in enumerate((Waits(), Waits())):  # the first also brings the noise schedule to the device
+    for step, waits in enumerate((Waits(), Waits())):  # the first step also copies the noise schedule to the device
         batch = strayed(module, next(stream))
         batch = batch._replace(mask=halves(batch))
         trainer.global_step = step
@@ -91,7 +91,7 @@ def test_a_step_waits_for_nothing(words, small):
     assert on_device(outputs["loss"]) and waits.seen == []
 
 
-def test_a_wait_is_seen():
+def test_synchronisation_is_detected():
     x, waits = torch.ones(3, device=META), Waits()
     host = torch.ones(3)
     with waits:
@@ -105,7 +105,7 @@ def test_a_wait_is_seen():
     assert len(waits.seen) == before
 
 
-def test_what_decides_the_work_stays_on_the_host(small):
+def test_control_values_stay_on_the_host(small):
     _, data = build(lab.compose(*small, "prior=teacher"))
     batch = next(iter(Samples(data, data.schedule, 0, 0, 1)))
     there = move_data_to_device(batch, META)

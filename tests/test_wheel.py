@@ -1,4 +1,4 @@
-"""The built wheel holds all that a run needs, and runs without the checkout."""
+"""The built wheel contains all files that a run needs, and runs without the checkout."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def files(wheel: Path) -> set[str]:
         return {name for name in opened.namelist() if name.startswith("dreambooth_lab/")}
 
 
-def test_the_wheel_has_every_file_of_the_package_and_of_its_configurations(tmp_path):
+def test_wheel_contains_all_package_and_configuration_files(tmp_path):
     expected = {
         f"dreambooth_lab/{inside}{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in INSIDE.items()
@@ -52,8 +52,8 @@ def test_the_wheel_has_every_file_of_the_package_and_of_its_configurations(tmp_p
 
 
 @pytest.mark.slow
-def test_the_wheel_of_the_source_archive_runs_the_demo_from_an_empty_folder(tmp_path):
-    """In a virtual environment of its own, which sees the libraries of this one but not this checkout."""
+def test_wheel_from_the_sdist_runs_the_demo_in_an_empty_folder(tmp_path):
+    """In a separate virtual environment with access to this one's libraries but not to the checkout."""
     with tarfile.open(build("sdist", tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     wheel = build("wheel", tmp_path / "wheel", next((tmp_path / "source").iterdir()))

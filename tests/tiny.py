@@ -1,4 +1,4 @@
-"""Tiny random-weight models of the real classes, and pictures, made on the spot."""
+"""Tiny random-weight models of the real classes, and images, created by the tests."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def save_dino(folder: Path) -> Path:
 
 
 def save_sdxl(folder: Path, prediction: str = "epsilon", channels: int = 4) -> Path:
-    """A whole SDXL pipeline in diffusers' layout; the smallest stride is 16 px."""
+    """A complete SDXL pipeline in diffusers' layout; the smallest bucket step is 16 px."""
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction, timestep_spacing="leading",
         steps_offset=1,
@@ -102,7 +102,7 @@ def save_sdxl(folder: Path, prediction: str = "epsilon", channels: int = 4) -> P
 
 
 def save_photos(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> Path:
-    """Smooth random pictures of the given (width, height)."""
+    """Write smooth random images of the given (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for i, size in enumerate(sizes):
@@ -112,7 +112,7 @@ def save_photos(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> Pa
 
 
 def save_masks(photos: Path, folder: Path) -> Path:
-    """A mask for each photo: white but for its upper and left quarter."""
+    """Write a mask for each photo: white except for its upper and left quarter."""
     folder.mkdir()
     for photo in photos.glob("*.png"):
         width, height = Image.open(photo).size

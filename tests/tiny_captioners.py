@@ -1,4 +1,4 @@
-"""Tiny random models that write captions, of the real classes, as folders."""
+"""Tiny random caption models of the real classes, saved as folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blip(folder: Path) -> Path:
     processor = T.BlipProcessor(T.BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
     model = T.BlipForConditionalGeneration(config)
     _save(folder, model, processor)
-    model.text_decoder.cls.predictions.bias.data[:5] = -100  # it says letters
+    model.text_decoder.cls.predictions.bias.data[:5] = -100  # it generates letters
     model.save_pretrained(folder)
     return folder
 
@@ -36,7 +36,7 @@ def florence2(folder: Path) -> Path:
     tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<image>", *sorted(tiny.ByteLevel.alphabet())]
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = T.BartTokenizer(vocab=ids, merges=[], extra_special_tokens={"image_token": "<image>"})
-    pictures = T.CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False, image_seq_length=2)
+    image_processor = T.CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False, image_seq_length=2)
     text = {
         "model_type": "bart", "vocab_size": len(tokens), "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
@@ -47,7 +47,9 @@ def florence2(folder: Path) -> Path:
         "window_size": 4, "max_temporal_embeddings": 10, "max_position_embeddings": 10,
     }  # fmt: skip
     config = T.Florence2Config(text_config=text, vision_config=vision, image_token_id=ids["<image>"])
-    processor = T.Florence2Processor(pictures, tokenizer, num_additional_image_tokens=1, post_processor_config={"polygons": {}})
+    processor = T.Florence2Processor(
+        image_processor, tokenizer, num_additional_image_tokens=1, post_processor_config={"polygons": {}}
+    )
     return _save(folder, T.Florence2ForConditionalGeneration(config), processor)
 
 
@@ -81,8 +83,8 @@ def _qwen(folder: Path, config: Any, kind: Any, vision: dict[str, Any]) -> Path:
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
     }  # fmt: skip
     numbers = {f"{part}_token_id": ids[token] for part, token in parts.items()}
-    pictures = T.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56, patch_size=14, merge_size=2)
-    return _save(folder, kind(config(text_config=text, vision_config=vision, **numbers)), pictures, tokenizer)
+    image_processor = T.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56, patch_size=14, merge_size=2)
+    return _save(folder, kind(config(text_config=text, vision_config=vision, **numbers)), image_processor, tokenizer)
 
 
 def _save(folder: Path, model: Any, *parts: Any) -> Path:

@@ -1,4 +1,4 @@
-"""A tiny pipeline of random weights for each family, of the real classes, saved as a checkpoint of it is."""
+"""A tiny pipeline with random weights for each family, of the real classes, saved in the layout of its checkpoints."""
 
 from __future__ import annotations
 
@@ -444,7 +444,7 @@ def aura_flow() -> Any:
 
 @torch.no_grad()
 def _stir(model: torch.nn.Module) -> None:
-    """Layers that begin at zero would hide what they are fed."""
+    """Layers initialised to zero would hide their inputs."""
     g = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if not parameter.any():
@@ -472,7 +472,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 
 
 def model_of(name: str) -> str:
-    """The choice of `model=` that trains it."""
+    """The option of `model=` for it."""
     name = {"sd35": "sd35_large"}.get(name, name)
     return name if (conf_dir() / "model" / f"{name}.yaml").is_file() else "diffusers"
 

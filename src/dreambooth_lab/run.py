@@ -110,8 +110,8 @@ def build_race(cfg: DictConfig, folder: RunFolder, data: DreamBoothData) -> Call
     """
     evaluations = builders.evaluations(cfg, cfg.eval, data) - 1  # less that of the base model
     if evaluations <= cfg.race:
-        told = f"race is {cfg.race}, but the run has {evaluations} evaluations of the eval loss, its end included"
-        raise ConfigError(f"{told}; lower eval.every_n_steps or race")
+        problem = f"race is {cfg.race}, but the run has {evaluations} evaluations of the eval loss, its end included"
+        raise ConfigError(f"{problem}; lower eval.every_n_steps or race")
     return lambda step: race.lost(folder, step, cfg.race, evaluations)
 
 

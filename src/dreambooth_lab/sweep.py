@@ -28,6 +28,7 @@ from .storage import durable
 
 KEYS = "sweep.json"  # in the sweep's folder: the varied keys
 PAGE = "compare.html"  # in the same folder
+OLD_MESSAGE = "told"  # a record's key for `message` in earlier versions
 LONGEST = 80  # characters of a job's overrides in its folder's name
 # Keys that affect where a run writes and reports, not its training or metrics.
 ASIDE = ("resume", "runs", "cache", "preflight", "search_metric", "name", "logger", "webhook", "preview", "race",
@@ -49,7 +50,7 @@ class Job(NamedTuple):
     number: int  # Hydra's, of the newest start
     words: list[str]  # its overrides in the sweep
     state: str
-    told: str = ""  # why it failed or lost
+    message: str = ""  # why it failed or lost
 
 
 class JobFailed(RunError):
@@ -130,7 +131,11 @@ def jobs(sweep: Path) -> list[tuple[RunFolder, Job]]:
 
 def recorded(folder: RunFolder) -> Job | None:
     """The record of a job's folder; None if it is not a job of a sweep."""
-    return Job(**json.loads(folder.job.read_text(encoding="utf-8"))) if folder.job.is_file() else None
+    if not folder.job.is_file():
+        return None
+    record = json.loads(folder.job.read_text(encoding="utf-8"))
+    record.setdefault("message", record.pop(OLD_MESSAGE, ""))
+    return Job(**record)
 
 
 def news(sweep: Path) -> bool:
@@ -144,7 +149,7 @@ def table(sweep: Path) -> Table:
     made = Table("job", "words", "state", "steps", "why", title=f"The sweep in {sweep}", title_justify="left")
     for folder, job in jobs(sweep):
         steps = max((step for step, _, _ in folder.read_metrics()), default=0)
-        made.add_row(str(job.number), " ".join(job.words), str(job.state), f"{steps:,}", " ".join(job.told.split()))
+        made.add_row(str(job.number), " ".join(job.words), str(job.state), f"{steps:,}", " ".join(job.message.split()))
     return made
 
 

@@ -1,4 +1,4 @@
-"""Exports load in a fresh process with the other libraries alone, and answer the same; live weights and averaged ones."""
+"""Exports load in a fresh process without this package and predict the same, for live and averaged weights."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ LOADS = {
 
 
 def moved(module, seed):
-    """Weights as after some training: every one somewhere else."""
+    """Perturb every trainable weight, as training does."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in module.trainable_parameters().items()
     }
 
 
-def answer(module, weights):
+def prediction(module, weights):
     with torch.no_grad():
         for name, p in module.trainable_parameters().items():
             p.copy_(weights[name])
@@ -89,7 +89,7 @@ def answer(module, weights):
 
 @pytest.fixture(scope="module")
 def written(tiny_sdxl, tmp_path_factory):
-    """(kind, live or ema) → our answer and the export, after a fresh process has loaded them all."""
+    """(kind, live or ema) → our prediction and the export, after a fresh process has loaded them all."""
     root, ours, jobs = tmp_path_factory.mktemp("exports"), {}, []
     for kind, hows in LOADS.items():
         cfg = compose(tiny_sdxl, kind.partition("+")[0])
@@ -101,8 +101,8 @@ def written(tiny_sdxl, tmp_path_factory):
         attach(cfg, family, adapter, text)
         module, folder = DreamBooth(cfg, family, adapter, text), RunFolder(root / kind)
         before, live, average = dict(module.trainable_parameters()), moved(module, 1), moved(module, 2)
-        ours[kind, "base"] = answer(module, {name: p.detach().clone() for name, p in before.items()})
-        ours[kind, "ema"], ours[kind, "live"] = answer(module, average), answer(module, live)
+        ours[kind, "base"] = prediction(module, {name: p.detach().clone() for name, p in before.items()})
+        ours[kind, "ema"], ours[kind, "live"] = prediction(module, average), prediction(module, live)
         ema = Ema(0.9, 1, "cpu")
         ema.shadow = average
         Export(cfg, folder, ema, TAGS).on_train_end(At(3), module)
@@ -117,7 +117,7 @@ def written(tiny_sdxl, tmp_path_factory):
 
 
 class At:
-    """A Trainer, as far as the export looks at one."""
+    """The attributes of a Trainer that the export reads."""
 
     def __init__(self, step):
         self.global_step = self.max_steps = step
@@ -125,7 +125,7 @@ class At:
 
 @pytest.mark.parametrize("which", ["live", "ema"])
 @pytest.mark.parametrize(("kind", "how"), [(kind, how) for kind, hows in LOADS.items() for how in hows])
-def test_an_export_answers_the_same_without_us(kind, how, which, written):
+def test_export_predicts_the_same_without_this_package(kind, how, which, written):
     root, ours = written
     theirs = load_file(root / kind / "export" / ("ema" if which == "ema" else "") / f"{how}.out")
     y, text = ours[kind, which]
@@ -133,31 +133,31 @@ def test_an_export_answers_the_same_without_us(kind, how, which, written):
     assert_close(theirs["pooled"], text["pooled_prompt_embeds"], atol=1e-4, rtol=1e-4)
     assert_close(theirs["states"], text["prompt_embeds"], atol=1e-4, rtol=1e-4)
     before, base_text = ours[kind, "base"]
-    assert (y - before).abs().max() > 1e-3, "it learned"
+    assert (y - before).abs().max() > 1e-3, "the weights changed"
     assert kind.endswith("+text") == bool((text["prompt_embeds"] - base_text["prompt_embeds"]).abs().max() > 1e-2)
 
 
 @pytest.mark.parametrize("kind", LOADS)
-def test_every_file_says_what_made_it(kind, written):
+def test_every_file_header_describes_its_run(kind, written):
     files = list((written[0] / kind / "export").rglob("*.safetensors"))
     hashes = set()
     for file in files:
         with safe_open(file, "pt") as opened:
-            said = opened.metadata()
-        assert said["steps"] == "3" and said["format"] == "pt" and "adapter:" in said["config"]
-        assert said["base_model"] and said["made_by"].startswith("dreambooth-lab ") and said["instance_prompt"]
-        hashes.add((said["weights_sha256"], "ema" in file.parts))
+            header = opened.metadata()
+        assert header["steps"] == "3" and header["format"] == "pt" and "adapter:" in header["config"]
+        assert header["base_model"] and header["made_by"].startswith("dreambooth-lab ") and header["instance_prompt"]
+        hashes.add((header["weights_sha256"], "ema" in file.parts))
     assert len(hashes) == 2, "one hash for the live weights, another for the averaged"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "lokr", "full"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_file_predicts_nearly_the_same_and_training_stays_in_float32(kind, dtype, tiny_sdxl, tmp_path):
+def test_half_precision_file_predicts_nearly_the_same_and_training_stays_float32(kind, dtype, tiny_sdxl, tmp_path):
     cfg = compose(tiny_sdxl, kind)
     module, _ = build(cfg)
     weights = moved(module, 1)
-    trained, _ = answer(module, weights)
+    trained, _ = prediction(module, weights)
     before = {name: p.detach().clone() for name, p in module.trainable_parameters().items()}
     form = Form("it", dtype, (enums.Format.diffusers, enums.Format.comfyui))
     files = module.adapter.export(tmp_path, learned(module)._replace(form=form))
@@ -166,13 +166,13 @@ def test_a_half_precision_file_predicts_nearly_the_same_and_training_stays_in_fl
         assert {tensor.dtype for tensor in load_file(file).values() if tensor.ndim} == {dtype}, file
     assert {path for path in files if (tmp_path / path).is_file()} <= {p.relative_to(tmp_path) for p in tmp_path.rglob("*")}
     again, _ = build(compose(tiny_sdxl, kind), seed=5)
-    base, _ = answer(again, dict(again.trainable_parameters()))
+    base, _ = prediction(again, dict(again.trainable_parameters()))
     again.adapter.load_weights(tmp_path)
-    read, _ = answer(again, {name: p.detach().clone() for name, p in again.trainable_parameters().items()})
+    read, _ = prediction(again, {name: p.detach().clone() for name, p in again.trainable_parameters().items()})
     assert 0 < (read - trained).norm() < (0.01 if dtype is torch.float16 else 0.06) * (trained - base).norm()
 
 
-def test_numbers_that_float16_cannot_hold_are_written_in_float32_and_told(tiny_sdxl, tmp_path, caplog):
+def test_values_beyond_float16_are_written_in_float32_with_a_warning(tiny_sdxl, tmp_path, caplog):
     module, _ = build(compose(tiny_sdxl, "lora"))
     weights = {name: p.data.mul_(1e6) for name, p in module.trainable_parameters().items()}
     assert max(w.abs().max() for w in weights.values()) > 65504
@@ -183,7 +183,7 @@ def test_numbers_that_float16_cannot_hold_are_written_in_float32_and_told(tiny_s
 
 
 @pytest.mark.parametrize("name", ["kohya", "lycoris"])
-def test_lycoris_has_the_names_that_programs_know_and_its_own(name, tiny_sdxl, tmp_path):
+def test_lycoris_files_have_kohya_names_and_lycoris_names(name, tiny_sdxl, tmp_path):
     module, layers = build(compose(tiny_sdxl, "lokr"))
     module.adapter.export(tmp_path, learned(module))
     prefix = {"kohya": "lora_unet", "lycoris": "lycoris"}[name]
@@ -191,8 +191,8 @@ def test_lycoris_has_the_names_that_programs_know_and_its_own(name, tiny_sdxl, t
     assert named == {f"{prefix}_{layer.replace('.', '_')}" for layer in layers}
 
 
-def test_every_layer_of_a_lora_has_the_same_scale_to_every_reader(tiny_sdxl, tmp_path):
-    """Layers of several ranks, and an alpha that is none of them."""
+def test_all_layers_of_a_lora_have_equal_scale(tiny_sdxl, tmp_path):
+    """Layers of several ranks, with an alpha that differs from all of them."""
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.blocks = [BlockConfig("down_blocks", 2, 1.0)]
     module, _ = build(cfg)

@@ -1,4 +1,4 @@
-"""`adapter.init_from` takes a LoRA in any layout, and its update is the same under another alpha of the run."""
+"""`adapter.init_from` reads a LoRA in any layout; its update does not depend on the run's alpha."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreambooth_lab.factory import attach, build_adapter, build_family, build_tr
 
 @pytest.fixture(scope="module")
 def trained(tiny_sdxl, tmp_path_factory):
-    """An export at alpha 3, rank 4, also without its stored settings; and the model's prediction."""
+    """An export with alpha 3 and rank 4, with and without its stored settings, and the model's prediction."""
     cfg, folder = compose(tiny_sdxl, "lora"), tmp_path_factory.mktemp("export")
     module, _ = build(cfg)
     generator = torch.Generator().manual_seed(0)
@@ -41,33 +41,33 @@ def _layers(folder):
 
 @pytest.mark.parametrize("alpha", [3, 6])
 @pytest.mark.parametrize("name", ["kohya.safetensors", "peft", "peft/adapter_model.safetensors", "bare.safetensors"])
-def test_every_layout_starts_from_the_same_update(name, alpha, trained, tiny_sdxl):
-    folder, answer = trained
+def test_all_layouts_give_the_same_update(name, alpha, trained, tiny_sdxl):
+    folder, prediction = trained
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.alpha, cfg.adapter.init_from = alpha, str(folder / name)
     module, _ = build(cfg, seed=5)
     assert all(p.dtype is torch.float32 and p.requires_grad for p in module.trainable_parameters().values())
     with torch.no_grad():
-        assert_close(module.eval().predict(*question()), answer, atol=1e-5, rtol=1e-5)
+        assert_close(module.eval().predict(*question()), prediction, atol=1e-5, rtol=1e-5)
         with module.adapter.base():
-            assert (module.predict(*question()) - answer).abs().max() > 1e-2
+            assert (module.predict(*question()) - prediction).abs().max() > 1e-2
 
 
-def test_a_file_without_alpha_is_taken_at_its_rank(trained, tiny_sdxl, tmp_path):
+def test_file_without_alpha_uses_its_rank(trained, tiny_sdxl, tmp_path):
     """4/4, not the run's 8/4."""
     folder, _ = trained
     save_file(load_file(folder / "pytorch_lora_weights.safetensors"), tmp_path / "none.safetensors")
-    answers = []
+    predictions = []
     for alpha in (4, 8):
         cfg = compose(tiny_sdxl, "lora")
         cfg.adapter.alpha, cfg.adapter.init_from = alpha, str(tmp_path / "none.safetensors")
         with torch.no_grad():
-            answers.append(build(cfg)[0].eval().predict(*question()))
-    assert_close(*answers, atol=1e-5, rtol=1e-5)
+            predictions.append(build(cfg)[0].eval().predict(*question()))
+    assert_close(*predictions, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["kohya.safetensors", "peft"])
-def test_text_encoders_too(name, tiny_sdxl, tmp_path):
+def test_text_encoder_layouts_give_the_same_update(name, tiny_sdxl, tmp_path):
     def made():
         cfg = compose(tiny_sdxl, "lora")
         cfg.adapter.text_encoders = [1, 2]
@@ -87,7 +87,7 @@ def test_text_encoders_too(name, tiny_sdxl, tmp_path):
         assert_close(theirs[key], ours[key], atol=1e-6, rtol=1e-6)
 
 
-def test_what_does_not_fit_or_is_a_pickle_is_refused(trained, tiny_sdxl, tmp_path):
+def test_mismatched_files_and_pickles_are_refused(trained, tiny_sdxl, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(pickle.dumps({"a": 1}))
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.init_from = str(tmp_path / "lora.safetensors")
@@ -98,8 +98,8 @@ def test_what_does_not_fit_or_is_a_pickle_is_refused(trained, tiny_sdxl, tmp_pat
         build(cfg)
 
 
-def test_ai_toolkits_layout_is_taken_at_its_rank_and_told(folders, tmp_path, caplog):
-    """Its files of transformers begin with `diffusion_model` and say no alpha."""
+def test_ai_toolkit_layout_uses_its_rank_with_a_warning(folders, tmp_path, caplog):
+    """The keys of its transformer files start with `diffusion_model`, and no alpha is stored."""
     words = ["model=flux", f"model.pretrained={folders('flux')}", "model.dtype=float32", "model.tae=null", "dataset=folder"]
     cfg = lab.compose(*words, "dataset.path=.", "adapter.rank=4", "adapter.alpha=2", "trainer.accelerator=cpu")
     one, other = (build_adapter(cfg) for _ in range(2))
@@ -109,7 +109,7 @@ def test_ai_toolkits_layout_is_taken_at_its_rank_and_told(folders, tmp_path, cap
     ours = {name: torch.nn.init.normal_(p) for name, p in one.model.named_parameters() if p.requires_grad}
     one.export(tmp_path, ExportWeights("transformer", ours, {}, {}, {}, ALL))
     weights = load_file(tmp_path / "kohya.safetensors")
-    assert all(key.startswith("transformer.") for key in weights), "without kohya's names they are diffusers'"
+    assert all(key.startswith("transformer.") for key in weights), "without kohya's names the keys are diffusers'"
     save_file({key.replace("transformer.", "diffusion_model.", 1): t for key, t in weights.items()}, tmp_path / "ai.safetensors")
     other.load_weights(tmp_path / "ai.safetensors")
     theirs = {name: p for name, p in other.model.named_parameters() if p.requires_grad}
@@ -119,7 +119,7 @@ def test_ai_toolkits_layout_is_taken_at_its_rank_and_told(folders, tmp_path, cap
     assert f"{len(weights) // 2} layers of" in caplog.text and "have no alpha" in caplog.text
 
 
-def test_a_file_with_fused_layers_is_refused_with_a_way_out(tiny_sdxl, tmp_path):
+def test_file_with_fused_layers_is_refused_with_a_fix(tiny_sdxl, tmp_path):
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     save_file(
         {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(12, 2)}, tmp_path / "f.safetensors"

@@ -1,4 +1,4 @@
-"""The names that ComfyUI looks for in a LoRA, made from its rules, against those that we write."""
+"""Exported layer names against the names that ComfyUI accepts, derived from its rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def real():
         return {"unet": unet, "text_encoder": first, "text_encoder_2": CLIPTextModelWithProjection(second)}
 
 
-def test_every_layer_of_sdxl_that_learns_has_a_name_comfyui_knows(real):
+def test_trained_sdxl_layers_have_names_known_to_comfyui(real):
     expected = unet_names((0, 2, 10), 10, 2) | text_names("te1", 12) | text_names("te2", 32)
     written: set[str] = set()
     for part, model in real.items():
@@ -51,7 +51,7 @@ def test_every_layer_of_sdxl_that_learns_has_a_name_comfyui_knows(real):
     assert len(heads) == 2 * 70 + 12 + 32, "SDXL has 70 transformer blocks with two attentions each"
 
 
-def test_what_is_written_are_these_names_and_each_has_its_alpha(tiny_sdxl, tmp_path):
+def test_written_file_has_these_names_with_alphas(tiny_sdxl, tmp_path):
     cfg = compose(tiny_sdxl, "lora")
     cfg.adapter.text_encoders, cfg.adapter.parts = [1, 2], ["attention", "feed_forward", "convolution"]
     family, adapter = build_family(cfg), build_adapter(cfg)

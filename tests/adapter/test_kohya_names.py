@@ -1,4 +1,4 @@
-"""A layer's name comes back from kohya's layout, with diffusers' names or Stable Diffusion's own."""
+"""Layer names round-trip through kohya's layout, from diffusers' names and from Stable Diffusion's original names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreambooth_lab.adapter import kohya
 
 
 @pytest.mark.parametrize("name", sorted(tiny_families.PIPELINES))
-def test_every_layer_of_every_family_comes_back(name):
+def test_layer_names_of_all_families_round_trip(name):
     pipeline = tiny_families.PIPELINES[name]()
     for part in ("unet", "transformer"):
         model = getattr(pipeline, part, None)
@@ -24,14 +24,14 @@ def test_every_layer_of_every_family_comes_back(name):
         assert {layer: kohya.dotted(layer.replace(".", "_")) for layer in layers} == dict(zip(layers, layers, strict=True))
 
 
-def test_every_layer_of_real_sdxl_comes_back(real):  # noqa: F811
+def test_layer_names_of_sdxl_round_trip(real):  # noqa: F811
     for part, model in real.items():
         layers = [layer for layer, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
         wrong = [layer for layer in layers if kohya.dotted(layer.replace(".", "_")) != layer]
         assert layers and not wrong, part
 
 
-def test_original_names_of_sdxl_are_read_as_diffusers_reads_them(real):  # noqa: F811
+def test_original_sdxl_names_are_read_as_in_diffusers(real):  # noqa: F811
     inside = ["transformer_blocks_1_attn2_to_k", "proj_in", "transformer_blocks_0_ff_net_0_proj"]
     names = [f"input_blocks_{i}_1_{rest}" for i in (4, 5, 7, 8) for rest in inside]
     names += [f"middle_block_1_{rest}" for rest in inside]

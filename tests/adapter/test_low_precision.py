@@ -1,4 +1,4 @@
-"""LoRA's branch in the base's dtype: the same bits on float32 bases, the same gradient otherwise, fewer bytes kept."""
+"""LoRA's branch in the base's dtype: bit-identical on float32 bases, equally accurate gradients otherwise, fewer bytes saved."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def unet(dtype, ours=True, kind=enums.QuantKind.none, alpha=6.0, algorithm="lora
 
 
 def step(model, dtype):
-    """Answer and gradient of a batch."""
+    """Prediction and gradient of a batch."""
     draws = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(*shape, generator=draws).to(dtype)  # noqa: E731
-    told = {"text_embeds": draw(2, 16), "time_ids": torch.full((2, 6), 64.0)}
-    answer = model(draw(2, 4, 8, 8), torch.tensor([100, 700]), draw(2, 77, 24), added_cond_kwargs=told).sample.float()
-    (answer - 1).square().mean().backward()
+    added_cond = {"text_embeds": draw(2, 16), "time_ids": torch.full((2, 6), 64.0)}
+    prediction = model(draw(2, 4, 8, 8), torch.tensor([100, 700]), draw(2, 77, 24), added_cond_kwargs=added_cond).sample.float()
+    (prediction - 1).square().mean().backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g.dtype is torch.float32 for g in gradient.values())
-    return answer.detach(), gradient
+    return prediction.detach(), gradient
 
 
 def flat(gradient):
@@ -56,7 +56,7 @@ def flat(gradient):
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "dora"])
-def test_a_float32_base_has_pefts_own_bits(algorithm):
+def test_float32_base_is_bit_identical_to_peft(algorithm):
     (one, g1), (other, g2) = (step(unet(torch.float32, ours, algorithm=algorithm), torch.float32) for ours in (True, False))
     assert torch.equal(one, other) and all(torch.equal(g1[name], g2[name]) for name in g2)
 
@@ -68,26 +68,26 @@ CASES = [
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), CASES, ids=[f"{algorithm} {kind.name}" for algorithm, kind in CASES])
-def test_the_gradient_is_as_near_to_float32s_as_that_of_a_float32_branch(algorithm, kind):
+def test_gradient_error_is_no_larger_than_with_a_float32_branch(algorithm, kind):
     exact, wanted = step(unet(torch.float32, kind=kind, algorithm=algorithm), torch.float32)
     wanted, errors = flat(wanted), {}
     for ours in (True, False):
-        answer, gradient = step(unet(torch.bfloat16, ours, kind, algorithm=algorithm), torch.bfloat16)
+        prediction, gradient = step(unet(torch.bfloat16, ours, kind, algorithm=algorithm), torch.bfloat16)
         errors[ours] = float((flat(gradient) - wanted).norm() / wanted.norm())
         assert torch.cosine_similarity(flat(gradient), wanted, 0) > 0.999
-        assert (answer - exact).norm() < 0.03 * exact.norm()
+        assert (prediction - exact).norm() < 0.03 * exact.norm()
     assert errors[True] < 1.5 * errors[False], "the base's rounding dominates either way"
 
 
 def kept_for_backward(model, dtype):
-    """Bytes that autograd keeps, each storage once, weights aside."""
+    """Bytes saved by autograd, without weights; each storage counts once."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -96,14 +96,14 @@ def kept_for_backward(model, dtype):
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "dora"])
-def test_fewer_bytes_are_kept_for_backward(algorithm):
+def test_fewer_bytes_are_saved_for_backward(algorithm):
     models = (*(unet(torch.bfloat16, ours, algorithm=algorithm) for ours in (True, False)), bare())
     ours, pefts, none = (kept_for_backward(model, torch.bfloat16) for model in models)
     assert ours - none < 0.6 * (pefts - none)
 
 
 def bare():
-    """The base alone, asked for the gradient of its first convolution so that everything above keeps what it needs."""
+    """The base alone. Its first convolution requires a gradient, so that all later layers save their inputs."""
     model = tiny.unet(24, 16, 4).to(torch.bfloat16).requires_grad_(False)
     model.conv_in.weight = torch.nn.Parameter(model.conv_in.weight.detach().float())
     model.conv_in.forward = lambda x: torch.nn.functional.conv2d(
@@ -112,23 +112,23 @@ def bare():
     return model
 
 
-def test_factors_are_rounded_once_until_they_change():
+def test_rounded_factors_are_cached_until_they_change():
     model = unet(torch.bfloat16)
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and NAME in m.lora_A)
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
     first = rounded(layer, a, b, torch.bfloat16)
     assert rounded(layer, a, b, torch.bfloat16)[0] is first[0]
     with torch.no_grad():
-        assert rounded(layer, a, b, torch.bfloat16)[0] is first[0], "a walk without gradient takes the same"
-        a.add_(1)  # as an optimiser does
+        assert rounded(layer, a, b, torch.bfloat16)[0] is first[0], "a forward pass without gradient uses the same"
+        a.add_(1)  # in place, as an optimiser does
     changed = rounded(layer, a, b, torch.bfloat16)
     assert torch.equal(changed[0], a.to(torch.bfloat16)) and torch.equal(changed[1], b.to(torch.bfloat16))
-    a.data = torch.zeros_like(a)  # as weights are swapped for an average
+    a.data = torch.zeros_like(a)  # as when weights are replaced by their average
     assert not rounded(layer, a, b, torch.bfloat16)[0].any()
     assert ROUNDED not in dict(layer.named_buffers()) and not any(ROUNDED in key for key in model.state_dict())
 
 
-def test_several_backward_passes_of_a_step_add_up():
+def test_gradients_accumulate_over_backward_passes():
     """Micro-batches share the rounded factors."""
     model, twice = unet(torch.bfloat16), unet(torch.bfloat16)
     _, once = step(model, torch.bfloat16)
@@ -147,7 +147,7 @@ def test_checkpointed_blocks_have_the_same_gradient():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "optimizer").glob("*.yaml")))
-def test_factors_are_rounded_again_after_every_optimisers_step(name):
+def test_factors_are_rounded_again_after_each_optimizer_step(name):
     """A fused or 8-bit step does not raise a parameter's version."""
     cfg, model = lab.compose("dataset.path=.", f"optimizer={name}", "optimizer.lr=1e-1"), unet(torch.bfloat16)
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and NAME in m.lora_A)
@@ -166,7 +166,7 @@ def test_factors_are_rounded_again_after_every_optimisers_step(name):
 
 
 @torch.no_grad()
-def test_doras_lengths_are_made_once_until_a_factor_changes():
+def test_dora_norms_are_cached_until_a_factor_changes():
     model = unet(torch.bfloat16, algorithm="dora")
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and isinstance(m.get_base_layer(), torch.nn.Linear))
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight

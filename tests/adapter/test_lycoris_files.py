@@ -1,4 +1,4 @@
-"""LyCORIS' own presets and configuration files, taken as they are."""
+"""LyCORIS' own presets and configuration files are used unchanged."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def make(tiny_sdxl):
     return made
 
 
-def save(path, said):
-    path.write_text(json.dumps(said))
+def save(path, content):
+    path.write_text(json.dumps(content))
     return str(path)
 
 
@@ -49,7 +49,7 @@ def kinds(module, layers):
     return {type(module.denoiser.get_submodule(layer)).__name__ for layer in layers}
 
 
-def test_presets_choose_what_they_say(make):
+def test_presets_select_the_documented_layers(make):
     for preset, convolutions, everywhere in (
         ("full", True, True),
         ("attn-mlp", False, False),
@@ -59,18 +59,18 @@ def test_presets_choose_what_they_say(make):
         resnets = any("resnets" in layer for layer in layers)
         assert (("Conv2d" in kinds(module, layers)), resnets) == (convolutions, everywhere), preset
     _, again = make("locon", "attn-mlp")
-    assert not any("resnets" in layer for layer in again), "the last preset leaves nothing behind"
+    assert not any("resnets" in layer for layer in again), "the previous preset has no effect"
 
 
-def test_simpletuners_file_is_taken_as_it_is(make, tmp_path):
+def test_simpletuner_file_is_read_unchanged(make, tmp_path):
     module, layers = make("locon", save(tmp_path / "lycoris_config.json", SIMPLETUNERS))
     assert layers and all(".attn" in layer or ".ff." in layer for layer in layers)
     small = {lora.lora_name: lora.lokr_w1.shape for lora in module.adapter.network.loras if "to_q" in lora.lora_name}
-    assert set(small.values()) == {(2, 2)}, "its factor for attention, not the one for all"
+    assert set(small.values()) == {(2, 2)}, "the factor of the attention rule, not the general one"
     assert all("lokr" in name for name in module.trainable_parameters())
 
 
-def test_an_exports_file_and_weights_make_the_same_adapter_again(make, tmp_path):
+def test_export_config_and_weights_rebuild_the_adapter(make, tmp_path):
     rules = [BlockConfig(match="to_v", rank=2, lr_ratio=1.0)]
     module, layers = make("locon", blocks=rules, options={"use_tucker": True})
     for p in module.trainable_parameters().values():
@@ -83,7 +83,7 @@ def test_an_exports_file_and_weights_make_the_same_adapter_again(make, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("said", "error"),
+    ("content", "error"),
     [
         ({"algo": "full"}, "adapter=full"),
         ({"algo": "locon", "use_scalar": True}, "folds the scalar"),
@@ -95,12 +95,12 @@ def test_an_exports_file_and_weights_make_the_same_adapter_again(make, tmp_path)
         ([], "which is not of the form"),
     ],
 )
-def test_wrong_files_are_refused(said, error, make, tmp_path):
+def test_invalid_files_are_refused(content, error, make, tmp_path):
     with pytest.raises(ConfigError, match=error):
-        make("lokr", save(tmp_path / "wrong.json", said))
+        make("lokr", save(tmp_path / "wrong.json", content))
 
 
-def test_what_is_not_there_or_twice_is_refused(make, tmp_path):
+def test_missing_and_duplicate_targets_are_refused(make, tmp_path):
     with pytest.raises(ConfigError, match=r"none\.json', which does not exist"):
         make(preset=str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match=r"adapter\.preset is 'attn'; give a lycoris_config\.json, or one of full, "):
@@ -118,7 +118,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("algorithm", "options"), KINDS, ids=[f"{kind} {''.join(options)}" for kind, options in KINDS])
-def test_other_algorithms_learn_export_and_load_by_the_library_alone(algorithm, options, make, tiny_sdxl, tmp_path):
+def test_other_algorithms_train_export_and_load_with_lycoris_alone(algorithm, options, make, tiny_sdxl, tmp_path):
     module, _ = make("locon", algorithm=algorithm, options=options)
     ask = question()
     with torch.no_grad(), module.adapter.base():
@@ -149,12 +149,12 @@ FACTORED = [
 
 
 @pytest.mark.parametrize(("algorithm", "options"), FACTORED, ids=[f"{kind} {''.join(options)}" for kind, options in FACTORED])
-def test_an_update_by_its_factors_is_the_one_of_the_weights(algorithm, options, make):
+def test_factored_update_matches_the_weight_update(algorithm, options, make):
     preset = {"parts": ["attention", "feed_forward", "convolution"], "rank": 2, "algorithm": algorithm, "options": options}
     module, layers = make("locon", **preset)
     assert any("resnets" in layer for layer in layers)
     loras = module.adapter.network.loras
-    assert all(lora.bypass_mode for lora in loras), "nothing keeps a copy of its layer's weight"
+    assert all(lora.bypass_mode for lora in loras), "no module keeps a copy of its layer's weight"
     for p in module.trainable_parameters().values():
         p.data += 0.05 * torch.randn(p.shape)
     ask, found = question(), []
@@ -166,16 +166,16 @@ def test_an_update_by_its_factors_is_the_one_of_the_weights(algorithm, options, 
     assert_close(*found, atol=1e-5, rtol=1e-3)
 
 
-def test_what_the_factors_alone_do_not_give_goes_by_the_weights(make):
-    for said in ({"algorithm": "diag-oft"}, {"algorithm": "locon", "options": {"dora_wd": True}}):
-        assert not any(lora.bypass_mode for lora in make("locon", **said)[0].adapter.network.loras)
-    for said in (True, False):
-        module, _ = make("locon", options={"bypass_mode": said})
-        assert {lora.bypass_mode for lora in module.adapter.network.loras} == {said}, "what the options say goes first"
+def test_algorithms_without_factored_form_use_the_weights(make):
+    for options in ({"algorithm": "diag-oft"}, {"algorithm": "locon", "options": {"dora_wd": True}}):
+        assert not any(lora.bypass_mode for lora in make("locon", **options)[0].adapter.network.loras)
+    for options in (True, False):
+        module, _ = make("locon", options={"bypass_mode": options})
+        assert {lora.bypass_mode for lora in module.adapter.network.loras} == {options}, "explicit options take precedence"
 
 
 @torch.no_grad()
-def test_an_update_below_the_weights_last_digit_acts_in_bfloat16(tiny_sdxl):
+def test_update_below_bfloat16_resolution_of_the_weight_has_an_effect(tiny_sdxl):
     cfg = compose(tiny_sdxl, "locon", dtype="bfloat16")
     cfg.adapter.parts = ["attention"]
     module, _ = build(cfg)
@@ -192,11 +192,11 @@ def test_an_update_below_the_weights_last_digit_acts_in_bfloat16(tiny_sdxl):
     assert_close((layer(x).float() - bias), update, rtol=2e-2, atol=0)
 
 
-def test_a_target_is_one_layer_and_a_pattern_is_matched_once_compiled(monkeypatch, make):
+def test_target_is_one_layer_and_patterns_are_compiled_once(monkeypatch, make):
     compiled, compile_ = [], re.compile
-    monkeypatch.setattr(re, "compile", lambda *said: compiled.append(said) or compile_(*said))
+    monkeypatch.setattr(re, "compile", lambda *message: compiled.append(message) or compile_(*message))
     targets = ["re:.*attn1.to_q", "attn2.to_k"]
     _, layers = make("locon", targets=targets)
-    mine = [said for said in compiled if "to_q" in str(said) or "to_k" in str(said)]
+    mine = [message for message in compiled if "to_q" in str(message) or "to_k" in str(message)]
     assert len(mine) <= 2 * len(targets), "names of layers are compared, not compiled"
     assert layers and all(layer.endswith(("attn1.to_q", "attn2.to_k")) for layer in layers)

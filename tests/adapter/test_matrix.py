@@ -1,4 +1,4 @@
-"""Every adapter on every base: forward, backward, three optimiser steps, save, load, the same prediction; or a refusal."""
+"""Every adapter on every base: forward, backward, three optimiser steps, save, load, the same prediction; or a ConfigError."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ALL = Form("kohya", torch.float32, tuple(enums.Format))
 CELLS = list(product(ADAPTERS, [kind.name for kind in enums.QuantKind], ["float32", "bfloat16"]))
 
 
-# Cells of every run of the suite: each adapter without quantisation, and each kind of quantisation under one adapter.
+# Combinations in every run of the suite: each adapter without quantisation, and each quantisation with one adapter.
 QUICK = {
     "int8": ("lora", "bfloat16"), "int4": ("dora", "float32"), "int2": ("locon", "float32"), "fp8": ("loha", "bfloat16"),
     "nf4": ("lora", "bfloat16"), "int8_torchao": ("lokr", "bfloat16"), "int4_torchao": ("locon", "bfloat16"),
@@ -41,7 +41,7 @@ QUICK = {
 
 
 def cell(adapter: str, kind: str, dtype: str):
-    """A cell of the table; one that another cell mostly covers is slow."""
+    """A combination; marked slow if another combination covers most of it."""
     quick = kind == "none" or QUICK[kind] == (adapter, dtype)
     return pytest.param(adapter, kind, dtype, marks=() if quick else pytest.mark.slow)
 
@@ -66,7 +66,7 @@ def composed(tiny_sdxl, adapter):
 
 
 def compose(tiny_sdxl, adapter, kind="none", dtype="float32"):
-    """Composing takes longer than a cell, so an adapter's cells share it."""
+    """The composed configuration, cached: composing takes longer than a combination's test."""
     cfg = composed(tiny_sdxl, adapter).copy()
     cfg.quant.kind, cfg.model.dtype = enums.QuantKind[kind], enums.Dtype[dtype]
     return cfg
@@ -81,7 +81,7 @@ def build(cfg, seed=0):
 
 
 def learned(module, header=(("steps", "3"),)):
-    """What the module learned, as the export writes it."""
+    """The module's trained weights, as the export receives them."""
     owned = module.by_owner(module.trainable_parameters())
     return ExportWeights("unet", owned.pop("unet"), owned, dict(header), module.family.kohya, ALL)
 
@@ -96,7 +96,7 @@ def question(device="cpu"):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("adapter", "kind", "dtype"), [cell(*one) for one in CELLS if works(*one)])
-def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, device, tiny_sdxl, tmp_path):
+def test_supported_combination_trains_saves_loads_and_predicts_the_same(adapter, kind, dtype, device, tiny_sdxl, tmp_path):
     for library in [LIBRARIES[kind.rpartition("_")[2]]] if kind != "none" else []:
         if not find_spec(library):
             pytest.skip(f"{library} is not installed")
@@ -120,8 +120,8 @@ def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, de
     with torch.no_grad():
         trained = module.predict(*ask)
         with module.adapter.base():
-            assert torch.equal(module.predict(*ask), base), "without its adapter it is the base to the bit"
-    assert (trained - base).abs().max() > 1e-3, "it learned"
+            assert torch.equal(module.predict(*ask), base), "without its adapter it is bit-identical to the base"
+    assert (trained - base).abs().max() > 1e-3, "the weights changed"
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     again, _ = build(cfg, seed=7)
@@ -130,18 +130,18 @@ def test_a_cell_trains_saves_loads_and_answers_the_same(adapter, kind, dtype, de
     cfg.adapter.init_from = str(tmp_path / "export")
     continued, _ = build(cfg, seed=8)
     with torch.no_grad():
-        assert torch.equal(again.eval().predict(*ask), trained), "the checkpoint gives the same bits"
+        assert torch.equal(again.eval().predict(*ask), trained), "the checkpoint is bit-identical"
         assert_close(continued.eval().predict(*ask), trained, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("adapter", "kind", "dtype"), [cell for cell in CELLS if not works(*cell)])
-def test_the_other_cells_are_refused_with_their_reason(adapter, kind, dtype, tiny_sdxl):
+def test_unsupported_combinations_are_refused_with_the_reason(adapter, kind, dtype, tiny_sdxl):
     with pytest.raises(ConfigError, match=r"needs the weights themselves|can't mix"):
         check(compose(tiny_sdxl, adapter, kind, dtype))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "locon", "full"])
-def test_a_file_that_does_not_fit_is_no_start(adapter, tiny_sdxl, tmp_path):
+def test_init_from_a_mismatched_file_is_refused(adapter, tiny_sdxl, tmp_path):
     cfg = compose(tiny_sdxl, adapter)
     cfg.adapter.parts = ["attention"]
     module, _ = build(cfg)

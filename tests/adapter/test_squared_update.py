@@ -35,7 +35,7 @@ def move(module, scale=0.1):
 
 
 @pytest.mark.parametrize("words", [[], ["+adapter.options.init=ortho_tail"], ["adapter.parts=[attention,convolution]"]])
-def test_it_is_the_norm_of_the_whole_matrices(made, words):
+def test_penalty_is_the_norm_of_the_full_matrices(made, words):
     module, _ = made(*words)
     assert module.adapter.squared_update() < 1e-12
     move(module)
@@ -51,7 +51,7 @@ def test_it_is_the_norm_of_the_whole_matrices(made, words):
     assert_close(module.adapter.squared_update().double(), whole, rtol=1e-4, atol=1e-7)
 
 
-def test_its_gradient_is_that_of_the_whole_matrix(made):
+def test_gradient_matches_the_full_matrix(made):
     module, _ = made()
     move(module)
     layer = next(iter(timed_rank.layers_of(module.denoiser).values()))
@@ -62,7 +62,7 @@ def test_its_gradient_is_that_of_the_whole_matrix(made):
         assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_full_adapters_is_the_distance_from_its_copy(made):
+def test_full_adapter_penalty_is_the_distance_from_the_base(made):
     module, _ = made("adapter=full", "adapter.rank=1", "adapter.alpha=1")
     assert module.adapter.squared_update() == 0
     move(module, 0.01)
@@ -70,7 +70,7 @@ def test_the_full_adapters_is_the_distance_from_its_copy(made):
     assert module.adapter.squared_update().item() == pytest.approx(count * 1e-4, rel=0.05)
 
 
-def test_the_loss_is_the_instance_rows_and_lambda_times_it_with_no_class_rows(made):
+def test_loss_is_instance_error_plus_weighted_penalty(made):
     module, stream = made("prior.weight=0.5")
     move(module)
     batch = next(stream)
@@ -81,7 +81,7 @@ def test_the_loss_is_the_instance_rows_and_lambda_times_it_with_no_class_rows(ma
     assert_close(parts["weights"], module.adapter.squared_update().detach())
 
 
-def test_a_large_weight_keeps_the_update_small_and_it_is_logged(small, tmp_path):
+def test_large_weight_keeps_the_update_small_and_is_logged(small, tmp_path):
     norms = {}
     for weight in (0.0, 100.0):
         words = [*small, "prior=weights", f"prior.weight={weight}", "trainer.max_steps=6", "optimizer.lr=1e-2"]
@@ -92,11 +92,11 @@ def test_a_large_weight_keeps_the_update_small_and_it_is_logged(small, tmp_path)
 
 
 @pytest.mark.parametrize("adapter", ["dora", "lokr", "locon", "oft"])
-def test_adapters_without_it_are_refused(adapter):
+def test_unsupported_adapters_are_refused(adapter):
     with pytest.raises(ConfigError, match=rf"prior.kind is weights with adapter.algorithm=.*{adapter}.*use adapter=lora or full"):
         check(lab.compose("prior=weights", f"adapter={adapter}"))
 
 
-def test_the_wish_to_watch_class_rows_is_refused():
+def test_monitoring_the_class_loss_is_refused():
     with pytest.raises(ConfigError, match="but prior is weights"):
         check(lab.compose("prior=weights", "checkpoint.monitor=train/loss_prior"))

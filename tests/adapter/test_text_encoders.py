@@ -1,4 +1,4 @@
-"""Adapters on the text encoders: what they learn, what stays the base's, and a whole run."""
+"""Adapters on the text encoders: their gradients and learning rates, the unchanged base, and a whole run."""
 
 from __future__ import annotations
 
@@ -47,35 +47,35 @@ def move(module):
         p.data += 0.1 * torch.randn(p.shape, generator=generator)
 
 
-def test_the_base_models_text_is_left_alone_and_is_what_the_teacher_hears(make):
+def test_base_text_encoders_are_unchanged_and_used_by_the_teacher(make):
     module, data, _ = make()
     batch = batch_of(data)
     base = batch.cond
     assert_close(module.conditioning(batch)["prompt_embeds"], base["prompt_embeds"]), "fresh adapters change nothing"
-    assert module.training_step(batch, 0)["prior"] < 1e-12, "captions encoded together round a little otherwise"
-    taught = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
+    assert module.training_step(batch, 0)["prior"] < 1e-12, "captions encoded in one batch round differently"
+    teacher_output = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
     move(module)
-    told = module.conditioning(batch)
-    assert (told["prompt_embeds"] - base["prompt_embeds"]).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
+    cond = module.conditioning(batch)
+    assert (cond["prompt_embeds"] - base["prompt_embeds"]).abs().amax((1, 2)).min() > 1e-2, "every caption changes its meaning"
     again = module.teacher.predict_base(batch, batch.latents(), torch.full((len(batch.sample),), 0.5), batch.class_rows)
-    assert torch.equal(taught, again), "the teacher hears the base model's text"
+    assert torch.equal(teacher_output, again), "the teacher uses the base model's text encoders"
     by_family = module.family.encode_text(batch.captions)
     assert torch.equal(by_family["prompt_embeds"], base["prompt_embeds"]), "the family's encoders are the base's"
     assert torch.equal(batch_of(data).cond["prompt_embeds"], base["prompt_embeds"]), "and so are cached texts"
 
 
-def test_gradients_reach_the_adapters_of_both_and_nothing_else_there(made):
+def test_gradients_reach_only_the_adapters_of_both_encoders(made):
     module, data, layers = made
     move(module)
     module.training_step(batch_of(data), 0)["loss"].backward()
     assert len(layers) == len([name for name in layers if not name.startswith("text_encoder")]) + 2 * 2 * 6
     for name, p in module.text.encoders.named_parameters():
-        last_of_first = name.startswith("text_encoder.") and ".layers.1." in name  # the UNet hears the layer before it
+        last_of_first = name.startswith("text_encoder.") and ".layers.1." in name  # the UNet uses the output of the layer before
         assert ("lora_" in name) == p.requires_grad
         assert (p.grad is not None and bool(p.grad.any())) == ("lora_" in name and not last_of_first), name
 
 
-def test_each_part_learns_at_its_own_rate(make):
+def test_each_part_has_its_own_learning_rate(make):
     rules = "adapter.blocks=[{match: 'text_encoder_2.*layers\\.0', rank: 2, lr_ratio: 0.1}]"
     module, _, _ = make("optimizer.lr=1", "optimizer.lora_plus_ratio=4", "adapter.train_token=true", "adapter.token=q",
                         "dataset.instance_prompt='a photo of q dog'", rules)  # fmt: skip
@@ -92,7 +92,7 @@ def test_each_part_learns_at_its_own_rate(make):
 
 
 @pytest.mark.slow
-def test_a_run_learns_shows_and_exports_them(small, tmp_path):
+def test_run_trains_validates_and_exports_text_encoders(small, tmp_path):
     run(lab.compose(*small, BOTH), tmp_path / "run")
     done = lab.load(tmp_path / "run")
     parts = {name.partition(".")[0] for name in load_file(done.folder.export / "pytorch_lora_weights.safetensors")}
@@ -100,19 +100,19 @@ def test_a_run_learns_shows_and_exports_them(small, tmp_path):
     pipeline = done.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 5.0}
-    picture = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    image = pipeline("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
     saved = Image.open(done.folder.image_folder / "step_0000006" / "00_00.png")
-    difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(saved.tobytes()))
-    assert difference.abs().max() <= 1, "what validation showed is what a user gets"
+    difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(saved.tobytes()))
+    assert difference.abs().max() <= 1, "the export reproduces the validation image"
     more = lab.compose(
         *small, BOTH, f"adapter.init_from={done.folder.export}", "trainer.max_steps=1", "validation.every_n_steps=0"
     )
     run(more, tmp_path / "more")
     first = dict(lab.load(tmp_path / "more").series["train/loss_prior"])[1]
-    assert first > 0, "it goes on from what was learned"
+    assert first > 0, "it continues from the trained weights"
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
+def test_resumed_run_continues_bit_for_bit(small, tmp_path):
     words = [*small, BOTH, "adapter.dropout=0.3", "validation.every_n_steps=0"]
     run(lab.compose(*words, "trainer.max_steps=4"), tmp_path / "whole")
     run(lab.compose(*words, "trainer.max_steps=2"), tmp_path / "part")
@@ -125,7 +125,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["adapter=lokr", BOTH], "lokr does not support text encoders"),
         (["adapter.text_encoders=[1,1]"], "numbered from 1"),
@@ -135,13 +135,13 @@ def test_a_resumed_run_goes_on_bit_for_bit(small, tmp_path):
         ([BOTH, "adapter=dora", "quant.text_encoder_2=int8", "model.encoder_dtype=bfloat16"], "which peft can't mix"),
     ],
 )
-def test_what_cant_work_is_refused(words, said):
+def test_invalid_text_encoder_settings_are_refused(words, message):
     with pytest.raises(ConfigError) as error:
         check(lab.compose("dataset.path=.", *words))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make, small):
+def test_missing_encoder_and_unknown_group_are_refused(make, small):
     with pytest.raises(ConfigError, match=r"has \[3\]; the trainable text encoders of this model are \[1, 2\]"):
         build_family(lab.compose(*small, "adapter.text_encoders=[3]"))
     with pytest.raises(ConfigError, match=r"adapter\.text_parts has \['attn'\]; set adapter.text_parts to some of"):
@@ -149,7 +149,7 @@ def test_an_encoder_that_is_not_there_and_a_group_without_name_are_refused(make,
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8_torchao", "nf4"])
-def test_they_sit_on_quantised_encoders_too(kind, make):
+def test_text_adapters_work_on_quantised_encoders(kind, make):
     module, data, _ = make(f"quant.text_encoder_1={kind}", f"quant.text_encoder_2={kind}", "quant.cache=false")
     batch = batch_of(data)
     assert_close(module.conditioning(batch)["pooled_prompt_embeds"], batch.cond["pooled_prompt_embeds"])

@@ -1,4 +1,4 @@
-"""T-LoRA: ranks by time, and a start from orthogonal directions."""
+"""T-LoRA: rank by timestep, and orthogonal initialisation."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def move(module, scale=0.2):
         p.data += scale * torch.randn(p.shape, generator=generator)
 
 
-def answer(module, batch, t):
+def prediction(module, batch, t):
     with torch.no_grad():
         return module.predict(batch.latents(), torch.full((len(batch.u),), t, dtype=torch.float64), batch.cond)
 
 
 @torch.no_grad()
 def cut_to(module, rank):
-    """All ranks beyond the first are 0 for good."""
+    """Set all ranks beyond the first `rank` to 0."""
     for name, p in module.trainable_parameters().items():
         if ".lora_B." in name:
             p[:, rank:] = 0
 
 
-def test_the_formula_is_the_papers():
+def test_rank_formula_matches_the_paper():
     t = torch.tensor([0.0, 0.2, 0.5, 0.999, 1.0])
     assert rank_at(t, 64, 32).tolist() == [64, 57, 48, 32, 32]
     assert rank_at(t, 4, 1).tolist() == [4, 3, 2, 1, 1]
@@ -63,18 +63,20 @@ def test_the_formula_is_the_papers():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("t", "rank"), [(0.0, 4), (0.3, 3), (0.6, 2), (0.999, 1)])
-def test_at_a_time_exactly_the_first_ranks_act(made, t, rank, dtype):
+def test_only_the_first_ranks_act_at_a_time(made, t, rank, dtype):
     module, stream = made(*TIMED, "adapter.min_rank=1", f"model.dtype={dtype}")
     plain, _ = made(f"model.dtype={dtype}")
     batch = next(stream)
     move(module), move(plain)
     cut_to(plain, rank)
-    apart = (answer(module, batch, t) - answer(plain, batch, t)).abs().mean()
+    apart = (prediction(module, batch, t) - prediction(plain, batch, t)).abs().mean()
     cut_to(plain, rank - 1)
-    assert apart < (1e-3 if dtype == "float32" else 0.2) * (answer(module, batch, t) - answer(plain, batch, t)).abs().mean()
+    assert (
+        apart < (1e-3 if dtype == "float32" else 0.2) * (prediction(module, batch, t) - prediction(plain, batch, t)).abs().mean()
+    )
 
 
-def test_each_row_has_the_ranks_of_its_own_time(made):
+def test_each_row_uses_the_ranks_of_its_own_time(made):
     module, stream = made(*TIMED, "adapter.min_rank=1")
     move(module)
     batch, t = next(stream), torch.tensor([0.05, 0.95, 0.4, 0.7], dtype=torch.float64)
@@ -88,8 +90,8 @@ def test_each_row_has_the_ranks_of_its_own_time(made):
 
 
 @pytest.mark.parametrize("words", [[], ["rollout.enabled=true", "rollout.probability=1", "rollout.ramp_steps=0"]])
-def test_gradients_are_the_same_with_checkpointing_and_stay_out_of_ranks_that_are_off(made, words):
-    """Blocks run again after the teacher ran at other times."""
+def test_gradients_match_under_checkpointing_and_are_zero_for_inactive_ranks(made, words):
+    """Checkpointed blocks run again after the teacher ran at other timesteps."""
     words = [*TIMED, "adapter.min_rank=1", "objective.min_time=0.9", "prior=teacher", *words]
     grads = []
     for checkpointing in ("false", "true"):
@@ -100,18 +102,18 @@ def test_gradients_are_the_same_with_checkpointing_and_stay_out_of_ranks_that_ar
     for name, grad in grads[0].items():
         assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-4)
         beyond = grad[1:] if ".lora_A." in name else grad[:, 1:]
-        assert (beyond == 0).all(), "(4 - 1)(1 - t) < 1 beyond .9: one rank acts"
+        assert (beyond == 0).all(), "(4 - 1)(1 - t) < 1 beyond .9: one rank is active"
         assert name.endswith("to_k.lora_A.default.weight") or grad.abs().max() > 0
 
 
-def test_without_the_schedule_nothing_of_it_is_there(made):
+def test_no_schedule_adds_no_hooks(made):
     module, _ = made()
     variants = {type(v) for layer in timed_rank.layers_of(module.denoiser).values() for v in layer.lora_variant.values()}
     assert timed_rank.TimedRank not in variants and not module.denoiser._forward_pre_hooks
 
 
-def test_pictures_of_a_run_and_of_its_export_follow_the_schedule(made, tmp_path):
-    """The sampler's own network calls, seen by its LoRA layers."""
+def test_images_of_run_and_export_follow_the_schedule(made, tmp_path):
+    """Records the active ranks in the sampler's own network calls."""
     module, _ = made(*TIMED, "adapter.min_rank=1")
     move(module)
     family = module.family
@@ -122,7 +124,7 @@ def test_pictures_of_a_run_and_of_its_export_follow_the_schedule(made, tmp_path)
     text = family.encode_text(["a photo of sks dog"])
     ours = family.generate(text, family.encode_text([None]), height=64, width=64, num_inference_steps=6, guidance_scale=3.0,
                            generator=torch.Generator().manual_seed(0))[0]  # fmt: skip
-    assert seen == sorted(seen) and seen[0] == 1 and seen[-1] >= 3, "few ranks in noise, more towards the picture"
+    assert seen == sorted(seen) and seen[0] == 1 and seen[-1] >= 3, "few ranks at high noise, more towards the image"
     owned = module.by_owner(module.trainable_parameters())
     module.adapter.export(tmp_path, ExportWeights("unet", owned["unet"], {}, {}, family.kohya, ALL))
     theirs = TrainedPipeline(module.cfg, tmp_path)
@@ -131,10 +133,10 @@ def test_pictures_of_a_run_and_of_its_export_follow_the_schedule(made, tmp_path)
     plain = lab.compose("model=toybox").adapter
     module.cfg.adapter.rank_schedule, module.cfg.adapter.min_rank = plain.rank_schedule, None
     full = TrainedPipeline(module.cfg, tmp_path).draw("a photo of sks dog", "", 64, 6, 3.0, 0)[0]
-    assert full.tobytes() != ours.tobytes(), "what other programs draw"
+    assert full.tobytes() != ours.tobytes(), "the image of other programs"
 
 
-def test_the_header_says_what_programs_do_not_know(made, tmp_path):
+def test_header_and_card_state_the_rank_schedule(made, tmp_path):
     module, _ = made(*TIMED)
     owned = module.by_owner(module.trainable_parameters())
     files = module.adapter.export(tmp_path, ExportWeights("unet", owned["unet"], {}, {}, module.family.kohya, ALL))
@@ -143,8 +145,8 @@ def test_the_header_says_what_programs_do_not_know(made, tmp_path):
             assert "2 of 4 ranks" in opened.metadata()["rank_schedule"].replace("+ 2 of", "2 of")
 
 
-def test_a_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_path):
-    """The ranks of a resized file are others, in the order of the singular values."""
+def test_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_path):
+    """The ranks of a resized file are new ones, ordered by singular value."""
     module, _ = made(*TIMED, "adapter.min_rank=1")
     move(module)
     owned = module.by_owner(module.trainable_parameters())
@@ -156,13 +158,13 @@ def test_a_resized_file_has_no_schedule_and_a_converted_one_keeps_it(made, tmp_p
         done = CliRunner().invoke(tool, [word, str(tmp_path / "kohya.safetensors"), "--output", str(made_file), *more])
         assert done.exit_code == 0, done.output
         with safe_open(made_file, "pt") as opened:
-            said = opened.metadata()
-        assert said["other"] == "kept" and ("rank_schedule" in said) is (schedule == "tlora")
-        adapter = saved.load(said["config"], "it").adapter
+            metadata = opened.metadata()
+        assert metadata["other"] == "kept" and ("rank_schedule" in metadata) is (schedule == "tlora")
+        adapter = saved.load(metadata["config"], "it").adapter
         assert (adapter.rank_schedule.name, adapter.min_rank) == (schedule, 1 if schedule == "tlora" else None)
 
 
-def test_an_orthogonal_start_changes_nothing_and_is_orthogonal(made):
+def test_orthogonal_init_is_orthogonal_and_does_not_change_predictions(made):
     module, stream = made(*ORTHO)
     batch = next(stream)
     base = build_family(module.cfg).denoise(batch.latents(), batch.u, batch.cond)
@@ -178,7 +180,7 @@ def test_an_orthogonal_start_changes_nothing_and_is_orthogonal(made):
     assert all(p.grad.abs().max() > 0 for n, p in module.trainable_parameters().items() if "to_q" in n or "to_v" in n)
 
 
-def test_tail_values_are_distributed_as_those_of_random_matrices():
+def test_tail_singular_values_follow_random_matrices():
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -190,7 +192,7 @@ def test_tail_values_are_distributed_as_those_of_random_matrices():
 
 
 @pytest.mark.parametrize("words", [ORTHO, [*ORTHO, *TIMED]], ids=["start", "start and schedule"])
-def test_an_export_of_an_orthogonal_start_gives_the_runs_pictures(made, tmp_path, words):
+def test_export_of_an_orthogonal_init_matches_the_runs_images(made, tmp_path, words):
     module, _ = made(*words, "adapter.alpha=3", 'adapter.blocks=[{match: "to_v", rank: 2, lr_ratio: 1.0}]')
     move(module)
     family, owned = module.family, module.by_owner(module.trainable_parameters())
@@ -202,11 +204,11 @@ def test_an_export_of_an_orthogonal_start_gives_the_runs_pictures(made, tmp_path
                            generator=torch.Generator().manual_seed(0))  # fmt: skip
     theirs = TrainedPipeline(module.cfg, tmp_path).draw("a photo of sks dog", "", 64, 4, 3.0, 0)
     pairs = zip(ours[0].tobytes(), theirs[0].tobytes(), strict=True)
-    assert max(abs(a - b) for a, b in pairs) <= 2, "but for rounding: the file adds what the run subtracts"
+    assert max(abs(a - b) for a, b in pairs) <= 2, "up to rounding: the file contains the start that the run subtracts"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["adapter.min_rank=2"], "which only a schedule reads"),
         ([*TIMED, "adapter=dora"], "with adapter.algorithm=dora, which can't follow it"),
@@ -221,18 +223,18 @@ def test_an_export_of_an_orthogonal_start_gives_the_runs_pictures(made, tmp_path
         ([*ORTHO, "+adapter.options.init_lora_weights=true"], "leave one out"),
     ],
 )
-def test_what_means_nothing_is_refused(words, said):
+def test_contradictory_settings_are_refused(words, message):
     with pytest.raises(ConfigError) as caught:
         check(lab.compose("adapter.rank=4", *words))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_layer_smaller_than_its_rank_is_refused_by_name(made):
+def test_layer_smaller_than_its_rank_is_refused_by_name(made):
     with pytest.raises(ConfigError, match=r"ortho_tail, but .* is .* and its rank 64; set adapter.rank"):
         made(*ORTHO, "adapter.rank=64")
 
 
-def test_a_model_whose_clock_is_not_known_is_refused(tiny_sdxl):
+def test_model_without_known_timesteps_is_refused(tiny_sdxl):
     cfg = lab.compose("model=diffusers", f"model.pretrained={tiny_sdxl}", "dataset=folder", "dataset.path=.", *TIMED,
                       "adapter.rank=4", "trainer.accelerator=cpu")  # fmt: skip
     with pytest.raises(ConfigError, match="has a clock not known here"):

@@ -1,4 +1,4 @@
-"""What watches a run, put together from its configuration."""
+"""The callbacks of a run, built from its configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def done(small, tmp_path_factory):
     return lab.load(root / "run")
 
 
-def test_parts_of_an_epoch_are_those_of_the_runs_own_epoch(done):
+def test_fractional_epochs_use_the_runs_own_epoch_length(done):
     data = DreamBoothData(done.config, build_family(done.config))
     data.prepare()
     epoch = data.schedule.batches_per_epoch
@@ -38,7 +38,7 @@ def test_parts_of_an_epoch_are_those_of_the_runs_own_epoch(done):
     assert len(due(0.8)) < len(due(0.5)) < 10
 
 
-def test_loggers_get_the_numbers_and_those_that_can_the_pictures(done):
+def test_loggers_receive_metrics_and_images_if_supported(done):
     events = EventAccumulator(str(done.folder.root / "tensorboard")).Reload()
     seen = {name: [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
     assert seen == done.series
@@ -47,7 +47,7 @@ def test_loggers_get_the_numbers_and_those_that_can_the_pictures(done):
     assert {"train/loss", "eval/loss"} <= set(table[0].split(",")) and len(table) > 9
 
 
-def test_a_logger_that_is_not_installed_is_refused_with_what_to_install(small, monkeypatch):
+def test_missing_logger_is_refused_with_the_package_to_install(small, monkeypatch):
     from dreambooth_lab.config import monitoring_rules
 
     monkeypatch.setattr(monitoring_rules, "installed", lambda name: False)

@@ -1,4 +1,4 @@
-"""What lies beside the weights: the card, whose code works, and the way to the hub."""
+"""The files beside the weights: the model card, its code, and the upload to the hub."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def finished(small, tmp_path_factory):
     return lab.load(folder)
 
 
-def test_the_card_shows_pictures_numbers_and_facts(finished):
+def test_card_shows_images_metrics_and_settings(finished):
     card = (finished.folder.export / "README.md").read_text()
     front = OmegaConf.create(card.split("---")[1])
     assert front.instance_prompt == "a 'photo' of q: \"dog\"" and front.library_name == "diffusers"
-    assert "base_model" not in front, "a folder of this machine is no model of the hub's"
+    assert "base_model" not in front, "a local folder is not a hub model"
     last = dict(finished.series["train/loss"])[2]
     assert f"| train/loss | {last:.6g} | 2 |" in card and "lora of rank 4" in card and "2 optimiser steps" in card
     for name in re.findall(r"\]\((.*?)\)", card):
@@ -75,13 +75,13 @@ def test_the_card_shows_pictures_numbers_and_facts(finished):
     assert usage(finished.folder.export) in finished.folder.report.read_text().replace("&quot;", '"').replace("&#x27;", "'")
 
 
-def test_addresses_of_webhooks_stay_out_of_what_is_given_away(finished):
+def test_webhook_urls_are_not_exported(finished):
     for path in finished.folder.export.rglob("*"):
         assert path.is_dir() or b"127.0.0.1:9" not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize("words", [[], ["adapter=lokr"], ["adapter=full"]], ids=["lora", "lokr", "full"])
-def test_the_code_on_the_card_works(words, finished, small, tmp_path):
+def test_card_code_runs(words, finished, small, tmp_path):
     if words:
         run(
             lab.compose(*small, *QUICK, *words, "export.metadata=full", "adapter.rank=1", "validation.every_n_steps=0"),
@@ -102,7 +102,7 @@ def test_the_code_on_the_card_works(words, finished, small, tmp_path):
 
 
 class Hub:
-    """Stands in for the hub's client."""
+    """A fake of the hub's client."""
 
     calls: ClassVar[list[tuple]] = []
 
@@ -125,12 +125,12 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_nothing_is_pushed_unless_asked(hub, small, tmp_path):
+def test_nothing_is_pushed_by_default(hub, small, tmp_path):
     run(lab.compose(*small, *QUICK, "validation.every_n_steps=0"), tmp_path / "run")
     assert not hub.calls
 
 
-def test_the_export_is_pushed_once_at_the_end_and_the_token_is_written_nowhere(hub, small, tmp_path):
+def test_export_is_pushed_once_at_the_end_without_storing_the_token(hub, small, tmp_path):
     run(lab.compose(*small, *QUICK, *PUSH, "checkpoint.every_n_steps=1"), tmp_path / "run")
     made, sent = hub.calls
     assert made == ("create", "me/sks-dog", True, True) and sent[1] == "me/sks-dog" and sent[3].endswith("2 steps")
@@ -140,7 +140,7 @@ def test_the_export_is_pushed_once_at_the_end_and_the_token_is_written_nowhere(h
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_a_hub_that_refuses_costs_the_run_nothing(hub, small, tmp_path, monkeypatch, caplog):
+def test_failed_push_does_not_fail_the_run(hub, small, tmp_path, monkeypatch, caplog):
     def refuse(self, *_, **__):
         raise RuntimeError(f"401 for {TOKEN}")
 
@@ -152,34 +152,34 @@ def test_a_hub_that_refuses_costs_the_run_nothing(hub, small, tmp_path, monkeypa
         assert file.metadata()["steps"] == "2"
 
 
-def test_a_push_that_cant_work_is_refused(monkeypatch):
+def test_invalid_push_settings_are_refused(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError) as error:
         check(lab.compose("dataset.path=.", "dataset.instance_prompt=a dog", "export.push_to_hub=true", "export.repo=nobody"))
-    for said in ("export.repo is 'nobody'; set it to owner/name", "'HF_TOKEN', an environment variable that is not set",
+    for message in ("export.repo is 'nobody'; set it to owner/name", "'HF_TOKEN', an environment variable that is not set",
                  "HF_HUB_OFFLINE is set"):  # fmt: skip
-        assert said in str(error.value)
+        assert message in str(error.value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     check(lab.compose("dataset.path=.", "dataset.instance_prompt=a dog", *PUSH))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "header"),
     [
         (["export.name=a/b"], r"export\.name is 'a/b', which is not a plain file name"),
         (["export.formats=[comfyui]"], r"export\.formats is \['comfyui'\]; add diffusers"),
         (["adapter=lokr", "export.formats=[peft]"], r"export\.formats is \['peft'\]; add comfyui or lycoris"),
     ],
 )
-def test_files_that_could_not_be_written_or_read_again_are_refused(words, said):
-    with pytest.raises(ConfigError, match=said):
+def test_unusable_export_names_are_refused(words, header):
+    with pytest.raises(ConfigError, match=header):
         check(lab.compose("dataset.path=.", *words))
 
 
 @pytest.mark.parametrize("words", [[], ["adapter=lokr"], ["adapter=full"]], ids=["lora", "lokr", "full"])
-def test_what_is_given_away_names_no_path_of_this_machine(words, small, tiny_sdxl, tmp_path):
+def test_exported_files_contain_no_local_paths(words, small, tiny_sdxl, tmp_path):
     more = ["adapter.rank=1", "validation.every_n_steps=0", f"runs={tmp_path}/janes-runs"]
     before = os.umask(0o022)
     try:
@@ -193,14 +193,14 @@ def test_what_is_given_away_names_no_path_of_this_machine(words, small, tiny_sdx
             assert secret.encode() not in path.read_bytes(), (path, secret)
     file = next(p for p in export.rglob("*.safetensors") if "peft" not in str(p))
     with safe_open(file, "pt") as opened:
-        said = OmegaConf.create(opened.metadata()["config"])
-    assert said.model.pretrained == f"local:{tiny_sdxl.name}" and said.optimizer.lr == 1e-2 and "webhook" not in said
+        header = OmegaConf.create(opened.metadata()["config"])
+    assert header.model.pretrained == f"local:{tiny_sdxl.name}" and header.optimizer.lr == 1e-2 and "webhook" not in header
     with pytest.raises(ConfigError, match=r"a local folder or file of its author; set model=BASE"):
         config_from_header(file, None)
     assert config_from_header(file, str(tiny_sdxl)).model.pretrained == str(tiny_sdxl)
 
 
-def test_nothing_at_all_is_said_if_that_is_asked(small, tmp_path):
+def test_metadata_none_writes_no_metadata(small, tmp_path):
     run(lab.compose(*small, *QUICK, "validation.every_n_steps=0", "export.metadata=none"), tmp_path / "run")
     export = lab.load(tmp_path / "run").folder.export
     with safe_open(export / "dreambooth.safetensors", "pt") as opened:
@@ -209,31 +209,34 @@ def test_nothing_at_all_is_said_if_that_is_asked(small, tmp_path):
         assert opened.metadata().keys() == {"format", "lora_adapter_metadata", *SORTING}
 
 
-def test_other_programs_list_the_file_under_its_base_and_show_what_it_is(finished):
-    """The rules of A1111's and Forge's lists, and the fields that they, ComfyUI's and InvokeAI's managers show."""
+def test_header_has_the_fields_that_other_programs_show(finished):
+    """The rules by which A1111 and Forge list files, and the fields that A1111, Forge, ComfyUI and InvokeAI show."""
     export = finished.folder.export
     for folder, name in ((export, "dreambooth"), (export / "ema", "dreambooth_ema")):
         with safe_open(folder / f"{name}.safetensors", "pt") as opened:
-            said = opened.metadata()
-        assert a1111_version(said) == forge_version(said) == "SDXL"
-        assert said["ss_output_name"] == said["modelspec.title"] == name
-        assert (said["ss_network_module"], said["ss_network_dim"], said["ss_network_alpha"]) == ("networks.lora", "4", "4")
-        assert json.loads(said["ss_tag_frequency"]).popitem()[1] == {"a 'photo' of q: \"dog\"": 5}
-        assert said["modelspec.trigger_phrase"] == "a 'photo' of q: \"dog\"" and said["modelspec.prediction_type"] == "epsilon"
-        assert said["modelspec.resolution"] == "64x64" and datetime.fromisoformat(said["modelspec.date"]).tzinfo
-        kind, _, data = said["modelspec.thumbnail"].partition(",")
-        picture = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert kind == "data:image/jpeg;base64" and max(picture.size) <= 256
+            header = opened.metadata()
+        assert a1111_version(header) == forge_version(header) == "SDXL"
+        assert header["ss_output_name"] == header["modelspec.title"] == name
+        assert (header["ss_network_module"], header["ss_network_dim"], header["ss_network_alpha"]) == ("networks.lora", "4", "4")
+        assert json.loads(header["ss_tag_frequency"]).popitem()[1] == {"a 'photo' of q: \"dog\"": 5}
+        assert (
+            header["modelspec.trigger_phrase"] == "a 'photo' of q: \"dog\"" and header["modelspec.prediction_type"] == "epsilon"
+        )
+        assert header["modelspec.resolution"] == "64x64" and datetime.fromisoformat(header["modelspec.date"]).tzinfo
+        kind, _, data = header["modelspec.thumbnail"].partition(",")
+        thumbnail = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert kind == "data:image/jpeg;base64" and max(thumbnail.size) <= 256
         shown = Image.open(next(finished.folder.image_folder.glob("step_0000002/00_00.png"))).convert("L")
         assert (
-            picture.size == shown.size and np.abs(np.asarray(picture.convert("L"), float) - np.asarray(shown, float)).mean() < 12
+            thumbnail.size == shown.size
+            and np.abs(np.asarray(thumbnail.convert("L"), float) - np.asarray(shown, float)).mean() < 12
         )
     with safe_open(export / "embeddings" / "q.safetensors", "pt") as opened:
         assert opened.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
 
 
-def test_the_embeddings_file_is_read_by_each_programs_rule(finished):
-    """A1111 and ComfyUI take the file's name for the word; diffusers is told one that its tokenizer lacks."""
+def test_embedding_file_is_readable_by_each_program(finished):
+    """A1111 and ComfyUI use the file's name as the trigger word; diffusers needs a token that its tokenizer lacks."""
     file = finished.folder.export / "embeddings" / "q.safetensors"
     rows = load_file(file)
     pipeline = finished.pipeline()
@@ -246,7 +249,7 @@ def test_the_embeddings_file_is_read_by_each_programs_rule(finished):
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "told"),
+    ("text", "key", "expected"),
     [
         ("/home/jane/photos/dog", "dataset.path", "dog"),
         ("~/sdxl/", "model.pretrained", "local:sdxl"),
@@ -258,11 +261,11 @@ def test_the_embeddings_file_is_read_by_each_programs_rule(finished):
         ("a photo of sks dog/cat", "dataset.instance_prompt", "a photo of sks dog/cat"),
     ],
 )
-def test_a_path_is_cut_to_its_last_part_and_nothing_else_is(text, key, told):
-    assert place(text, key) == told
+def test_only_paths_are_cut_to_their_last_component(text, key, expected):
+    assert place(text, key) == expected
 
 
-def test_a_public_file_of_a_lycoris_preset_is_read_with_the_file_beside_it(small, tiny_sdxl, tmp_path):
+def test_public_lycoris_preset_is_read_with_the_file_beside_it(small, tiny_sdxl, tmp_path):
     preset = tmp_path / "mine.json"
     preset.write_text(json.dumps({"algo": "lokr", "linear_dim": 4, "linear_alpha": 1, "factor": 4}))
     words = [*small, *QUICK, "adapter=lokr", f"adapter.preset={preset}", "validation.every_n_steps=0"]

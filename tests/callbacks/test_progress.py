@@ -26,7 +26,7 @@ def made(small):
     return data, DreamBooth(cfg, family, adapter).train()
 
 
-def test_flops_are_counted_over_the_buckets_and_leave_no_gradient(made):
+def test_flops_are_averaged_over_buckets_and_leave_no_gradients(made):
     data, module = made
     state = torch.get_rng_state()
     mean = speed.row_flops(module, data.text(""), data.schedule.buckets)
@@ -37,7 +37,7 @@ def test_flops_are_counted_over_the_buckets_and_leave_no_gradient(made):
     assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in module.parameters())
 
 
-def test_flops_of_a_step_are_those_of_its_rows(made):
+def test_flops_of_a_step_scale_with_its_rows(made):
     data, module = made
     state = torch.get_rng_state()
     each = {bucket.shape: speed.row_flops(module, data.text(""), [bucket]) for bucket in data.schedule.buckets}
@@ -47,13 +47,13 @@ def test_flops_of_a_step_are_those_of_its_rows(made):
     assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in module.parameters())
 
 
-def test_the_bar_tells_the_pace_and_its_share_of_the_peak(made, monkeypatch):
+def test_bar_shows_speed_and_share_of_peak_flops(made, monkeypatch):
     data, module = made
     bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 9))
     bar.console = Console(width=120)
     bar.metrics.last = {"train/loss": 0.125}
     assert "loss 0.1250  2.00 steps/s  12.0 samples/s  " in bar.status(2.0, torch.device("cpu"))
-    assert "of peak" not in bar.status(2.0, torch.device("cpu")), "a CPU's is not known"
+    assert "of peak" not in bar.status(2.0, torch.device("cpu")), "the peak of a CPU is unknown"
     monkeypatch.setattr(progress, "peak", lambda *_: 60 * speed.row_flops(module, data.text(""), data.schedule.buckets))
     trainer = type("At", (), {"max_steps": 9, "global_step": 0})()
     bar.on_train_start(trainer, module)
@@ -62,34 +62,48 @@ def test_the_bar_tells_the_pace_and_its_share_of_the_peak(made, monkeypatch):
 
 
 @pytest.mark.parametrize("start", [0, 12])
-def test_the_time_left_is_that_of_the_steps_and_looks_to_come(start):
-    """2 s a step, 30 s for the first ones; 10 s for each look, every 8 steps and at the end, and at the base model."""
+def test_remaining_time_includes_pending_steps_and_evaluations(start):
+    """2 s a step, 30 s for the first ones; 10 s for each evaluation: of the base model, every 8 steps and at the end."""
     when = Interval(8, 0.0, 1.0, 44)
     left = TimeLeft({"images": when}, 44)
     now, took = (10.0, 10.0) if start == 0 else (0.0, 0.0)
     left.begin(start, now)
     for step in range(start + 1, 45):
         now += 30.0 if step <= start + FIRST else 2.0
-        told = left.seconds(step, now, {"images": took})
+        remaining = left.seconds(step, now, {"images": took})
         if step <= start + FIRST:
-            assert told is None
+            assert remaining is None
         elif took:
             to_come = sum(when.due(one) for one in range(step, 45))
-            assert told == pytest.approx((44 - step) * 2.0 + to_come * 10.0), step
+            assert remaining == pytest.approx((44 - step) * 2.0 + to_come * 10.0), step
         if when.due(step):
             now, took = now + 10.0, took + 10.0
 
 
 @pytest.mark.parametrize(("width", "samples"), [(60, False), (80, False), (120, True)])
-def test_the_bar_fits_the_terminal(made, width, samples, monkeypatch):
+def test_bar_fits_the_terminal_width(made, width, samples, monkeypatch):
     data, _ = made
     on = Console(width=width, file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(progress, "console", lambda: on)
     bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 900))
     bar.metrics.last = {"train/loss": 0.125}
-    told = bar.status(2.0, torch.device("cpu"), 700.0)
-    assert ("samples/s" in told) == samples and told.endswith("12 min left")
-    bar.bar.add_task("", total=900, completed=123, told=told)
+    status = bar.status(2.0, torch.device("cpu"), 700.0)
+    assert ("samples/s" in status) == samples and status.endswith("12 min left")
+    bar.bar.add_task("", total=900, completed=123, status=status)
     on.print(bar.bar.get_renderable())
     (line,) = [one for one in on.file.getvalue().splitlines() if "loss" in one]
     assert "12 min left" in line and "123/900" in line and "…" not in line
+
+
+def test_bar_shows_its_status_after_a_step(made, monkeypatch):
+    data, module = made
+    terminal = Console(width=100, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(progress, "console", lambda: terminal)
+    bar = progress.Bar(StepMetrics(1), data, 6, TimeLeft({}, 9))
+    bar.metrics.last = {"train/loss": 0.125}
+    trainer = type("At", (), {"max_steps": 9, "global_step": 0})()
+    bar.on_train_start(trainer, module)
+    trainer.global_step = 9
+    bar.on_train_batch_end(trainer, module, None, None, 8)
+    bar.bar.stop()
+    assert "9/9" in terminal.file.getvalue() and "loss 0.1250" in terminal.file.getvalue()

@@ -1,4 +1,4 @@
-"""Receivers of every temper, on this machine's own loopback."""
+"""Webhook receivers that work, fail, hang or recover, on the loopback interface."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def quick(monkeypatch):
 
 
 @contextmanager
-def server(answer):
-    """A server that keeps the bodies it was sent; `answer(handler, n)` replies to request n. Yields (url, bodies)."""
+def server(respond):
+    """A server that stores request bodies; `respond(handler, n)` answers request n. Yields (url, bodies)."""
     bodies, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -39,7 +39,7 @@ def server(answer):
             with lock:
                 bodies.append((dict(self.headers), body))
                 n = len(bodies)
-            answer(self, n)
+            respond(self, n)
 
         def log_message(self, *args):
             pass
@@ -55,13 +55,13 @@ def server(answer):
 
 
 def status(code, headers=()):
-    def answer(handler, n):
+    def respond(handler, n):
         handler.send_response(code)
         for name, value in headers:
             handler.send_header(name, value)
         handler.end_headers()
 
-    return answer
+    return respond
 
 
 def message(final=False, **facts):
@@ -74,20 +74,20 @@ def sender(url, kind=enums.ReceiverKind.raw, token=None):
     return Sender([Receiver("mine", kind, url, token)])
 
 
-def test_raw_says_what_the_picture_is():
+def test_raw_message_describes_the_image():
     with server(status(204)) as (url, bodies):
         sending = sender(url, token="abc")
         sending.send(message())
         sending.send(message(final=True))
         assert sending.close(5)["mine"] == dict.fromkeys(webhook.OUTCOMES, 0) | {"sent": 2}
-    said = sorted((json.loads(body) for _, body in bodies), key=lambda m: m["type"])
-    assert [m["type"] for m in said] == ["image", "preview"]
-    assert {"prompt", "sampler_step", "total_steps", "training_step", "seed", "image_index", "run"} < said[0].keys()
-    assert Image.open(io.BytesIO(base64.b64decode(said[0]["image"]))).size == (8, 6)
+    messages = sorted((json.loads(body) for _, body in bodies), key=lambda m: m["type"])
+    assert [m["type"] for m in messages] == ["image", "preview"]
+    assert {"prompt", "sampler_step", "total_steps", "training_step", "seed", "image_index", "run"} < messages[0].keys()
+    assert Image.open(io.BytesIO(base64.b64decode(messages[0]["image"]))).size == (8, 6)
     assert all(headers["Authorization"] == "Bearer abc" for headers, _ in bodies)
 
 
-def test_discord_gets_a_form_that_pings_nobody():
+def test_discord_form_mentions_no_users():
     with server(status(200)) as (url, bodies):
         sending = sender(url, enums.ReceiverKind.discord)
         sending.send(message(final=True, prompt="@everyone look"))
@@ -97,47 +97,47 @@ def test_discord_gets_a_form_that_pings_nobody():
     assert b'"allowed_mentions": {"parse": []}' in body and b"\x89PNG" in body
 
 
-def half_an_answer(handler, n):
+def truncated_response(handler, n):
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
     handler.wfile.flush()
     handler.connection.close()
 
 
-def ten_megabytes(handler, n):
+def ten_megabyte_response(handler, n):
     handler.send_response(200)
     handler.send_header("Content-Length", str(10_000_000))
     handler.end_headers()
     handler.wfile.write(b"x" * 10_000_000)
 
 
-@pytest.mark.parametrize("answer", [half_an_answer, ten_megabytes], ids=lambda f: f.__name__)
-def test_the_status_is_all_that_counts(answer):
-    with server(answer) as (url, _):
+@pytest.mark.parametrize("respond", [truncated_response, ten_megabyte_response], ids=lambda f: f.__name__)
+def test_only_the_response_status_decides_success(respond):
+    with server(respond) as (url, _):
         sending = sender(url)
         sending.send(message(final=True))
         assert sending.close(5)["mine"]["sent"] == 1
 
 
-@pytest.mark.parametrize("temper", ["hangs", "fails", "redirects", "nobody there", "limits"])
-def test_a_bad_receiver_costs_nothing_and_is_counted(temper):
-    answers = {
+@pytest.mark.parametrize("receiver", ["hangs", "fails", "redirects", "nobody there", "limits"])
+def test_failing_receiver_does_not_delay_training_and_is_counted(receiver):
+    responses = {
         "hangs": lambda handler, n: time.sleep(5),
         "fails": status(500),
         "redirects": status(302, [("Location", "http://127.0.0.1:1/")]),
         "limits": status(429, [("Retry-After", "0.05")]),
     }
-    with server(answers.get(temper, status(200))) as (url, _):
-        sending = sender("http://127.0.0.1:1/" if temper == "nobody there" else url)
+    with server(responses.get(receiver, status(200))) as (url, _):
+        sending = sender("http://127.0.0.1:1/" if receiver == "nobody there" else url)
         start = time.monotonic()
         for _ in range(30):
             sending.send(message())
         sending.send(message(final=True))
-        assert time.monotonic() - start < 2, "sending never waits for the five seconds"
+        assert time.monotonic() - start < 2, "sending never waits for the five-second response"
         counts = sending.close(0.4)["mine"]
     assert counts["sent"] == 0 and counts["dropped"] == 31
 
 
-def test_the_final_picture_arrives_when_the_receiver_comes_back():
+def test_final_image_is_retried_until_the_receiver_is_back():
     def later(handler, n):
         status(503 if n <= 6 else 200)(handler, n)
 
@@ -153,7 +153,7 @@ def test_the_final_picture_arrives_when_the_receiver_comes_back():
     assert counts["sent"] + counts["dropped"] == 21 and counts["retried"] >= 5
 
 
-def test_the_oldest_previews_give_way():
+def test_oldest_previews_are_dropped_first():
     release = threading.Event()
 
     def first_waits(handler, n):
@@ -171,17 +171,17 @@ def test_the_oldest_previews_give_way():
     assert steps[-webhook.PREVIEWS_WAITING :] == list(range(30 - webhook.PREVIEWS_WAITING, 30))
 
 
-def test_a_run_that_ends_does_not_besiege_its_receiver(monkeypatch):
+def test_retries_end_with_the_run(monkeypatch):
     monkeypatch.setattr(webhook, "PAUSES", (0.2,))
     with server(status(500)) as (url, bodies):
         sending = sender(url)
         sending.send(message(final=True))
         time.sleep(0.05)
         counts = sending.close(1.0)["mine"]
-    assert counts["dropped"] == 1 and 2 <= len(bodies) <= 8, "now and then, not all the time"
+    assert counts["dropped"] == 1 and 2 <= len(bodies) <= 8, "with pauses between attempts"
 
 
-def test_numbers_travel_together_and_the_oldest_give_way(monkeypatch):
+def test_metrics_are_batched_and_the_oldest_are_dropped_first(monkeypatch):
     monkeypatch.setattr(webhook, "METRICS_WAITING", 50)
     with server(status(200)) as (url, bodies):
         sending = sender(url)
@@ -189,14 +189,14 @@ def test_numbers_travel_together_and_the_oldest_give_way(monkeypatch):
             sending.send_metrics("r", step, {"train/loss": 0.5, "train/odd": float("nan")})
         sending.send(message(final=True))
         counts = sending.close(5)["mine"]
-    letters = [said for said in (json.loads(body) for _, body in bodies) if said["type"] == "metrics"]
-    lines = [line for letter in letters for line in letter["lines"]]
+    messages = [one for one in (json.loads(body) for _, body in bodies) if one["type"] == "metrics"]
+    lines = [line for each in messages for line in each["lines"]]
     assert counts["numbers sent"] == len(lines) and counts["numbers sent"] + counts["numbers dropped"] == 400
-    assert len(letters) <= 3 and lines[-2:] == [[199, "train/loss", 0.5], [199, "train/odd", None]]
-    assert counts["sent"] == 1 and counts["dropped"] == 0, "pictures are counted apart"
+    assert len(messages) <= 3 and lines[-2:] == [[199, "train/loss", 0.5], [199, "train/odd", None]]
+    assert counts["sent"] == 1 and counts["dropped"] == 0, "images are counted separately"
 
 
-def test_numbers_wait_for_nobody_and_discord_gets_none():
+def test_metrics_never_block_and_are_not_sent_to_discord():
     with server(status(500)) as (url, bodies):
         sending = Sender(
             [Receiver("raw", enums.ReceiverKind.raw, url, None), Receiver("discord", enums.ReceiverKind.discord, url, None)]
@@ -210,8 +210,8 @@ def test_numbers_wait_for_nobody_and_discord_gets_none():
     assert sum(counts["discord"].values()) == 0 and all(b"metrics" in body for _, body in bodies)
 
 
-def test_a_finished_picture_is_read_when_it_is_sent(tmp_path):
-    """What waits for a receiver lies on disk; a file that is gone by then is counted, and the next is sent."""
+def test_finished_image_is_read_when_sent(tmp_path):
+    """Queued images are read from disk when sent; a missing file is counted, and the next is sent."""
     for name in ("a", "b"):
         Image.new("RGB", (4, 4), "blue").save(tmp_path / f"{name}.png")
     with server(status(200)) as (url, bodies):
@@ -224,7 +224,7 @@ def test_a_finished_picture_is_read_when_it_is_sent(tmp_path):
     assert base64.b64decode(json.loads(bodies[0][1])["image"]) == (tmp_path / "b.png").read_bytes()
 
 
-def test_secrets_stay_out_of_the_log(caplog):
+def test_secrets_are_not_logged(caplog):
     caplog.set_level("INFO")
     with server(status(500)) as (url, _):
         sending = sender(url, token="hush")
@@ -237,23 +237,23 @@ def test_secrets_stay_out_of_the_log(caplog):
     assert "does not accept messages" in caplog.text and "secret-path" not in caplog.text and "hush" not in caplog.text
 
 
-def test_a_validation_of_20_steps_sends_previews_at_5_10_15_20_and_then_the_pictures(small, tmp_path):
+def test_validation_sends_previews_every_5_of_20_steps_and_then_the_images(small, tmp_path):
     with server(status(200)) as (url, bodies):
         words = ["webhook=raw", f"webhook.receivers.raw.url={url}", "preview.enabled=true", "preview.every_n_steps=5"]
         words += ["validation.num_inference_steps=20", "validation.num_images=1", "trainer.max_steps=1"]
         run(lab.compose(*small, *words), tmp_path / "run")
-    told = [json.loads(body) for _, body in bodies]
-    said = [m for m in told if m["type"] != "metrics"]
+    messages = [json.loads(body) for _, body in bodies]
+    image_messages = [m for m in messages if m["type"] != "metrics"]
     for step in (0, 1):
-        mine = [m for m in said if m["training_step"] == step]
+        mine = [m for m in image_messages if m["training_step"] == step]
         assert [m["sampler_step"] for m in mine if m["type"] == "preview"] == [5, 10, 15, 20]
         (final,) = (m for m in mine if m["type"] == "image")
-        picture = Image.open(io.BytesIO(base64.b64decode(final["image"])))
+        image = Image.open(io.BytesIO(base64.b64decode(final["image"])))
         saved = Image.open(tmp_path / "run" / "images" / f"step_{step:07d}" / "00_00.png")
-        assert picture.tobytes() == saved.tobytes()
+        assert image.tobytes() == saved.tobytes()
         last = next(m for m in mine if m["sampler_step"] == 20 and m["type"] == "preview")
         shown = Image.open(io.BytesIO(base64.b64decode(last["image"])))
-        assert shown.tobytes() == picture.tobytes(), "without a small decoder the VAE itself draws previews"
+        assert shown.tobytes() == image.tobytes(), "without a tiny decoder the VAE itself decodes previews"
 
 
 @pytest.mark.slow
@@ -266,7 +266,7 @@ def test_previews_do_not_touch_training(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["preview.enabled=true"], "there is no receiver"),
         (["preview.enabled=true", "validation.every_n_steps=0", "webhook=raw"], "so no images"),
@@ -276,8 +276,8 @@ def test_previews_do_not_touch_training(small, tmp_path):
         (["webhook=[raw,discord]", "webhook.receivers.raw.url=http://x"], "'DISCORD_WEBHOOK_URL', an environment variable"),
     ],
 )
-def test_what_cannot_work_is_refused(small, words, said, monkeypatch):
+def test_invalid_webhook_settings_are_refused(small, words, message, monkeypatch):
     monkeypatch.delenv("DISCORD_WEBHOOK_URL", raising=False)
     with pytest.raises(ConfigError, match="problem") as caught:
         check(lab.compose(*small, *words))
-    assert said in str(caught.value)
+    assert message in str(caught.value)

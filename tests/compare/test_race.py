@@ -1,4 +1,4 @@
-"""Which run of a sweep is stopped early, and that none is without cause."""
+"""Early stopping of a sweep's trailing runs, and its rate of false positives."""
 
 import json
 
@@ -15,19 +15,19 @@ STEPS = (0, 10, 20, 30, 40)
 
 
 def run(sweep, rate, seed, error, number, steps=STEPS, spread=0.01):
-    """A job's folder as far as racing reads it: error(step) above a loss that all runs share, and some noise of its own."""
+    """The files of a job that racing reads: error(step) above a loss that all runs share, plus noise of its own."""
     folder = RunFolder(sweep / f"{number}_x")
     folder.root.mkdir(parents=True)
     folder.config.write_text(yaml.safe_dump({"seed": seed, "optimizer": {"lr": rate}, "name": f"n{number}"}))
-    record = {"number": number, "words": [f"optimizer.lr={rate}", f"seed={seed}"], "state": "done", "told": ""}
+    record = {"number": number, "words": [f"optimizer.lr={rate}", f"seed={seed}"], "state": "done", "message": ""}
     folder.job.write_text(json.dumps(record))
     rows = []
     for step in steps:
         own = np.random.default_rng([seed, step, int(1e6 * rate)])
-        for picture in range(4):
+        for image in range(4):
             for i in range(8):
-                loss = 1 + picture + 0.3 * i + error(step) + spread * own.standard_normal()
-                rows.append((step, "live", "eval", f"{picture}.png", i / 8, loss, i / 8))
+                loss = 1 + image + 0.3 * i + error(step) + spread * own.standard_normal()
+                rows.append((step, "live", "eval", f"{image}.png", i / 8, loss, i / 8))
     pd.DataFrame(rows, columns=["step", "weights", "dataset", "image", "t", "loss", "stratum"]).to_csv(folder.eval, index=False)
     return folder
 
@@ -36,7 +36,7 @@ def table(*folders):
     return {folder.saved_values()["seed"]: pd.read_csv(folder.eval) for folder in folders}
 
 
-def test_a_run_that_stays_behind_is_stopped_and_one_that_catches_up_is_not(tmp_path):
+def test_trailing_run_is_stopped_unless_it_catches_up(tmp_path):
     run(tmp_path, 1e-3, 0, lambda step: -0.001 * step, 0)
     behind = run(tmp_path, 1e-4, 0, lambda step: 0.0, 1)
     why = race.lost(behind, 40, 3, 4)
@@ -46,23 +46,23 @@ def test_a_run_that_stays_behind_is_stopped_and_one_that_catches_up_is_not(tmp_p
     assert race.lost(late, 40, 3, 4) is None
 
 
-def test_the_leading_run_goes_on_and_so_does_one_without_rivals(tmp_path):
+def test_leading_and_single_runs_continue(tmp_path):
     lone = run(tmp_path / "one", 1e-3, 0, lambda step: 0.0, 0)
     assert race.lost(lone, 40, 1, 4) is None
     best = run(tmp_path / "two", 1e-3, 0, lambda step: -0.01 * step, 0)
     run(tmp_path / "two", 1e-4, 0, lambda step: 0.0, 1)
-    run(tmp_path / "two", 1e-3, 1, lambda step: -1.0, 2)  # of its own arm, so no rival
+    run(tmp_path / "two", 1e-3, 1, lambda step: -1.0, 2)  # of the same arm, so not a competitor
     assert race.lost(best, 40, 1, 4) is None
 
 
-def test_too_few_evaluations_stop_nothing(tmp_path):
+def test_too_few_evaluations_stop_no_run(tmp_path):
     run(tmp_path, 1e-3, 0, lambda step: -1.0, 0)
     young = run(tmp_path, 1e-4, 0, lambda step: 0.0, 1, steps=(0, 10, 20))
     assert race.lost(young, 20, 3, 4) is None
     assert race.lost(young, 20, 2, 4)
 
 
-def test_the_interval_is_scipys_of_the_paired_rows_at_the_corrected_level(tmp_path):
+def test_interval_matches_scipy_on_paired_rows_at_the_corrected_level(tmp_path):
     leading = run(tmp_path, 1e-3, 0, lambda step: -0.02, 0)
     other = run(tmp_path, 1e-2, 0, lambda step: 0.01, 1)
     own = run(tmp_path, 1e-4, 0, lambda step: 0.0, 2)
@@ -73,7 +73,7 @@ def test_the_interval_is_scipys_of_the_paired_rows_at_the_corrected_level(tmp_pa
     assert (lead.low, lead.high) == pytest.approx((expected.low, expected.high))
 
 
-def test_seeds_that_both_arms_have_are_averaged(tmp_path):
+def test_shared_seeds_are_averaged(tmp_path):
     leading = [run(tmp_path, 1e-3, seed, lambda step: 0.0, seed, spread=0.1) for seed in (0, 1, 2)]
     own = [run(tmp_path, 1e-4, seed, lambda step: 0.0, 3 + seed, spread=0.1) for seed in (0, 1, 5)]
     lead = race.leader(table(*own), {"leading": table(*leading)}, 20, evaluations=1)
@@ -83,8 +83,8 @@ def test_seeds_that_both_arms_have_are_averaged(tmp_path):
     assert (lead.low, lead.high) == pytest.approx(tuple(stats.ttest_1samp(apart, 0).confidence_interval(0.95)))
 
 
-def test_equal_arms_are_stopped_in_fewer_than_one_of_twenty_sweeps(tmp_path):
-    """One evaluation in a row is the easiest to lose, and the correction covers looking at every one of them."""
+def test_equal_arms_are_stopped_in_less_than_5_percent_of_sweeps(tmp_path):
+    """One evaluation in a row is the strictest setting; the correction covers repeated testing."""
     stopped = 0
     for sweep in range(20):
         run(tmp_path / str(sweep), 1e-3, 2 * sweep, lambda step: 0.0, 0)

@@ -20,7 +20,7 @@ RANKS, SEEDS = (4, 8, 16), (0, 1, 2)
 
 
 def save(root, cfg, series, ended=True):
-    """A run's folder, as far as a comparison reads it."""
+    """The files of a run that a comparison reads."""
     folder = RunFolder(root)
     folder.save_config(cfg)
     lines = [f"{step},{name},{value!r}" for name, values in series.items() for step, value in values]
@@ -37,12 +37,12 @@ def base():
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """Three ranks × three seeds; rank 16 is better by .1 in each seed, rank 8 by nothing that can be told."""
+    """Three ranks × three seeds; rank 16 is better by .1 in each seed, rank 8 by nothing detectable."""
     root, noise = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
     for rank in RANKS:
         for seed in SEEDS:
             cfg = base.copy()
-            cfg.adapter.rank, cfg.seed, cfg.runs = rank, seed, f"elsewhere_{seed}"  # where it lies is no difference
+            cfg.adapter.rank, cfg.seed, cfg.runs = rank, seed, f"elsewhere_{seed}"  # its path is not a difference
             end = 0.5 + 0.2 * seed - 0.1 * (rank == 16) + 0.01 * noise.standard_normal()
             losses = [(step, 1 - step / 100 + 0.1 * noise.random()) for step in range(1, 41)]
             save(root / f"{rank:02d}_{seed}", cfg, {"train/loss": losses, "eval/loss": [(0, 1.0), (40, end)]})
@@ -61,7 +61,7 @@ def page(runs, tmp_path_factory):
     return out
 
 
-def test_the_intervals_are_scipys_of_the_table(page):
+def test_intervals_match_scipy(page):
     table, found = pd.read_csv(page / "compare.csv"), pd.read_csv(page / "differences.csv", dtype={"arm": str})
     text = (page / "compare.html").read_text()
     for metric in ("eval/loss", "train/loss"):
@@ -81,11 +81,11 @@ def test_the_intervals_are_scipys_of_the_table(page):
 def test_training_losses_are_means_of_the_last_tenth(runs, page):
     table = pd.read_csv(page / "compare.csv")
     losses = [value for _, name, value in RunFolder(runs / "08_1").read_metrics() if name == "train/loss"]
-    told = table[(table["adapter.rank"] == 8) & (table.seed == 1)]["train/loss"].item()
-    assert told == pytest.approx(np.mean(losses[-4:]), rel=1e-12)
+    logged = table[(table["adapter.rank"] == 8) & (table.seed == 1)]["train/loss"].item()
+    assert logged == pytest.approx(np.mean(losses[-4:]), rel=1e-12)
 
 
-def test_csv_and_parquet_are_the_same_numbers(page):
+def test_csv_and_parquet_have_equal_values(page):
     for stem in ("compare", "differences"):
         csv, parquet = pd.read_csv(page / f"{stem}.csv"), pd.read_parquet(page / f"{stem}.parquet")
         for name in csv.select_dtypes("number").columns.intersection(parquet.select_dtypes("number").columns):
@@ -93,12 +93,12 @@ def test_csv_and_parquet_are_the_same_numbers(page):
         assert list(csv.columns) == list(parquet.columns) and len(csv) == len(parquet)
 
 
-def test_only_what_differs_is_said_to_differ(study):
-    assert set(study.differing) == {"adapter.rank", "adapter.alpha"}, "which follows the rank"
+def test_only_real_differences_are_reported(study):
+    assert set(study.differing) == {"adapter.rank", "adapter.alpha"}, "alpha follows the rank"
     assert [arm.name for arm in study.arms] == ["4", "8", "16"] and study.seeds == [0, 1, 2]
 
 
-def test_pairing_finds_what_the_spread_of_seeds_hides(page):
+def test_pairing_by_seed_reduces_the_interval(page):
     """Seeds differ by .2, arms by .1."""
     found = pd.read_csv(page / "differences.csv", dtype={"arm": str})
     row = found[(found.metric == "eval/loss") & (found.arm == "16")].iloc[0]
@@ -109,15 +109,15 @@ def test_pairing_finds_what_the_spread_of_seeds_hides(page):
     assert "no significant difference for “8”" in text
 
 
-def test_holm():
+def test_holm_correction():
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
     corrected = stats.holm([float("nan"), 0.02])
-    assert isnan(corrected[0]) and corrected[1] == 0.02, "what was not tested does not count"
+    assert isnan(corrected[0]) and corrected[1] == 0.02, "untested metrics are not counted"
 
 
 def study_of(values):
-    """Arm → seed → the number it came to."""
+    """Arm → seed → the metric's value."""
     made = []
     for name, by_seed in values.items():
         runs = {
@@ -127,7 +127,7 @@ def study_of(values):
     return arms.Study(made, [], [], [])
 
 
-def test_without_shared_seeds_it_is_welchs_test():
+def test_unpaired_seeds_use_welchs_test():
     a, b = [1.0, 2.0, 4.0], [5.0, 5.5]
     (found,) = stats.differences(study_of({"a": dict(enumerate(a)), "b": {7: b[0], 8: b[1]}}), ["m"], {})
     expected = scipy_stats.ttest_ind(b, a, equal_var=False)
@@ -135,15 +135,15 @@ def test_without_shared_seeds_it_is_welchs_test():
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
-def test_one_run_an_arm_tells_pictures_or_nothing():
+def test_one_run_per_arm_compares_images_only():
     study = study_of({"a": {0: 1.0}, "b": {0: 2.0}})
     (bare,) = stats.differences(study, ["m"], {})
     assert bare.pairing == "too few" and "no conclusion is possible" in conclusion("m", [bare])
-    (pictures,) = stats.differences(study, ["m"], {("m", "b"): [1.0, 1.1, 0.9, 1.0]})
-    assert pictures.n == 4 and "one training seed, so other seeds may differ" in conclusion("m", [pictures])
+    (difference,) = stats.differences(study, ["m"], {("m", "b"): [1.0, 1.1, 0.9, 1.0]})
+    assert difference.n == 4 and "one training seed, so other seeds may differ" in conclusion("m", [difference])
 
 
-def test_a_copy_of_a_number_is_told_once():
+def test_duplicate_metrics_are_listed_once():
     study = study_of({"a": {0: 1.0}, "b": {0: 2.0}})
     for arm in study.arms:
         arm.runs[0].series["n"] = list(arm.runs[0].series["m"])
@@ -153,12 +153,12 @@ def test_a_copy_of_a_number_is_told_once():
     assert stats.results(study) == ["m", "n"]
 
 
-def test_equal_runs_are_equal():
+def test_equal_runs_have_no_difference():
     (found,) = stats.differences(study_of({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}}), ["m"], {})
     assert (found.low, found.high, found.p) == (0, 0, 1) and "exactly equal in all 2 pairs" in conclusion("m", [found])
 
 
-def test_what_has_not_ended_is_named_and_not_counted(base, runs, tmp_path):
+def test_unfinished_runs_are_named_and_excluded(base, runs, tmp_path):
     save(tmp_path / "half", base, {"eval/loss": [(1, 9.0)]}, ended=False)
     save(tmp_path / "torn", base, {"eval/loss": [(1, 9.0)]}).config.write_text("a: [1")
     study = arms.read([runs, tmp_path])
@@ -168,7 +168,7 @@ def test_what_has_not_ended_is_named_and_not_counted(base, runs, tmp_path):
     assert compare.write([tmp_path], tmp_path) is None
 
 
-def test_pictures_of_one_prompt_and_noise_stand_side_by_side(base, tmp_path):
+def test_images_with_equal_prompt_and_noise_are_side_by_side(base, tmp_path):
     for rank, grey in ((4, 50), (8, 200)):
         cfg = base.copy()
         cfg.adapter.rank, cfg.dataset.instance_prompt = rank, "a photo of <i>sks</i> robot"
@@ -184,13 +184,13 @@ def test_pictures_of_one_prompt_and_noise_stand_side_by_side(base, tmp_path):
     assert text.count('alt="images of') == 3 and "<i>sks" not in text
 
 
-def test_the_page_needs_nothing_else(page):
+def test_page_is_self_contained(page):
     text = (page / "compare.html").read_text()
     assert get_plotlyjs() in text
     assert not re.search(r'<[^>]*\b(src|href)=["\']?(?!"?data:)', text.replace(get_plotlyjs(), ""))
 
 
-def test_what_a_killed_start_took_is_not_known(base, tmp_path):
+def test_time_of_a_killed_process_is_unknown(base, tmp_path):
     folder = save(tmp_path / "run", base, {"train/loss": [(1, 1.0), (2, 1.0)]})
     finished = folder.starts()[0]
     killed, finished["flops_per_step"] = {"started": "2025-01-01"}, 7.0
@@ -205,13 +205,13 @@ def test_what_a_killed_start_took_is_not_known(base, tmp_path):
     assert "<td>≥ 5.0</td>" in made.read_text(encoding="utf-8")
 
 
-def test_another_reference(study):
+def test_reference_arm_can_be_chosen(study):
     assert [arm.name for arm in compare.led_by(study, "16").arms] == ["16", "4", "8"]
     with pytest.raises(ConfigError, match="reference is '7', which matches 0 arms; use one of '4', '8', '16'"):
         compare.led_by(study, "7")
 
 
-def test_the_command(runs, tmp_path, capsys):
+def test_command_writes_the_comparison(runs, tmp_path, capsys):
     application([str(runs), "--out", str(tmp_path / "made")], standalone_mode=False)
     assert capsys.readouterr().out.strip() == str(tmp_path / "made" / "compare.html")
     with pytest.raises(ConfigError, match="--out"):

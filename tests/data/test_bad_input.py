@@ -1,5 +1,5 @@
-"""A corpus of bad input. Each is refused before step 0 with a message that names it and the way out, or used correctly; none
-crashes, none is lost silently."""
+"""A corpus of bad input. Each input is refused before step 0 with a message that names it and a fix, or used correctly; none
+crashes, and none is ignored silently."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def frames() -> bytes:
     return data.getvalue()
 
 
-# file name, its bytes, what is said of it at the scan or at decoding; None: it is used
-PICTURES = [
+# file name, content, message at the scan or at decoding; None: it is used
+IMAGES = [
     ("zero.jpg", b"", "the file is empty"),
     ("text.png", b"not a picture", "not an image of a known format"),
     ("html.jpg", b"<html><body>404</body></html>", "not an image of a known format"),
@@ -102,25 +102,25 @@ def collect(tmp_path: Path, one: DatasetSpec):
     return Collector(16, tmp_path / "cache").collect([one])
 
 
-@pytest.mark.parametrize(("name", "data", "said"), PICTURES, ids=[name for name, _, _ in PICTURES])
-def test_a_picture_is_used_or_named(tmp_path, name, data, said):
+@pytest.mark.parametrize(("name", "data", "message"), IMAGES, ids=[name for name, _, _ in IMAGES])
+def test_image_is_used_or_reported(tmp_path, name, data, message):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / name).write_bytes(data)
     (folder / "good.png").write_bytes(png())
     done = collect(tmp_path, spec(folder))
-    told = [r.reason for r in done.rejected["photos"] if r.name == name]
+    reasons = [r.reason for r in done.rejected["photos"] if r.name == name]
     entry = next((e for e in done.entries if e.picture.name == name), None)
     if entry is not None and isinstance(reason := _decode(entry), str):
-        told.append(reason)
-    if said is None:
-        assert not told and tuple(_decode(entry).shape[1:]) == entry.picture.size
+        reasons.append(reason)
+    if message is None:
+        assert not reasons and tuple(_decode(entry).shape[1:]) == entry.picture.size
     else:
-        assert len(told) == 1 and said.lower() in told[0].lower()
+        assert len(reasons) == 1 and message.lower() in reasons[0].lower()
     assert done.found["photos"] == 2 and "good.png" in {e.picture.name for e in done.entries}
 
 
-def test_an_animation_gives_its_first_frame(tmp_path):
+def test_animation_gives_its_first_frame(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.webp").write_bytes(frames())
     assert _decode(collect(tmp_path, spec(tmp_path / "photos")).entries[0])[:, 0, 0].tolist() == [255, 0, 0]
@@ -144,7 +144,7 @@ def dangling(folder: Path) -> None:
     (folder / "b.png").write_bytes(png())
 
 
-def directory_named_as_picture(folder: Path) -> None:
+def directory_named_as_image(folder: Path) -> None:
     (folder / "a.png").mkdir()
     (folder / "a.png/b.png").write_bytes(png())
 
@@ -152,9 +152,9 @@ def directory_named_as_picture(folder: Path) -> None:
 @pytest.mark.parametrize(("make", "names", "rejected"), [
     (loop, ["below/a.png"], []),
     (dangling, ["b.png"], ["a.png", "self.png"]),
-    (directory_named_as_picture, ["a.png/b.png"], []),
+    (directory_named_as_image, ["a.png/b.png"], []),
 ])  # fmt: skip
-def test_links_and_odd_folders(tmp_path, make, names, rejected):
+def test_links_and_unusual_folders_are_handled(tmp_path, make, names, rejected):
     folder = tmp_path / "photos"
     folder.mkdir()
     make(folder)
@@ -163,7 +163,7 @@ def test_links_and_odd_folders(tmp_path, make, names, rejected):
     assert sorted(r.name for r in done.rejected["photos"]) == rejected
 
 
-def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+def test_unreadable_file_is_reported(tmp_path, monkeypatch):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
@@ -181,7 +181,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", ["missing", "file", "empty", "only text"])
-def test_places_without_pictures_are_refused(tmp_path, make):
+def test_folders_without_images_are_refused(tmp_path, make):
     place = tmp_path / "photos"
     if make == "file":
         place.write_text("x")
@@ -192,25 +192,25 @@ def test_places_without_pictures_are_refused(tmp_path, make):
     done = collect(tmp_path, spec(place))
     assert not done.entries
     assert {"missing": "does not exist", "file": "is a file"}.get(make, "") in "".join(done.problems)
-    assert bool(done.problems) == (make in ("missing", "file"))  # the module names the others: no usable picture
+    assert bool(done.problems) == (make in ("missing", "file"))  # the data module reports the others: no usable image
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "message"), [
     (None, "a.txt is missing"), ("", "a.txt is empty"), (" \n\n ", "a.txt is empty"), (b"\xff\xfe\x00", "a.txt is not UTF-8"),
 ])  # fmt: skip
-def test_a_missing_caption_is_a_problem_with_its_name(tmp_path, text, said):
+def test_missing_caption_is_reported_by_name(tmp_path, text, message):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
     if text is not None:
         (folder / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     done = collect(tmp_path, spec(folder, captions=Captions(enums.CaptionKind.textfile)))
-    assert len(done.problems) == 1 and said in done.problems[0] and "photos: a.png" in done.problems[0]
+    assert len(done.problems) == 1 and message in done.problems[0] and "photos: a.png" in done.problems[0]
 
 
-def mask_problems(tmp_path, masks: dict[str, bytes], pictures=("a.png", "sub/b.jpg")) -> tuple[list[str], list[str], list]:
+def mask_problems(tmp_path, masks: dict[str, bytes], images=("a.png", "sub/b.jpg")) -> tuple[list[str], list[str], list]:
     folder, place = tmp_path / "photos", tmp_path / "masks"
-    for root, files in ((folder, dict.fromkeys(pictures, png((80, 60)))), (place, masks)):
+    for root, files in ((folder, dict.fromkeys(images, png((80, 60)))), (place, masks)):
         for name, data in files.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
@@ -241,20 +241,20 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize(("masks", "said"), MASKS, ids=range(len(MASKS)))
-def test_masks_are_paired_or_all_their_problems_listed(tmp_path, masks, said):
+@pytest.mark.parametrize(("masks", "message"), MASKS, ids=range(len(MASKS)))
+def test_masks_are_paired_or_all_problems_are_listed(tmp_path, masks, message):
     problems, _, entries = mask_problems(tmp_path, masks)
-    assert len(problems) == len(said) and all(any(text in problem for problem in problems) for text in said), problems
-    if not said:
+    assert len(problems) == len(message) and all(any(text in problem for problem in problems) for text in message), problems
+    if not message:
         assert all(entry.mask for entry in entries)
 
 
-def test_masks_without_pictures_are_listed(tmp_path):
+def test_masks_without_images_are_listed(tmp_path):
     problems, notices, _ = mask_problems(tmp_path, {"a.png": WHITE, "sub/b.png": WHITE, "c.png": WHITE})
     assert not problems and notices == ["masks without an image are ignored: c.png"]
 
 
-def test_no_transparency_no_mask(tmp_path):
+def test_image_without_transparency_has_no_alpha_mask(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
@@ -265,7 +265,7 @@ def test_no_transparency_no_mask(tmp_path):
     assert len(problems) == 1 and "b.png is all black" in problems[0]
 
 
-# what an entry says, and what is said of it
+# entry, and the message about it
 ENTRIES = [
     ({"crop": "False"}, 'crop is "False"; it must be true or false, without quotes'),
     ({"crop": 1}, "it must be true or false"),
@@ -313,12 +313,12 @@ ENTRIES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), ENTRIES, ids=[json.dumps(c)[:60] for c, _ in ENTRIES])
-def test_a_wrong_entry_is_explained_before_anything_loads(tmp_path, change, said):
+@pytest.mark.parametrize(("change", "message"), ENTRIES, ids=[json.dumps(c)[:60] for c, _ in ENTRIES])
+def test_invalid_entry_is_explained_before_loading(tmp_path, change, message):
     path = samples.save(tmp_path / "a.json", samples.entry(tmp_path, **change))
     with pytest.raises(ConfigError) as caught:
         plan(lab.compose("dataset=simpletuner", f"dataset.path={path}"))
-    assert said in str(caught.value) and str(path) in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 FILES = [
@@ -336,16 +336,16 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), FILES, ids=range(len(FILES)))
-def test_a_broken_file_is_explained_with_its_place(tmp_path, text, said):
+@pytest.mark.parametrize(("text", "message"), FILES, ids=range(len(FILES)))
+def test_malformed_file_is_explained_with_line_and_column(tmp_path, text, message):
     path = tmp_path / "a.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as caught:
         plan(lab.compose("dataset=simpletuner", f"dataset.path={path}"))
-    assert said in str(caught.value) and str(path) in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_all_problems_of_a_file_come_at_once(tmp_path):
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path):
     entries = [
         samples.entry(tmp_path, crop="yes", repeat=1),
         samples.entry(tmp_path),
@@ -368,15 +368,15 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), TABLES, ids=range(len(TABLES)))
-def test_a_wrong_table_is_refused(tmp_path, text, said):
+@pytest.mark.parametrize(("text", "message"), TABLES, ids=range(len(TABLES)))
+def test_invalid_table_is_refused(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     where = Where(enums.DatasetType.table, str(tmp_path / "t.csv"), "image", ("caption",))
     done = collect(tmp_path, spec(tmp_path, where=where, captions=Captions(enums.CaptionKind.column)))
-    assert not done.entries and said in done.problems[0]
+    assert not done.entries and message in done.problems[0]
 
 
-def test_wrong_rows_of_a_table_are_named(tmp_path):
+def test_invalid_table_rows_are_named(tmp_path):
     (tmp_path / "t").mkdir()
     (tmp_path / "t/a.png").write_bytes(png())
     (tmp_path / "out.png").write_bytes(png())
@@ -389,10 +389,10 @@ def test_wrong_rows_of_a_table_are_named(tmp_path):
 
 
 def test_the_corpus_is_large_enough():
-    assert len(PICTURES) + len(MASKS) + len(ENTRIES) + len(FILES) + len(TABLES) >= 60
+    assert len(IMAGES) + len(MASKS) + len(ENTRIES) + len(FILES) + len(TABLES) >= 60
 
 
-def test_sizes_that_a_rule_rejects_are_listed_with_the_rule(tmp_path):
+def test_rejected_sizes_are_listed_with_the_rule(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(20, 100), (100, 20), (30, 30), (90, 90)])
     rules = Shaping(64, enums.ResolutionType.pixel, minimum=25, least_aspect=0.5, most_aspect=2, max_upscale=2)
     done = collect(tmp_path, spec(folder, shaping=rules))
@@ -401,22 +401,22 @@ def test_sizes_that_a_rule_rejects_are_listed_with_the_rule(tmp_path):
         "short edge 20 px", "short edge 20 px", "it would be enlarged 2.13 times"]  # fmt: skip
 
 
-def test_what_would_burst_memory_between_resize_and_crop_is_rejected():
+def test_images_too_large_after_resizing_are_rejected():
     assert "20000×3 px is too narrow" in geometry.reason_against((3, 20_000), Shaping(1024), 32)
     assert geometry.reason_against((3, 20_000), Shaping(64), 32) is None
     assert geometry.reason_against((6000, 8000), Shaping(1024), 32) is None
 
 
-def test_cache_folders_in_which_nothing_can_be_written_are_refused_together(tmp_path):
+def test_unwritable_cache_folders_are_refused_together(tmp_path):
     (tmp_path / "file").write_text("")
-    asked = spec(tmp_path, latents=str(tmp_path / "file/deeper"))
+    dataset = spec(tmp_path, latents=str(tmp_path / "file/deeper"))
     with pytest.raises(ConfigError) as caught:
-        Stores(tmp_path / "file").place(DataPlan([asked], [], str(tmp_path / "file")))
+        Stores(tmp_path / "file").place(DataPlan([dataset], [], str(tmp_path / "file")))
     named = ("cache is", "'photos': cache_dir_vae is", "text_embeds: cache_dir is")
     assert all(name in str(caught.value) for name in named) and str(caught.value).count("set another folder") == 3
 
 
-def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path):
+def test_irregular_files_are_reported_without_blocking(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)])
     os.mkfifo(folder / "pipe.png")
     done = collect(tmp_path, spec(folder))

@@ -1,4 +1,4 @@
-"""The target bank: fixed draws, verified answers."""
+"""The target bank: fixed draws, verified predictions."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ def rows(data, count=60):
             yield batch, row, batch.teacher_output[place]
 
 
-def test_every_answer_is_the_base_models_at_the_rows_own_point(banked):
+def test_stored_predictions_match_the_base_model(banked):
     data = banked()
     bare = build_family(data.cfg)
-    for batch, row, taught in list(rows(data, 12)):
+    for batch, row, stored in list(rows(data, 12)):
         one = row[None]
         t = batch.u[one]
         with torch.no_grad():
             own = bare.denoise(bare.path.noise(batch.latents()[one], batch.eps[one], t), t, batch.cond.select(one))[0]
-        torch.testing.assert_close(taught, own, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(stored, own, atol=1e-5, rtol=1e-5)
 
 
-def test_draws_are_fixed_few_and_spread_over_all_times(banked):
+def test_draws_are_fixed_and_spread_over_all_times(banked):
     data = banked()
     seen = {}
-    for batch, row, taught in rows(data):
+    for batch, row, stored in rows(data):
         point = (tuple(batch.cond["size"][row].tolist()), tuple(batch.mean[row].flatten()[:4].tolist()))
-        seen.setdefault(point, {})[float(batch.u[row])] = taught
+        seen.setdefault(point, {})[float(batch.u[row])] = stored
     for times in seen.values():
         assert len(times) <= 4 and len({int(u * 4) for u in times}) == len(times), "one in each quarter"
     assert max(len(times) for times in seen.values()) == 4
 
 
-def test_a_second_start_asks_the_network_nothing(banked, monkeypatch):
+def test_second_start_runs_no_forward_pass(banked, monkeypatch):
     first = banked()
     assert first.bank.built > 0
     monkeypatch.setattr(SDXL, "_load", lambda *a: pytest.fail("weights were loaded"))
     assert banked().bank.built == 0
 
 
-def test_damaged_and_lost_answers_are_made_again_to_the_bit(banked):
+def test_damaged_and_missing_predictions_are_rebuilt_bit_for_bit(banked):
     first = banked()
-    before = [taught for *_, taught in rows(first, 8)]
+    before = [stored for *_, stored in rows(first, 8)]
     whole, damaged, *others = sorted(first.bank.targets.folder.rglob("*.safetensors"))
     data = bytearray(damaged.read_bytes())
     data[-3] ^= 1
@@ -72,11 +72,11 @@ def test_damaged_and_lost_answers_are_made_again_to_the_bit(banked):
     time = whole.stat().st_mtime_ns
     again = banked()
     assert again.bank.built == 1 + len(others[::2]) and again.bank.targets.damaged == 1
-    assert whole.stat().st_mtime_ns == time, "what is whole is left alone"
+    assert whole.stat().st_mtime_ns == time, "intact entries are kept"
     assert all(torch.equal(a, b) for a, (*_, b) in zip(before, rows(again, 8), strict=True))
 
 
-def test_an_answer_damaged_in_training_is_refused_with_the_way_out(banked):
+def test_prediction_damaged_during_training_is_refused_with_a_fix(banked):
     data = banked()
     for path in data.bank.targets.folder.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
@@ -87,13 +87,13 @@ def test_an_answer_damaged_in_training_is_refused_with_the_way_out(banked):
 
 @pytest.mark.parametrize("change", ["prior.bank.draws=5", "seed=1", "objective.shift=2", "objective.noise_offset=0.1",
                                     "prior.prompt=a cat", "model.dtype=bfloat16"])  # fmt: skip
-def test_what_answers_depend_on_makes_them_anew(banked, change):
+def test_changed_settings_rebuild_the_predictions(banked, change):
     first = banked()
     other = banked(change)
     assert other.bank.built >= first.bank.built
 
 
-def test_instance_rows_are_drawn_as_without_a_bank(banked):
+def test_bank_does_not_change_instance_draws(banked):
     def instances(data):
         stream = iter(Samples(data, data.schedule, 0, 0, 1))
         return [(b.eps[r], b.u[r], b.z[r]) for b in (next(stream) for _ in range(10)) for r in b.instance_rows]

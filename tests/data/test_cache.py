@@ -14,7 +14,7 @@ from processes import ended, fork
 VALUE = {"mean": torch.arange(12.0).view(3, 4), "std": torch.ones(3, 4)}
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_entries_are_read_back(tmp_path):
     store = Store(tmp_path, "latents")
     assert not store.is_intact("ab12")
     store.write("ab12", VALUE)
@@ -24,7 +24,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "garbage"])
-def test_damage_is_noticed_counted_and_healed(tmp_path, damage):
+def test_damage_is_detected_counted_and_repaired(tmp_path, damage):
     store = Store(tmp_path, "latents")
     store.write("ab12", VALUE)
     path = store.path("ab12")
@@ -54,7 +54,7 @@ def test_two_processes_write_the_same_entries(tmp_path):
     assert all(store.is_intact(f"aa{i}") and (store.read(f"aa{i}")["x"] == i).all() for i in range(5))
 
 
-def test_a_sealed_entry_is_not_read_again_until_its_file_changes(tmp_path, monkeypatch):
+def test_verified_entry_is_not_read_again_until_its_file_changes(tmp_path, monkeypatch):
     store = Store(tmp_path, "latents")
     store.write("ab12", VALUE)
     assert store.is_intact("ab12")
@@ -70,7 +70,7 @@ def test_a_sealed_entry_is_not_read_again_until_its_file_changes(tmp_path, monke
     assert not changed.is_intact("ab12") and changed.damaged == 1
 
 
-def test_every_read_checks_what_it_reads(tmp_path):
+def test_every_read_verifies_its_data(tmp_path):
     store = Store(tmp_path, "latents")
     store.write("ab12", VALUE)
     data = bytearray(store.path("ab12").read_bytes())
@@ -82,7 +82,7 @@ def test_every_read_checks_what_it_reads(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', "{", '{"ab12": ["x", "y"]}'])
-def test_damaged_seals_only_cost_a_reading(tmp_path, text):
+def test_damaged_verification_records_cause_a_new_read(tmp_path, text):
     Store(tmp_path, "latents").write("ab12", VALUE)
     (tmp_path / "latents/seals.json").write_text(text)
     store = Store(tmp_path, "latents")
@@ -91,7 +91,7 @@ def test_damaged_seals_only_cost_a_reading(tmp_path, text):
     assert "ab12" in json.loads((tmp_path / "latents/seals.json").read_text())
 
 
-def test_a_killed_writer_leaves_whole_entries_only(tmp_path):
+def test_killed_writer_leaves_only_complete_entries(tmp_path):
     def write():
         store = Store(tmp_path, "latents")
         for i in range(10**6):
@@ -114,7 +114,7 @@ def call(words):
     return ended.value.code
 
 
-def test_the_tool_counts_verifies_and_prunes(tmp_path, capsys):
+def test_tool_counts_verifies_and_prunes(tmp_path, capsys):
     store = Store(tmp_path, "latents")
     for i in range(4):
         store.write(f"aa{i}", VALUE)
@@ -135,7 +135,7 @@ def test_the_tool_counts_verifies_and_prunes(tmp_path, capsys):
     assert call(["stats", str(tmp_path / "none")]) == 2 and call(["prune", str(tmp_path)]) == 2
 
 
-def test_a_new_entry_has_the_mode_that_the_umask_gives(tmp_path):
+def test_new_entry_mode_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         store = Store(tmp_path, "text")

@@ -1,4 +1,4 @@
-"""Colours are sRGB when they are trained on."""
+"""Images are converted to sRGB before training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_display_p3_becomes_srgb(kind):
     assert decode.head(data).colours == "converted" and decode.decode(data).shape == (3, 6, 8)
 
 
-def test_transparency_and_palettes_are_converted_too():
+def test_transparency_and_palettes_are_converted():
     seen = Image.new("RGBA", (8, 6), (220, 40, 40, 255))
     seen.putpixel((7, 5), (220, 40, 40, 0))
     for image in (seen, Image.new("RGB", (8, 6), (220, 40, 40)).quantize(4)):
@@ -70,7 +70,7 @@ def test_transparency_and_palettes_are_converted_too():
     assert decode.decode(png(seen, display_p3()))[:, 5, 7].tolist() == [255, 255, 255], "transparent parts become white"
 
 
-def test_srgb_and_untagged_pictures_keep_their_bytes():
+def test_srgb_and_untagged_images_are_unchanged():
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     for profile in (None, srgb()):
         for mode in ("RGB", "L"):
@@ -81,7 +81,7 @@ def test_srgb_and_untagged_pictures_keep_their_bytes():
 
 
 @pytest.mark.parametrize("profile", [b"rubbish", display_p3()[:200], b"\0" * 400])
-def test_a_damaged_profile_is_named_and_the_picture_kept_as_it_is(tmp_path: Path, profile):
+def test_damaged_profile_is_reported_and_the_image_unchanged(tmp_path: Path, profile):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png(Image.new("RGB", (8, 6), (220, 40, 40)), profile))
@@ -89,7 +89,7 @@ def test_a_damaged_profile_is_named_and_the_picture_kept_as_it_is(tmp_path: Path
     spec = DatasetSpec(
         "p", Where(enums.DatasetType.folder, str(folder)), Captions(enums.CaptionKind.instanceprompt, ("a dog",)), Shaping(64)
     )  # fmt: skip
-    for _ in range(2):  # the second scan remembers
+    for _ in range(2):  # from the scan cache
         done = Collector(16, tmp_path / "cache").collect([spec])
         (notice,) = done.notices
         assert notice.startswith("a.png: its colour profile can't be used (") and notice.endswith("are interpreted as sRGB")
@@ -98,7 +98,7 @@ def test_a_damaged_profile_is_named_and_the_picture_kept_as_it_is(tmp_path: Path
     assert a.picture.colours and not b.picture.colours
 
 
-def test_latents_of_a_converted_picture_are_not_those_of_before(tmp_path: Path):
+def test_converted_image_is_encoded_again(tmp_path: Path):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(png(Image.new("RGB", (8, 6)), display_p3()))

@@ -1,4 +1,4 @@
-"""What of a folder is taken for photos, whatever it is called, and what is passed over with a word."""
+"""Which files of a folder are recognised as photos, and which are skipped with a notice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("name", "kind"), FILES)
-def test_a_picture_is_known_by_name_or_content(tmp_path, name, kind):
+def test_image_is_recognised_by_name_or_content(tmp_path, name, kind):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / name).write_bytes(saved(kind))
     for source in (Folder(str(tmp_path / "photos")), Remote(f"file://{tmp_path}/photos")):
@@ -50,10 +50,10 @@ def test_a_picture_is_known_by_name_or_content(tmp_path, name, kind):
 def test_avif_is_read(tmp_path):
     for name in ("a.avif", "unnamed"):
         (tmp_path / name[0]).mkdir()
-        test_a_picture_is_known_by_name_or_content(tmp_path / name[0], name, "AVIF")
+        test_image_is_recognised_by_name_or_content(tmp_path / name[0], name, "AVIF")
 
 
-def test_what_is_no_picture_is_passed_over(tmp_path):
+def test_other_files_are_skipped(tmp_path):
     for name in ("LICENSE", "notes.docx", "a.txt", "b.caption", "c.json"):
         (tmp_path / name).write_bytes(b"words, many words, and more words")
     (tmp_path / "empty").write_bytes(b"")
@@ -61,25 +61,25 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "package", "extra"), [("a.HEIC", "pillow_heif", "heic"), ("a.jxl", "pillow_jxl", "jxl")])
-def test_a_format_of_an_extra_is_listed_with_what_to_install(tmp_path, monkeypatch, name, package, extra):
+def test_format_of_a_missing_extra_is_listed_with_the_package(tmp_path, monkeypatch, name, package, extra):
     monkeypatch.setattr(formats, "decoder", lambda _: False)
     (tmp_path / name).write_bytes(b"x")
     (item,) = Folder(str(tmp_path)).items()
     assert f"pip install 'dreambooth-lab[{extra}]', or convert it to PNG or JPEG" in item.problem
-    monkeypatch.setattr(formats, "decoder", lambda asked: asked == package)
+    monkeypatch.setattr(formats, "decoder", lambda wanted: wanted == package)
     assert next(Folder(str(tmp_path)).items()).problem is None
 
 
 @pytest.mark.parametrize(("kind", "package"), [("HEIF", "pillow_heif"), ("JXL", "pillow_jxl")])
-def test_a_format_of_an_extra_is_read_when_it_is_installed(tmp_path, kind, package):
+def test_format_of_an_installed_extra_is_read(tmp_path, kind, package):
     pytest.importorskip(package)
     formats.decoder.cache_clear()
     assert formats.decoder(package) and package in sys.modules
-    test_a_picture_is_known_by_name_or_content(tmp_path, "phone" + {"HEIF": ".heic", "JXL": ".jxl"}[kind], kind)
+    test_image_is_recognised_by_name_or_content(tmp_path, "phone" + {"HEIF": ".heic", "JXL": ".jxl"}[kind], kind)
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_hidden_and_rubbish_folders_are_passed_over_with_one_notice(tmp_path, remote):
+def test_hidden_and_system_folders_are_skipped_with_one_notice(tmp_path, remote):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)] * 3)
     for name in (".ipynb_checkpoints", "@eaDir", ".thumbnails", ".Trash-1000", "__MACOSX", "sub/@eaDir"):
         (folder / name).mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_hidden_and_rubbish_folders_are_passed_over_with_one_notice(tmp_path, re
     assert len(Collector(16, tmp_path / "cache").collect([spec(folder)]).notices) == 1
 
 
-def test_masks_inside_the_photos_folder_are_no_photos(tmp_path):
+def test_masks_inside_the_photo_folder_are_not_photos(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)] * 2)
     tiny.save_photos(folder / "masks", [(40, 30)] * 2)
     where = Where(enums.DatasetType.folder, str(folder / "masks"))
@@ -105,7 +105,7 @@ def test_masks_inside_the_photos_folder_are_no_photos(tmp_path):
     assert all(e.mask for e in done.entries) and any(n.startswith("masks/ in") for n in done.notices)
 
 
-def test_class_pictures_that_are_the_subjects_are_refused_by_their_bytes(tmp_path):
+def test_class_images_identical_to_instance_images_are_refused(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)] * 2)
     below = tiny.save_photos(folder / "dogs", [(40, 30)], seed=5)
     mine, theirs = spec(folder), spec(below, "class", is_class=True, named="prior.path")
@@ -116,7 +116,7 @@ def test_class_pictures_that_are_the_subjects_are_refused_by_their_bytes(tmp_pat
     assert not Collector(16, tmp_path / "c").collect([mine, same._replace(recaptioned=True)]).problems
 
 
-def test_a_caption_with_commas_is_refused_not_cut(tmp_path):
+def test_caption_with_commas_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(saved("PNG"))
     table = tmp_path / "t.csv"
     table.write_text("image,caption\na.png,a photo of sks robot, red, on the beach\n")

@@ -24,7 +24,7 @@ def test_bucket_shape(size, edge, stride, max_aspect):
 
 
 @given(size, st.tuples(st.integers(8, 512), st.integers(8, 512)), st.tuples(unit, unit), st.booleans())
-def test_the_crop_lies_inside_a_picture_that_just_covers_it(size, target, at, mirror):
+def test_crop_lies_inside_the_smallest_covering_image(size, target, at, mirror):
     g = geometry.place(size, target, at, mirror)
     for resized, crop, cut in zip(g.resized, g.crop, g.target, strict=True):
         assert 0 <= crop <= resized - cut
@@ -34,27 +34,27 @@ def test_the_crop_lies_inside_a_picture_that_just_covers_it(size, target, at, mi
 
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("at", [(0, 0), (0.5, 0.5), (1, 0.3)])
-def test_a_picture_that_is_its_own_mask_stays_aligned(at, mirror):
-    picture = torch.zeros(3, 60, 90, dtype=torch.uint8)
-    picture[:, 10:35, 20:70] = 255
+def test_image_used_as_its_own_mask_stays_aligned(at, mirror):
+    image = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    image[:, 10:35, 20:70] = 255
     g = geometry.place((60, 90), (48, 48), at, mirror)
-    assert torch.equal(geometry.apply(g, picture)[:1], geometry.apply(g, picture[:1]))
+    assert torch.equal(geometry.apply(g, image)[:1], geometry.apply(g, image[:1]))
 
 
-def test_a_mirrored_crop_tells_where_it_lies_in_the_mirrored_picture():
-    picture = torch.arange(40, dtype=torch.uint8).expand(3, 20, 40)
+def test_mirrored_crop_reports_its_position_in_the_mirrored_image():
+    image = torch.arange(40, dtype=torch.uint8).expand(3, 20, 40)
     plain, mirrored = (geometry.place((20, 40), (20, 20), (0.5, 0.25), m) for m in (False, True))
     left = mirrored.size().crop[1]
-    assert torch.equal(geometry.apply(mirrored, picture), picture.flip(-1)[..., left : left + 20])
+    assert torch.equal(geometry.apply(mirrored, image), image.flip(-1)[..., left : left + 20])
     assert plain.size().crop == (0, 5) and left == 15
 
 
-def test_a_geometry_refuses_another_picture():
+def test_geometry_refuses_an_image_of_another_size():
     with pytest.raises(ValueError, match="its geometry is for"):
         geometry.apply(geometry.place((10, 10), (8, 8), (0, 0), False), torch.zeros(3, 9, 10, dtype=torch.uint8))
 
 
-def test_nearest_shape_is_nearest_in_ratio():
+def test_nearest_shape_is_nearest_in_aspect_ratio():
     assert geometry.nearest_shape((64, 64), [(96, 48), (80, 64), (32, 128)]) == (80, 64)
 
 
@@ -62,7 +62,7 @@ units = st.sampled_from(list(enums.ResolutionType))
 
 
 @given(size, units, st.sampled_from([16, 32, 64]), st.floats(1, 4), st.sampled_from(list(enums.CropAspect)))
-def test_a_target_is_of_the_asked_resolution_and_aspect(size, unit, stride, max_aspect, aspect):
+def test_target_has_the_requested_resolution_and_aspect(size, unit, stride, max_aspect, aspect):
     resolution = {enums.ResolutionType.area: 0.25}.get(unit, 512)
     rule = Shaping(resolution, unit, aspect=aspect, aspects=(0.5, 1.0, 1.5), max_aspect=max_aspect)
     shapes = geometry.target(size, rule, stride, (0.1, 0.9, 0.5))
@@ -80,7 +80,7 @@ def test_a_target_is_of_the_asked_resolution_and_aspect(size, unit, stride, max_
 
 
 @given(size, units, st.floats(0.01, 4), st.floats(0.01, 4))
-def test_above_the_maximum_a_picture_shrinks_to_the_downsample_size_and_below_it_is_left(size, unit, most, share):
+def test_image_above_the_maximum_is_downsampled(size, unit, most, share):
     scale = 1.0 if unit is enums.ResolutionType.area else 1000.0
     rule = Shaping(64, unit, maximum=most * scale, downsample=min(share, most) * scale)
     factor = geometry.shrunk(size, rule)
@@ -94,7 +94,7 @@ def test_above_the_maximum_a_picture_shrinks_to_the_downsample_size_and_below_it
 
 
 @given(size, st.tuples(unit, unit), st.floats(0, 3))
-def test_a_picture_resized_before_the_crop_still_covers_its_target(size, at, least):
+def test_image_resized_before_the_crop_covers_its_target(size, at, least):
     g = geometry.place(size, (48, 64), at, False, least)
     assert all(r >= t for r, t in zip(g.resized, g.target, strict=True))
     assert all(0 <= c <= r - t for c, r, t in zip(g.crop, g.resized, g.target, strict=True))
@@ -102,7 +102,7 @@ def test_a_picture_resized_before_the_crop_still_covers_its_target(size, at, lea
         assert g.resized == tuple(round(side * max(least, 48 / size[0], 64 / size[1])) for side in size)
 
 
-def test_the_smallest_size_is_in_the_unit_of_the_resolution():
+def test_minimum_size_is_in_the_unit_of_the_resolution():
     for unit, minimum in (
         (enums.ResolutionType.pixel, 500),
         (enums.ResolutionType.pixel_area, 500),
@@ -111,7 +111,7 @@ def test_the_smallest_size_is_in_the_unit_of_the_resolution():
         rule = Shaping(0.25 if unit is enums.ResolutionType.area else 512, unit, minimum=minimum)
         assert geometry.reason_against((500, 500), rule, 16) is None
         assert "minimum_image_size" in geometry.reason_against((499, 499), rule, 16)
-    assert geometry.reason_against((250, 1000), Shaping(512, minimum=500), 16) is None, "its area is enough"
+    assert geometry.reason_against((250, 1000), Shaping(512, minimum=500), 16) is None, "its area is sufficient"
     square = Shaping(512, minimum=500, aspect=enums.CropAspect.square)
     assert "square crops" in geometry.reason_against((250, 1000), square, 16)
 
@@ -119,14 +119,14 @@ def test_the_smallest_size_is_in_the_unit_of_the_resolution():
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("least", [0.0, 1.3])
 @pytest.mark.parametrize("at", [(0.5, 0.5), (0.0, 0.0), (0.137, 0.861), (1.0, 0.25)], ids=["center", "corner", "random", "far"])
-def test_a_mask_that_is_its_pictures_own_threshold_stays_so_to_the_pixel(at, least, mirror):
+def test_thresholded_image_and_mask_agree_to_the_pixel(at, least, mirror):
     """Every crop style, with and without resizing before the crop, mirrored and not."""
     torch.manual_seed(0)
     blocks = torch.randint(0, 2, (1, 9, 13), dtype=torch.uint8) * 255
-    picture = blocks.repeat_interleave(11, 1).repeat_interleave(7, 2)
-    g = geometry.place(tuple(picture.shape[1:]), (64, 48), at, mirror, least)
-    cut = geometry.apply(g, picture.expand(3, -1, -1))
-    assert torch.equal(geometry.apply(g, picture)[0], cut[0])
-    grid = mask.to_grid(picture, g, 8)
+    image = blocks.repeat_interleave(11, 1).repeat_interleave(7, 2)
+    g = geometry.place(tuple(image.shape[1:]), (64, 48), at, mirror, least)
+    cut = geometry.apply(g, image.expand(3, -1, -1))
+    assert torch.equal(geometry.apply(g, image)[0], cut[0])
+    grid = mask.to_grid(image, g, 8)
     assert torch.allclose(grid[0], torch.nn.functional.avg_pool2d(cut[:1].float() / 255, 8)[0])
     assert tuple(grid.shape) == (1, 8, 6) and grid.min() >= 0 and grid.max() <= 1 and 0 < grid.mean() < 1

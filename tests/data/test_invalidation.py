@@ -1,4 +1,4 @@
-"""What is made again when something changes: exactly what depends on it."""
+"""A change rebuilds exactly the cache entries that depend on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from processes import ended, fork
 
 @pytest.fixture
 def counted(small, photos, tiny_sdxl, tmp_path, monkeypatch):
-    """Prepares data and tells (pictures encoded, captions encoded)."""
+    """Prepares data; returns (images encoded, captions encoded)."""
     own, model = shutil.copytree(photos, tmp_path / "own"), shutil.copytree(tiny_sdxl, tmp_path / "model")
     counts = {"images": 0, "texts": 0}
     image, text = SDXL.encode_image, SDXL.encode_text
@@ -58,8 +58,8 @@ def counted(small, photos, tiny_sdxl, tmp_path, monkeypatch):
         data.prepare()
         after = files()
         if not data.damaged:
-            assert all(after[path] == before[path] for path in before), "what was there is left alone"
-            assert len(after) - len(before) == counts["images"] + counts["texts"], "what is encoded is new"
+            assert all(after[path] == before[path] for path in before), "existing entries are kept"
+            assert len(after) - len(before) == counts["images"] + counts["texts"], "encoded entries are new"
         return counts["images"], counts["texts"]
 
     make.own, make.model, make.cache = own, model, tmp_path / "cache"
@@ -67,22 +67,22 @@ def counted(small, photos, tiny_sdxl, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_change_makes_again_what_depends_on_it_and_nothing_else(counted):
-    assert counted() == (5, 3)  # the prompt, the empty one and what the sampler puts beside a prompt
+def test_each_change_rebuilds_only_its_dependents(counted):
+    assert counted() == (5, 3)  # the prompt, the empty prompt and the sampler's unconditional input
     assert counted() == (0, 0)
     with Image.open(counted.own / "01.png") as image:
         image.rotate(180).save(counted.own / "01.png")
-    assert counted() == (1, 0), "one picture's bytes"
+    assert counted() == (1, 0), "one image's bytes"
     assert counted("dataset.resolutions=[96]") == (5, 0), "the resolution"
-    assert counted("dataset.resolutions=[64,96]") == (0, 0), "both are there now"
-    assert counted("dataset.crop_aspect=square") == (2, 0), "the crop's shape, of the two tall ones"
-    assert counted("dataset.crop_aspect=square", "dataset.crop=corner") == (2, 0), "the crop's place"
-    assert counted("dataset.flip=true") == (5, 0), "mirrored ones join"
+    assert counted("dataset.resolutions=[64,96]") == (0, 0), "both are cached now"
+    assert counted("dataset.crop_aspect=square") == (2, 0), "the crop's shape, of the two tall photos"
+    assert counted("dataset.crop_aspect=square", "dataset.crop=corner") == (2, 0), "the crop's position"
+    assert counted("dataset.flip=true") == (5, 0), "mirrored variants are added"
     assert counted('dataset.instance_prompt="a photo of zwx dog"') == (0, 1), "the caption"
     assert counted("model.encoder_dtype=bfloat16") == (5, 3), "the encoders' precision"
-    assert counted() == (0, 0), "nothing of before is lost"
+    assert counted() == (0, 0), "earlier entries are kept"
     assert counted("quant.text_encoder_1=int8") == (0, 3), "one text encoder's precision"
-    assert counted("model.dtype=bfloat16") == (0, 0), "the denoiser's is of no account"
+    assert counted("model.dtype=bfloat16") == (0, 0), "the denoiser's precision has no effect"
     file = counted.model / "tokenizer/tokenizer.json"
     file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false') + "\n")
     assert counted() == (0, 3), "the tokenizer"
@@ -92,7 +92,7 @@ def test_each_change_makes_again_what_depends_on_it_and_nothing_else(counted):
     assert counted() == (5, 0), "the VAE's weights"
 
 
-def test_corruption_is_noticed_and_healed(counted):
+def test_corruption_is_detected_and_repaired(counted):
     counted()
     store = Store(counted.cache, "latents")
     first, second, third = list(store.keys())[:3]
@@ -102,7 +102,7 @@ def test_corruption_is_noticed_and_healed(counted):
     assert counted() == (3, 0) and counted() == (0, 0)
 
 
-def test_damage_after_the_start_is_healed_at_the_reading(small, photos, tmp_path):
+def test_damage_after_the_start_is_repaired_when_read(small, photos, tmp_path):
     own = shutil.copytree(photos, tmp_path / "own")
     words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
     cfg = lab.compose(*words, f"dataset.path={own}", f"cache={tmp_path / 'cache'}")
@@ -120,7 +120,7 @@ def test_damage_after_the_start_is_healed_at_the_reading(small, photos, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["latents", "masks"])
-def test_damage_that_cannot_be_healed_names_what_is_gone(small, tmp_path, kind):
+def test_irreparable_damage_names_the_missing_file(small, tmp_path, kind):
     own, masks = (tiny.save_photos(tmp_path / name, [(80, 80)], seed) for name, seed in (("own", 0), ("m", 1)))
     words = [w for w in small if not w.startswith(("dataset.path", "dataset=", "cache", "prior"))]
     cfg = lab.compose(*words, "dataset=masked", f"dataset.path={own}", f"dataset.mask_path={masks}", f"cache={tmp_path / 'c'}")
@@ -136,7 +136,7 @@ def test_damage_that_cannot_be_healed_names_what_is_gone(small, tmp_path, kind):
 
 @pytest.fixture
 def forked(small, tmp_path):
-    """Prepares data of two pictures in a child process; tells its process id."""
+    """Prepares data of two images in a child process; returns its process id."""
     own = tiny.save_photos(tmp_path / "own", [(80, 80), (60, 120)])
     words = [w for w in small if not w.startswith(("dataset.path", "cache", "prior"))]
 
@@ -163,7 +163,7 @@ def forked(small, tmp_path):
     return make
 
 
-def test_killing_the_build_leaves_a_usable_cache(forked):
+def test_killed_build_leaves_a_usable_cache(forked):
     tiny.save_photos(forked.own, [(300 + i, 300) for i in range(24)], seed=2)
     child, store = forked("dataset.resolutions=[256]"), Store(forked.cache, "latents")
     deadline = time.monotonic() + 120
@@ -180,7 +180,7 @@ def test_killing_the_build_leaves_a_usable_cache(forked):
 
 
 def die_at(number: int, counted: list[int]):
-    """End the process without ado right before its `number`-th step of writing a file: making it, filling it, naming it."""
+    """Kill the process right before its `number`-th file operation: create, write, rename."""
 
     def watch(owner, name):
         real = getattr(owner, name)
@@ -199,7 +199,7 @@ def die_at(number: int, counted: list[int]):
 
 
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_build_that_ends_at_any_point_leaves_a_usable_cache(forked, stride):
+def test_build_killed_at_any_point_leaves_a_usable_cache(forked, stride):
     ends, number = [], 0
     while not ends or ends[-1] == 9:
         number += stride
@@ -211,11 +211,11 @@ def test_a_build_that_ends_at_any_point_leaves_a_usable_cache(forked, stride):
         assert (summary.cached, summary.built, data.damaged) == (there, 2 - there, 0)
         assert data.build(data.schedule.batch(0)).mean.isfinite().all()
     assert ends[-1] == 0 and len(ends) * stride > 3 * (2 + 2), (
-        "two pictures and two captions, three steps each, and what scans keep"
+        "two images and two captions, three operations each, and the scan cache"
     )
 
 
-def test_two_processes_may_build_one_cache_together(forked):
+def test_two_processes_can_build_one_cache(forked):
     running = [forked() for _ in range(2)]
     assert [ended(child) for child in running] == [0, 0]
     data = forked.here()

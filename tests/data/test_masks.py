@@ -10,15 +10,15 @@ from dreambooth_lab.factory import build_family
 
 @pytest.fixture
 def masked(small, tmp_path):
-    """Pictures that are black and white, with masks that are their own thresholds."""
+    """Black and white images, with masks that are their own thresholds."""
     folder, masks = tmp_path / "photos", tmp_path / "masks"
     for i, size in enumerate([(100, 80), (60, 120)]):
-        picture = (
+        photo = (
             Image.effect_noise(size, 200).resize((9, 7)).resize(size, Image.Resampling.NEAREST).point(lambda v: 255 * (v > 127))
         )
         for root, name in ((folder, f"deep/{i}.png"), (masks, f"deep/{i}.bmp")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(root / name)
+            photo.save(root / name)
 
     words = [w for w in small if not w.startswith(("dataset=", "dataset.path", "prior", "cache"))]
 
@@ -46,7 +46,7 @@ STYLES = [
 
 @pytest.mark.parametrize("style", STYLES, ids=[" ".join(s).replace("dataset.", "") or "default" for s in STYLES])
 def test_image_and_mask_stay_aligned_under_every_crop_style(masked, monkeypatch, style):
-    """What the encoder is shown, averaged over latent cells, is the mask that comes with its latents."""
+    """The encoder's input, averaged over latent cells, equals the mask of its latents."""
     shown = {}
     from dreambooth_lab.models.sdxl import SDXL
 
@@ -79,7 +79,7 @@ def test_alpha_is_a_mask(masked, tmp_path):
     assert batch.mask is not None and 0 < batch.mask.mean() < 1
 
 
-def test_all_mask_problems_come_together_before_anything_is_encoded(masked, monkeypatch):
+def test_all_mask_problems_are_reported_before_encoding(masked, monkeypatch):
     (masked.masks / "deep/0.bmp").unlink()
     Image.new("L", (60, 120)).save(masked.masks / "deep/1.bmp")
     from dreambooth_lab.models.sdxl import SDXL
@@ -91,6 +91,6 @@ def test_all_mask_problems_come_together_before_anything_is_encoded(masked, monk
     assert text.startswith("2 problem(s)") and "deep/0.png: has no mask" in text and "deep/1.bmp is all black" in text
 
 
-def test_the_mask_group_needs_its_folder(photos):
+def test_dataset_masked_requires_a_mask_folder(photos):
     with pytest.raises(ConfigError, match=r"needs dataset\.mask_path=FOLDER"):
         check(lab.compose("dataset=masked", f"dataset.path={photos}"))

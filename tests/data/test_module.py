@@ -28,7 +28,7 @@ def batches(data, count, rank=0, world_size=1):
     return [next(stream) for _ in range(count)]
 
 
-def test_rows_have_the_bucket_shape_and_their_own_captions(prepared):
+def test_rows_have_the_bucket_shape_and_their_captions(prepared):
     data = prepared()
     for batch in batches(data, 12):
         assert batch.latents().shape == batch.eps.shape and tuple(batch.latents().shape[2:]) in {
@@ -42,14 +42,14 @@ def test_rows_have_the_bucket_shape_and_their_own_captions(prepared):
         assert len(batch.instance_rows) == len(batch.class_rows) == 1
 
 
-def test_every_instance_bucket_has_class_company(prepared):
+def test_instance_buckets_contain_class_rows(prepared):
     data = prepared()
     assert len(data.schedule.buckets) >= 2
     assert all(bucket.classes for bucket in data.schedule.buckets)
 
 
 @pytest.mark.parametrize("words", [["prior=teacher"], ["prior=bank"]], ids=["teacher", "bank"])
-def test_draws_do_not_depend_on_the_batch_size_the_ranks_or_the_workers(prepared, photos, tmp_path, words):
+def test_draws_are_independent_of_batch_size_ranks_and_workers(prepared, photos, tmp_path, words):
     one = tmp_path / "one-bucket"
     one.mkdir()
     for name in ("00.png", "01.png", "02.png"):
@@ -66,10 +66,10 @@ def test_draws_do_not_depend_on_the_batch_size_the_ranks_or_the_workers(prepared
             for batch in (next(loader) for _ in range(16 // (batch_size * ranks))):
                 classes = batch.class_rows.tolist()
                 for i, n in enumerate(batch.sample.tolist()):
-                    told = (batch.cond["prompt_embeds"][i], batch.cond["size"][i], batch.u[i], batch.rollout_draws[i])
+                    draws = (batch.cond["prompt_embeds"][i], batch.cond["size"][i], batch.u[i], batch.rollout_draws[i])
                     more = [] if batch.xi is None else [batch.xi[i]]
                     more += [batch.teacher_output[classes.index(i)]] if batch.teacher_output is not None and i in classes else []
-                    flat[n] = (batch.latents()[i], batch.eps[i], *told, *more)
+                    flat[n] = (batch.latents()[i], batch.eps[i], *draws, *more)
         return flat
 
     reference = rows(1)
@@ -78,7 +78,7 @@ def test_draws_do_not_depend_on_the_batch_size_the_ranks_or_the_workers(prepared
         assert all(torch.equal(a, b) for n in reference for a, b in zip(reference[n], other[n], strict=True))
 
 
-def test_workers_keep_the_order_and_go_on_from_any_batch(prepared):
+def test_workers_keep_the_order_and_resume_at_any_batch(prepared):
     data = prepared()
 
     def order(workers):
@@ -89,20 +89,20 @@ def test_workers_keep_the_order_and_go_on_from_any_batch(prepared):
     assert order(0) == order(2) == [[2 * n, 2 * n + 1] for n in range(5, 14)]
 
 
-def test_posterior_noise_is_fresh_and_two_passes_differ(prepared):
+def test_posterior_noise_differs_between_passes(prepared):
     data = prepared("dataset.repeats=3")
     seen = torch.stack([batch.eps[0, 0] for batch in batches(data, 8) if batch.eps.shape[2:] == (8, 8)])
     assert len({tuple(x.flatten()[:3].tolist()) for x in seen}) == len(seen)
 
 
-def test_mirrored_and_cropped_variants_are_all_used(prepared):
+def test_all_mirrored_and_cropped_variants_are_used(prepared):
     data = prepared("dataset.flip=true", "dataset.crop=random", "dataset.crop_variants=3", "dataset.batch_size=4")
     assert {len(entry.variants) for entry in data.entries} <= {2, 4, 6}  # equal crops count once
     sizes = {tuple(size.tolist()) for batch in batches(data, 60) for size in batch.cond["size"]}
     assert len(sizes) > 8
 
 
-def test_dropped_captions_are_the_subjects_only(prepared):
+def test_only_instance_captions_are_dropped(prepared):
     data = prepared("dataset.caption_dropout=0.5")
     empty, dropped, kept = data.text("")["prompt_embeds"][0], 0, 0
     for batch in batches(data, 40):
@@ -112,19 +112,19 @@ def test_dropped_captions_are_the_subjects_only(prepared):
     assert 0.25 < dropped / kept < 0.75
 
 
-def test_rows_without_caption_are_told_what_empty_caption_says_though_all_share_a_cache(prepared):
-    told = []
+def test_rows_without_caption_follow_empty_caption_with_a_shared_cache(prepared):
+    embeds = []
     for kind in ("zeros", "encoded", "auto", "encoded"):
         data = prepared("dataset.caption_dropout=1", f"model.empty_caption={kind}")
         batch = batches(data, 1)[0]
-        told.append(batch.cond["prompt_embeds"][batch.instance_rows])
+        embeds.append(batch.cond["prompt_embeds"][batch.instance_rows])
         assert batch.captions[int(batch.instance_rows[0])] == "" and data.text(None)["prompt_embeds"].abs().max() == 0
-    zeros, encoded, auto, again = told
+    zeros, encoded, auto, again = embeds
     assert zeros.abs().max() == 0 < encoded.abs().max() and torch.equal(auto, zeros) and torch.equal(again, encoded)
 
 
 @pytest.mark.parametrize("kind", ["zeros", "encoded"])
-def test_validation_draws_against_the_pipelines_own_input_whatever_dropout_teaches(small, tmp_path, monkeypatch, kind):
+def test_validation_uses_the_pipelines_unconditional_input(small, tmp_path, monkeypatch, kind):
     seen, real = [], SDXL.generate
     monkeypatch.setattr(
         SDXL, "generate", lambda family, text, negative, **k: seen.append(negative) or real(family, text, negative, **k)
@@ -138,14 +138,14 @@ def test_validation_draws_against_the_pipelines_own_input_whatever_dropout_teach
     assert float(seen[-1]["prompt_embeds"].abs().max()) > 0
 
 
-def test_a_second_start_loads_no_encoder(prepared, monkeypatch):
+def test_second_start_loads_no_encoder(prepared, monkeypatch):
     prepared()
     monkeypatch.setattr(SDXL, "_load", lambda *a: pytest.fail("an encoder was loaded"))
     data = prepared()
     assert sum(s.built for s in data.summaries()) == 0 and all(s.cached for s in data.summaries())
 
 
-def test_only_what_changed_is_encoded_again(prepared, photos, tmp_path):
+def test_only_changed_images_are_encoded_again(prepared, photos, tmp_path):
     own = shutil.copytree(photos, tmp_path / "own")
     prepared(f"dataset.path={own}")
     shutil.copy(own / "03.png", own / "00.png")
@@ -156,10 +156,10 @@ def test_only_what_changed_is_encoded_again(prepared, photos, tmp_path):
     assert [s.built for s in prepared(f"dataset.path={own}", "prior=none").summaries()] == [0]
     assert [s.built for s in prepared(f"dataset.path={own}", "prior=none", "dataset.resolutions=[48]").summaries()] == [
         3
-    ]  # of 4, two alike
+    ]  # of 4, two are equal
 
 
-def test_a_photo_cut_short_is_rejected_by_name_and_the_rest_train(prepared, photos, tmp_path):
+def test_truncated_photo_is_rejected_by_name_and_the_rest_trains(prepared, photos, tmp_path):
     own = shutil.copytree(photos, tmp_path / "own")
     data = (own / "02.png").read_bytes()
     (own / "cut.png").write_bytes(data[: len(data) // 2])
@@ -169,7 +169,7 @@ def test_a_photo_cut_short_is_rejected_by_name_and_the_rest_train(prepared, phot
     assert all(entry.picture.name != "cut.png" for entry in made.entries)
 
 
-def test_a_folder_without_pictures_is_refused(prepared, tmp_path):
+def test_folder_without_images_is_refused(prepared, tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ConfigError, match=r"dataset.path is .* has no usable image \(no image files\)"):
         prepared(f"dataset.path={tmp_path}")

@@ -1,4 +1,4 @@
-"""Pictures behind URLs, on file systems that need no network."""
+"""Images behind URLs, on file systems that need no network."""
 
 import zipfile
 
@@ -54,14 +54,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_behind_a_url_reads_like_one_of_this_machine(folder, tmp_path, kind):
+def test_folder_behind_a_url_reads_like_a_local_one(folder, tmp_path, kind):
     near = scan.scan(Folder(str(folder)), ScanCache(tmp_path / "a"))
     far = scan.scan(open_source(Where(enums.DatasetType.folder, KINDS[kind](folder)), ""), ScanCache(tmp_path / "b"))
     assert [(p.name, p.size, p.digest) for p in near.pictures] == [(p.name, p.size, p.digest) for p in far.pictures]
     assert [p.source.text(p.name) for p in far.pictures] == ["a caption", None] and far.rejected == near.rejected
 
 
-def test_only_a_changed_remote_file_is_read_again(folder, tmp_path):
+def test_only_changed_remote_files_are_read_again(folder, tmp_path):
     source = open_source(Where(enums.DatasetType.folder, in_memory(folder, "changing")), "")
     assert [scan.scan(source, ScanCache(tmp_path / "m")).read for _ in range(2)] == [3, 0]
     fsspec.filesystem("memory").pipe_file("/changing/below/00.png", (folder / "below/01.png").read_bytes())
@@ -70,7 +70,7 @@ def test_only_a_changed_remote_file_is_read_again(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("memory://nothing/here", "is empty or does not exist"),
         ("gopher://x/y", "can't be opened"),
@@ -78,14 +78,14 @@ def test_only_a_changed_remote_file_is_read_again(folder, tmp_path):
         ("s3a-typo://bucket", "see fsspec's list of protocols"),
     ],
 )
-def test_a_url_without_pictures_is_refused_with_its_name(tmp_path, url, said):
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_url_without_images_is_refused_by_name(tmp_path, url, message):
+    with pytest.raises(ConfigError, match=message) as caught:
         scan.scan(open_source(Where(enums.DatasetType.folder, url), ""), ScanCache(tmp_path / "m"))
     assert url in str(caught.value)
 
 
-def test_photos_masks_and_class_pictures_may_all_be_remote(small, photos, class_photos, tmp_path):
-    """From folders' keys, and from a dataset file."""
+def test_photos_masks_and_class_images_can_be_remote(small, photos, class_photos, tmp_path):
+    """From configuration keys, and from a dataset file."""
     from PIL import Image
 
     masks = tmp_path / "masks"
@@ -110,14 +110,14 @@ def test_photos_masks_and_class_pictures_may_all_be_remote(small, photos, class_
         assert sorted((s.spec.is_class, s.found, s.masks) for s in data.summaries()) == [(False, 5, 5), (True, 3, 0)]
 
 
-def test_a_bucket_of_a_dataset_file_is_a_url(tmp_path):
+def test_bucket_of_a_dataset_file_is_a_url(tmp_path):
     entry = samples.entry(tmp_path, type="aws", aws_bucket_name="b", aws_data_prefix="photos/dog", instance_data_dir=None)
     (made,) = plan(lab.compose("dataset=simpletuner", f"dataset.path={samples.save(tmp_path / 'a.json', entry)}")).specs
     assert made.where.path == "s3://b/photos/dog"
 
 
-def test_a_bucket_of_a_local_s3_server(folder, tmp_path, monkeypatch):
-    """Needs `s3fs` and `moto[server]`; listing, reading, stamps, and what a wrong bucket says."""
+def test_bucket_of_a_local_s3_server_is_read(folder, tmp_path, monkeypatch):
+    """Needs `s3fs` and `moto[server]`: listing, reading, time stamps, and the error for a missing bucket."""
     s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
     running = server.ThreadedMotoServer(port=0)
     running.start()

@@ -9,12 +9,12 @@ SAMPLES = list(range(3000))
 SHAPE = (4, 8, 8)
 
 
-def test_without_an_offset_noise_is_the_samples_own():
+def test_noise_without_offset_is_unchanged():
     cfg = lab.compose()
     assert all(torch.equal(row_draws.noise_draws(cfg, n, SHAPE), draw.normal(0, n, Purpose.NOISE, SHAPE)) for n in SAMPLES[:20])
 
 
-def test_an_offset_is_one_number_per_channel_of_its_strength_for_its_share():
+def test_noise_offset_is_per_channel_with_given_strength_and_probability():
     cfg = lab.compose("objective.noise_offset=0.1", "objective.noise_offset_probability=0.25")
     offsets = torch.stack([row_draws.noise_draws(cfg, n, SHAPE) - draw.normal(0, n, Purpose.NOISE, SHAPE) for n in SAMPLES])
     assert_close(offsets, offsets[..., :1, :1].expand_as(offsets), atol=1e-6, rtol=0)
@@ -22,10 +22,10 @@ def test_an_offset_is_one_number_per_channel_of_its_strength_for_its_share():
     assert abs(has.double().mean() - 0.25) < 0.03
     values = offsets[has][:, :, 0, 0]
     assert abs(values.std() - 0.1) < 0.005 and abs(values.mean()) < 0.005
-    assert abs(torch.corrcoef(values.T)[0, 1]) < 0.1, "channels move apart"
+    assert abs(torch.corrcoef(values.T)[0, 1]) < 0.1, "channels have independent offsets"
 
 
-def test_masks_are_dropped_whole_for_their_share_and_by_sample():
+def test_masks_are_dropped_per_sample_with_given_probability():
     cfg = lab.compose("mask.drop_probability=0.3")
     mask = torch.rand(len(SAMPLES), 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.9
     left = row_draws.drop_masks(cfg, SAMPLES, mask)
@@ -38,7 +38,7 @@ def test_masks_are_dropped_whole_for_their_share_and_by_sample():
     assert row_draws.drop_masks(cfg, SAMPLES, None) is None
 
 
-def test_what_a_row_rolls_by_is_its_own_and_uniform():
+def test_rollout_draws_are_per_row_and_uniform():
     draws = row_draws.rollout_draws(lab.compose(), SAMPLES)
     assert torch.equal(row_draws.rollout_draws(lab.compose(), [7, 3]), draws[[7, 3]])
     assert draws.shape == (3000, 2) and draws.min() >= 0 and draws.max() < 1

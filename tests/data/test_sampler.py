@@ -26,7 +26,7 @@ def stream(schedule, batches):
 
 @settings(deadline=None, max_examples=60)
 @given(buckets, st.integers(1, 5), st.sampled_from([0.25, 0.5, 0.6]))
-def test_no_picture_is_lost_and_all_are_equal(counts, batch_size, share):
+def test_all_images_are_used_equally_often(counts, batch_size, share):
     schedule, made = build(counts, batch_size=batch_size, share=share)
     epochs = 12 * batch_size
     batches = schedule._before(epochs)
@@ -43,7 +43,7 @@ def test_no_picture_is_lost_and_all_are_equal(counts, batch_size, share):
 
 @settings(deadline=None, max_examples=40)
 @given(buckets, st.integers(1, 5))
-def test_the_first_epoch_shows_every_bucket(counts, batch_size):
+def test_first_epoch_covers_every_bucket(counts, batch_size):
     schedule, made = build(counts, batch_size=batch_size)
     seen = {row.entry for row in stream(schedule, schedule._before(1))}
     for bucket in made:
@@ -52,7 +52,7 @@ def test_the_first_epoch_shows_every_bucket(counts, batch_size):
 
 @settings(deadline=None, max_examples=40)
 @given(buckets, st.integers(1, 4), st.integers(0, 60))
-def test_a_batch_is_a_function_of_its_number(counts, batch_size, number):
+def test_batch_is_a_function_of_its_index(counts, batch_size, number):
     schedule, made = build(counts, batch_size=batch_size)
     rows = schedule.batch(number)
     fresh, _ = build(counts, batch_size=batch_size)
@@ -61,18 +61,18 @@ def test_a_batch_is_a_function_of_its_number(counts, batch_size, number):
     assert [row.sample for row in rows] == list(range(number * batch_size, (number + 1) * batch_size))
 
 
-def test_sample_n_is_the_same_picture_at_every_batch_size():
+def test_sample_n_is_independent_of_the_batch_size():
     streams = [stream(build([(5, 3)], batch_size=b)[0], 48 // b) for b in (1, 2, 4)]
     assert streams[0] == streams[1] == streams[2]
 
 
-def test_a_batch_mixes_instance_and_class_rows_at_their_share():
+def test_batch_mixes_instance_and_class_rows_by_class_fraction():
     schedule, (bucket,) = build([(5, 6)], batch_size=4)
     for n in range(20):
         assert sum(row.entry in bucket.classes for row in schedule.batch(n)) == 2
 
 
-def test_passes_come_in_fresh_orders_and_seeds_differ():
+def test_passes_and_seeds_have_different_orders():
     first = [row.entry for row in stream(build([(7, 0)])[0], 21)]
     passes = [tuple(first[i : i + 7]) for i in (0, 7, 14)]
     assert all(sorted(p) == list(range(7)) for p in passes) and len(set(passes)) > 1
@@ -84,8 +84,8 @@ rates = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0.25, 1, 2.5, 101
 
 @settings(deadline=None, max_examples=60)
 @given(rates, st.integers(1, 4), st.integers(0, 3))
-def test_every_dataset_gives_the_rows_it_was_asked_for(datasets, batch_size, seed):
-    """Any number of datasets in a bucket: each picture of one as often as its neighbours, each dataset at its own rate."""
+def test_each_dataset_contributes_its_requested_rows(datasets, batch_size, seed):
+    """Any number of datasets in a bucket: images of a dataset are used equally often, each dataset at its own rate."""
     first, groups = 0, []
     for n, rate in datasets:
         groups.append(Group(tuple(range(first, first + n)), n * rate, False))
@@ -108,8 +108,8 @@ def test_ranks_have_equal_numbers_of_rows(datasets, ranks):
     assert all(len(schedule.batch(n)[rank::ranks]) == 2 for n in range(5) for rank in range(ranks))
 
 
-def test_a_bucket_of_one_picture_fills_any_batch_and_nothing_is_dropped():
-    """The endless stream instead of padding: over batches each picture counts as often as it should."""
+def test_bucket_of_one_image_fills_any_batch():
+    """Batches are filled from an endless stream instead of padding: each image is used as often as it should be."""
     schedule, _ = build([(7, 0), (1, 0)], batch_size=4)
     seen = Counter(row.entry for row in stream(schedule, schedule._before(8)))
     assert set(seen) == set(range(8)) and set(seen.values()) == {8}

@@ -8,10 +8,10 @@ from dreambooth_lab.data.sources.scan import ScanCache
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
-    monkeypatch.setattr(scan, "STABLE_AFTER", -1.0)  # files made a moment ago count as old
+    monkeypatch.setattr(scan, "STABLE_AFTER", -1.0)  # newly written files count as old
 
 
-def test_a_warm_start_reads_no_picture_and_sees_the_same(tmp_path, monkeypatch):
+def test_warm_start_reads_no_image_and_finds_the_same(tmp_path, monkeypatch):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)] * 5)
     (folder / "broken.png").write_bytes(b"x")
     source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
@@ -22,7 +22,7 @@ def test_a_warm_start_reads_no_picture_and_sees_the_same(tmp_path, monkeypatch):
     assert warm.read == 0 and warm[:2] == cold[:2]
 
 
-def test_only_what_changed_is_read(tmp_path):
+def test_only_changed_files_are_read(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)] * 5)
     source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
     before = {p.name: p.digest for p in scan.scan(source, memory).pictures}
@@ -37,7 +37,7 @@ def test_only_what_changed_is_read(tmp_path):
     assert digests["02.png"] != before["02.png"] and digests["new.png"] == before["04.png"] and "03.png" not in digests
 
 
-def test_a_file_just_written_is_not_trusted(tmp_path, monkeypatch):
+def test_recently_written_file_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(scan, "STABLE_AFTER", 60.0)
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)])
     source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
@@ -45,7 +45,7 @@ def test_a_file_just_written_is_not_trusted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 1, "pictures": {"00.png": ["x"]}, "sum": "y"}'])
-def test_a_damaged_memory_costs_a_new_scan(tmp_path, damage):
+def test_damaged_scan_cache_is_rebuilt(tmp_path, damage):
     folder = tiny.save_photos(tmp_path / "photos", [(40, 30)])
     source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
     scan.scan(source, memory)
@@ -53,7 +53,7 @@ def test_a_damaged_memory_costs_a_new_scan(tmp_path, damage):
     assert scan.scan(source, memory).read == 1 and scan.scan(source, memory).read == 0
 
 
-def test_a_folder_behind_a_url_reads_like_one_of_this_machine(tmp_path):
+def test_folder_behind_a_url_reads_like_a_local_one(tmp_path):
     folder = tiny.save_photos(tmp_path / "photos/below", [(40, 30), (50, 20)])
     (folder / "00.txt").write_text("a caption")
     near = scan.scan(Folder(str(tmp_path / "photos")), ScanCache(tmp_path / "a"))

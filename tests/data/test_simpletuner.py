@@ -42,7 +42,7 @@ def of_file(small, tmp_path):
 
 @pytest.fixture
 def training(tmp_path):
-    """The samples' folders; pictures of their sizes are only headers' worth of work."""
+    """The folders of SimpleTuner's examples. Only the headers of the large images are read."""
     root = tmp_path / "training"
     tiny.save_photos(root / "datasets/test_datasets/dreambooth/deep", [(1024, 1300)])
     mask = Image.new("L", (1024, 1300), 0)
@@ -55,7 +55,7 @@ def training(tmp_path):
     return root
 
 
-def test_the_masked_sample_runs_as_it_stands(of_file, training, tmp_path):
+def test_masked_example_runs_unchanged(of_file, training, tmp_path):
     data = of_file(samples.write(tmp_path / "a.json", samples.MASKED, training))
     assert [(e.picture.name, e.shape) for e in data.entries] == [("deep/00.png", (1024, 1024))]
     (summary,) = data.summaries()
@@ -67,7 +67,7 @@ def test_the_masked_sample_runs_as_it_stands(of_file, training, tmp_path):
     assert data.cfg.validation.prompts == ["an dreambooth"]
 
 
-def test_the_subject_sample_runs_as_it_stands(of_file, training, tmp_path):
+def test_subject_example_runs_unchanged(of_file, training, tmp_path):
     path = samples.write(tmp_path / "a.json", samples.SUBJECT, training)
     data = of_file(path, "prior=teacher", "dataset.batch_size=4")
     found = {s.spec.id: (s.found, len(s.rejected)) for s in data.summaries()}
@@ -83,23 +83,23 @@ def test_the_subject_sample_runs_as_it_stands(of_file, training, tmp_path):
     assert mixed, "instance and class rows share buckets where shapes agree"
 
 
-def test_regularisation_without_a_prior_is_explained(training, tmp_path):
+def test_regularisation_set_without_a_prior_is_explained(training, tmp_path):
     path = samples.write(tmp_path / "a.json", samples.SUBJECT, training)
     with pytest.raises(ConfigError, match=r"'regularisation-data', 'regularisation-data-1024px': .* add prior=teacher"):
         specs(path)
     assert sum(s.is_class for s in specs(path, "prior=noise")) == 2
 
 
-def test_the_refiner_sample_has_nothing_to_train_on_and_says_so(training, tmp_path):
+def test_refiner_example_without_training_data_is_refused(training, tmp_path):
     with pytest.raises(ConfigError, match="no entry has images to train on"):
         specs(samples.write(tmp_path / "a.json", samples.REFINER, training))
-    with_pictures = [samples.entry(training), *json.loads(samples.REFINER)]
-    made = plan(config(samples.save(tmp_path / "b.json", *with_pictures)))
+    with_images = [samples.entry(training), *json.loads(samples.REFINER)]
+    made = plan(config(samples.save(tmp_path / "b.json", *with_images)))
     assert made.texts == "/training/text_cache/sdxl_refiner" and len(made.specs) == 1
 
 
 @pytest.mark.parametrize("spelling", ["is_regularisation_data", "is_regularization_data"])
-def test_both_spellings_mean_class_pictures(photos, tmp_path, spelling):
+def test_both_spellings_mean_class_images(photos, tmp_path, spelling):
     path = samples.save(tmp_path / "a.json", samples.entry(photos), samples.entry(photos, id="b", **{spelling: True}))
     assert [s.is_class for s in specs(path, "prior=teacher")] == [False, True]
 
@@ -110,7 +110,7 @@ def test_variables_are_expanded(photos, tmp_path, monkeypatch):
     assert specs(path)[0].where.path == str(photos)
 
 
-def test_every_key_says_what_it_says(photos, tmp_path):
+def test_every_key_is_mapped(photos, tmp_path):
     one = samples.entry(
         photos, repeats=3, probability=0.5, crop=True, crop_aspect="closest", crop_style="random", max_num_samples=2,
         crop_aspect_buckets=[0.5, 1, 2], minimum_image_size=32, maximum_image_size=96, target_downsample_size=80,
@@ -131,18 +131,18 @@ def test_every_key_says_what_it_says(photos, tmp_path):
     assert made.captions.prompts == ("a", "b") and made.captions.prepend
 
 
-def test_without_a_crop_the_bucket_keeps_the_pictures_aspect(photos, tmp_path):
-    for said in ({"crop": False}, {}, {"crop": False, "crop_style": "random", "crop_aspect": "square"}):
-        shaping = specs(samples.save(tmp_path / "a.json", samples.entry(photos, **said)))[0].shaping
+def test_uncropped_bucket_keeps_the_image_aspect(photos, tmp_path):
+    for changes in ({"crop": False}, {}, {"crop": False, "crop_style": "random", "crop_aspect": "square"}):
+        shaping = specs(samples.save(tmp_path / "a.json", samples.entry(photos, **changes)))[0].shaping
         assert (shaping.aspect, shaping.place) == (enums.CropAspect.preserve, enums.Crop.center)
 
 
-def told(tmp_path, *entries):
+def notices_of(tmp_path, *entries):
     return plan(config(samples.save(tmp_path / "a.json", *entries))).notices
 
 
-def test_what_has_no_meaning_is_said_once(photos, tmp_path):
-    notices = told(
+def test_unused_keys_are_reported_once(photos, tmp_path):
+    notices = notices_of(
         tmp_path, samples.entry(photos, vae_batch_size=4, scan_for_errors=True), samples.entry(photos, id="c", vae_batch_size=8),
         samples.entry(photos, id="b", disabled=True),
     )  # fmt: skip
@@ -171,14 +171,14 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("change", "keys", "why"), IDLE, ids=[keys for _, keys, _ in IDLE])
-def test_a_key_that_says_nothing_where_it_stands_gives_one_notice(photos, tmp_path, change, keys, why):
+def test_key_without_effect_in_its_place_gives_one_notice(photos, tmp_path, change, keys, why):
     other = samples.entry(photos, id="train")
     mask = {"id": "other", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "x"}
-    (notice,) = told(tmp_path, other, mask, samples.entry(photos, **change))
+    (notice,) = notices_of(tmp_path, other, mask, samples.entry(photos, **change))
     assert notice.startswith(f"entry 'photos': {keys} no effect here: ") and why in notice
 
 
-def test_the_masked_sample_gives_one_notice_for_all_the_masks_geometry(training, tmp_path):
+def test_masked_example_gives_one_notice_for_all_mask_geometry(training, tmp_path):
     notices = specs_notices(samples.write(tmp_path / "a.json", samples.MASKED, training))
     assert len(notices) == 1 and notices[0].startswith("entry 'dreambooth-conditioning': resolution, resolution_type, minimum")
     assert specs_notices(samples.write(tmp_path / "b.json", samples.SUBJECT, training), "prior=teacher") == []
@@ -188,7 +188,7 @@ def specs_notices(path, *overrides):
     return plan(config(path, *overrides)).notices
 
 
-def test_one_text_cache_serves_all_and_the_others_are_named(photos, tmp_path):
+def test_only_one_text_cache_is_used_and_others_are_named(photos, tmp_path):
     texts = [{"id": f"t{i}", "dataset_type": "text_embeds", "type": "local", "cache_dir": f"/tmp/{i}"} for i in range(2)]
     made = plan(
         config(samples.save(tmp_path / "a.json", samples.entry(photos, text_embeds="t0"), texts[0], texts[1] | {"default": True}))
@@ -198,7 +198,7 @@ def test_one_text_cache_serves_all_and_the_others_are_named(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("dataset.caption=textfile", "dataset.caption is textfile"),
         ("dataset.resolutions=[512]", "dataset.resolutions is [512.0]"),
@@ -208,16 +208,16 @@ def test_one_text_cache_serves_all_and_the_others_are_named(photos, tmp_path):
         ("prior.prompt=x", "prior.prompt is 'x'"),
     ],
 )
-def test_what_the_file_says_is_refused_beside_it(photos, tmp_path, override, said):
+def test_keys_set_by_the_file_are_refused_beside_it(photos, tmp_path, override, message):
     path = samples.save(tmp_path / "a.json", samples.entry(photos))
     check(config(path, "dataset.flip=true", "dataset.class_prompt=x", "dataset.batch_size=2"))
     with pytest.raises(ConfigError, match=r"^1 problem") as caught:
         check(config(path, override))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_no_value_of_any_key_crashes(photos, tmp_path):
-    """A wrong value is refused or used; nothing but a ConfigError comes out."""
+def test_arbitrary_values_never_crash(photos, tmp_path):
+    """An invalid value is refused or used; no exception other than ConfigError is raised."""
     path = samples.save(tmp_path / "a.json", samples.entry(photos))
     cfg, used = config(path), 0
     for key in KEYS:
@@ -240,21 +240,21 @@ def test_eval_entries_are_marked(photos, tmp_path):
 
 
 def test_eval_sets_are_never_trained_on(of_file, photos, class_photos, tmp_path):
-    held = samples.entry(class_photos, id="e", dataset_type="eval")
-    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), held))
+    eval_entry = samples.entry(class_photos, id="e", dataset_type="eval")
+    data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), eval_entry))
     assert {e.spec.id for e in data.entries} == {"photos"} and data.rows_per_epoch()["e"] == 0
     assert {e.spec.id for e in data.held_out} == {"e"} and len(data.photos()) == 5
 
 
-def test_an_eval_picture_that_is_trained_on_is_refused_by_its_bytes(of_file, photos, class_photos, tmp_path):
+def test_eval_image_in_the_training_set_is_refused(of_file, photos, class_photos, tmp_path):
     shutil.copytree(class_photos, tmp_path / "held")
     shutil.copy(photos / "03.png", tmp_path / "held" / "renamed.png")
-    held = samples.entry(tmp_path / "held", id="e", dataset_type="eval")
+    eval_entry = samples.entry(tmp_path / "held", id="e", dataset_type="eval")
     with pytest.raises(ConfigError, match=r"'e': .*: renamed\.png is also trained on \(photos: 03\.png\)"):
-        of_file(samples.save(tmp_path / "a.json", samples.entry(photos), held))
+        of_file(samples.save(tmp_path / "a.json", samples.entry(photos), eval_entry))
 
 
-def test_one_folder_at_two_resolutions_with_one_cache_folder(of_file, photos, tmp_path):
+def test_one_folder_at_two_resolutions_shares_a_cache_folder(of_file, photos, tmp_path):
     """Equal cache folders for two resolutions collide in SimpleTuner; keys by content can't."""
     both = [samples.entry(photos, id=f"p{e}", resolution=e, cache_dir_vae=str(tmp_path / "vae")) for e in (64, 128)]
     data = of_file(samples.save(tmp_path / "a.json", *both))
@@ -273,21 +273,21 @@ def test_probability_and_repeats_set_the_mixture(of_file, photos, class_photos, 
     assert abs(rows.count("b") - 30) <= 4
 
 
-def test_a_zero_probability_gives_no_rows(of_file, photos, tmp_path):
+def test_zero_probability_gives_no_rows(of_file, photos, tmp_path):
     data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos), samples.entry(photos, id="b", probability=0)))
     assert data.rows_per_epoch()["b"] == 0
     with pytest.raises(ConfigError, match="probability above 0"):
         of_file(samples.save(tmp_path / "b.json", samples.entry(photos, probability=0)))
 
 
-def test_list_prompts_are_drawn_by_sample(of_file, photos, tmp_path):
+def test_listed_prompts_are_drawn_per_sample(of_file, photos, tmp_path):
     data = of_file(samples.save(tmp_path / "a.json", samples.entry(photos, instance_prompt=["one", "two"])))
-    said = [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
-    assert 15 < said.count("one") < 45 and set(said) == {"one", "two"}
-    assert said == [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
+    captions = [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
+    assert 15 < captions.count("one") < 45 and set(captions) == {"one", "two"}
+    assert captions == [data.build.caption(data.schedule.batch(n)[0].sample, data.entries[0]) for n in range(60)]
 
 
-def test_rows_without_a_mask_get_ones(of_file, photos, class_photos, tmp_path):
+def test_rows_without_mask_get_ones(of_file, photos, class_photos, tmp_path):
     masks = tmp_path / "masks"
     for file in photos.iterdir():
         with Image.open(file) as image:

@@ -1,4 +1,4 @@
-"""Measurements, printed: `pytest -m slow -s tests/data/test_speed.py`. What is asserted is only what must hold anywhere."""
+"""Measurements, printed: `pytest -m slow -s tests/data/test_speed.py`. Only what holds on any machine is asserted."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.slow
 
 
 def small_png(number: int) -> bytes:
-    """A 16 × 16 PNG unlike any other."""
+    """A unique 16 × 16 PNG."""
     body = zlib.compress(b"".join(b"\0" + struct.pack(">Q", number) * 6 for _ in range(16)), 1)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_scanning_100_000_pictures(tmp_path, monkeypatch):
+def test_scanning_100_000_images(tmp_path, monkeypatch):
     for i in range(100_000):
         folder = tmp_path / "photos" / f"{i // 1000:03d}"
         if i % 1000 == 0:
@@ -63,8 +63,8 @@ def photo(path, seed: int) -> None:
     Image.fromarray(coarse).resize((1500, 1000), Image.Resampling.BICUBIC).save(path, quality=92)
 
 
-def test_building_the_cache_against_a_bare_loop(small, tmp_path):
-    """Scan, hash, decode, resize, encode, checksum, write; against decode, resize, encode of the same pictures. Interleaved."""
+def test_cache_build_time_against_a_plain_loop(small, tmp_path):
+    """Scan, hash, decode, resize, encode, checksum, write; against decode, resize, encode of the same images. Interleaved."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(24):
@@ -87,7 +87,7 @@ def test_building_the_cache_against_a_bare_loop(small, tmp_path):
         made = list(fill_latents(stores, entries, encoder, False))
         ended = time.perf_counter()
         assert len(made) == 24
-        if turn:  # the first warms everything up
+        if turn:  # the first is a warm-up
             times["bare"].append(between - started)
             times["ours"].append(ended - between)
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["ours"], strict=True)]
@@ -97,7 +97,7 @@ def test_building_the_cache_against_a_bare_loop(small, tmp_path):
 
 
 class Shards:
-    """The alternative to one file an entry: whole safetensors files of many, with an index by key. Only measured."""
+    """The alternative to one file per entry: safetensors files of many entries with an index by key. Only measured."""
 
     SIZE = 64
 
@@ -131,14 +131,14 @@ class Shards:
 
 
 def timed(work, n: int) -> tuple[float, float]:
-    """Microseconds an entry, wall and CPU; the CPU's are the steadier on a busy machine."""
+    """Microseconds per entry, wall and CPU time; CPU time varies less on a busy machine."""
     started = time.perf_counter(), time.process_time()
     work()
     return (time.perf_counter() - started[0]) / n * 1e6, (time.process_time() - started[1]) / n * 1e6
 
 
 @pytest.mark.parametrize(("side", "n"), [(128, 384), (64, 1024), (32, 2048)], ids=["1024px", "512px", "256px"])
-def test_files_against_shards(tmp_path, side, n):
+def test_cache_files_against_shards(tmp_path, side, n):
     """Entries of a mean and a std of 4 × side × side, float32: writing, a start, reading in order, reading at random."""
     keys = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(n)]
     values = {key: {"mean": torch.randn(4, side, side), "std": torch.rand(4, side, side)} for key in keys}
@@ -161,7 +161,7 @@ def test_files_against_shards(tmp_path, side, n):
         print(f"  {name:24s} {sorted(w for w, _ in found)[1]:7.0f} {sorted(c for _, c in found)[1]:7.0f}")
 
 
-def test_a_png_is_not_decoded_to_be_measured():
+def test_png_size_is_read_without_decoding():
     data = io.BytesIO()
     Image.new("RGB", (3000, 2000)).save(data, "PNG")
     started = time.process_time()

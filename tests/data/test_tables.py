@@ -11,7 +11,7 @@ from dreambooth_lab.data.spec import Captions, Where
 from dreambooth_lab.factory import build_family
 
 
-def look(where, tmp_path):
+def scan_table(where, tmp_path):
     return scan(open_source(where, str(tmp_path / "spool")), ScanCache(tmp_path / "memory"))
 
 
@@ -20,53 +20,53 @@ def folder(tmp_path):
     return tiny.save_photos(tmp_path / "photos", [(40, 30), (50, 20)])
 
 
-def test_a_csv_table(folder, tmp_path):
+def test_csv_table_is_read(folder, tmp_path):
     (folder / "t.csv").write_text(f'file,text\n00.png,"one, two"\n{folder}/01.png,ü\nfile://{folder}/00.png,again\n')
-    done = look(Where(enums.DatasetType.table, str(folder / "t.csv"), "file", ("text",)), tmp_path)
+    done = scan_table(Where(enums.DatasetType.table, str(folder / "t.csv"), "file", ("text",)), tmp_path)
     assert [p.captions for p in done.pictures] == [("one, two",), ("ü",), ("again",)] and not done.rejected
     assert done.pictures[0].digest == done.pictures[2].digest
     rule = Captions(enums.CaptionKind.column, ("sks",), prepend=True)
     assert captions(done.pictures[0], rule) == ("sks one, two",)
 
 
-def test_a_parquet_table_with_lists_of_captions_beside_the_pictures(folder, tmp_path):
+def test_parquet_table_with_lists_of_captions_is_read(folder, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     rows = {"name": ["00.png", "01.png"], "a": [["one", "two"], []], "b": ["three", None]}
     parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
-    done = look(Where(enums.DatasetType.table, str(tmp_path / "t.parquet"), "name", ("a", "b"), str(folder)), tmp_path)
+    done = scan_table(Where(enums.DatasetType.table, str(tmp_path / "t.parquet"), "name", ("a", "b"), str(folder)), tmp_path)
     assert [p.captions for p in done.pictures] == [("one", "two", "three"), ()]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ConfigError, match="can't be read as parquet"):
-        look(Where(enums.DatasetType.table, str(tmp_path / "bad.parquet"), "name"), tmp_path)
+        scan_table(Where(enums.DatasetType.table, str(tmp_path / "bad.parquet"), "name"), tmp_path)
 
 
-def test_names_without_extension_and_captions_to_fall_back_on(folder, tmp_path):
+def test_names_without_extension_and_fallback_captions_are_read(folder, tmp_path):
     (folder / "t.csv").write_text("file,text,more\n00,one,x\n01.png,,two\n")
-    done = look(Where(enums.DatasetType.table, str(folder / "t.csv"), "file", ("text",), fallback_column="more"), tmp_path)
+    done = scan_table(Where(enums.DatasetType.table, str(folder / "t.csv"), "file", ("text",), fallback_column="more"), tmp_path)
     assert [(p.name, p.captions) for p in done.pictures] == [("00.png", ("one",)), ("01.png", ("two",))]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_hugging_face_dataset(folder, tmp_path, streaming):
+def test_hugging_face_dataset_is_read(folder, tmp_path, streaming):
     datasets = pytest.importorskip("datasets")
     rows = {"image": [str(folder / "00.png"), str(folder / "01.png")], "text": ["one", "two"]}
     made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     made.save_to_disk(str(tmp_path / "saved"))
     where = Where(enums.DatasetType.huggingface, str(tmp_path / "saved"), "image", ("text",), streaming=streaming)
-    done = look(where, tmp_path)
+    done = scan_table(where, tmp_path)
     assert [(p.size, p.captions) for p in done.pictures] == [((30, 40), ("one",)), ((20, 50), ("two",))]
     assert done.pictures[0].source.read(done.pictures[0].name) == (folder / "00.png").read_bytes()
     with pytest.raises(ConfigError, match=r"has no column 'img'; did you mean 'image'\?"):
-        look(where._replace(image_column="img"), tmp_path)
+        scan_table(where._replace(image_column="img"), tmp_path)
     with pytest.raises(ConfigError, match="can't be loaded as a dataset"):
-        look(where._replace(path=str(tmp_path / "nowhere")), tmp_path)
+        scan_table(where._replace(path=str(tmp_path / "nowhere")), tmp_path)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_local_folder_that_the_library_reads(small, folder, tmp_path, streaming):
-    """The layout of a hub repository, pictures and metadata.csv, up to batches; a second start encodes nothing."""
+def test_local_hugging_face_folder_is_read(small, folder, tmp_path, streaming):
+    """The layout of a hub repository (images and metadata.csv) up to batches; a second start encodes nothing."""
     pytest.importorskip("datasets")
     (folder / "metadata.csv").write_text("file_name,text\n00.png,one\n01.png,two\n")
     words = [w for w in small if not w.startswith(("dataset", "prior", "cache"))] + [f"cache={tmp_path / 'cache'}"]

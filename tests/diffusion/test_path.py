@@ -30,7 +30,7 @@ def sample(rows=5):
 
 
 @path_of_each_kind
-def test_the_target_splits_into_what_made_it(path):
+def test_target_splits_into_data_and_noise(path):
     x0, eps, t = sample()
     x_t = path.noise(x0, eps, t)
     got = path.split(path.target(x0, eps, t), x_t, t)
@@ -38,7 +38,7 @@ def test_the_target_splits_into_what_made_it(path):
 
 
 @path_of_each_kind
-def test_an_oracle_steps_along_the_path(path):
+def test_exact_prediction_steps_along_the_path(path):
     x0, eps, t = sample()
     s = t * torch.tensor([1.0, 0.7, 0.5, 0.2, 0.0])
     stepped = path.step(path.target(x0, eps, t), path.noise(x0, eps, t), t, s)
@@ -46,12 +46,12 @@ def test_an_oracle_steps_along_the_path(path):
 
 
 @path_of_each_kind
-def test_below_zero_lies_the_data(path):
+def test_time_below_zero_is_clean_data(path):
     x0, eps, t = sample()
     assert_close(path.noise(x0, eps, torch.full_like(t, -1e-3)), x0)
 
 
-def test_noise_is_what_diffusers_adds():
+def test_noise_matches_diffusers_add_noise():
     x0, eps, _ = sample(4)
     native = torch.tensor([0, 1, 500, 999])
     path = PATHS["epsilon"]
@@ -62,13 +62,13 @@ def test_noise_is_what_diffusers_adds():
     assert_close(PATHS["v_prediction"].target(x0, eps, t), v)
 
 
-def test_every_native_step_is_drawn_equally_often():
+def test_native_timesteps_are_drawn_uniformly():
     u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     assert (torch.bincount(PATHS["epsilon"].native(u), minlength=1000) == 10).all()
 
 
 @pytest.mark.parametrize("prediction", list(enums.Prediction), ids=lambda p: p.value)
-def test_a_whole_trajectory_is_ddim(prediction):
+def test_trajectory_matches_ddim(prediction):
     path = PATHS[prediction.value]
     scheduler = DDIMScheduler(
         **BETAS, prediction_type=prediction.value, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
@@ -88,7 +88,7 @@ def test_a_whole_trajectory_is_ddim(prediction):
 
 
 @pytest.mark.parametrize("path", [*PATHS.values(), ZERO], ids=[*PATHS, "zero terminal SNR"])
-def test_the_gain_turns_an_error_of_the_answer_into_one_of_the_noise_it_implies(path):
+def test_gain_converts_prediction_error_to_noise_error(path):
     output, target, _ = sample()
     x_t, t = output.flip(0), torch.tensor([0.0, 0.2, 0.5, 0.9, 0.9995], dtype=torch.float64)
     implied = path.split(output, x_t, t)[1] - path.split(target, x_t, t)[1]
@@ -97,7 +97,7 @@ def test_the_gain_turns_an_error_of_the_answer_into_one_of_the_noise_it_implies(
     assert_close(implied.square(), gain.float().view(-1, 1, 1, 1) * (output - target).square(), atol=1e-6, rtol=1e-3)
 
 
-def test_with_zero_terminal_snr_the_last_step_is_pure_noise_and_lies_above_the_top():
+def test_zero_terminal_snr_excludes_the_pure_noise_step():
     x0, eps, t = sample()
     last = torch.full_like(t, 0.9995)
     assert torch.equal(ZERO.noise(x0, eps, last), eps) and torch.equal(ZERO.target(x0, eps, last), -x0)
@@ -109,8 +109,8 @@ def test_with_zero_terminal_snr_the_last_step_is_pure_noise_and_lies_above_the_t
 
 
 @path_of_each_kind
-def test_float64_stays_off_devices_that_lack_it(path, monkeypatch):
-    """Apple's GPUs. Another device stands in for one: tensors without values, of which every operator's results are looked at."""
+def test_float64_is_not_used_on_devices_without_it(path, monkeypatch):
+    """Apple's GPUs, imitated by the meta device: the results of every operator are checked."""
     monkeypatch.setattr(batch, "WITHOUT_FLOAT64", ("meta",))
     path = copy.copy(path)
     path.copies = {}
@@ -123,13 +123,13 @@ def test_float64_stays_off_devices_that_lack_it(path, monkeypatch):
         for kind in enums.Weight:
             time_weight(kind, 5.0, path, t)
         for solver in SOLVERS.values():
-            walk = solver(path)
+            stepper = solver(path)
             for s in (t / 2, t / 4, t / 8):
-                walk.step(x_t, x_t, t, s)
+                stepper.step(x_t, x_t, t, s)
 
 
 @path_of_each_kind
-def test_scales_in_float32_are_those_in_float64(path, monkeypatch):
+def test_scales_in_float32_match_float64(path, monkeypatch):
     t = (torch.arange(0, 999, dtype=torch.float64) + 0.5) / 1000
     exact, native = path.exact_scales(t), path.native(t)
     monkeypatch.setattr(batch, "WITHOUT_FLOAT64", ("cpu",))
@@ -141,7 +141,7 @@ def test_scales_in_float32_are_those_in_float64(path, monkeypatch):
 
 
 class NoFloat64(TorchDispatchMode):
-    """Fails when an operator makes float64 on a device."""
+    """Fails when an operator returns float64 on a device."""
 
     def __init__(self, device: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Solvers against diffusers' schedulers over whole trajectories, and against themselves row by row."""
+"""Solvers against diffusers' schedulers over whole trajectories, and batched against single rows."""
 
 from itertools import pairwise
 
@@ -31,20 +31,20 @@ def sample(rows=4):
 
 
 def network(x, t):
-    """A smooth function of place and time, as wrong as an untrained network."""
+    """A smooth function of sample and time, as inaccurate as an untrained network."""
     return torch.tanh(1.3 * x + t.float().view(-1, 1, 1, 1)) + 0.3 * x
 
 
-def walk(path, sampler, x, times, answer=network):
+def solve(path, sampler, x, times, predict=network):
     """Through `times`, one [B] after the other."""
     solver = SOLVERS[sampler](path)
     for t, s in pairwise(times):
-        x = solver.step(answer(x, t), x, t, s)
+        x = solver.step(predict(x, t), x, t, s)
     return x
 
 
 def follow(scheduler, x, path, native=False):
-    """diffusers' own loop with the same network; times are asked of the scheduler."""
+    """diffusers' own loop with the same network, at the scheduler's timesteps."""
     for step in scheduler.timesteps:
         t = path.time(step.expand(len(x))) if native else step.double().expand(len(x)) / path.num_steps
         x = scheduler.step(network(scheduler.scale_model_input(x, step), t), step, x).prev_sample
@@ -54,16 +54,16 @@ def follow(scheduler, x, path, native=False):
 @pytest.mark.parametrize("steps", [4, 20, 50])
 @pytest.mark.parametrize("prediction", VP)
 @pytest.mark.parametrize("sampler", THEIRS, ids=lambda s: s.value)
-def test_a_whole_trajectory_is_the_schedulers(sampler, prediction, steps):
+def test_trajectory_matches_diffusers_scheduler(sampler, prediction, steps):
     path, (x, _) = VP[prediction], sample()
     scheduler = THEIRS[sampler](**BETAS, prediction_type=prediction, timestep_spacing="leading", steps_offset=1)
     scheduler.set_timesteps(steps)
     times = [path.time(n.expand(len(x))) for n in (*scheduler.timesteps, torch.tensor(-1))]
-    assert_close(walk(path, sampler, x, times), follow(scheduler, x, path, native=True), atol=3e-4, rtol=3e-4)
+    assert_close(solve(path, sampler, x, times), follow(scheduler, x, path, native=True), atol=3e-4, rtol=3e-4)
 
 
 @pytest.mark.parametrize("prediction", VP)
-def test_a_whole_trajectory_is_eulers(prediction):
+def test_trajectory_matches_euler(prediction):
     path, (x, _) = VP[prediction], sample()
     scheduler = EulerDiscreteScheduler(**BETAS, prediction_type=prediction, timestep_spacing="leading", steps_offset=1)
     scheduler.set_timesteps(20)
@@ -71,12 +71,12 @@ def test_a_whole_trajectory_is_eulers(prediction):
     times = [path.time(n.expand(len(x))) for n in (*native, torch.tensor(-1))]
     alpha = path.exact_scales(times[0])[0][0].float()
     theirs = follow(scheduler, x / alpha, path, native=True)  # its samples are x / α
-    assert_close(walk(path, enums.Sampler.euler, x, times), theirs, atol=5e-4, rtol=5e-4)
+    assert_close(solve(path, enums.Sampler.euler, x, times), theirs, atol=5e-4, rtol=5e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", enums.Sampler, ids=lambda s: s.value)
-def test_a_whole_trajectory_of_a_flow_is_the_schedulers(sampler, shift):
+def test_flow_trajectory_matches_diffusers_scheduler(sampler, shift):
     path, (x, _) = PATHS["flow"], sample()
     if sampler is enums.Sampler.euler:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -87,12 +87,12 @@ def test_a_whole_trajectory_of_a_flow_is_the_schedulers(sampler, shift):
     theirs, i = x, iter(times)
     for step in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, next(i)), step, theirs).prev_sample
-    assert_close(walk(path, sampler, x, times), theirs, atol=3e-4, rtol=3e-4)
+    assert_close(solve(path, sampler, x, times), theirs, atol=3e-4, rtol=3e-4)
 
 
 @every_path
 @every_sampler
-def test_rows_with_their_own_times_are_as_alone(path, sampler):
+def test_rows_with_different_times_match_single_row_results(path, sampler):
     x, _ = sample(3)
     start = torch.tensor([0.9, 0.5, 0.31], dtype=torch.float64)
     length = torch.tensor([4, 2, 0])
@@ -100,37 +100,37 @@ def test_rows_with_their_own_times_are_as_alone(path, sampler):
     def times(rows):
         return [start[rows] - 0.03 * torch.minimum(torch.tensor(i), length[rows]) for i in range(5)]
 
-    together = walk(path, sampler, x, times(slice(None)))
-    assert together.isfinite().all() and torch.equal(together[2], x[2]), "a stride of no length is the identity"
+    together = solve(path, sampler, x, times(slice(None)))
+    assert together.isfinite().all() and torch.equal(together[2], x[2]), "a step of length 0 is the identity"
     for row in range(3):
         own = times(slice(row, row + 1))[: int(length[row]) + 1]
-        assert_close(together[row : row + 1], walk(path, sampler, x[row : row + 1], own), atol=1e-5, rtol=1e-5)
+        assert_close(together[row : row + 1], solve(path, sampler, x[row : row + 1], own), atol=1e-5, rtol=1e-5)
 
 
 @every_path
 @every_sampler
-def test_an_oracle_never_leaves_the_path(path, sampler):
+def test_exact_prediction_stays_on_the_path(path, sampler):
     x0, eps = sample()
     times = [torch.full((4,), t, dtype=torch.float64) for t in (0.97, 0.9, 0.6, 0.59, 0.2, 0.01, -1.0)]
-    arrived = walk(path, sampler, path.noise(x0, eps, times[0]), times, lambda x, t: path.target(x0, eps, t))
+    arrived = solve(path, sampler, path.noise(x0, eps, times[0]), times, lambda x, t: path.target(x0, eps, t))
     assert_close(arrived, x0, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", [enums.Sampler.dpm, enums.Sampler.unipc], ids=lambda s: s.value)
-def test_a_flow_may_start_at_pure_noise(sampler):
+def test_flow_can_start_at_pure_noise(sampler):
     x0, eps = sample()
     path, times = PATHS["flow"], [torch.full((4,), t, dtype=torch.float64) for t in (1.0, 0.8, 0.6, 0.4)]
-    arrived = walk(path, sampler, eps, times, lambda x, t: path.target(x0, eps, t))
+    arrived = solve(path, sampler, eps, times, lambda x, t: path.target(x0, eps, t))
     assert_close(arrived, path.noise(x0, eps, times[-1]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("path", VP.values(), ids=VP)
-def test_higher_order_is_nearer_to_the_true_trajectory(path):
+def test_higher_order_solver_is_closer_to_the_true_trajectory(path):
     x, _ = sample()
 
-    def error(sampler, strides):
-        times = [torch.full((4,), 0.8 - 0.4 * i / strides, dtype=torch.float64) for i in range(strides + 1)]
-        return walk(path, sampler, x, times)
+    def error(sampler, number):
+        times = [torch.full((4,), 0.8 - 0.4 * i / number, dtype=torch.float64) for i in range(number + 1)]
+        return solve(path, sampler, x, times)
 
     truth = error(enums.Sampler.dpm, 200)
     errors = {s: (error(s, 10) - truth).norm() for s in enums.Sampler}
@@ -142,10 +142,10 @@ def test_higher_order_is_nearer_to_the_true_trajectory(path):
 
 @pytest.mark.parametrize("path", VP.values(), ids=VP)
 @every_sampler
-def test_strides_shorter_than_the_clocks_stay_on_the_path(path, sampler):
-    """Some lead from a step of the discrete clock to the same step."""
+def test_steps_shorter_than_one_native_timestep_stay_on_the_path(path, sampler):
+    """Some start and end within the same native timestep."""
     x0, eps = sample()
     times = [torch.full((4,), 0.9 - i / 3000, dtype=torch.float64) for i in range(8)]
     assert len({int(path.native(t)[0]) for t in times}) < 5
-    reached = walk(path, sampler, path.noise(x0, eps, times[0]), times, lambda _, t: path.target(x0, eps, t))
+    reached = solve(path, sampler, path.noise(x0, eps, times[0]), times, lambda _, t: path.target(x0, eps, t))
     assert_close(reached, path.noise(x0, eps, times[-1]), atol=1e-3, rtol=1e-3)

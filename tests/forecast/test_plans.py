@@ -1,4 +1,4 @@
-"""memory=…: which plan is taken, and what stays as the user said it."""
+"""memory=…: which plan is chosen, and that user overrides are kept."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 def needing(cfg):
-    """A stand-in for the forecast: GiB by what is said, times 2 for each row and half for each thing that saves."""
+    """A fake forecast: GiB by resolution, times 2 for each row and halved by each saving option."""
     saves = (
         cfg.model.gradient_checkpointing, cfg.quant.kind.value != "none", cfg.model.offload.value != "none",
         cfg.validation.batch_size == 1,
@@ -27,19 +27,19 @@ def choose(small, monkeypatch):
     monkeypatch.setattr(plans, "Forecast", lambda cfg, known: type("Known", (), {"phases": lambda _: needing(cfg)})())
 
     def choose(*words):
-        said = [word for word in small if "batch_size" not in word and "accelerator" not in word] + list(words)
+        overrides = [word for word in small if "batch_size" not in word and "accelerator" not in word] + list(words)
 
         def compose(more=()):
-            cfg = lab.compose(*said, *more)
+            cfg = lab.compose(*overrides, *more)
             check(cfg)
             return cfg
 
-        return plans.choose_plan(compose(), said, compose)
+        return plans.choose_plan(compose(), overrides, compose)
 
     return choose
 
 
-def test_the_first_plan_that_fits_is_taken(choose):
+def test_first_fitting_plan_is_chosen(choose):
     assert choose("memory=80gb").words == []
     assert choose("memory=80gb", "dataset.batch_size=2").words == ["model.gradient_checkpointing=true"]
     chosen = choose("memory=24gb")
@@ -48,7 +48,7 @@ def test_the_first_plan_that_fits_is_taken(choose):
     assert "quant=int8" in choose("memory=12gb").words
 
 
-def test_the_rows_of_a_step_stay(choose):
+def test_rows_per_step_are_unchanged(choose):
     chosen = choose("memory=12gb", "dataset.batch_size=1")
     assert chosen.cfg.dataset.batch_size == chosen.cfg.trainer.accumulate_grad_batches == 1
     four = plans._left(["dataset.batch_size=1", "trainer.accumulate_grad_batches={rows}"], set(), 4)
@@ -66,24 +66,24 @@ def test_the_rows_of_a_step_stay(choose):
         ({"trainer.accumulate_grad_batches", "dataset"}, ["quant=int8", "model.offload=blocks"]),
     ],
 )
-def test_what_the_user_says_wins(own, left):
+def test_user_overrides_win(own, left):
     plan = ["quant=int8", "model.offload=blocks", "dataset.batch_size=1", "trainer.accumulate_grad_batches={rows}"]
     assert plans._left(plan, own, 2) == left
 
 
-def test_plans_that_the_users_words_rule_out_are_passed_over(choose):
+def test_plans_excluded_by_user_overrides_are_skipped(choose):
     chosen = choose("memory=12gb", "adapter=full", "adapter.rank=1", "memory.card_gib=40")
     assert chosen.words[0] == "model.gradient_checkpointing=true" and "quant=int8" not in chosen.words
 
 
-def test_nothing_that_fits_is_refused_with_a_way_out(choose):
+def test_no_fitting_plan_is_refused_with_a_fix(choose):
     with pytest.raises(ConfigError, match=r"training needs a card of .* GiB even with .*quant=int8.*memory=none"):
         choose("memory=8gb", "memory.card_gib=2", "dataset.batch_size=64")
-    told = choose("memory=none", "memory.card_gib=2")
-    assert not told.fits and not told.words and "needs a card of" in str(list(told.table().columns[3].cells))
+    choice = choose("memory=none", "memory.card_gib=2")
+    assert not choice.fits and not choice.words and "needs a card of" in str(list(choice.table().columns[3].cells))
 
 
-def test_without_a_card_there_is_nothing_to_fit(choose):
+def test_without_a_gpu_no_plan_is_chosen(choose):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert choose("memory=none") is None
@@ -91,18 +91,18 @@ def test_without_a_card_there_is_nothing_to_fit(choose):
         choose("memory=auto")
 
 
-def test_a_known_card_is_planned_for_without_weights(tmp_path):
+def test_given_card_size_is_planned_for_without_weights(tmp_path):
     folder = published.outline("sd15", tmp_path / "sd15")
-    said = [
+    overrides = [
         "model=sd15", f"model.pretrained={folder}", "model.resolution=256", "validation.resolution=128", f"cache={tmp_path}",
         "dataset=folder", f"dataset.path={tmp_path}", "dataset.instance_prompt='a photo of sks dog'", "memory=8gb",
     ]  # fmt: skip
-    chosen = plans.choose_plan(lab.compose(*said), said, lambda more: lab.compose(*said, *more))
+    chosen = plans.choose_plan(lab.compose(*overrides), overrides, lambda more: lab.compose(*overrides, *more))
     assert chosen.fits and chosen.words == [] and 1.6 < chosen.needs[-1].parts["denoiser"] / 1e9 < 1.8
 
 
 @pytest.mark.slow
-def test_the_command_shows_and_saves_what_was_foreseen(small, tmp_path):
+def test_command_shows_and_saves_the_estimate(small, tmp_path):
     words = [*small, "memory=8gb", "preflight=only"]
     done = call(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -112,13 +112,13 @@ def test_the_command_shows_and_saves_what_was_foreseen(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_composes_every_plan_before_it_refuses(small, tmp_path):
+def test_command_composes_every_plan_before_refusing(small, tmp_path):
     done = call(*small, "memory=8gb", "memory.card_gib=0.5", cwd=tmp_path)
     assert done.returncode == 2 and "even with model.gradient_checkpointing=true" in done.stderr and "quant=int8" in done.stderr
     assert "model.offload" not in done.stderr, "the run is on the CPU"
 
 
-def test_what_cannot_be_counted_stops_only_who_asked_for_a_plan(choose, monkeypatch):
+def test_failed_estimate_stops_the_run_only_if_a_plan_was_requested(choose, monkeypatch):
     def fails(cfg, known):
         raise NotImplementedError("no kernel\nfor it")
 

@@ -31,7 +31,7 @@ def weight_file(folder: Path, part: str) -> Path:
 
 
 def add_half(folder: Path, *parts: str, keep: bool) -> Path:
-    """fp16 weights, doubled so that they can be told from the plain ones, beside or instead of those."""
+    """fp16 weights, doubled so that they differ from the plain ones, beside or instead of them."""
     for part in parts:
         plain = weight_file(folder, part)
         halved = {name: (2 * tensor).half() for name, tensor in load_file(plain).items()}
@@ -49,7 +49,7 @@ def weight(checkpoint: Checkpoint) -> torch.Tensor:
     return load(checkpoint).conv_in.weight
 
 
-def test_auto_takes_half_precision_where_it_is_and_null_the_plain_files(tiny_sdxl, tmp_path):
+def test_variant_auto_prefers_fp16_files_and_null_uses_plain_files(tiny_sdxl, tmp_path):
     both = add_half(copy(tiny_sdxl, tmp_path / "m"), "unet", keep=True)
     plain = weight(Checkpoint(str(tiny_sdxl), None, "auto"))
     auto = Checkpoint(str(both), None, "auto")
@@ -59,7 +59,7 @@ def test_auto_takes_half_precision_where_it_is_and_null_the_plain_files(tiny_sdx
     assert torch.equal(weight(Checkpoint(str(both), None, None)), plain)
 
 
-def test_a_folder_with_half_precision_only_loads(tiny_sdxl, tmp_path):
+def test_folder_with_only_fp16_files_loads(tiny_sdxl, tmp_path):
     half = add_half(copy(tiny_sdxl, tmp_path / "m"), *NETWORKS, keep=False)
     checkpoint = Checkpoint(str(half), None, "auto")
     assert all(load(checkpoint, part).dtype is torch.float32 for part in NETWORKS)
@@ -86,12 +86,12 @@ def test_shards_of_a_variant_are_read(tiny_sdxl, tmp_path):
         Checkpoint(str(folder), None, "auto")
 
 
-def test_a_variant_that_is_nowhere_is_refused(tiny_sdxl):
+def test_missing_variant_is_refused(tiny_sdxl):
     with pytest.raises(ConfigError, match=r"model\.variant is 'ema'.*model\.variant=auto.*model\.variant=null"):
         Checkpoint(str(tiny_sdxl), None, "ema")
 
 
-def test_one_variant_is_fetched_and_never_both():
+def test_only_one_variant_is_downloaded():
     plain = {"config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
     half = {"model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"}
     junk = {"pytorch_model.bin", "flax_model.msgpack", "model.ema.safetensors", "modeling_own.py"}
@@ -125,7 +125,7 @@ def escaping_shards(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (only_pickles, r"whose vae has diffusion_pytorch_model\.bin and no \.safetensors; pickles can run code"),
         (lambda m: shutil.rmtree(m / "tokenizer_2"), "has no folder tokenizer_2"),
@@ -140,15 +140,15 @@ def escaping_shards(folder: Path) -> None:
         (escaping_shards, "without a weight_map of plain file names"),
     ],
 )
-def test_what_a_load_would_miss_is_refused_before_it(spoil, said, tiny_sdxl, tmp_path, monkeypatch):
+def test_missing_files_are_refused_before_loading(spoil, message, tiny_sdxl, tmp_path, monkeypatch):
     folder = copy(tiny_sdxl, tmp_path / "m")
     spoil(folder)
-    with pytest.raises(ConfigError, match=r"model\.pretrained is .*" + said):
+    with pytest.raises(ConfigError, match=r"model\.pretrained is .*" + message):
         Checkpoint(str(folder), None, "auto")
 
 
-def test_what_nothing_needs_may_be_missing(tiny_sdxl, tmp_path):
-    """Such as the safety checker, a class of a library of the pipeline's own."""
+def test_unused_files_may_be_missing(tiny_sdxl, tmp_path):
+    """Such as the safety checker, whose class belongs to the pipeline's own library."""
     folder = copy(tiny_sdxl, tmp_path / "m")
     index = json.loads((folder / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -156,7 +156,7 @@ def test_what_nothing_needs_may_be_missing(tiny_sdxl, tmp_path):
     assert "safety_checker" not in Checkpoint(str(folder), None, "auto").parts
 
 
-def test_identity_is_of_the_files_that_are_read(tiny_sdxl, tmp_path):
+def test_identity_hashes_the_files_that_are_read(tiny_sdxl, tmp_path):
     folder = copy(tiny_sdxl, tmp_path / "m")
 
     def identity(variant: str | None = None) -> str:
@@ -173,7 +173,7 @@ def test_identity_is_of_the_files_that_are_read(tiny_sdxl, tmp_path):
     assert identity() != before
 
 
-def test_digests_are_taken_once_and_again_when_a_file_changes(tiny_sdxl, tmp_path, monkeypatch):
+def test_digests_are_cached_until_a_file_changes(tiny_sdxl, tmp_path, monkeypatch):
     folder, opened = copy(tiny_sdxl, tmp_path / "m"), []
     real = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda stream, kind: opened.append(stream.name) or real(stream, kind))
@@ -190,8 +190,8 @@ def test_digests_are_taken_once_and_again_when_a_file_changes(tiny_sdxl, tmp_pat
     assert after != first and again == 1
 
 
-def test_quantising_shares_the_digests(tiny_sdxl, tmp_path, monkeypatch):
-    """The denoiser's gigabytes are hashed once for what was trained on it and for its quantised weights."""
+def test_quantisation_reuses_the_digests(tiny_sdxl, tmp_path, monkeypatch):
+    """The denoiser's files are hashed once for both the model's identity and its quantised weights."""
     checkpoint = Checkpoint(str(tiny_sdxl), None, None, tmp_path)
     checkpoint.identity(("unet",), PLAIN)
     monkeypatch.setattr(hashlib, "file_digest", None)
@@ -199,14 +199,14 @@ def test_quantising_shares_the_digests(tiny_sdxl, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_trim_gives_memory_back():
+def test_trim_releases_memory():
     import psutil
 
     def resident() -> int:
         return psutil.Process().memory_info().rss
 
     pieces = [torch.ones(16_000) for _ in range(3000)]  # 64 kB each: below the size that malloc maps by itself
-    last = torch.ones(16_000)  # at the heap's end: what is free before it stays malloc's
+    last = torch.ones(16_000)  # at the end of the heap: malloc keeps the free memory before it
     full = resident()
     del pieces
     files.trim()
@@ -218,20 +218,20 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """An empty cache of the hub's, and the hub's answers counted: there are none."""
+    """An empty hub cache, and the list of requests to the hub, which all fail."""
     import huggingface_hub
     from huggingface_hub import constants
 
-    asked: list[str] = []
+    requests: list[str] = []
 
     def unreachable(repo: str, *_: object, **__: object) -> None:
-        asked.append(repo)
+        requests.append(repo)
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, name, unreachable)
-    return tmp_path / "hub", asked
+    return tmp_path / "hub", requests
 
 
 def cache(pipeline: Path, root: Path) -> Path:
@@ -241,29 +241,29 @@ def cache(pipeline: Path, root: Path) -> Path:
     return copy(pipeline, repo / "snapshots" / REVISION)
 
 
-def test_a_hub_id_that_is_whole_in_the_cache_asks_no_network(tiny_sdxl, hub_cache):
-    root, asked = hub_cache
+def test_complete_hub_cache_needs_no_network(tiny_sdxl, hub_cache):
+    root, requests = hub_cache
     folder = cache(tiny_sdxl, root)
     for revision in (None, "main", REVISION):
         checkpoint = Checkpoint("owner/name", revision, "auto")
-        assert checkpoint.folder == folder and asked == []
+        assert checkpoint.folder == folder and requests == []
     assert torch.equal(weight(checkpoint), weight(Checkpoint(str(tiny_sdxl), None, None)))
 
 
 @pytest.mark.parametrize("lost", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json",
                                   "scheduler/scheduler_config.json", "model_index.json"])  # fmt: skip
-def test_a_hub_id_that_is_not_whole_in_the_cache_goes_to_the_network(lost, tiny_sdxl, hub_cache):
-    root, asked = hub_cache
+def test_incomplete_hub_cache_uses_the_network(lost, tiny_sdxl, hub_cache):
+    root, requests = hub_cache
     (cache(tiny_sdxl, root) / lost).unlink()
     with pytest.raises(
         ConfigError, match=r"'owner/name', which is not a folder, is not complete .*no route to the hub.*model\.pretrained"
     ):
         Checkpoint("owner/name", None, "auto")
-    assert asked == ["owner/name"]
+    assert requests == ["owner/name"]
 
 
-def test_what_is_fetched(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
-    """A fetch through the hub's own calls takes one variant and leaves pickles, code and what nothing needs."""
+def test_only_needed_files_are_downloaded(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
+    """A download through the hub's client takes one variant and no pickles, code or unused files."""
     import huggingface_hub
 
     remote = add_half(copy(tiny_sdxl, tmp_path / "remote"), "unet", keep=True)
@@ -288,14 +288,14 @@ def test_what_is_fetched(tiny_sdxl, tmp_path, hub_cache, monkeypatch):
     assert not (tmp_path / "here" / "safety_checker").exists() and not list((tmp_path / "here").rglob("*.bin"))
 
 
-def test_other_models_come_from_the_cache_first():
-    asked = []
+def test_other_models_are_read_from_the_cache_first():
+    requests = []
 
     def load(name: str, local_files_only: bool = False, lacks: bool = False) -> str:
-        asked.append(local_files_only)
+        requests.append(local_files_only)
         if local_files_only and lacks:
             raise OSError("not cached")
         return name
 
-    assert files.cache_first(load, "owner/tae") == "owner/tae" and asked == [True]
-    assert files.cache_first(load, "owner/tae", lacks=True) == "owner/tae" and asked == [True, True, False]
+    assert files.cache_first(load, "owner/tae") == "owner/tae" and requests == [True]
+    assert files.cache_first(load, "owner/tae", lacks=True) == "owner/tae" and requests == [True, True, False]

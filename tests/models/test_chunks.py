@@ -1,4 +1,4 @@
-"""Captions beyond 77 tokens: cut with a word, or read whole in pieces."""
+"""Captions beyond 77 tokens: truncated with a notice, or encoded in chunks."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def tokenizer(family):
 
 
 def long(family, tail: str) -> str:
-    """A caption whose tail lies in its second piece."""
+    """A caption whose tail lies in its second chunk."""
     text = "a dog"
     while len(tokens(tokenizer(family), text)) < 80:
         text += " a dog"
     return f"{text} {tail}"
 
 
-def test_a_short_caption_is_equal_to_the_bit(family):
+def test_short_caption_is_bit_identical(family):
     before, identity = family.encode_text([SHORT, ""]), family.text_identity()
     family.fit_chunks([SHORT, ""])
     after = family.encode_text([SHORT, ""])
@@ -46,7 +46,7 @@ def test_a_short_caption_is_equal_to_the_bit(family):
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_tail_matters_only_in_pieces_and_every_row_has_one_length(family):
+def test_only_chunked_captions_use_the_tail_and_rows_have_equal_length(family):
     one, other = long(family, "cat"), long(family, "robot")
     cut = family.encode_text([one, other, SHORT, ""])
     assert torch.equal(cut["prompt_embeds"][0], cut["prompt_embeds"][1])
@@ -56,23 +56,23 @@ def test_a_tail_matters_only_in_pieces_and_every_row_has_one_length(family):
     width = tokenizer(family).model_max_length
     assert family.chunks == 2 and whole["prompt_embeds"].shape[:2] == (4, 2 * width) and family.text_identity() != identity
     assert not torch.equal(whole["prompt_embeds"][0], whole["prompt_embeds"][1])
-    assert torch.equal(whole["prompt_embeds"][:, :width], cut["prompt_embeds"]), "the first piece is what it was"
+    assert torch.equal(whole["prompt_embeds"][:, :width], cut["prompt_embeds"]), "the first chunk is unchanged"
     assert torch.equal(whole["pooled_prompt_embeds"], cut["pooled_prompt_embeds"])
     assert family.truncated_part([one]) == []
 
 
-def test_a_piece_is_what_the_encoder_says_of_those_words_alone(family):
+def test_chunk_matches_encoding_its_words_alone(family):
     text = long(family, "cat on the beach")
     ids = tokens(tokenizer(family), text)
     assert pieces([tokenizer(family)], [text]) == 2
     rest = tokenizer(family).decode(ids[75:])
-    assert tokens(tokenizer(family), rest) == ids[75:], "the tail is words of its own"
+    assert tokens(tokenizer(family), rest) == ids[75:], "the tail is encoded alone"
     alone = family.encode_text([rest])["prompt_embeds"]
     family.fit_chunks([text])
     torch.testing.assert_close(family.encode_text([text])["prompt_embeds"][:, 77:], alone)
 
 
-def test_the_denoiser_takes_it(family):
+def test_denoiser_accepts_chunked_captions(family):
     family.fit_chunks([long(family, "cat")])
     shown = [ImageInfo(Size((64, 64), (0, 0), (64, 64)), torch.zeros(4, 8, 8), 0, 0, 7.0)]
     cond = family.cond(family.encode_text([long(family, "cat")]), shown)
@@ -80,7 +80,7 @@ def test_the_denoiser_takes_it(family):
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_families_that_cant_take_it_refuse_with_the_reason(name, tmp_path):
+def test_families_without_chunking_refuse_it_with_the_reason(name, tmp_path):
     words = [f"model={name}", f"model.pretrained={tiny_families.save(name, tmp_path / name)}", "model.dtype=float32",
              "dataset=folder", "dataset.path=.", "trainer.accelerator=cpu"]  # fmt: skip
     with pytest.raises(ConfigError, match=r"dataset\.long_captions is chunk, but a .*Pipeline takes texts of one length"):
@@ -88,7 +88,7 @@ def test_families_that_cant_take_it_refuse_with_the_reason(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_reads_long_captions_whole_and_says_what_it_cuts(small, tmp_path, tiny_sdxl):
+def test_run_reads_long_captions_in_full_and_reports_truncation(small, tmp_path, tiny_sdxl):
     photos = tiny.save_photos(tmp_path / "photos", [(80, 80)] * 2)
     for name in ("00", "01"):
         (photos / f"{name}.txt").write_text("a photo of a dog " * (40 if name == "00" else 1))
@@ -100,13 +100,13 @@ def test_a_run_reads_long_captions_whole_and_says_what_it_cuts(small, tmp_path, 
         data.prepare()
         assert sum("captions are longer than the 77 tokens that text_encoder" in notice for notice in data.notices) == 2
     run(lab.compose(*words, "dataset.long_captions=chunk"), tmp_path / "run")
-    told = lab.load(tmp_path / "run").folder.preflight.read_text()
-    assert "are longer than" not in told
+    preflight = lab.load(tmp_path / "run").folder.preflight.read_text()
+    assert "are longer than" not in preflight
     tail = [long(build_family(lab.compose(*words)), tail) for tail in ("cat", "robot")]
     trained = TrainedPipeline(lab.load(tmp_path / "run").config, tmp_path / "run" / "export")
     short = trained.draw(SHORT, "", 64, 2, 3.0, 0)[0]
     whole, other = (np.asarray(trained.draw(prompt, "", 64, 2, 3.0, 0)[0]) for prompt in tail)
-    assert (whole != other).any(), "the tail of a prompt is read when pictures are drawn"
+    assert (whole != other).any(), "sampling uses the tail of a prompt"
     cfg = lab.load(tmp_path / "run").config
     cfg.dataset.long_captions = enums.LongCaptions.truncate
     again = TrainedPipeline(cfg, tmp_path / "run" / "export").draw(SHORT, "", 64, 2, 3.0, 0)[0]

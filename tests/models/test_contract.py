@@ -1,4 +1,4 @@
-"""What every family must do, tried on a tiny model of its real classes."""
+"""The contract of a family, tested on a tiny model of its real classes."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def cond(family):
     )
 
 
-def test_facts(family):
+def test_attributes_are_consistent(family):
     assert (family.factor, family.stride, family.channels, family.path.num_steps) == (8, 16, 4, 1000)
     assert not family.__dict__.keys() & {"denoiser", "vae", "text_encoders"}, "built without weights"
 
 
-def test_text_is_what_the_pipeline_encodes(family, pipeline):
+def test_text_matches_the_pipelines_encoding(family, pipeline):
     text = family.encode_text(CAPTIONS)
     states, empty, pooled, empty_pooled = pipeline.encode_prompt(CAPTIONS[0], negative_prompt=None, device="cpu")
     assert_close(text["prompt_embeds"], torch.cat([states, empty]))
@@ -66,8 +66,8 @@ def test_text_is_what_the_pipeline_encodes(family, pipeline):
 
 
 @pytest.mark.parametrize("forced", [True, False])
-def test_an_empty_caption_is_what_is_said_and_the_samplers_input_the_pipelines(tiny_sdxl, tmp_path, forced):
-    """SDXL's files force zeros; the pipeline of files that don't encodes "" instead."""
+def test_empty_caption_follows_the_setting_and_sampling_follows_the_pipeline(tiny_sdxl, tmp_path, forced):
+    """SDXL's files force zeros; without that setting the pipeline encodes ""."""
     folder = shutil.copytree(tiny_sdxl, tmp_path / "sdxl")
     index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": forced}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -87,10 +87,10 @@ def test_an_empty_caption_is_what_is_said_and_the_samplers_input_the_pipelines(t
         assert_close((text["prompt_embeds"][1:2], text["pooled_prompt_embeds"][1:2]), (beside, pooled_beside))
         assert_close(text["prompt_embeds"][2:3], theirs.encode_prompt("a dog", device="cpu")[0])
         identities.add(family.text_identity())
-    assert len(identities) == 3, "so that none reads another's cache"
+    assert len(identities) == 3, "so that caches are not shared"
 
 
-def test_latents_are_what_the_pipeline_decodes(family, pipeline):
+def test_latents_decode_in_the_pipeline(family, pipeline):
     pixels = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_image(pixels)
     assert mean.shape == std.shape == (1, 4, 8, 6) and (std > 0).all()
@@ -99,7 +99,7 @@ def test_latents_are_what_the_pipeline_decodes(family, pipeline):
     assert_close(family.decode(mean), pipeline.vae.decode(posterior.mean).sample)
 
 
-def test_the_answer_is_the_networks_at_its_own_clock(family, pipeline):
+def test_prediction_matches_the_network_at_its_native_timestep(family, pipeline):
     c, x = cond(family), noisy()
     native = torch.tensor([0, 999])
     theirs = pipeline.unet(
@@ -109,7 +109,7 @@ def test_the_answer_is_the_networks_at_its_own_clock(family, pipeline):
     assert c["size"][0].tolist() == [100, 80, 3, 5, 64, 64]
 
 
-def test_pictures_are_the_pipelines(family, pipeline):
+def test_generated_images_match_the_pipelines(family, pipeline):
     text, negative = family.encode_text(CAPTIONS[:1]), family.encode_text([""])
     options = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 5.0}
     (ours,) = family.generate(text, negative, generator=torch.Generator().manual_seed(1), **options)
@@ -118,19 +118,21 @@ def test_pictures_are_the_pipelines(family, pipeline):
     assert ours.tobytes() == theirs.tobytes()
 
 
-def test_two_loads_agree_to_the_bit(tiny_sdxl):
-    answers = [family.denoise(noisy(), torch.tensor([0.1, 0.9]), cond(family)) for family in (load(tiny_sdxl), load(tiny_sdxl))]
-    assert torch.equal(*answers)
+def test_repeated_loads_are_bit_identical(tiny_sdxl):
+    predictions = [
+        family.denoise(noisy(), torch.tensor([0.1, 0.9]), cond(family)) for family in (load(tiny_sdxl), load(tiny_sdxl))
+    ]
+    assert torch.equal(*predictions)
 
 
-def test_encoders_leave_memory_and_come_back(family):
+def test_encoders_can_be_freed_and_reloaded(family):
     before = family.encode_text(CAPTIONS)
     family.release_encoders()
     assert not family.__dict__.keys() & {"vae", "text_encoders"}
     assert torch.equal(family.encode_text(CAPTIONS)["prompt_embeds"], before["prompt_embeds"])
 
 
-def test_checkpointing_changes_memory_not_gradients(tiny_sdxl):
+def test_gradient_checkpointing_does_not_change_gradients(tiny_sdxl):
     def gradients(checkpointing):
         family = load(tiny_sdxl, checkpointing=checkpointing)
         family.denoiser.requires_grad_(True).train()
@@ -143,44 +145,44 @@ def test_checkpointing_changes_memory_not_gradients(tiny_sdxl):
 
 @pytest.mark.parametrize("kernel", [enums.Attention.math, enums.Attention.flash])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_attention_runs_on_the_kernel_that_was_asked_for(kernel, checkpointing, tiny_sdxl, family):
+def test_attention_uses_the_requested_kernel(kernel, checkpointing, tiny_sdxl, family):
     chosen = load(tiny_sdxl, attention=kernel, checkpointing=checkpointing)
     chosen.denoiser.requires_grad_(True).train()
     x, t, c = noisy(), torch.tensor([0.1, 0.9]), cond(family)
     with torch.profiler.profile() as profile:
-        answer = chosen.denoise(x, t, c)
-        answer.square().mean().backward()
-    assert_close(answer, family.denoise(x, t, c))
+        prediction = chosen.denoise(x, t, c)
+        prediction.square().mean().backward()
+    assert_close(prediction, family.denoise(x, t, c))
     ran = {event.key for event in profile.key_averages()}
     flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert (flash in ran) == (kernel is enums.Attention.flash) != ("aten::_scaled_dot_product_attention_math" in ran)
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "said"),
+    ("settings", "device", "message"),
     [
         ({"attention": enums.Attention.cudnn}, "cpu", "which only CUDA devices have"),
         ({"attention": enums.Attention.flash}, "cuda", "only 16-bit dtypes"),
         ({"compile": True}, "cpu", "there is no C\\+\\+ compiler 'no-such-compiler'"),
     ],
 )
-def test_what_a_device_lacks_is_refused(asked, device, said, tiny_sdxl, monkeypatch):
+def test_unsupported_kernels_of_a_device_are_refused(settings, device, message, tiny_sdxl, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    family = load(tiny_sdxl, **asked)
+    family = load(tiny_sdxl, **settings)
     family.device = torch.device(device)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         family.check_device()
 
 
-def test_bfloat16_answers_in_float32_close_by(tiny_sdxl, family):
+def test_bfloat16_prediction_is_close_to_float32(tiny_sdxl, family):
     low = load(tiny_sdxl, enums.Dtype.bfloat16)
     c, x, t = cond(family), noisy(), torch.tensor([0.1, 0.9])
-    answer = low.denoise(x, t, c)
-    assert next(low.denoiser.parameters()).dtype is torch.bfloat16 and answer.dtype is torch.float32
-    assert_close(answer, family.denoise(x, t, c), atol=0.05, rtol=0.05)
+    prediction = low.denoise(x, t, c)
+    assert next(low.denoiser.parameters()).dtype is torch.bfloat16 and prediction.dtype is torch.float32
+    assert_close(prediction, family.denoise(x, t, c), atol=0.05, rtol=0.05)
 
 
-def test_identity_follows_the_weights_and_the_precision(tiny_sdxl, tmp_path):
+def test_identity_depends_on_weights_and_dtype(tiny_sdxl, tmp_path):
     base = load(tiny_sdxl)
     copy = load(shutil.copytree(tiny_sdxl, tmp_path / "copy"))
     assert (copy.text_identity(), copy.image_identity()) == (base.text_identity(), base.image_identity())
@@ -199,14 +201,14 @@ def test_v_prediction_and_other_channel_counts_are_read_from_the_files(tmp_path)
     assert family.denoise(noisy(channels=16), torch.tensor([0.1, 0.9]), cond(family)).shape == (2, 16, 8, 8)
 
 
-def test_a_long_caption_is_said_not_cut_in_silence(family):
+def test_truncated_caption_is_reported(family):
     assert family.truncated_part(["a dog", ""]) == []
     for line, part in zip(family.truncated_part(["a dog", "word " * 60]), family.text_encoder_parts, strict=True):
         assert line.startswith(f"1 of 2 captions are longer than the limit of {part}, 77 tokens: ")
         assert "tokens are ignored" in line
 
 
-def test_previews_come_from_the_small_decoder(tiny_sdxl, tmp_path):
+def test_previews_use_the_tiny_decoder(tiny_sdxl, tmp_path):
     small = tiny.tae(4)
     small.save_pretrained(tmp_path / "tae")
     family = load(tiny_sdxl, tae=str(tmp_path / "tae"))
@@ -219,13 +221,13 @@ def test_previews_come_from_the_small_decoder(tiny_sdxl, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["stranger/no-such-model", "empty"])
-def test_no_weights_is_one_clear_error(place, tmp_path):
+def test_missing_weights_raise_one_clear_error(place, tmp_path):
     where = place if "/" in place else tmp_path
     with pytest.raises(ConfigError, match=r"model\.pretrained is .*; set model\.pretrained to a folder"):
         load(where)
 
 
-def test_another_kind_of_pipeline_is_refused(tiny_sdxl, tmp_path):
+def test_pipeline_of_another_class_is_refused(tiny_sdxl, tmp_path):
     other = shutil.copytree(tiny_sdxl, tmp_path / "other")
     index = (other / "model_index.json").read_text().replace('"StableDiffusionXLPipeline"', '"StableDiffusionPipeline"')
     (other / "model_index.json").write_text(index)

@@ -1,4 +1,4 @@
-"""The published sizes of every family, on the meta device: parameters, adapted layers, and what a LoRA of rank 16 holds.
+"""The published sizes of every family, on the meta device: parameters, adapted layers, and the size of a LoRA of rank 16.
 
 The table of docs/models.md is `python tests/models/test_published.py`."""
 
@@ -20,11 +20,11 @@ from dreambooth_lab.config import conf_dir
 from programs import COMFYUI, UNREAD
 from published import MEDIUM, PUBLISHED
 
-PARENT = {"sd35_medium": "sd3"}  # model → whose family it is of, if not its own
+PARENT = {"sd35_medium": "sd3"}  # model → its family, if named differently
 
 
 class Sizes:
-    """A family's published denoiser, counted."""
+    """Parameter counts of a family's published denoiser."""
 
     def __init__(self, name: str):
         kind, settings, self.published = PUBLISHED[name]
@@ -51,7 +51,7 @@ def _sides(layer: Any) -> int:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_as_published_and_most_weights_of_blocks_learn(name):
+def test_parameter_counts_match_publication_and_targets_cover_most_block_weights(name):
     sizes = Sizes(name)
     assert sizes.parameters / 1e9 == pytest.approx(sizes.published, rel=0.01)
     assert sizes.layers and sizes.covered > (0.5 if name == "deepfloyd_1" else 0.6) * sizes.linear
@@ -63,7 +63,7 @@ MISSED = {("sdxl", "A1111"): {"lora_unet_up_blocks_0_upsamplers_0_conv"}}  # of 
 
 @cache
 def written(name: str) -> tuple[set[str], int]:
-    """Names of all layers that can learn of a real-size model, as the file for other programs has them, of LoRA and LyCORIS."""
+    """Names of all trainable layers of a full-size model in the file for other programs, for LoRA and LyCORIS."""
     kind, settings, _ = PUBLISHED.get(name) or (D.SD3Transformer2DModel, MEDIUM, 0)
     family = family_of(PARENT.get(name, name))
     with torch.device("meta"):
@@ -77,13 +77,13 @@ def written(name: str) -> tuple[set[str], int]:
 
 
 @pytest.mark.parametrize(("name", "program"), CASES)
-def test_every_program_that_is_named_knows_every_layer_that_learns(name, program):
+def test_listed_programs_know_every_trained_layer(name, program):
     names, layers = written(name)
     assert len(names) == layers, "no two layers share a name"
     assert UNREAD[program](name, names) == MISSED.get((name, program), set())
 
 
-def test_a_model_without_programs_has_none_that_reads_it():
+def test_models_without_listed_programs_are_read_by_none():
     """Lumina 2's names are not among those that ComfyUI's table for it has, which are Z-Image's."""
     names, _ = written("lumina2")
     assert not family_of("lumina2").programs and not names & COMFYUI["z_image"]

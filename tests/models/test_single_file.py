@@ -98,7 +98,7 @@ def write(folder: Path, to: Path, *flags: str, metadata: dict[str, str] | None =
 
 
 def of_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """OpenCLIP's names of a text encoder's tensors: query, key and value in one, the projection transposed."""
+    """A text encoder's tensors under OpenCLIP's names: query, key and value in one tensor, the projection transposed."""
     made: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         name = name.removeprefix("text_model.")
@@ -120,7 +120,7 @@ def of_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_xl(folder: Path, to: Path, *flags: str) -> Path:
-    """An SDXL pipeline in the layout that SDXL's checkpoints and fine-tunes of it have."""
+    """An SDXL pipeline in the layout of SDXL checkpoint files."""
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     clip = load_file(folder / "text_encoder" / "model.safetensors")
@@ -134,27 +134,27 @@ def write_xl(folder: Path, to: Path, *flags: str) -> Path:
 
 
 @torch.no_grad()
-def test_a_single_sdxl_file_is_the_folder_it_was_made_from(tiny_sdxl, tmp_path):
+def test_single_sdxl_file_matches_its_folder(tiny_sdxl, tmp_path):
     words = ["dataset=folder", "dataset.path=.", "model.dtype=float32", "trainer.accelerator=cpu", f"cache={tmp_path}/cache"]
     file = write_xl(tiny_sdxl, tmp_path / "x.safetensors")
     families = [
         build_family(lab.compose("model=sdxl", f"model.pretrained={folder}", *words, *more))
         for folder, more in ((tiny_sdxl, []), (file, [f"model.config={tiny_sdxl}"]))
     ]
-    pixels, answers = torch.rand(1, 3, 64, 64) * 2 - 1, []
+    pixels, outputs = torch.rand(1, 3, 64, 64) * 2 - 1, []
     for family in families:
         mean, _ = family.encode_image(pixels)
         text = family.encode_text(["a photo of a dog"])
         cond = family.cond(text, [ImageInfo(Size((64, 64), (0, 0), (64, 64)), mean[0], 0, 0, 7.0)])
-        answers.append((mean, *text.values(), family.denoise(mean, torch.tensor([0.5]), cond), family.decode(mean)))
-    for one, other in zip(*answers, strict=True):
-        assert_close(one, other, atol=1e-6, rtol=1e-6)  # mapped weights start at other bytes, so last bits may differ
+        outputs.append((mean, *text.values(), family.denoise(mean, torch.tensor([0.5]), cond), family.decode(mean)))
+    for one, other in zip(*outputs, strict=True):
+        assert_close(one, other, atol=1e-6, rtol=1e-6)  # memory-mapped weights have another alignment, so last bits may differ
     (tmp_path / "plain").touch()
     converted = [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".safetensors"]
     assert converted and {path.stat().st_mode for path in converted} == {(tmp_path / "plain").stat().st_mode}
 
 
-def test_an_sdxl_fine_tune_that_predicts_v_with_zero_snr_is_trained_so(tiny_sdxl, tmp_path):
+def test_v_prediction_zero_snr_sdxl_file_keeps_its_schedule(tiny_sdxl, tmp_path):
     file = write_xl(tiny_sdxl, tmp_path / "x.safetensors", "v_pred", "ztsnr")
     family = build_family(
         lab.compose("model=sdxl", f"model.pretrained={file}", f"model.config={tiny_sdxl}", "dataset=folder", "dataset.path=.",
@@ -170,26 +170,26 @@ def converted(file: Path, folder: Path, cache: Path, prediction: enums.Predictio
 
 
 @torch.no_grad()
-def test_a_single_file_is_the_folder_it_was_made_from(folder, tmp_path):
+def test_single_file_matches_its_folder(folder, tmp_path):
     one, other = converted(write(folder, tmp_path / "x.safetensors"), folder, tmp_path / "c"), Checkpoint(str(folder), None, None)
     x, states, tokens = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.arange(77)[None]
-    asked = {
+    calls = {
         "unet": lambda m: m(x, 10, states).sample,
         "vae": lambda m: torch.cat([m.encode(torch.ones(1, 3, 64, 64)).latent_dist.mean.flatten(), m.decode(x).sample.flatten()]),
         "text_encoder": lambda m: m(tokens).last_hidden_state,
     }
-    for part, ask in asked.items():
-        answers = [ask(checkpoint.load(part, torch.float32, CPU, PLAIN, [])) for checkpoint in (one, other)]
-        assert torch.equal(*answers), part
+    for part, ask in calls.items():
+        outputs = [ask(checkpoint.load(part, torch.float32, CPU, PLAIN, [])) for checkpoint in (one, other)]
+        assert torch.equal(*outputs), part
     assert one.config("scheduler") == other.config("scheduler")
 
 
-def test_it_is_converted_once(folder, tmp_path, monkeypatch):
+def test_single_file_is_converted_once(folder, tmp_path, monkeypatch):
     file = write(folder, tmp_path / "x.safetensors")
     first = converted(file, folder, tmp_path / "c").folder
     monkeypatch.setattr(single_file, "_make", None)
     assert converted(file, folder, tmp_path / "c").folder == first
-    assert [path.name for path in first.parent.iterdir()] == [first.name], "nothing half-written is left"
+    assert [path.name for path in first.parent.iterdir()] == [first.name], "no partial file is left"
 
 
 @pytest.mark.parametrize(
@@ -202,15 +202,15 @@ def test_it_is_converted_once(folder, tmp_path, monkeypatch):
         (("v_pred", "ztsnr"), None, None, ("v_prediction", True)),
     ],
 )
-def test_what_the_network_predicts(flags, metadata, key, wanted, folder, tmp_path):
-    said = converted(write(folder, tmp_path / "x.safetensors", *flags, metadata=metadata), folder, tmp_path, key).config(
+def test_prediction_type_is_detected(flags, metadata, key, wanted, folder, tmp_path):
+    config = converted(write(folder, tmp_path / "x.safetensors", *flags, metadata=metadata), folder, tmp_path, key).config(
         "scheduler"
     )
-    assert said["prediction_type"] == wanted[0] and (said["rescale_betas_zero_snr"] or None) == wanted[1]
-    assert said["timestep_spacing"] == ("trailing" if wanted[1] else "leading")
+    assert config["prediction_type"] == wanted[0] and (config["rescale_betas_zero_snr"] or None) == wanted[1]
+    assert config["timestep_spacing"] == ("trailing" if wanted[1] else "leading")
 
 
-def test_settings_come_from_a_hub_id_without_its_weights(folder, tmp_path, monkeypatch):
+def test_settings_are_read_from_a_hub_id_without_weights(folder, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     repo = tmp_path / "hub" / "models--owner--name"
@@ -219,13 +219,13 @@ def test_settings_come_from_a_hub_id_without_its_weights(folder, tmp_path, monke
     shutil.copytree(folder, repo / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     file = write(folder, tmp_path / "x.safetensors")
-    by_id, by_folder = (Checkpoint(str(file), None, None, tmp_path / "c", said) for said in ("owner/name", str(folder)))
+    by_id, by_folder = (Checkpoint(str(file), None, None, tmp_path / "c", source) for source in ("owner/name", str(folder)))
     assert by_id.folder == by_folder.folder, "the same settings make the same model"
     with pytest.raises(ConfigError, match=r"model\.config is 'owner/other', which is not a folder and could not be downloaded"):
         Checkpoint(str(file), None, None, tmp_path / "c", "owner/other")
 
 
-def test_what_is_refused(folder, tmp_path):
+def test_invalid_single_files_are_refused(folder, tmp_path):
     file, cache = write(folder, tmp_path / "x.safetensors"), tmp_path / "c"
     for name in ("x.ckpt", "x.pt", "x.bin"):
         with pytest.raises(ConfigError, match=r"pickles can run code and are never read; use the checkpoint's \.safetensors"):
@@ -243,13 +243,13 @@ def test_what_is_refused(folder, tmp_path):
         converted(tmp_path / "z.safetensors", folder, cache)
 
 
-def test_a_file_of_another_size_is_refused_and_leaves_nothing(folder, tmp_path, tiny_sdxl):
+def test_file_of_another_size_is_refused_and_leaves_no_files(folder, tmp_path, tiny_sdxl):
     with pytest.raises(ConfigError, match=r"does not contain a complete StableDiffusionXLPipeline of model\.config's sizes"):
         converted(write(folder, tmp_path / "x.safetensors"), tiny_sdxl, tmp_path / "c")
     assert list((tmp_path / "c" / "single_files").iterdir()) == []
 
 
-def test_what_the_file_lacks_is_not_taken_from_another_model(folder, tmp_path):
+def test_missing_weights_are_not_taken_from_another_model(folder, tmp_path):
     file = write(folder, tmp_path / "x.safetensors")
     save_file({k: v for k, v in load_file(file).items() if not k.startswith("cond_stage_model")}, file)
     with pytest.raises(ConfigError, match="does not contain a complete StableDiffusionPipeline"):

@@ -34,11 +34,11 @@ def module(small, request):
 
 
 def latents(module, prompt, steps, negative=None, guidance=3.0, steering=OFF, about=CLASS):
-    """After every step, of two pictures."""
+    """Latents after every step, of two images."""
     family, seen = module.family, []
 
     def draw(words, on_step):
-        texts = (family.encode_text([said]).repeat(2) for said in (words, negative))
+        texts = (family.encode_text([prompt_text]).repeat(2) for prompt_text in (words, negative))
         return family.generate(*texts, height=64, width=64, num_inference_steps=steps, guidance_scale=guidance,
                                generator=[torch.Generator().manual_seed(i) for i in range(2)], on_step=on_step)  # fmt: skip
 
@@ -48,7 +48,7 @@ def latents(module, prompt, steps, negative=None, guidance=3.0, steering=OFF, ab
     return seen
 
 
-def test_switch_draws_the_first_steps_under_the_class_prompt(module):
+def test_switch_uses_the_class_prompt_for_the_first_steps(module):
     about_class, subject = latents(module, CLASS, 4), latents(module, SUBJECT, 4)
     switched = latents(module, SUBJECT, 4, steering=Steering(SWITCH, 0.5, None))
     assert all(torch.equal(a, b) for a, b in zip(switched[:2], about_class[:2], strict=True))
@@ -65,7 +65,7 @@ def test_mix_is_the_weighted_mean_of_both_predictions(module):
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.4])
-def test_personal_guidance_leads_away_from_weaker_weights(module, strength):
+def test_personal_guidance_extrapolates_from_weaker_weights(module, strength):
     """ε = ε_ω(∅) + w (ε_1(prompt) - ε_ω(∅)), and a step is affine in it."""
     (prompt,) = latents(module, SUBJECT, 1, negative=SUBJECT)
     with module.adapter.weakened(module.family.denoiser, strength):
@@ -75,7 +75,7 @@ def test_personal_guidance_leads_away_from_weaker_weights(module, strength):
     assert (guided - latents(module, SUBJECT, 1, negative="")[0]).abs().max() > 1e-3
 
 
-def test_what_is_steered_leaves_nothing_behind_and_off_is_off(module):
+def test_steering_is_removed_afterwards_and_off_changes_nothing(module):
     before = latents(module, SUBJECT, 2)
     hooks = len(module.family.denoiser._forward_hooks), len(module.family.denoiser._forward_pre_hooks)
     for steering in (Steering(SWITCH, 0.5, 0.3), Steering(MIX, 0.5, 0.0)):
@@ -86,7 +86,7 @@ def test_what_is_steered_leaves_nothing_behind_and_off_is_off(module):
     assert torch.equal(unknown[-1], before[-1]), "a prompt that is not about the subject"
 
 
-def test_at_full_strength_personal_guidance_is_plain_guidance(module):
+def test_personal_guidance_at_full_strength_is_plain_guidance(module):
     plain = latents(module, SUBJECT, 2)
     assert torch.equal(latents(module, SUBJECT, 2, steering=Steering(NONE, 0.0, 1.0))[-1], plain[-1])
 
@@ -95,10 +95,10 @@ def test_at_full_strength_personal_guidance_is_plain_guidance(module):
     "words", [["validation.superclass=switch", "validation.superclass_share=0.5"],
               ["validation.superclass=mix", "validation.personal_guidance=0.2", "adapter.rank_schedule=tlora"]]
 )  # fmt: skip
-def test_a_runs_pictures_are_those_that_generate_draws(small, tmp_path, words):
+def test_validation_images_match_generate(small, tmp_path, words):
     prompts = f'validation.prompts=["{SUBJECT}","{CLASS}"]'
-    said = [*small, *words, prompts, "trainer.max_steps=3", "optimizer.lr=1e-2", "validation.num_inference_steps=4"]
-    cfg = lab.compose(*said, "export.dtype=float32", "validation.guidance_scale=3")
+    overrides = [*small, *words, prompts, "trainer.max_steps=3", "optimizer.lr=1e-2", "validation.num_inference_steps=4"]
+    cfg = lab.compose(*overrides, "export.dtype=float32", "validation.guidance_scale=3")
     check(cfg)
     run(cfg, tmp_path / "run")
     generate(read([f"run={tmp_path / 'run'}", f"prompt=['{SUBJECT}', '{CLASS}']", "seeds=1", f"out={tmp_path / 'out'}"]))
@@ -120,17 +120,17 @@ def test_a_runs_pictures_are_those_that_generate_draws(small, tmp_path, words):
         ("sksy dog", None),
     ],
 )
-def test_the_class_prompt_is_the_prompt_without_the_rare_word(prompt, made):
+def test_class_prompt_is_the_prompt_without_the_rare_word(prompt, made):
     assert class_prompt_of(prompt, SUBJECT, CLASS, None) == made
 
 
-def test_without_an_article_in_the_class_prompt_there_is_none():
+def test_article_is_dropped_if_the_class_prompt_has_none():
     assert class_prompt_of("photo of sks dogs", "photo of sks dogs", "photo of dogs", None) == "photo of dogs"
     assert class_prompt_of("photo of q dogs", "x", None, "q") == "photo of dogs"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (
             ["validation.superclass=switch", "dataset.class_prompt=null"],
@@ -142,19 +142,19 @@ def test_without_an_article_in_the_class_prompt_there_is_none():
         (["validation.personal_guidance=0.5", "adapter=full"], "whose strength can't be set while it trains"),
     ],
 )
-def test_what_means_nothing_is_refused(words, said):
+def test_contradictory_options_are_refused(words, message):
     with pytest.raises(ConfigError) as caught:
         check(lab.compose(*words))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_generate_refuses_a_word_that_is_none_of_them(small):
+def test_generate_refuses_unknown_options(small):
     with pytest.raises(ConfigError, match="it must be none, switch or mix"):
         steer_by_args(lab.compose(*small), read(["run=a", "prompt=x", "superclass=often"]))
 
 
 @pytest.mark.parametrize("name", ["flux", "sdxl_refiner"])
-def test_models_that_guide_otherwise_are_refused(name, folders):
+def test_models_with_other_guidance_are_refused(name, folders):
     cfg = lab.compose(f"model={tiny_families.model_of(name)}", f"model.pretrained={folders(name)}", "dataset=folder",
                       "dataset.path=.", "trainer.accelerator=cpu", "model.tae=null",
                       "validation.personal_guidance=0.5")  # fmt: skip

@@ -11,7 +11,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("words", CASES, ids=[" ".join(words) for words in CASES])
-def test_the_estimate_is_near_the_true_peak_of_a_step(small, words):
+def test_estimate_is_close_to_the_true_peak_of_a_step(small, words):
     cfg = lab.compose(*small, "model.resolution=512", "dataset.crop_aspect=square", *words)
     module, data = build_training(cfg)
     estimated = memory.working(module, data.text(""), (512, 512), cfg.dataset.batch_size)
@@ -21,19 +21,19 @@ def test_the_estimate_is_near_the_true_peak_of_a_step(small, words):
     assert 0.75 < estimated / true < 1.35
 
 
-def test_the_peak_counts_what_lives_at_once():
+def test_peak_counts_tensors_that_are_alive_at_once():
     import torch
 
     def work():
         kept = torch.zeros(1000)
         for _ in range(3):
-            torch.ones(5000)  # gone before the next
+            torch.ones(5000)  # freed before the next
         return kept
 
     assert 4 * 6000 <= memory.peak(work, torch.device("cpu")) < 4 * 6200
 
 
-def test_a_second_start_measures_nothing(small, monkeypatch, tmp_path):
+def test_second_start_reuses_the_measurement(small, monkeypatch, tmp_path):
     cfg = lab.compose(*small, f"cache={tmp_path}")
     module, data = build_training(cfg)
     first = memory.working(module, data.text(""), (512, 512), 1)

@@ -6,7 +6,7 @@ import pytest
 from dreambooth_lab.profiling.phases import Phases
 
 
-def test_a_phase_inside_another_counts_for_itself_alone():
+def test_nested_phase_is_not_counted_twice():
     phases = Phases()
     begun = time.perf_counter()
     with phases("training"):
@@ -24,23 +24,23 @@ def test_a_phase_inside_another_counts_for_itself_alone():
     assert phases.open == []
 
 
-def test_the_peak_belongs_to_the_phase_that_had_it():
+def test_peak_memory_is_assigned_to_its_phase():
     phases = Phases()
     with phases("small"):
         time.sleep(0.01)
     with phases("large"):
-        held = mmap.mmap(-1, 300 * 2**20)  # not by malloc, which may hand out memory that is resident already
-        for page in range(0, len(held), mmap.PAGESIZE):
-            held[page] = 1
+        buffer = mmap.mmap(-1, 300 * 2**20)  # not by malloc, which may hand out memory that is resident already
+        for page in range(0, len(buffer), mmap.PAGESIZE):
+            buffer[page] = 1
         until = time.monotonic() + 10  # the sampling thread may be late on a busy machine
         while phases.of["large"].memory < phases.of["small"].memory + 250 * 2**20 and time.monotonic() < until:
             time.sleep(0.02)
-        held.close()
+        buffer.close()
     small, large = phases.of["small"].memory, phases.of["large"].memory
     assert large - small > 250 * 2**20
 
 
-def test_an_error_closes_its_phase():
+def test_error_closes_its_phase():
     phases = Phases()
     with pytest.raises(ValueError), phases("training"):
         raise ValueError

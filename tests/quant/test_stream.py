@@ -1,4 +1,4 @@
-"""Quantised straight from the files: the same bits as from the whole model, which is never read."""
+"""Quantisation while reading the files is bit-identical to quantising the whole model, which is never loaded."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ MODELS = {
 
 def source(name: str, folder: Path, dtype: torch.dtype, streams: bool) -> Source:
     kind, _ = MODELS[name]
-    said = {"dtype" if name == "t5" else "torch_dtype": dtype}
+    dtypes = {"dtype" if name == "t5" else "torch_dtype": dtype}
 
     def read(device: torch.device) -> nn.Module:
         assert not streams, "the whole model is read"
-        return files.freeze_to(kind.from_pretrained(folder, use_safetensors=True, **said), device)
+        return files.freeze_to(kind.from_pretrained(folder, use_safetensors=True, **dtypes), device)
 
     shards = tuple(sorted(folder.glob("*.safetensors")))
-    bones = (lambda: meta_init.build(kind, folder, dtype)) if streams else None
-    return Source(read, lambda: files.on_meta(kind, folder), shards, dtype, CPU, None, bones)
+    build_on_meta = (lambda: meta_init.build(kind, folder, dtype)) if streams else None
+    return Source(read, lambda: files.on_meta(kind, folder), shards, dtype, CPU, None, build_on_meta)
 
 
 def save(name: str, folder: Path) -> Path:
@@ -92,7 +92,7 @@ def same(one: nn.Module, other: nn.Module, library: enums.QuantKind) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.value)
 @pytest.mark.parametrize("name", MODELS)
-def test_streaming_gives_the_whole_loads_bits(name, kind, dtype, tmp_path):
+def test_streaming_is_bit_identical_to_a_whole_load(name, kind, dtype, tmp_path):
     need(kind)
     folder = save(name, tmp_path)
     streamed, whole = (
@@ -104,7 +104,7 @@ def test_streaming_gives_the_whole_loads_bits(name, kind, dtype, tmp_path):
         assert streamed.shared.weight is streamed.encoder.embed_tokens.weight, "tied weights stay one tensor"
 
 
-def test_a_layer_split_over_shards_is_quantised_when_whole(tmp_path):
+def test_layer_split_over_shards_is_quantised_once_complete(tmp_path):
     folder = save("flux", tmp_path / "a")
     tensors = {name: part for file in folder.glob("*.safetensors") for name, part in load_file(file).items()}
     shutil.copytree(folder, tmp_path / "b", ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -122,8 +122,8 @@ def test_a_layer_split_over_shards_is_quantised_when_whole(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["renamed", "lacking", "more"])
-def test_files_of_other_names_are_read_whole(spoil, tmp_path):
-    """transformers and diffusers rename some tensors on load; what they make of a file is not guessed here."""
+def test_files_with_other_names_are_loaded_whole(spoil, tmp_path):
+    """transformers and diffusers rename some tensors on load; such files are loaded by the library."""
     folder = save("unet", tmp_path)
     file = sorted(folder.glob("*.safetensors"))[0]
     tensors = load_file(file)
@@ -137,7 +137,7 @@ def test_files_of_other_names_are_read_whole(spoil, tmp_path):
         Quantiser({"m": enums.QuantKind.int8}, None).load("m", source("unet", folder, torch.float32, True), [])
 
 
-def test_a_checkpoint_streams(tiny_sdxl, monkeypatch):
+def test_checkpoint_is_streamed(tiny_sdxl, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
     unet = Checkpoint(str(tiny_sdxl), None, None).load(
         "unet", torch.float32, CPU, Quantiser({"unet": enums.QuantKind.int8}, None), []

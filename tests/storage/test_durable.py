@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all."""
+"""Files and folders are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", range(8))
-def test_a_folder_is_the_old_or_the_new_one_wherever_a_kill_comes(at, tmp_path, monkeypatch):
-    """Each change of the file system is one moment; what `settle` then finds is one of the two, and nothing lies beside it."""
+def test_folder_is_old_or_new_after_a_kill_at_any_point(at, tmp_path, monkeypatch):
+    """A kill before each file operation; `settle` then restores the old or the new folder, and nothing else is left."""
     target, calls = tmp_path / "export", []
     write(target, "old")
 
@@ -64,15 +64,15 @@ def test_a_folder_is_the_old_or_the_new_one_wherever_a_kill_comes(at, tmp_path, 
     assert contents(target) == {"a": "newer", "b": "newer"}
 
 
-def test_the_folders_of_an_earlier_kill_are_used(tmp_path):
-    """As versions that knew no `settle` left them: the old one beside the place."""
+def test_leftover_folders_of_a_kill_are_reused(tmp_path):
+    """As left by versions without `settle`: the old folder beside its place."""
     target = tmp_path / "export_best"
     write(tmp_path / "export_best.old", "old")
     write(target, "new")
     assert contents(target) == {"a": "new", "b": "new"} and names(tmp_path) == ["export_best"]
 
 
-def test_processes_that_start_together_have_folders_of_their_own(tmp_path):
+def test_concurrent_processes_get_separate_folders(tmp_path):
     code = (
         "import sys; from pathlib import Path; from dreambooth_lab.storage import durable;"
         "print(durable.claim(Path(sys.argv[1]) / 'x'))"
@@ -81,7 +81,7 @@ def test_processes_that_start_together_have_folders_of_their_own(tmp_path):
     assert len({process.communicate()[0] for process in started}) == 6
 
 
-def test_a_lock_is_held_by_the_living_only(tmp_path):
+def test_lock_of_a_dead_process_is_released(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from dreambooth_lab.storage import durable;"
         "held = durable.lock(Path(sys.argv[1])); print(held is not None, flush=True); time.sleep(60)"
@@ -91,12 +91,12 @@ def test_a_lock_is_held_by_the_living_only(tmp_path):
     assert durable.lock(tmp_path) is None
     process.kill()
     process.wait()
-    held = durable.lock(tmp_path)
-    assert held is not None
-    held.release()
+    lock = durable.lock(tmp_path)
+    assert lock is not None
+    lock.release()
 
 
-def test_what_a_disk_cannot_hold_is_refused_before_the_work(small, tmp_path, monkeypatch):
+def test_insufficient_disk_space_is_refused_before_training(small, tmp_path, monkeypatch):
     cfg = lab.compose(*small, "validation.resolution=512", "checkpoint.monitor=train/loss")
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 3e5)
     with pytest.raises(ConfigError, match=r"0 MB free, and this run will write about \d+ MB \(3 checkpoints .*images"):
@@ -108,7 +108,7 @@ def test_what_a_disk_cannot_hold_is_refused_before_the_work(small, tmp_path, mon
         run(cfg, tmp_path / "run")
 
 
-def test_the_estimate_of_a_runs_folder_is_at_least_what_it_holds(small, tmp_path):
+def test_estimated_folder_size_is_an_upper_bound(small, tmp_path):
     from dreambooth_lab.data.module import DreamBoothData
     from dreambooth_lab.factory import build_family
     from dreambooth_lab.run import build_module, needed
@@ -119,21 +119,21 @@ def test_the_estimate_of_a_runs_folder_is_at_least_what_it_holds(small, tmp_path
     data = DreamBoothData(cfg, family)
     data.prepare()
     estimated = needed(cfg, data, build_module(cfg, family, data, RunFolder(tmp_path / "other")))
-    held = {
+    sizes = {
         name: sum(file.stat().st_size for file in (tmp_path / "run" / name).rglob("*") if file.is_file())
         for name in ("checkpoints", "export")
     }
-    assert 0.3 * estimated["3 checkpoints"] < held["checkpoints"] < 1.5 * estimated["3 checkpoints"]
-    assert 0.3 * estimated["exports"] < held["export"] < 1.5 * estimated["exports"]
+    assert 0.3 * estimated["3 checkpoints"] < sizes["checkpoints"] < 1.5 * estimated["3 checkpoints"]
+    assert 0.3 * estimated["exports"] < sizes["export"] < 1.5 * estimated["exports"]
 
 
-def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
+def test_damaged_checkpoints_are_skipped(tmp_path, caplog):
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     for step in (2, 4, 6, 8):
         torch.save({"step": torch.full((1000,), step)}, folder.checkpoint(step))
     whole = folder.checkpoint(8).read_bytes()
-    folder.checkpoint(8).write_bytes(whole[:2000])  # cut short
+    folder.checkpoint(8).write_bytes(whole[:2000])  # truncated
     flipped = bytearray(folder.checkpoint(6).read_bytes())
     with zipfile.ZipFile(folder.checkpoint(6)) as archive:
         start = next(info for info in archive.infolist() if info.filename.endswith("data/0")).header_offset

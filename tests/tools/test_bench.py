@@ -17,7 +17,7 @@ from dreambooth_lab.tools.bench.__main__ import app
 BF16 = ["model.dtype=bfloat16", "trainer.accelerator=cpu"]
 
 
-def test_what_is_counted_without_values_is_what_a_real_step_does(small):
+def test_fake_tensor_counts_match_a_real_step(small):
     cfg = lab.compose(*small, *BF16)
     fake = plan.analyse(cfg, 2, 64)
     family, adapter = build_family(cfg), build_adapter(cfg)
@@ -33,7 +33,7 @@ def test_what_is_counted_without_values_is_what_a_real_step_does(small):
 
 
 @pytest.mark.slow
-def test_costs_grow_with_the_picture_and_fall_with_checkpointing(small):
+def test_cost_grows_with_image_size_and_checkpointing_reduces_memory(small):
     one, four = (plan.analyse(lab.compose(*small, *BF16), rows, 64) for rows in (1, 4))
     assert four.meter.flops.total() == pytest.approx(4 * one.meter.flops.total(), rel=0.05)
     assert 3 * one.saved < four.saved < 4.5 * one.saved
@@ -51,15 +51,15 @@ def test_weights_are_not_needed(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [("quant=int8", "quant=none"), ("adapter.train_token=true", "leave them out"), ("model.compile=true", "set it to false")],
 )
-def test_what_can_not_be_planned_is_refused(small, word, said):
+def test_invalid_plans_are_refused(small, word, message):
     result = CliRunner().invoke(app, ["--plan", *small, word])
-    assert isinstance(result.exception, ConfigError) and said in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
 
 
-def test_the_command_measures_and_plans(small):
+def test_command_measures_and_plans(small):
     measured = CliRunner().invoke(app, ["--steps", "2", *small])
     assert measured.exit_code == 0 and "images / s" in measured.output and "peak memory" in measured.output
     beside = CliRunner().invoke(app, ["--steps", "1", "--against_autocast", *small, *BF16])

@@ -1,4 +1,4 @@
-"""The doctor tells what is there, and its report nothing of whose machine it is."""
+"""tools.doctor describes the installation, and its report contains nothing private."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dreambooth_lab.tools import doctor
 
 
 @pytest.fixture
-def someone(tmp_path, monkeypatch):
-    """Somebody's machine: a home with a cache, a host, secrets, and a module that fails with a path in its message."""
+def private_environment(tmp_path, monkeypatch):
+    """A fake machine: a home with a cache, a host name, secrets, and a module that fails with a path in its message."""
     home = tmp_path / "homes" / "annemarie"
     home.mkdir(parents=True)
     hub = home / "hub"
@@ -37,45 +37,45 @@ def someone(tmp_path, monkeypatch):
     return home
 
 
-def tell(capsys, *words):
+def run_doctor(capsys, *words):
     with pytest.raises(SystemExit) as ended:
         doctor.main([str(word) for word in words])
     return ended.value.code, capsys.readouterr().out
 
 
-def test_it_tells_versions_devices_kernels_models_and_variables(someone, capsys):
-    code, said = tell(capsys)
-    rows = {line.split("  ")[1].strip(): line for line in said.splitlines() if line.startswith("  ")}
+def test_report_lists_versions_devices_kernels_models_and_variables(private_environment, capsys):
+    code, output = run_doctor(capsys)
+    rows = {line.split("  ")[1].strip(): line for line in output.splitlines() if line.startswith("  ")}
     assert code == 0
     assert torch.__version__ in rows["torch"] and importlib.metadata.version("diffusers") in rows["diffusers"]
     assert "math" in rows["cpu float32"] and "cudnn" not in rows["cpu float32"]
     assert "imports" in rows["quanto"] and "no: ModuleNotFoundError" in rows["broken"]
-    assert rows["OMP_NUM_THREADS"].endswith("3") and str(someone / "hf") in rows["HF_HOME"]
+    assert rows["OMP_NUM_THREADS"].endswith("3") and str(private_environment / "hf") in rows["HF_HOME"]
     assert "GB" in rows["free for runs"] and "0.01 GB" in rows["owner/model"]
 
 
-def test_secrets_are_only_said_to_be_set(someone, capsys, tmp_path):
-    _, said = tell(capsys, "--report", tmp_path / "report.txt")
-    for text in (said, (tmp_path / "report.txt").read_text()):
+def test_secrets_are_reported_only_as_set(private_environment, capsys, tmp_path):
+    _, output = run_doctor(capsys, "--report", tmp_path / "report.txt")
+    for text in (output, (tmp_path / "report.txt").read_text()):
         assert "HF_TOKEN" in text and "verysecret" not in text and "pass@" not in text
 
 
-def test_a_report_has_no_home_user_host_or_path(someone, capsys, tmp_path):
-    _, said = tell(capsys, "--report", tmp_path / "report.txt")
+def test_report_has_no_home_user_host_or_path(private_environment, capsys, tmp_path):
+    _, output = run_doctor(capsys, "--report", tmp_path / "report.txt")
     report = (tmp_path / "report.txt").read_text()
-    assert str(someone) in said, "the screen has them"
-    for private in (str(someone), str(Path.home()), "annemarie", "bigbox42", str(tmp_path)):
+    assert str(private_environment) in output, "the terminal output has them"
+    for private in (str(private_environment), str(Path.home()), "annemarie", "bigbox42", str(tmp_path)):
         assert private not in report
     assert "owner/model" in report and torch.__version__ in report and "OMP_NUM_THREADS" in report
 
 
-def test_paths_inside_messages_are_cut(someone):
-    odd = [doctor.Fact("quant", "a", f"no: OSError: {someone}/lib/x.so: bad, /opt/thing/y.so; bigbox42 annemarie")]
+def test_paths_inside_messages_are_cut(private_environment):
+    odd = [doctor.Fact("quant", "a", f"no: OSError: {private_environment}/lib/x.so: bad, /opt/thing/y.so; bigbox42 annemarie")]
     text = doctor.scrubbed(odd)
     assert "/" not in text.replace("(a path)", "") and "annemarie" not in text and "bigbox42" not in text and "bad" in text
 
 
-def test_a_needed_library_that_is_absent_is_said_and_ends_with_1(someone, capsys, monkeypatch):
+def test_missing_required_library_is_reported_with_exit_code_1(private_environment, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "NEEDED", ("nosuch-library",))
-    code, said = tell(capsys)
-    assert code == 1 and "nosuch-library" in said and "required" in said
+    code, output = run_doctor(capsys)
+    assert code == 1 and "nosuch-library" in output and "required" in output

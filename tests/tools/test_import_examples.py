@@ -1,4 +1,4 @@
-"""What SimpleTuner's published examples say, restated per family: each option and value that they use comes out as expected."""
+"""SimpleTuner's published examples, restated per family: each option and value that they use is mapped as expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dreambooth_lab.config import ConfigError
 from dreambooth_lab.tools.import_simpletuner.__main__ import problems
 from dreambooth_lab.tools.import_simpletuner.translate import Kind, experiment, translate
 
-SHARED: dict[str, Any] = {  # by most of them
+SHARED: dict[str, Any] = {  # used by most of them
     "model_type": "lora", "lora_type": "standard", "optimizer": "adamw_bf16", "lr_scheduler": "constant", "learning_rate": 1e-4,
     "base_model_precision": "int8-quanto", "quantize_via": "cpu", "mixed_precision": "bf16", "gradient_checkpointing": True,
     "train_batch_size": 1, "max_train_steps": 100, "num_train_epochs": 0, "checkpoint_step_interval": 50, "seed": 42,
@@ -82,7 +82,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], str, set[str]]] = {  # options, the mo
 
 @pytest.fixture
 def folder(tmp_path: Path, photos: Path) -> Path:
-    """The folder of one example, in the layout of SimpleTuner's."""
+    """The folder of one example in SimpleTuner's layout."""
     own = tmp_path / "examples/x.lycoris-lokr"
     own.mkdir(parents=True)
     (own / "lycoris_config.json").write_text(json.dumps(LOKR))
@@ -91,29 +91,33 @@ def folder(tmp_path: Path, photos: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_imports(folder, name):
+def test_example_imports(folder, name):
     options, model, unsupported = EXAMPLES[name]
-    said, became = translate(options, folder)
-    assert said["/model"] == model and said["dataset.path"] == str(folder.parent / "data.json")
+    translation, became = translate(options, folder)
+    assert translation["/model"] == model and translation["dataset.path"] == str(folder.parent / "data.json")
     assert {one.option for one in became if one.kind is Kind.left} == unsupported
     target = folder / "imported/experiment/example.yaml"
     target.parent.mkdir(parents=True)
-    target.write_text(experiment(said, "example", "config.json"))
+    target.write_text(experiment(translation, "example", "config.json"))
     assert problems(target) == ""
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
-def test_a_controlnet_example_says_why_it_can_not(folder, family):
+def test_controlnet_example_is_refused_with_the_reason(folder, family):
     with pytest.raises(ConfigError, match="controlnet trains another network"):
         translate(SHARED | {"model_family": family, "controlnet": True}, folder)
 
 
-def test_the_example_of_the_tutorial_imports(folder):
+def test_tutorial_example_imports(folder):
     """config.json.example: dashes before each name, booleans and numbers as strings."""
     options = {"model_family": "flux", "model_type": "lora", "push_to_hub": "true", "gradient_checkpointing": "true",
                "lr_scheduler": "polynomial", "lr_warmup_steps": 100, "validation_num_inference_steps": "20", "report_to": "wandb",
                "validation_guidance_rescale": "0.0", "validation_torch_compile": "false", "learning_rate": "1e-4"}  # fmt: skip
-    said, became = translate(options | LYCORIS, folder)
+    translation, became = translate(options | LYCORIS, folder)
     assert not [one for one in became if one.kind is Kind.left]
-    assert said["optimizer.schedule"] == "linear" and said["/logger"] == ["wandb"] and said["/adapter"] == "lokr"
-    assert said["export.push_to_hub"] is True and said["validation.num_inference_steps"] == 20
+    assert (
+        translation["optimizer.schedule"] == "linear"
+        and translation["/logger"] == ["wandb"]
+        and translation["/adapter"] == "lokr"
+    )
+    assert translation["export.push_to_hub"] is True and translation["validation.num_inference_steps"] == 20

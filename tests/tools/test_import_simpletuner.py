@@ -1,4 +1,4 @@
-"""A SimpleTuner configuration becomes an experiment that runs; nothing of it is dropped without a word."""
+"""A SimpleTuner configuration becomes an experiment that runs; every option is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dreambooth_lab.tools.import_simpletuner.read import read
 from dreambooth_lab.tools.import_simpletuner.translate import Kind, translate
 
 LORA = {"model_family": "sdxl", "model_type": "lora"}
-# the settings that SimpleTuner's DreamBooth page speaks of, and what a run can't do without
+# the settings of SimpleTuner's DreamBooth page, and those that a run requires
 PAGE = LORA | {
     "base_model_precision": "int8-quanto", "text_encoder_1_precision": "no_change", "text_encoder_2_precision": "no_change",
     "text_encoder_3_precision": "no_change", "scheduled_sampling_max_step_offset": 10, "scheduled_sampling_probability": 1.0,
@@ -64,7 +64,7 @@ def kinds(**options: object) -> dict[str, Kind]:
     return {one.option: one.kind for one in translate(LORA | options, Path())[1]}
 
 
-def test_the_written_experiment_composes_to_what_was_said(config):
+def test_written_experiment_composes_to_the_reported_values(config):
     result = run(config())
     assert result.exit_code == 0, result.output
     cfg = composed(written(config()))
@@ -77,7 +77,7 @@ def test_the_written_experiment_composes_to_what_was_said(config):
     assert all(word in result.output for word in ("Mapped", "No effect here", "--config-dir", "experiment=my_config"))
 
 
-def test_the_command_that_is_shown_starts_it(config):
+def test_shown_command_starts_the_experiment(config):
     shown = run(config(validation_prompt="a dog")).output
     words = next(line for line in shown.splitlines() if line.startswith("run it:")).removeprefix("run it:  python ")
     command = f"{sys.executable} {words} --cfg job"
@@ -85,7 +85,7 @@ def test_the_command_that_is_shown_starts_it(config):
     assert job.returncode == 0 and "max_step_offset: 10" in job.stdout, job.stderr
 
 
-def test_every_option_is_told_and_no_secret_is_shown(config):
+def test_every_option_is_reported_without_secrets(config):
     options = read(config(lr_scheduler="sine", loss_tpye="l2", train_batch_size="four"))
     _, became = translate(options, Path())
     left = {one.option: one.note for one in became if one.kind is Kind.left}
@@ -100,18 +100,18 @@ VALUES = ["1", 2, True, "false", "no_change", "bf16", "fp16", "adamw_bf16", "con
           "clip", "512x512", "tensorboard", "some/path", "all+ffs"]  # fmt: skip
 
 
-def test_whatever_is_mapped_is_a_key_of_this_project():
+def test_mapped_options_are_existing_keys():
     cfg, taken = lab.compose("dataset.path=x"), set()
     for option in OPTIONS.keys() - LORA.keys():
         for value in VALUES:
             try:
-                said, became = translate(LORA | {"model_family": "flux"} | {option: value}, Path())
+                translation, became = translate(LORA | {"model_family": "flux"} | {option: value}, Path())
             except ConfigError:
                 continue
             (one,) = (one for one in became if one.option == option)
             assert bool(one.here) == (one.kind is Kind.mapped) and (one.here or one.note)
             taken |= {option} if one.here else set()
-            for key, chosen in said.items():
+            for key, chosen in translation.items():
                 files = [conf_dir() / key[1:] / f"{name}.yaml" for name in (chosen if isinstance(chosen, list) else [chosen])]
                 known = OmegaConf.select(cfg, key, default=...) is not ...
                 assert all(file.is_file() for file in files) if key.startswith("/") else known, key
@@ -119,7 +119,7 @@ def test_whatever_is_mapped_is_a_key_of_this_project():
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("config.json", None, "can't be read"),
         ("config.json", "[", "line 1, column 2"),
@@ -131,11 +131,11 @@ def test_whatever_is_mapped_is_a_key_of_this_project():
         ("config.env", "A='b", "quotation mark"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, name, text, said):
+def test_invalid_file_is_refused(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     result = run(tmp_path / name)
-    assert isinstance(result.exception, ConfigError) and said in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
     assert not (tmp_path / "imported").exists()
 
 
@@ -154,16 +154,16 @@ TRAINER_EXTRA_ARGS+=" --gradient_checkpointing"
 """
 
 
-def test_the_three_formats_say_the_same(tmp_path):
-    said = {"model_family": "sdxl", "model_type": "lora", "use_ema": True, "lora_rank": 4}
-    (tmp_path / "a.json").write_text(json.dumps({f"--{name}": value for name, value in said.items()}))
-    (tmp_path / "a.toml").write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in said.items()))
+def test_all_three_formats_give_the_same_result(tmp_path):
+    options = {"model_family": "sdxl", "model_type": "lora", "use_ema": True, "lora_rank": 4}
+    (tmp_path / "a.json").write_text(json.dumps({f"--{name}": value for name, value in options.items()}))
+    (tmp_path / "a.toml").write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in options.items()))
     (tmp_path / "a.env").write_text("MODEL_FAMILY=sdxl\nMODEL_TYPE=lora\nUSE_EMA=true\nTRAINER_EXTRA_ARGS='--lora_rank=4'\n")
     results = [translate(read(tmp_path / f"a.{kind}"), tmp_path)[0] for kind in ("json", "toml", "env")]
     assert results[0] == results[1] == results[2] and results[0]["adapter.rank"] == 4 and results[0]["ema.enabled"] is True
 
 
-def test_a_shell_file_is_read_and_not_run(tmp_path):
+def test_shell_file_is_parsed_and_not_executed(tmp_path):
     (tmp_path / "config.env").write_text(ENV)
     options = read(tmp_path / "config.env")
     assert options == {
@@ -174,19 +174,19 @@ def test_a_shell_file_is_read_and_not_run(tmp_path):
     }  # fmt: skip
 
 
-def test_the_command_ends_with_2_if_it_was_asked_wrongly(tmp_path, capsys):
+def test_invalid_arguments_end_with_exit_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: tool.application([str(tmp_path / "none.json")]))
     assert end.value.code == 2 and "none.json" in capsys.readouterr().err
 
 
-def test_no_file_is_written_over_unasked(config):
+def test_existing_files_are_not_overwritten_by_default(config):
     results = [run(config(), *words) for words in ([], [], ["--force"])]
     assert [result.exit_code for result in results] == [0, 1, 0] and "--force" in str(results[1].exception)
 
 
 @pytest.mark.parametrize("where", ["mine.yaml", "experiment/my.run.yaml", "cached/experiment/mine.yaml"])
-def test_an_output_that_hydra_would_not_take_is_refused(config, where, tmp_path):
+def test_output_name_invalid_for_hydra_is_refused(config, where, tmp_path):
     (tmp_path / "cached/cache").mkdir(parents=True)
     result = run(config(), "--output", tmp_path / where)
     assert isinstance(result.exception, ConfigError) and "--output" in str(result.exception)
@@ -198,17 +198,17 @@ def test_nothing_is_written_into_the_package(config):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"validation_preview": True}, "there is no receiver"), ({"data_backend_config": "gone.json"}, "gone.json"),
      ({"tread_config": {"routes": []}}, "Not supported"), ({"lora_type": "lycoris"}, "lycoris_config.json"),
      ({"data_backend_config": None}, "dataset.path"), ({"max_train_steps": 0, "num_train_epochs": 0}, "trainer.max_steps")],
 )  # fmt: skip
-def test_what_remains_is_said(config, changes, said):
+def test_remaining_steps_are_reported(config, changes, message):
     result = run(config(**changes))
-    assert result.exit_code == 1 and said in result.output and written(config()).exists()
+    assert result.exit_code == 1 and message in result.output and written(config()).exists()
 
 
-def test_files_of_the_command_line_come_first(config, tmp_path, photos):
+def test_command_line_files_take_precedence(config, tmp_path, photos):
     samples.save(tmp_path / "other.json", samples.entry(photos), samples.entry(photos, id="c", is_regularisation_data=True))
     (tmp_path / "lycoris.json").write_text('{"algo": "loha", "linear_dim": 4, "linear_alpha": 1}')
     result = run(config(), "--multidatabackend", tmp_path / "other.json", "--lycoris_config", tmp_path / "lycoris.json")
@@ -220,22 +220,22 @@ def test_files_of_the_command_line_come_first(config, tmp_path, photos):
 
 
 @pytest.mark.parametrize("algorithm", [*ON_LYCORIS, "tlora", "full", "lokrr"])
-def test_each_algorithm_of_lycoris_is_taken_or_named(tmp_path, algorithm):
+def test_each_lycoris_algorithm_is_mapped_or_named(tmp_path, algorithm):
     from lycoris.wrapper import network_module_dict
 
     (tmp_path / "lycoris.json").write_text(json.dumps({"algo": algorithm}))
     options = LORA | {"lora_type": "lycoris", "lycoris_config": "lycoris.json"}
     if algorithm in ON_LYCORIS:
-        said, _ = translate(options, tmp_path)
-        own = OmegaConf.load(conf_dir() / "adapter" / f"{said['/adapter']}.yaml").algorithm
-        assert algorithm in network_module_dict and (said.get("adapter.algorithm") or own) in (algorithm, "locon")
+        translation, _ = translate(options, tmp_path)
+        own = OmegaConf.load(conf_dir() / "adapter" / f"{translation['/adapter']}.yaml").algorithm
+        assert algorithm in network_module_dict and (translation.get("adapter.algorithm") or own) in (algorithm, "locon")
     else:
         with pytest.raises(ConfigError, match=f"algo '{algorithm}'"):
             translate(options, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"model_family": "wan"}, "makes video"), ({"model_family": "kolors"}, "not supported"), ({"model_family": "xyz"}, "known"),
      ({"model_family": "flux", "model_flavour": "kontext"}, "edits an input image"), ({"model_flavour": "base-9"}, "base-1.0"),
      ({"model_family": ""}, "model_family is not set"), ({"model_type": ""}, "model_type is not set"),
@@ -243,13 +243,13 @@ def test_each_algorithm_of_lycoris_is_taken_or_named(tmp_path, algorithm):
      ({"controlnet": True}, "controlnet"), ({"pretrained_model_name_or_path": "x.gguf"}, "GGUF"),
      ({"pretrained_transformer_model_name_or_path": "x/y"}, "denoiser")],
 )  # fmt: skip
-def test_what_can_not_be_trained_writes_nothing(config, changes, said):
+def test_unsupported_models_write_no_files(config, changes, message):
     result = run(config(**changes))
-    assert isinstance(result.exception, ConfigError) and said in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
     assert not written(config()).exists()
 
 
-def test_every_flavour_is_a_model_here_or_refused_with_a_reason():
+def test_every_flavour_is_mapped_or_refused_with_a_reason():
     for family, flavours in families.BUILT.items():
         for flavour, (model, checkpoint) in flavours.items():
             options = {"model_family": family, "model_flavour": flavour, "model_type": "lora"}
@@ -258,16 +258,16 @@ def test_every_flavour_is_a_model_here_or_refused_with_a_reason():
                 with pytest.raises(ConfigError, match="model_flavour"):
                     translate(options, Path())
             else:
-                said, _ = translate(options, Path())
-                own = OmegaConf.load(conf_dir() / "model" / f"{said['/model']}.yaml").pretrained
-                assert said.get("model.pretrained", own) == checkpoint
+                translation, _ = translate(options, Path())
+                own = OmegaConf.load(conf_dir() / "model" / f"{translation['/model']}.yaml").pretrained
+                assert translation.get("model.pretrained", own) == checkpoint
     assert {name for names in families.UNBUILT.values() for name in names}.isdisjoint(families.BUILT)
 
 
-def test_without_a_flavour_the_checkpoint_or_the_default_decides():
+def test_missing_flavour_is_taken_from_the_checkpoint_or_default():
     def model(**options: str) -> tuple[str, str | None]:
-        said, _ = translate({"model_type": "lora"} | options, Path())
-        return said["/model"], said.get("model.pretrained")
+        translation, _ = translate({"model_type": "lora"} | options, Path())
+        return translation["/model"], translation.get("model.pretrained")
 
     assert model(model_family="flux") == ("flux", "black-forest-labs/FLUX.1-Krea-dev")
     assert model(model_family="z-image", model_flavour="base") == ("z_image", None)
@@ -275,36 +275,40 @@ def test_without_a_flavour_the_checkpoint_or_the_default_decides():
     assert model(model_family="sd3", pretrained_model_name_or_path=place)[0] == "sd35_large"
 
 
-def test_the_training_type_decides_what_other_options_mean():
-    said, became = translate(LORA | {"model_type": "full", "mixed_precision": "bf16", "lora_rank": 8}, Path())
-    assert said["/adapter"] == "full" and said["model.dtype"] == "float32" and "adapter.rank" not in said
+def test_training_type_changes_the_meaning_of_options():
+    translation, became = translate(LORA | {"model_type": "full", "mixed_precision": "bf16", "lora_rank": 8}, Path())
+    assert translation["/adapter"] == "full" and translation["model.dtype"] == "float32" and "adapter.rank" not in translation
     assert {one.option for one in became if one.kind is Kind.idle} == {"mixed_precision", "lora_rank"}
     assert translate(LORA | {"mixed_precision": "fp16"}, Path())[0]["model.dtype"] == "bfloat16"
     assert translate(LORA | {"use_dora": "true"}, Path())[0]["/adapter"] == "dora"
 
 
-def test_a_time_shift_is_for_flow_models():
+def test_time_shift_applies_to_flow_models_only():
     assert kinds(flow_schedule_shift=3)["flow_schedule_shift"] is Kind.idle
-    said, _ = translate({"model_family": "sd3", "model_type": "lora", "flow_schedule_shift": 3}, Path())
-    assert said["objective.shift"] == 3
+    translation, _ = translate({"model_family": "sd3", "model_type": "lora", "flow_schedule_shift": 3}, Path())
+    assert translation["objective.shift"] == 3
 
 
-def test_what_is_off_is_no_loss_and_what_is_asked_for_is():
+def test_disabled_options_are_not_reported_as_unsupported():
     assert kinds(tread_config=None, ramtorch=False, quantize_activations="false")["ramtorch"] is Kind.idle
-    asked = kinds(ramtorch=True, lora_rank="many", use_ema="perhaps", flux_lora_target="tiny", validation_prompt="${oc.env:HOME}")
-    assert {name for name, kind in asked.items() if kind is Kind.left} == asked.keys() - LORA.keys() - {"data_backend_config"}
+    reported = kinds(
+        ramtorch=True, lora_rank="many", use_ema="perhaps", flux_lora_target="tiny", validation_prompt="${oc.env:HOME}"
+    )
+    assert {name for name, kind in reported.items() if kind is Kind.left} == reported.keys() - LORA.keys() - {
+        "data_backend_config"
+    }
 
 
 @pytest.mark.parametrize(
     "sample", [pytest.param(samples.SUBJECT, id="subject"), pytest.param(samples.MASKED, id="masked", marks=pytest.mark.slow)]
 )
-def test_the_page_runs_on_the_toybox(config, tmp_path, sample):
+def test_imported_page_runs_on_the_toybox(config, tmp_path, sample):
     """Its config.json fragments and its dataset files; 64 px, without quantisation, so that it takes seconds."""
     for name, seed in (("subjectname", 0), ("regularisation", 1)):
         tiny.save_photos(tmp_path / "datasets" / name, [(80, 80), (90, 90)], seed=seed)
     for name in ("dreambooth", "dreambooth_mask"):
         tiny.save_photos(tmp_path / "datasets/test_datasets" / name, [(80, 80), (90, 90)])
-    sample = sample.replace('"repeats": 100', '"repeats": 0')  # both kinds of rows in two steps
+    sample = sample.replace('"repeats": 100', '"repeats": 0')  # instance and class rows in two steps
     for size in ("1024", "768", "512", "192"):
         sample = sample.replace(f": {size}", ": 64")
     data = samples.write(tmp_path / "data.json", sample, tmp_path)

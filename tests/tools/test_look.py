@@ -1,4 +1,4 @@
-"""The page of what training will see: its crops are those that are encoded, and what is odd is named."""
+"""The page of the training data: its crops are those that are encoded, and unusual photos are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dreambooth_lab.toybox.subjects import subject_photos
 
 
 @pytest.fixture
-def album(tmp_path: Path) -> Path:
+def photo_folder(tmp_path: Path) -> Path:
     """Three different photos with masks and text files: two square, one wide."""
     folder = tmp_path / "album"
     (folder / "masks").mkdir(parents=True)
@@ -38,10 +38,15 @@ def album(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def words(album: Path, small: list[str], tmp_path: Path) -> list[str]:
+def words(photo_folder: Path, small: list[str], tmp_path: Path) -> list[str]:
     kept = [word for word in small if not word.startswith(("dataset=", "dataset.path=", "cache=", "prior"))]
-    said = ["dataset=masked", f"dataset.path={album}", f"dataset.mask_path={album / 'masks'}", "dataset.caption=textfile"]
-    return [*kept, *said, "prior=none", f"cache={tmp_path / 'cache'}"]
+    overrides = [
+        "dataset=masked",
+        f"dataset.path={photo_folder}",
+        f"dataset.mask_path={photo_folder / 'masks'}",
+        "dataset.caption=textfile",
+    ]
+    return [*kept, *overrides, "prior=none", f"cache={tmp_path / 'cache'}"]
 
 
 def call(words: list[str], folder: Path) -> Result:
@@ -52,8 +57,8 @@ def crops(words: list[str]) -> list[Crop]:
     return [crop for one in inspect_datasets(lab.compose(*words), 100).datasets for seen in one.seen for crop in seen.crops]
 
 
-def test_the_crops_shown_are_those_that_are_encoded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte for byte, in every bucket, random places and mirrors included; their masks are the loss' on its grid."""
+def test_shown_crops_match_the_encoded_crops(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte in every bucket, including random and mirrored crops; masks are those of the loss on the latent grid."""
     words = [*words, "dataset.resolutions=[32,64]", "dataset.crop=random", "dataset.crop_variants=2", "dataset.flip=true"]
     words += ["dataset.crop_aspect=square"]
     shown = crops(words)
@@ -75,31 +80,31 @@ def test_the_crops_shown_are_those_that_are_encoded(words: list[str], monkeypatc
     assert {np.asarray(crop.mask)[:: family.factor, :: family.factor].tobytes() for crop in shown} == theirs
 
 
-def test_the_page_holds_each_crop_with_its_mask_and_caption(words: list[str], tmp_path: Path) -> None:
-    """A photo, its crop and that with its mask; all in one file that asks for nothing."""
+def test_page_shows_each_crop_with_mask_and_caption(words: list[str], tmp_path: Path) -> None:
+    """A photo, its crop, and the crop with its mask, in one self-contained file."""
     result = call(words, tmp_path / "out")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "out" / "look.html").read_text()
-    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in pictures]
+    images = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in images]
     assert len(sizes) == 9 and sizes.count((64, 64)) == 4 and (160, 96) in sizes
     assert set(re.findall(r"(?:src|href|url)\W+(\w+)", page)) == {"data"}
     assert all(f"photo &lt;{i}&gt; of a robot" in page for i in range(3)) and page.count("with its mask") == 2 * 3
     assert "copies" not in page and "near-duplicates" not in page and "blurred?" not in page
     with Image.open(tmp_path / "out" / "look.png") as drawn:
-        assert drawn.height == 3 * (160 + sheet.TITLE + sheet.GAP) + sheet.GAP, "a row a crop"
+        assert drawn.height == 3 * (160 + sheet.TITLE + sheet.GAP) + sheet.GAP, "one row per crop"
 
 
-def test_captions_are_counted_and_mirrored_crops_are_said(words: list[str], tmp_path: Path) -> None:
-    """In the tests' tokenizers every letter is a token, so a caption has as many as it has letters."""
-    told = inspect_datasets(lab.compose(*words, "dataset.flip=true"), 100)
-    captions = {caption for seen in told.datasets[0].seen for caption in seen.captions}
-    letters = {caption: len(caption.replace(" ", "")) for caption in captions}
-    assert captions and told.tokens == {c: {"text_encoder": n, "text_encoder_2": n} for c, n in letters.items()}
-    assert {crop.mirrored for crop in told.datasets[0].seen[0].crops} == {False, True}
+def test_captions_are_counted_and_mirrored_crops_are_reported(words: list[str], tmp_path: Path) -> None:
+    """In the tests' tokenizers every letter is a token."""
+    inspected = inspect_datasets(lab.compose(*words, "dataset.flip=true"), 100)
+    captions = {caption for seen in inspected.datasets[0].seen for caption in seen.captions}
+    lengths = {caption: len(caption.replace(" ", "")) for caption in captions}
+    assert captions and inspected.tokens == {c: {"text_encoder": n, "text_encoder_2": n} for c, n in lengths.items()}
+    assert {crop.mirrored for crop in inspected.datasets[0].seen[0].crops} == {False, True}
     call([*words, "dataset.flip=true"], tmp_path / "out")
     page = (tmp_path / "out" / "look.html").read_text()
-    assert ", mirrored" in page and f"tokens: {min(letters.values())} for text_encoder" in page
+    assert ", mirrored" in page and f"tokens: {min(lengths.values())} for text_encoder" in page
 
 
 def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,33 +115,33 @@ def test_no_weights_are_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch
     assert crops(words)
 
 
-def test_copies_and_near_copies_are_named(words: list[str], album: Path) -> None:
-    """The same bytes; and the same photo smaller, as a JPEG. Other photos of the subject are neither."""
-    (album / "same.png").write_bytes((album / "0.png").read_bytes())
-    with Image.open(album / "1.png") as photo:
-        photo.resize((100, 100)).save(album / "near.jpg", quality=70)
+def test_duplicates_and_near_duplicates_are_named(words: list[str], photo_folder: Path) -> None:
+    """The same bytes, and the same photo as a smaller JPEG; other photos of the subject are neither."""
+    (photo_folder / "same.png").write_bytes((photo_folder / "0.png").read_bytes())
+    with Image.open(photo_folder / "1.png") as photo:
+        photo.resize((100, 100)).save(photo_folder / "near.jpg", quality=70)
     for name, like in (("same", "0"), ("near", "1")):
-        (album / f"{name}.txt").write_text("a robot")
-        (album / "masks" / f"{name}.png").write_bytes((album / "masks" / f"{like}.png").read_bytes())
+        (photo_folder / f"{name}.txt").write_text("a robot")
+        (photo_folder / "masks" / f"{name}.png").write_bytes((photo_folder / "masks" / f"{like}.png").read_bytes())
     (one,) = inspect_datasets(lab.compose(*words), 100).datasets
     assert one.remarks[0] == "0.png and same.png are duplicates: equal bytes"
     assert one.remarks[1].startswith("1.png and near.jpg are near-duplicates") and len(one.remarks) == 2
 
 
-def test_blurred_small_and_much_cut_photos_are_named(words: list[str], album: Path) -> None:
-    with Image.open(album / "0.png") as photo:
-        photo.filter(ImageFilter.GaussianBlur(6)).save(album / "0.png")
-    with Image.open(album / "1.png") as photo:
-        photo.resize((24, 24)).save(album / "1.png")
+def test_blurred_small_and_heavily_cropped_photos_are_named(words: list[str], photo_folder: Path) -> None:
+    with Image.open(photo_folder / "0.png") as photo:
+        photo.filter(ImageFilter.GaussianBlur(6)).save(photo_folder / "0.png")
+    with Image.open(photo_folder / "1.png") as photo:
+        photo.resize((24, 24)).save(photo_folder / "1.png")
     (one,) = inspect_datasets(lab.compose(*words, "dataset.crop_aspect=square"), 100).datasets
-    said = {seen.picture.name: seen.remarks for seen in one.seen}
-    assert said["0.png"] == [f"blurred? variance of the Laplacian {one.seen[0].sharpness:.3g} < 25"]
-    assert said["1.png"] == ["small: enlarged 2.67 times for 64×64"]
-    assert said["2.png"] == ["40% is removed by the crop to 64×64"]
+    remarks = {seen.picture.name: seen.remarks for seen in one.seen}
+    assert remarks["0.png"] == [f"blurred? variance of the Laplacian {one.seen[0].sharpness:.3g} < 25"]
+    assert remarks["1.png"] == ["small: enlarged 2.67 times for 64×64"]
+    assert remarks["2.png"] == ["40% is removed by the crop to 64×64"]
 
 
 def test_sharpness_is_the_variance_of_the_laplacian() -> None:
-    """A picture of single white points: the Laplacian is 4·255 there, −255 at each neighbour, 0 elsewhere."""
+    """An image of single white points: the Laplacian is 4·255 there, −255 at each neighbour, 0 elsewhere."""
     level = np.zeros((66, 66), dtype=np.uint8)
     level[4:62:8, 4:62:8] = 255
     points, inside = 64, 64 * 64
@@ -144,30 +149,30 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
     assert sharpness(Image.new("RGB", (50, 40), "red")) == 0
 
 
-def test_converted_colours_are_said(words: list[str], album: Path) -> None:
-    with Image.open(album / "0.png") as photo:
-        photo.save(album / "0.png", icc_profile=display_p3())
+def test_converted_colour_profiles_are_reported(words: list[str], photo_folder: Path) -> None:
+    with Image.open(photo_folder / "0.png") as photo:
+        photo.save(photo_folder / "0.png", icc_profile=display_p3())
     assert (
         "colours converted from its ICC profile to sRGB" in inspect_datasets(lab.compose(*words), 100).datasets[0].seen[0].remarks
     )
 
 
-def test_what_must_be_mended_is_named(words: list[str], album: Path, tmp_path: Path) -> None:
-    (album / "masks" / "1.png").unlink()
-    (album / "2.png").write_bytes((album / "2.png").read_bytes()[:300])
-    Image.new("L", (128, 128)).save(album / "masks" / "0.png")
+def test_problems_are_named(words: list[str], photo_folder: Path, tmp_path: Path) -> None:
+    (photo_folder / "masks" / "1.png").unlink()
+    (photo_folder / "2.png").write_bytes((photo_folder / "2.png").read_bytes()[:300])
+    Image.new("L", (128, 128)).save(photo_folder / "masks" / "0.png")
     result = call(words, tmp_path / "out")
     assert result.exit_code == 1
     assert "1.png: has no mask" in result.output and "0.png: its mask 0.png is all black" in result.output
     assert "2.png is not trained on: " in (tmp_path / "out" / "look.html").read_text()
 
 
-def test_only_so_many_are_shown(words: list[str]) -> None:
+def test_number_of_shown_photos_is_limited(words: list[str]) -> None:
     (one,) = inspect_datasets(lab.compose(*words), 2).datasets
     assert len(one.seen) == 2 and one.remarks == ["1 more are not shown; --most=3 shows them"]
 
 
-def test_wrong_words_are_refused(words: list[str], tmp_path: Path) -> None:
+def test_invalid_options_are_refused(words: list[str], tmp_path: Path) -> None:
     for wrong in ("dataset.no_such_key=1", "dataset.path=/no/such/folder"):
         assert isinstance(call([*words, wrong], tmp_path / "out").exception, ConfigError)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Files of LoRAs: the same update in every layout, cuts at the singular values' bound, exact sums, and baked pipelines."""
+"""LoRA files: the same update in every layout, resizing with optimal error, exact merges, and baked pipelines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 
 
 def export(tiny_sdxl, folder, seed, *more):
-    """A LoRA of the UNet and both text encoders, its weights anywhere."""
+    """Export a LoRA of the UNet and both text encoders with random weights."""
     cfg = lab.compose("model=sdxl", f"model.pretrained={tiny_sdxl}", "model.resolution=64", "dataset=folder", "dataset.path=.",
                       "model.dtype=float32", "adapter=lora", "adapter.alpha=3", "adapter.rank=4", "trainer.accelerator=cpu",
                       "adapter.text_encoders=[1,2]", "adapter.parts=[attention,feed_forward,convolution]", *more)  # fmt: skip
@@ -44,14 +44,14 @@ def export(tiny_sdxl, folder, seed, *more):
 
 @pytest.fixture(scope="module")
 def exports(tiny_sdxl, tmp_path_factory):
-    """Two, the second with another rank in some layers."""
+    """Two exports, the second with another rank in some layers."""
     root = tmp_path_factory.mktemp("exports")
     other = "adapter.blocks=[{match: up_blocks, rank: 2, lr_ratio: 1}]"
     return export(tiny_sdxl, root / "a", 1), export(tiny_sdxl, root / "b", 2, other)
 
 
 def dense(path):
-    """Part and layer → s · B A, formed."""
+    """Part and layer → s · B A, as a matrix."""
     parts = read(path).parts
     return {
         f"{part}.{name}": one.alpha / len(one.down) * one.up.flatten(1).double() @ one.down.flatten(1).double()
@@ -64,7 +64,7 @@ def pipe(base):
     return StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
 
 
-def answer(pipeline):
+def prediction(pipeline):
     states, _, pooled, _ = pipeline.encode_prompt("a photo of sks dog", do_classifier_free_guidance=False)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     added = {"text_embeds": pooled, "time_ids": torch.full((1, 6), 64.0)}
@@ -73,9 +73,9 @@ def answer(pipeline):
 
 
 @pytest.fixture(scope="module")
-def answers(tiny_sdxl, exports):
-    """Of the base, and with each export's own diffusers file on it."""
-    return [answer(loaded(tiny_sdxl, path)) for path in (None, *(folder / DIFFUSERS for folder in exports))]
+def predictions(tiny_sdxl, exports):
+    """Predictions of the base, and with each export's diffusers file loaded."""
+    return [prediction(loaded(tiny_sdxl, path)) for path in (None, *(folder / DIFFUSERS for folder in exports))]
 
 
 def loaded(base, path):
@@ -90,7 +90,7 @@ def loaded(base, path):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_three_layouts_of_an_export_are_one_update(which, exports):
+def test_three_layouts_of_an_export_give_the_same_update(which, exports):
     folder = exports[which]
     ours = dense(folder / DIFFUSERS)
     for name, layout in ((KOHYA, "kohya"), ("peft", "peft")):
@@ -104,8 +104,8 @@ def test_three_layouts_of_an_export_are_one_update(which, exports):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("source", [DIFFUSERS, KOHYA, "peft"])
 @pytest.mark.parametrize("to", ["diffusers", "kohya", "peft"])
-def test_a_converted_file_is_the_same_update_and_the_same_prediction(
-    which, source, to, exports, answers, tiny_sdxl, tmp_path, capsys
+def test_converted_file_gives_the_same_update_and_prediction(
+    which, source, to, exports, predictions, tiny_sdxl, tmp_path, capsys
 ):
     output = tmp_path / ("folder" if to == "peft" else "out.safetensors")
     call("convert", exports[which] / source, "--to", to, "--output", output)
@@ -113,8 +113,8 @@ def test_a_converted_file_is_the_same_update_and_the_same_prediction(
     assert theirs.keys() == ours.keys() and read(output).layout == to
     for layer in ours:
         assert_close(theirs[layer], ours[layer], atol=1e-6, rtol=0)
-    assert_close(answer(loaded(tiny_sdxl, output)), answers[which + 1], atol=1e-4, rtol=1e-4)
-    assert (answers[which + 1] - answers[0]).abs().max() > 1e-2, "the update shows"
+    assert_close(prediction(loaded(tiny_sdxl, output)), predictions[which + 1], atol=1e-4, rtol=1e-4)
+    assert (predictions[which + 1] - predictions[0]).abs().max() > 1e-2, "the update changes the prediction"
 
 
 def call(*words):
@@ -130,16 +130,16 @@ def refused(capsys, *words):
     return capsys.readouterr().err
 
 
-def test_headers_travel_except_what_no_longer_holds(exports, tmp_path):
+def test_headers_are_kept_except_outdated_fields(exports, tmp_path):
     call("convert", exports[0] / DIFFUSERS, "--to", "kohya", "--output", tmp_path / "k.safetensors", "--dtype", "float16")
     with safe_open(tmp_path / "k.safetensors", "pt") as file:
-        said = file.metadata()
+        header = file.metadata()
         assert {str(file.get_tensor(key).dtype) for key in file.keys() if "lora_" in key.partition(".")[2]} == {"torch.float16"}  # noqa: SIM118
-    assert said["steps"] == "3" and said["ss_network_dim"] == "4" and "lora_adapter_metadata" not in said
+    assert header["steps"] == "3" and header["ss_network_dim"] == "4" and "lora_adapter_metadata" not in header
 
 
 @pytest.mark.parametrize("how", [("--rank", "2"), ("--keep", "0.9")])
-def test_a_smaller_file_is_as_near_as_the_singular_values_allow(how, exports, tmp_path, capsys):
+def test_resized_file_has_the_optimal_error(how, exports, tmp_path, capsys):
     call("resize", exports[0] / KOHYA, *how, "--output", tmp_path / "small.safetensors")
     printed = capsys.readouterr().out.partition("error    ")[2].partition("\n")[0]
     before, after = dense(exports[0] / KOHYA), dense(tmp_path / "small.safetensors")
@@ -153,13 +153,13 @@ def test_a_smaller_file_is_as_near_as_the_singular_values_allow(how, exports, tm
         error, whole = error + (full - after[layer]).square().sum().item(), whole + squares.sum().item()
     error, bound = (error / whole) ** 0.5, (bound / whole) ** 0.5
     assert bound > 0.01 and abs(error - bound) < 1e-4 * bound
-    said = [float(word) for word in printed.replace(";", " ").split() if word[0].isdigit()]
-    assert said == pytest.approx([error, bound], rel=1e-4)
+    values = [float(word) for word in printed.replace(";", " ").split() if word[0].isdigit()]
+    assert values == pytest.approx([error, bound], rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [None, 8])
-def test_a_merge_is_the_weighted_sum(rank, exports, tmp_path):
-    """Also when it is cut to a rank that holds all of it."""
+def test_merge_is_the_weighted_sum(rank, exports, tmp_path):
+    """Also when resized to a rank that keeps the whole update."""
     more = ["--rank", rank] if rank else []
     words = [exports[0] / KOHYA, exports[1] / DIFFUSERS, "--weights", "0.75", "-0.5", "--output", tmp_path / "m.safetensors"]
     call("merge", *words, *more)
@@ -169,25 +169,25 @@ def test_a_merge_is_the_weighted_sum(rank, exports, tmp_path):
 
 
 @pytest.mark.parametrize(("which", "name", "strength"), [(0, KOHYA, 1.0), (1, "peft", 0.5)])
-def test_a_baked_pipeline_answers_as_the_base_with_the_lora_on(which, name, strength, exports, answers, tiny_sdxl, tmp_path):
+def test_baked_pipeline_predicts_like_the_base_with_the_lora(which, name, strength, exports, predictions, tiny_sdxl, tmp_path):
     call("bake", exports[which] / name, "--base", tiny_sdxl, "--output", tmp_path / "baked", "--strength", strength)
     with_lora = pipe(tiny_sdxl)
     with_lora.load_lora_weights(exports[which] / DIFFUSERS, adapter_name="it")
     with_lora.set_adapters("it", strength)
     baked = pipe(tmp_path / "baked")
     assert not [key for key in baked.unet.state_dict() if "lora" in key]
-    assert_close(answer(baked), answer(with_lora), atol=1e-4, rtol=1e-4)
-    assert (answer(baked) - answers[0]).abs().max() > 1e-2
+    assert_close(prediction(baked), prediction(with_lora), atol=1e-4, rtol=1e-4)
+    assert (prediction(baked) - predictions[0]).abs().max() > 1e-2
 
 
-def test_a_lora_of_another_base_is_not_baked(exports, tiny_sdxl, tmp_path, capsys):
+def test_lora_of_another_base_is_not_baked(exports, tiny_sdxl, tmp_path, capsys):
     one = {"unet.nosuch.to_q.lora_A.weight": torch.zeros(2, 8), "unet.nosuch.to_q.lora_B.weight": torch.zeros(8, 2)}
     save_file(one, tmp_path / "other.safetensors")
-    said = refused(capsys, "bake", tmp_path / "other.safetensors", "--base", tiny_sdxl, "--output", tmp_path / "baked")
-    assert "--base" in said and not (tmp_path / "baked").exists()
+    output = refused(capsys, "bake", tmp_path / "other.safetensors", "--base", tiny_sdxl, "--output", tmp_path / "baked")
+    assert "--base" in output and not (tmp_path / "baked").exists()
 
 
-def test_ai_toolkits_file_has_alpha_as_its_rank_and_says_so(tmp_path, capsys):
+def test_ai_toolkit_file_uses_rank_as_alpha_with_a_notice(tmp_path, capsys):
     names = [f"diffusion_model.layers.{i}.attention.to_q" for i in (0, 1)]
     torch.manual_seed(0)
     weights = {
@@ -195,8 +195,8 @@ def test_ai_toolkits_file_has_alpha_as_its_rank_and_says_so(tmp_path, capsys):
     }
     save_file(weights, tmp_path / "ai.safetensors")
     call("inspect", tmp_path / "ai.safetensors")
-    told = capsys.readouterr()
-    assert "2 layers" in told.err and "alpha = rank" in told.err and "comfyui" in told.out
+    output = capsys.readouterr()
+    assert "2 layers" in output.err and "alpha = rank" in output.err and "comfyui" in output.out
     call("convert", tmp_path / "ai.safetensors", "--to", "diffusers", "--output", tmp_path / "d.safetensors")
     capsys.readouterr()
     call("inspect", tmp_path / "d.safetensors")
@@ -206,30 +206,30 @@ def test_ai_toolkits_file_has_alpha_as_its_rank_and_says_so(tmp_path, capsys):
         assert_close(dense(tmp_path / "d.safetensors")[f"transformer.layers.{i}.attention.to_q"], up @ down)
 
 
-def test_rslora_and_patterns_of_peft_scale_as_peft_does(exports, tmp_path):
+def test_rslora_and_rank_patterns_scale_as_in_peft(exports, tmp_path):
     file = exports[0] / "peft" / "adapter_model.safetensors"
     layer = next(key for key in load_file(file) if key.endswith("to_q.lora_A.weight"))
     layer = layer.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
     (tmp_path / "adapter_model.safetensors").write_bytes(file.read_bytes())
-    said = {"lora_alpha": 6, "r": 4, "use_rslora": True, "alpha_pattern": {layer: 10}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    config = {"lora_alpha": 6, "r": 4, "use_rslora": True, "alpha_pattern": {layer: 10}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     scales = {name: one.scale for name, one in read(tmp_path).parts["unet"].items()}
     assert scales.pop(layer) == pytest.approx(10 / 2) and list(scales.values()) == pytest.approx([6 / 2] * len(scales))
 
 
-def test_inspect_tells_layers_ranks_and_norms(exports, capsys):
+def test_inspect_reports_layers_ranks_and_norms(exports, capsys):
     call("inspect", exports[1] / KOHYA)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     update = dense(exports[1] / DIFFUSERS)
     block = [full for name, full in update.items() if name.startswith("unet.down_blocks.1.")]
     norm = sum(full.square().sum() for full in block).sqrt()
-    row = next(line for line in told.splitlines() if "down_blocks.1 " in line)
+    row = next(line for line in output.splitlines() if "down_blocks.1 " in line)
     assert str(len(block)) in row and f"{norm:.4g}" in row
-    assert "kohya" in told and "2 (" in told and "4 (" in told and "float32" in told
+    assert "kohya" in output and "2 (" in output and "4 (" in output and "float32" in output
 
 
 @pytest.mark.parametrize("file", ["lora.bin", "lora.safetensors"])
-def test_a_pickle_is_refused_and_not_read(file, tmp_path, capsys):
+def test_pickle_is_refused_and_not_loaded(file, tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
             return (tmp_path / "ran").touch, ()
@@ -237,23 +237,23 @@ def test_a_pickle_is_refused_and_not_read(file, tmp_path, capsys):
     (tmp_path / file).write_bytes(pickle.dumps(Bomb()))
     torch.save({"a": torch.zeros(1)}, tmp_path / "torch.safetensors")
     for name in (file, "torch.safetensors"):
-        said = refused(capsys, "inspect", tmp_path / name)
-        assert name in said and "pickle" in said
+        output = refused(capsys, "inspect", tmp_path / name)
+        assert name in output and "pickle" in output
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [("unet.conv.weight", "is not a LoRA"), ("lora_unet_a.hada_w1_a", "LoHa"), ("unet.a.lora_magnitude_vector", "DoRA"),
      ("unet.a.lora_A.weight", "lacks")],
 )  # fmt: skip
-def test_a_file_that_is_no_plain_lora_is_refused_by_name(key, told, tmp_path, capsys):
+def test_files_other_than_plain_loras_are_refused_by_name(key, message, tmp_path, capsys):
     save_file({key: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
-    said = refused(capsys, "inspect", tmp_path / "x.safetensors")
-    assert "x.safetensors" in said and told in said
+    output = refused(capsys, "inspect", tmp_path / "x.safetensors")
+    assert "x.safetensors" in output and message in output
 
 
-def test_wrong_questions_name_their_option(exports, tmp_path, capsys):
+def test_invalid_options_are_named(exports, tmp_path, capsys):
     file, out = exports[0] / KOHYA, tmp_path / "o.safetensors"
     assert "--keep is 2" in refused(capsys, "resize", file, "--keep", "2", "--output", out)
     assert "--rank R or --keep" in refused(capsys, "resize", file, "--output", out)
@@ -262,8 +262,8 @@ def test_wrong_questions_name_their_option(exports, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_makers_own_layout_is_inspected_and_not_converted_wrongly(tmp_path, capsys):
-    """FLUX as sd-scripts has it: one matrix for q, k and v."""
+def test_original_layout_is_inspected_and_not_converted(tmp_path, capsys):
+    """FLUX in sd-scripts' layout: one matrix for q, k and v."""
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     one = {
         f"{name}.lora_down.weight": torch.ones(2, 4),
@@ -274,8 +274,8 @@ def test_a_makers_own_layout_is_inspected_and_not_converted_wrongly(tmp_path, ca
     call("inspect", tmp_path / "flux.safetensors")
     assert "double_blocks.0" in capsys.readouterr().out
     for to in ("diffusers", "kohya", "peft"):
-        said = refused(capsys, "convert", tmp_path / "flux.safetensors", "--to", to, "--output", tmp_path / "out")
-        assert "double_blocks" in said and "save_lora_weights" in said and not (tmp_path / "out").exists()
+        output = refused(capsys, "convert", tmp_path / "flux.safetensors", "--to", to, "--output", tmp_path / "out")
+        assert "double_blocks" in output and "save_lora_weights" in output and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_makers_own_layout_is_inspected_and_not_converted_wrongly(tmp_path, ca
      ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.{}.weight", "attn1.to_q"),
      ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.{}.weight", "self_attn.q_proj")],
 )  # fmt: skip
-def test_older_names_of_diffusers_are_read(key, layer, tmp_path):
+def test_old_diffusers_names_are_read(key, layer, tmp_path):
     save_file({key.format("down"): torch.ones(2, 4), key.format("up"): torch.ones(3, 2)}, tmp_path / "old.safetensors")
     ((found, one),) = (item for layers in read(tmp_path / "old.safetensors").parts.values() for item in layers.items())
     assert found.endswith(layer) and "processor" not in found and one.down.shape == (2, 4) and one.up.shape == (3, 2)
@@ -300,7 +300,7 @@ def test_half_precision_keeps_its_dtype_and_norms(exports, tmp_path):
         assert (theirs[layer] - ours[layer]).norm() < 0.02 * ours[layer].norm()
 
 
-def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path, capsys):
+def test_values_beyond_the_dtype_are_refused(tmp_path, capsys):
     one = {"unet.conv_in.lora_A.weight": torch.full((2, 4), 1e6), "unet.conv_in.lora_B.weight": torch.ones(3, 2)}
     save_file(one, tmp_path / "big.safetensors")
     words = [

@@ -1,4 +1,4 @@
-"""Prompts are ranked by what the base model draws of them, under the same noise, and by the photos alone."""
+"""Prompts are ranked by the base model's images from the same noise, and by its loss on the photos."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def call(words: list[str], prompts: list[str], folder: Path, *more: str):
-    said = [word for prompt in prompts for word in ("--prompts", prompt)]
-    return CliRunner().invoke(application, [*words, *said, "--output_dir", str(folder), *more])
+    options = [word for prompt in prompts for word in ("--prompts", prompt)]
+    return CliRunner().invoke(application, [*words, *options, "--output_dir", str(folder), *more])
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -36,7 +36,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_subjects_class_comes_first_on_the_toybox(words: list[str], tmp_path: Path) -> None:
+def test_class_of_the_subject_ranks_first_on_the_toybox(words: list[str], tmp_path: Path) -> None:
     done = call(words, PROMPTS, tmp_path / "out")
     assert done.exit_code == 0, done.output
     ranks = read(tmp_path / "out" / "ranks.csv")
@@ -47,16 +47,16 @@ def test_the_subjects_class_comes_first_on_the_toybox(words: list[str], tmp_path
     assert all(float(r["low"]) <= float(r["mean"]) <= float(r["high"]) for r in ranks)
     scores = read(tmp_path / "out" / "scores.csv")
     assert len([s for s in scores if s["metric"] == "clip_i"]) == 3 * 3
-    assert len([s for s in scores if s["metric"] == "clip_t"]) == 3 * 5, "a value for each photo"
+    assert len([s for s in scores if s["metric"] == "clip_t"]) == 3 * 5, "one value per photo"
     with Image.open(tmp_path / "out" / "sheet.png") as drawn:
-        assert drawn.height == 4 * (128 + sheet.TITLE + sheet.GAP) + sheet.GAP, "the photos once, and a row a prompt"
+        assert drawn.height == 4 * (128 + sheet.TITLE + sheet.GAP) + sheet.GAP, "the photos once, and one row per prompt"
     assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 9
     again = call(words, PROMPTS, tmp_path / "out")
     assert isinstance(again.exception, ConfigError) and "--force" in str(again.exception)
 
 
 def test_every_prompt_starts_from_the_same_noise(words: list[str]) -> None:
-    """A prompt's pictures don't depend on which others are asked for."""
+    """A prompt's images do not depend on the other prompts."""
     cfg = lab.compose(*words)
     family = base_model.load(cfg)
     alone = base_model.images(cfg, family, [PROMPTS[2]])[0]
@@ -64,15 +64,15 @@ def test_every_prompt_starts_from_the_same_noise(words: list[str]) -> None:
     assert [a.tobytes() for a in alone] == [b.tobytes() for b in among]
 
 
-def test_what_is_behind_the_best_is_measured_pair_by_pair() -> None:
-    """The pictures differ much, the prompts by a constant: the difference is certain though the means are not."""
+def test_differences_from_the_best_are_paired() -> None:
+    """Values vary much between images, but the prompts differ by a constant: the paired difference is certain."""
     made = compared({"a": [0.1, 0.5, 0.9], "b": [0.2, 0.6, 1.0]})
     assert made["b"].behind == 0 and made["a"].behind == pytest.approx(0.1)
     assert made["a"].behind_high - made["a"].behind_low < 1e-6 < made["a"].high - made["a"].low
     assert math.isnan(compared({"a": [0.1, 0.2]})["a"].low), "two values have no interval"
 
 
-def test_the_answer_moves_with_the_prompt_alone(words: list[str]) -> None:
+def test_prediction_changes_only_with_the_prompt(words: list[str]) -> None:
     cfg = lab.compose(*words)
     family = base_model.load(cfg)
     same, near, far = base_model.movement(
@@ -82,7 +82,7 @@ def test_the_answer_moves_with_the_prompt_alone(words: list[str]) -> None:
     assert torch.isfinite(torch.tensor(far))
 
 
-def test_wrong_words_are_refused_before_anything_is_drawn(words: list[str], tmp_path: Path) -> None:
+def test_invalid_options_are_refused_before_sampling(words: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--prompts"):
         gathered(["one", " one "], None)
     with pytest.raises(ConfigError, match="--prompts_file"):

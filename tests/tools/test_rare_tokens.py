@@ -1,4 +1,4 @@
-"""Rare tokens are single tokens to every encoder, no words that people know, and the loneliest come first."""
+"""Rare tokens are single tokens of every encoder and unknown words, sorted by isolation."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def build(folder, words, monkeypatch):
     toybox.save_tokenizer(folder)
 
 
-def tell(capsys, *words):
+def run_tool(capsys, *words):
     with pytest.raises(SystemExit) as ended:
         rare_tokens.main([str(word) for word in words])
-    told = capsys.readouterr()
-    return ended.value.code, told.out, told.err
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
 
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """Two encoders: one word is two tokens to the second, and one embedding is nearly another's."""
+    """Two encoders: one word is two tokens of the second, and two embeddings are nearly equal."""
     build(tmp_path / "tokenizer", ["dog", "emma", "def", "qvz", "zwx", "bnha", "xjy", "sks", "longish"], monkeypatch)
     build(tmp_path / "tokenizer_2", ["dog", "emma", "def", "qvz", "zwx", "xjy", "sks", "longish"], monkeypatch)
     for end in ("", "_2"):
@@ -48,19 +48,19 @@ def model(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_candidates_are_one_token_to_all_and_known_words_are_left_out_with_a_reason(model, capsys):
-    code, out, _ = tell(capsys, "--tokenizer", model)
+def test_candidates_are_single_tokens_and_known_words_are_excluded_with_a_reason(model, capsys):
+    code, out, _ = run_tool(capsys, "--tokenizer", model)
     assert code == 0
     listed = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert set(listed) == {"qvz", "zwx", "xjy"}, "bnha is several tokens to the second; longish is too long"
-    assert listed[-1] == "qvz", "it lies beside dog"
+    assert listed[-1] == "qvz", "its embedding is close to dog's"
     reasons = {line.partition(":")[0]: line.partition(":")[2] for line in out.splitlines() if line.startswith("left out")}
     assert "dog" in reasons["left out, a word"] and "emma" in reasons["left out, a name"]
     assert "def" in reasons["left out, a word of code"] and "sks" in reasons["left out, a thing that models draw"]
     assert reasons["left out, one token for tokenizer only"].strip() == "bnha"
 
 
-def test_isolation_is_the_distance_to_the_nearest_other_row():
+def test_isolation_is_the_distance_to_the_nearest_other_embedding():
     rows = torch.randn(700, 16, generator=torch.Generator().manual_seed(1))
     ids = torch.arange(600)
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2)
@@ -68,14 +68,14 @@ def test_isolation_is_the_distance_to_the_nearest_other_row():
     torch.testing.assert_close(vocabulary.isolation(rows, ids), 1 - cosines.amax(1)[:600], atol=1e-5, rtol=1e-5)
 
 
-def test_a_file_of_words_leaves_out_more(model, capsys, tmp_path):
+def test_word_file_excludes_more_candidates(model, capsys, tmp_path):
     (tmp_path / "mine.txt").write_text("ZWX other\n")
-    _, out, _ = tell(capsys, "--tokenizer", model, "--words", tmp_path / "mine.txt")
+    _, out, _ = run_tool(capsys, "--tokenizer", model, "--words", tmp_path / "mine.txt")
     assert "│ zwx" not in out and "mine.txt: zwx" in out.replace("\n", " ")
 
 
-def test_an_audit_counts_the_tokens_of_each_encoder(model, capsys):
-    _, out, _ = tell(capsys, "--tokenizer", model, "--audit", "bnha dog")
+def test_audit_counts_the_tokens_of_each_encoder(model, capsys):
+    _, out, _ = run_tool(capsys, "--tokenizer", model, "--audit", "bnha dog")
     rows = {
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:4]] for line in out.splitlines() if "│" in line
     }
@@ -84,13 +84,13 @@ def test_an_audit_counts_the_tokens_of_each_encoder(model, capsys):
     assert first == 1 and second > 1
 
 
-def test_the_toybox_is_the_default_and_its_free_words_are_found(capsys):
-    code, out, _ = tell(capsys, "--count", "500")
+def test_toybox_is_the_default_and_its_unused_words_are_found(capsys):
+    code, out, _ = run_tool(capsys, "--count", "500")
     assert code == 0 and "│ zwx" in out and "│ ohwx" in out and "│ cat" not in out
 
 
-def test_what_holds_no_tokenizer_is_refused(tmp_path, capsys):
-    code, _, err = tell(capsys, "--tokenizer", tmp_path)
+def test_folder_without_tokenizer_is_refused(tmp_path, capsys):
+    code, _, err = run_tool(capsys, "--tokenizer", tmp_path)
     assert code == 2 and "--tokenizer" in err and str(tmp_path) in err
 
 
@@ -100,7 +100,7 @@ MODEL = ["validation.num_inference_steps=2", "trainer.accelerator=cpu", "trainer
 
 
 def unigram():
-    """In it ▁zwx stands for a word; xq only for a word's end."""
+    """▁zwx is a whole word; xq only the end of a word."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -1.0), ("▁zwx", -9.0), ("xq", -9.5)]
     return T5Tokenizer(vocab=[*pieces, *((letter, -8.0) for letter in LETTERS)])
 
@@ -118,7 +118,7 @@ def gemma():
 
 
 @pytest.mark.parametrize("build", [unigram, qwen, gemma])
-def test_what_counts_is_a_word_inside_a_prompt(build, tmp_path):
+def test_tokens_are_counted_for_words_inside_a_prompt(build, tmp_path):
     """Every kind of tokenizer has "zwx" after a space as one token, and "xq" only inside words."""
     build().save_pretrained(tmp_path / "tokenizer")
     (reader,) = vocabulary.load(str(tmp_path))
@@ -129,8 +129,8 @@ def test_what_counts_is_a_word_inside_a_prompt(build, tmp_path):
     assert token in prompt and len(reader.ids(["xq"])[0]) > 1
 
 
-def test_a_csv_holds_every_candidate_with_its_tokens(model, capsys, tmp_path):
-    tell(capsys, "--tokenizer", model, "--count", "1", "--csv", tmp_path / "out" / "rare.csv")
+def test_csv_lists_every_candidate_with_its_tokens(model, capsys, tmp_path):
+    run_tool(capsys, "--tokenizer", model, "--count", "1", "--csv", tmp_path / "out" / "rare.csv")
     with (tmp_path / "out" / "rare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     readers = vocabulary.load(str(model))
@@ -139,8 +139,8 @@ def test_a_csv_holds_every_candidate_with_its_tokens(model, capsys, tmp_path):
         assert [int(row[reader.name]) for reader in readers] == [reader.ids([row["word"]])[0][0] for reader in readers]
 
 
-def test_a_word_that_moves_the_answer_more_comes_later(capsys, tmp_path):
-    """The toybox was trained with "red" and never with "zwx"; each word is asked at the same times and noises."""
+def test_words_are_sorted_by_change_of_prediction(capsys, tmp_path):
+    """The toybox was trained with "red" and never with "zwx"; each word is evaluated at the same timesteps and noises."""
     from dreambooth_lab import lab
     from dreambooth_lab.tools.rare_words.base_model_test import BaseModelTest
 
@@ -150,9 +150,9 @@ def test_a_word_that_moves_the_answer_more_comes_later(capsys, tmp_path):
     assert [one.word for one in vocabulary.ranked(even)] == ["near", "far"]
 
 
-def test_the_model_is_asked_about_the_rarest_and_draws_them(capsys, tmp_path):
+def test_rarest_words_are_evaluated_and_drawn_by_the_model(capsys, tmp_path):
     words = ["model=toybox", *MODEL, "--count", "2", "--drawn", "3", "--csv", tmp_path / "r.csv", "--sheet", tmp_path / "s.png"]
-    code, out, err = tell(capsys, *words)
+    code, out, err = run_tool(capsys, *words)
     assert code == 0, err
     with (tmp_path / "r.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -162,24 +162,24 @@ def test_the_model_is_asked_about_the_rarest_and_draws_them(capsys, tmp_path):
 
 
 def rows_of(path):
-    """Rows of a sheet of the toybox's pictures."""
+    """Number of rows of a sheet of toybox images."""
     with Image.open(path) as drawn:
         return (drawn.height - sheet.GAP) / (128 + sheet.TITLE + sheet.GAP)
 
 
-def test_an_audit_with_a_model_draws_what_it_takes_words_for(capsys, tmp_path):
-    code, out, err = tell(capsys, "model=toybox", *MODEL, "--audit", "sks robot", "--sheet", tmp_path / "audit.png")
+def test_audit_with_a_model_draws_the_words(capsys, tmp_path):
+    code, out, err = run_tool(capsys, "model=toybox", *MODEL, "--audit", "sks robot", "--sheet", tmp_path / "audit.png")
     assert code == 0 and "movement" in out, err
     assert rows_of(tmp_path / "audit.png") == 3, "the class, and two words"
 
 
-def test_what_contradicts_itself_is_refused(capsys, tmp_path):
-    for said, named in (
+def test_contradictory_options_are_refused(capsys, tmp_path):
+    for options, named in (
         (["model=toybox", "--tokenizer", tmp_path], "--tokenizer"),
         (["--sheet", tmp_path / "s.png"], "--sheet"),
         (["--words", tmp_path / "absent.txt"], "--words"),
     ):
-        code, _, err = tell(capsys, *said)
+        code, _, err = run_tool(capsys, *options)
         assert code == 2 and named in err
 
 
@@ -197,12 +197,12 @@ def clips_own(folder):
     CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges).save_pretrained(folder / "tokenizer")
 
 
-def test_the_vocabulary_of_clip(capsys, tmp_path):
-    """sks is one late token, as the field knows; ohwx is another, and is a candidate; zwx is two."""
+def test_clip_vocabulary_is_searched(capsys, tmp_path):
+    """sks is one token with a high index; ohwx is another and a candidate; zwx is two tokens."""
     clips_own(tmp_path)
     (reader,) = vocabulary.load(str(tmp_path))
     assert reader.ids(["photo", "sks", "ohwx"]) == [[1125], [48136], [47993]] and len(reader.ids(["zwx"])[0]) == 2
-    code, _, _ = tell(capsys, "--tokenizer", tmp_path, "--csv", tmp_path / "rare.csv")
+    code, _, _ = run_tool(capsys, "--tokenizer", tmp_path, "--csv", tmp_path / "rare.csv")
     with (tmp_path / "rare.csv").open(newline="") as file:
         words = {row["word"]: float(row["place"]) for row in csv.DictReader(file)}
     assert code == 0 and words["ohwx"] > 0.97 and not {"sks", "dog", "emma", "def"} & words.keys()

@@ -1,4 +1,4 @@
-"""The live page: who may speak and look, what it believes, what it shows."""
+"""The live page: authentication, validation of messages, and display."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def png(colour="red"):
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def picture(kind="image", **changes):
+def image_message(kind="image", **changes):
     facts = {"type": kind, "run": "a run", "prompt": "a dog", "weights": "live", "training_step": 10, "sampler_step": 5,
              "total_steps": 20, "seed": 3, "image_index": 0, "image": png()}  # fmt: skip
     return facts | changes
@@ -69,92 +69,94 @@ def post(url, message, headers=BEARER):
     return httpx.post(f"{url}/hook", json=message, headers=headers)
 
 
-def told(url, n):
+def read_events(url, n):
     """The first n events."""
     with httpx.stream("GET", f"{url}/events", auth=("me", TOKEN), timeout=30) as stream:
         lines = (line for line in stream.iter_lines() if line.startswith("data: "))
         return [json.loads(next(lines).removeprefix("data: ")) for _ in range(n)]
 
 
-def test_nobody_gets_in_without_the_token(server):
+def test_requests_without_the_token_are_refused(server):
     basic = {"Authorization": "Basic " + base64.b64encode(f"me:{TOKEN}".encode()).decode()}
     for path in ("/", "/page.js", "/events", "/picture/1", "/nowhere"):
         for wrong in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic !"}, {"Authorization": f"Token {TOKEN}"}):
             assert httpx.get(server + path, headers=wrong).status_code == 401, path
     assert httpx.get(server, headers=basic).status_code == httpx.get(server, headers=BEARER).status_code == 200
-    assert post(server, picture(), {}).status_code == 401
-    assert post(server, picture(), basic).status_code == 401, "what a browser sends by itself can't speak for a run"
-    assert post(server, picture()).status_code == 204
+    assert post(server, image_message(), {}).status_code == 401
+    assert post(server, image_message(), basic).status_code == 401, (
+        "credentials that a browser sends by itself can't post messages"
+    )
+    assert post(server, image_message()).status_code == 204
 
 
-def test_the_page_may_load_nothing_but_itself(server):
-    answer = httpx.get(server, auth=("me", TOKEN))
-    rules = answer.headers["content-security-policy"].split("; ")
+def test_page_loads_only_its_own_resources(server):
+    response = httpx.get(server, auth=("me", TOKEN))
+    rules = response.headers["content-security-policy"].split("; ")
     assert "default-src 'none'" in rules and "script-src 'self'" in rules
-    assert [rule for rule in rules if "unsafe" in rule] == ["style-src 'self' 'unsafe-inline'"], "plotly's styles alone"
-    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert [rule for rule in rules if "unsafe" in rule] == ["style-src 'self' 'unsafe-inline'"], "only plotly's styles"
+    assert response.headers["x-content-type-options"] == "nosniff"
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, json.dumps(picture(run=3)), json.dumps(picture(prompt="x" * 3000)),
-     json.dumps(picture(seed=True)), json.dumps(picture(image_index=-1)), json.dumps(picture(image="%%")),
-     json.dumps(picture(image=base64.b64encode(b"<script>").decode())), json.dumps(picture(type="html")),
+    [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, json.dumps(image_message(run=3)), json.dumps(image_message(prompt="x" * 3000)),
+     json.dumps(image_message(seed=True)), json.dumps(image_message(image_index=-1)), json.dumps(image_message(image="%%")),
+     json.dumps(image_message(image=base64.b64encode(b"<script>").decode())), json.dumps(image_message(type="html")),
      json.dumps(numbers([1, "a"])), json.dumps(numbers([1, "a", "b"])), json.dumps(numbers(*[[1, "a", 0.5]] * 6000)),
      json.dumps(numbers(["1", "a", 0.5]))],
 )  # fmt: skip
-def test_what_is_no_message_of_a_run_is_refused(server, body):
+def test_invalid_messages_are_refused(server, body):
     assert httpx.post(f"{server}/hook", content=body, headers=BEARER).status_code == 422
 
 
-def test_a_body_is_bounded_whether_it_says_its_length_or_not(server, monkeypatch):
+def test_body_size_is_limited_with_or_without_content_length(server, monkeypatch):
     monkeypatch.setattr(app, "MOST_BODY", 1000)
     assert httpx.post(f"{server}/hook", content=b"x" * 2000, headers=BEARER).status_code == 413
     assert httpx.post(f"{server}/hook", content=iter([b"x" * 600] * 4), headers=BEARER).status_code == 413
 
 
-def test_what_is_sent_is_told_to_who_looks_and_to_who_comes_later(server):
+def test_messages_reach_current_and_later_clients(server):
     post(server, numbers([1, "train/loss", 0.5], [2, "train/loss", float("1e400") and None]))
-    post(server, picture("preview"))
-    post(server, picture("preview", sampler_step=10))
-    events = told(server, 2)
+    post(server, image_message("preview"))
+    post(server, image_message("preview", sampler_step=10))
+    events = read_events(server, 2)
     assert events[0] == {"kind": "numbers", "run": "a run", "lines": [[1, "train/loss", 0.5], [2, "train/loss", None]]}
-    assert events[1]["sampler_step"] == 10 and not events[1]["final"], "of a picture there is one preview, the newest"
-    post(server, picture())
-    (_, final) = told(server, 2)
+    assert events[1]["sampler_step"] == 10 and not events[1]["final"], "only the newest preview of an image is kept"
+    post(server, image_message())
+    (_, final) = read_events(server, 2)
     assert final["final"] and final["training_step"] == 10
     shown = httpx.get(f"{server}/picture/{final['number']}", auth=("me", TOKEN))
     assert shown.content == base64.b64decode(png()) and shown.headers["content-type"] == "image/png"
     replaced = httpx.get(f"{server}/picture/{events[1]['number']}", auth=("me", TOKEN))
-    assert replaced.status_code == 200, "a browser that has just heard of it may still come"
+    assert replaced.status_code == 200, "a browser may still request the replaced image"
     assert httpx.get(f"{server}/picture/999", auth=("me", TOKEN)).status_code == 404
 
 
-def test_memory_is_bounded_and_a_slow_browser_must_come_anew(monkeypatch):
+def test_memory_is_bounded_and_slow_clients_must_reconnect(monkeypatch):
     monkeypatch.setattr(board, "MOST_BYTES", 400)
     monkeypatch.setattr(board, "MOST_RUNS", 3)
     monkeypatch.setattr(board, "MOST_WAITING", 5)
-    held = board.Board()
-    slow = held.join()
+    state = board.Board()
+    slow = state.join()
     for i in range(20):
-        held.receive(payload.read(json.dumps(picture(run=f"run {i % 5}", training_step=i)).encode()))
-        held.receive(payload.Metrics(f"run {i % 5}", [(i, "a", 1.0)]))
-    assert held.bytes <= 400 and len(held.runs) == 3 and len(held.pictures) == len(held.by_number) > 0
-    assert held.bytes == sum(len(kept.picture.png) for kept in held.pictures.values())
-    assert [slow.get_nowait() for _ in range(5)][-1] is None and not held.listeners
+        state.receive(payload.read(json.dumps(image_message(run=f"run {i % 5}", training_step=i)).encode()))
+        state.receive(payload.Metrics(f"run {i % 5}", [(i, "a", 1.0)]))
+    assert state.bytes <= 400 and len(state.runs) == 3 and len(state.pictures) == len(state.by_number) > 0
+    assert state.bytes == sum(len(kept.picture.png) for kept in state.pictures.values())
+    assert [slow.get_nowait() for _ in range(5)][-1] is None and not state.listeners
     for i in range(100):
-        held.receive(payload.read(json.dumps(picture("preview", sampler_step=i)).encode()))
-    assert len(held.replaced) == board.MOST_REPLACED and len(held.pictures) == len(held.by_number)
+        state.receive(payload.read(json.dumps(image_message("preview", sampler_step=i)).encode()))
+    assert len(state.replaced) == board.MOST_REPLACED and len(state.pictures) == len(state.by_number)
 
 
-def test_a_resumed_runs_numbers_take_the_place_of_the_older_ones():
-    held = board.Board()
-    held.receive(payload.Metrics("r", [(step, "a", float(step)) for step in range(6)]))
-    held.receive(payload.Metrics("r", [(4, "a", 9.0), (5, "a", 8.0)]))
-    assert list(held.runs["r"]["a"]) == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 9.0), (5, 8.0)]
+def test_metrics_of_a_resumed_run_replace_older_ones():
+    state = board.Board()
+    state.receive(payload.Metrics("r", [(step, "a", float(step)) for step in range(6)]))
+    state.receive(payload.Metrics("r", [(4, "a", 9.0), (5, "a", 8.0)]))
+    assert list(state.runs["r"]["a"]) == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 9.0), (5, 8.0)]
 
 
-def test_it_starts_only_with_a_token_and_never_says_it():
+def test_server_requires_a_token_and_never_prints_it():
     command = [sys.executable, "-m", "dreambooth_lab.tools.watch", "--port", "0"]
     bare = {key: value for key, value in os.environ.items() if key != "DREAMBOOTH_WATCH_TOKEN"}
     for env in (bare, bare | {"DREAMBOOTH_WATCH_TOKEN": "short"}):
@@ -166,14 +168,14 @@ def test_it_starts_only_with_a_token_and_never_says_it():
     assert first.startswith("http://127.0.0.1:") and TOKEN not in first + running.communicate(timeout=120)[0]
 
 
-def test_a_run_appears_in_the_browser_as_it_goes(small, tmp_path, monkeypatch):
+def test_run_appears_in_the_browser_during_training(small, tmp_path, monkeypatch):
     """Two real runs and one that tries to write HTML, at a desktop's and a phone's width."""
     monkeypatch.setenv("DREAMBOOTH_WATCH_TOKEN", TOKEN)
     with serving() as url, browser.chromium(tmp_path / "profile") as page:
         page.get(url.replace("http://", f"http://me:{TOKEN}@"))
-        evil = "<img src=x onerror=alert(1)><script>document.title='owned'</script>"
-        assert post(url, picture(run=evil, prompt=evil)).status_code == 204
-        assert post(url, numbers([1, evil, 2.0], run=evil)).status_code == 204
+        untrusted = "<img src=x onerror=alert(1)><script>document.title='owned'</script>"
+        assert post(url, image_message(run=untrusted, prompt=untrusted)).status_code == 204
+        assert post(url, numbers([1, untrusted, 2.0], run=untrusted)).status_code == 204
         words = ["webhook=watch", f"webhook.receivers.watch.url={url}/hook", "preview.enabled=true"]
         for name in ("first", "second"):
             run(lab.compose(*small, *words, "trainer.max_steps=3"), tmp_path / name)
@@ -182,7 +184,7 @@ def test_a_run_appears_in_the_browser_as_it_goes(small, tmp_path, monkeypatch):
         while page.execute_script(drawn) < 8 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert page.execute_script("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == [
-            evil,
+            untrusted,
             "first",
             "second",
         ]

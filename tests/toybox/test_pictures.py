@@ -1,4 +1,4 @@
-"""The picture folders that ship are what the world draws."""
+"""The shipped image folders match the generator."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def drawn(tmp_path_factory):
     return folder
 
 
-def test_what_ships_is_what_the_world_draws(drawn):
+def test_shipped_images_match_the_generator(drawn):
     names = {path.relative_to(drawn) for path in drawn.rglob("*.png")}
     assert names == {path.relative_to(draw_toybox.SHIPPED) for path in draw_toybox.SHIPPED.rglob("*.png")}
     for name in names:
@@ -24,13 +24,13 @@ def test_what_ships_is_what_the_world_draws(drawn):
         assert np.abs(ours - shipped).mean() < 1, name  # Pillow's versions may differ at an edge
 
 
-def test_no_class_picture_shows_a_subject():
+def test_class_images_never_show_a_subject():
     for who in SUBJECTS.values():
-        assert all(picture.scene.who.look not in HELD_OUT_LOOKS for picture in draw_toybox.class_pictures(who.kind, 12))
+        assert all(shown.scene.who.look not in HELD_OUT_LOOKS for shown in draw_toybox.class_pictures(who.kind, 12))
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_every_subject_is_a_dataset(subject):
+def test_each_subject_is_a_dataset(subject):
     cfg = lab.compose("dataset=toybox", f"dataset.subject={subject}")
     assert len(list(draw_toybox.SHIPPED.parent.glob(f"pictures/photos/{subject}/*.png"))) == draw_toybox.PHOTOS
     assert cfg.dataset.path.endswith(subject) and cfg.dataset.instance_prompt == f"a photo of sks {subject}"

@@ -1,4 +1,4 @@
-"""The training stages on settings small enough for seconds."""
+"""The pretraining stages with settings that take seconds."""
 
 import json
 
@@ -32,7 +32,7 @@ def config(*overrides):
 
 
 class Memory:
-    """What `Cache` holds, without files."""
+    """The contents of `Cache`, without files."""
 
     def __init__(self, n=6):
         views = [latents.view(i) for i in range(40)]
@@ -53,7 +53,7 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_same_seed_gives_the_same_bits(tmp_path):
+def test_same_seed_is_bit_identical(tmp_path):
     cfg = config("unet.steps=3", "unet.keep_every=3")
     assert same(train_unet(tmp_path / "a", cfg), train_unet(tmp_path / "b", cfg))
 
@@ -63,7 +63,7 @@ def power_cut(stage, step):
         raise InterruptedError
 
 
-def test_a_resumed_run_ends_on_the_same_bits(tmp_path):
+def test_resumed_run_is_bit_identical(tmp_path):
     cfg = config("unet.steps=4", "unet.keep_every=2")
     straight = train_unet(tmp_path / "a", cfg)
     with pytest.raises(InterruptedError):
@@ -71,15 +71,15 @@ def test_a_resumed_run_ends_on_the_same_bits(tmp_path):
     assert same(train_unet(tmp_path / "b", cfg), straight)
 
 
-def test_a_batch_is_a_function_of_its_step():
+def test_batch_is_a_function_of_the_step():
     cfg = config()
     draw = unet.Draw(Memory(), cfg.unet, cfg.seed)
     assert all(torch.equal(a, b) for a, b in zip(draw(7), draw(7), strict=True))
     assert torch.equal(vae.draw_batch(7, cfg.vae, 0).image, vae.draw_batch(7, cfg.vae, 0).image)
 
 
-def test_dropped_captions_are_zero_conditions(tmp_path):
-    """As StableDiffusionXLPipeline's force_zeros_for_empty_prompt: the words of a dropped caption can't matter."""
+def test_dropped_captions_become_zero_embeddings(tmp_path):
+    """As StableDiffusionXLPipeline's force_zeros_for_empty_prompt: a dropped caption has no effect."""
     cfg = config()
     stage, batch = unet.UnetStage(cfg.unet), unet.Draw(Memory(), cfg.unet, 0)(0)
     dropped = batch._replace(kept=torch.zeros(4))
@@ -90,7 +90,7 @@ def test_dropped_captions_are_zero_conditions(tmp_path):
 
 
 def test_folding_statistics_is_exact():
-    """z' = (z - mean) / (std · scale), its log-variance shifted alike, and the decoder undoes it."""
+    """z' = (z - mean) / (std · scale), with the log-variance shifted accordingly, and the decoder inverts it."""
     cfg = config()
     torch.manual_seed(0)
     net = vae.new_vae(cfg.vae).double().eval()
@@ -104,7 +104,7 @@ def test_folding_statistics_is_exact():
     assert_close(folded.decode(after.mean).sample, net.decode(before.mean).sample)
 
 
-def test_nothing_is_built_on_a_vae_that_loses_too_much():
+def test_vae_with_large_reconstruction_error_stops_training():
     torch.manual_seed(0)
     net = vae.new_vae(config().vae).eval()
     latents.gate(net, 0.0)
@@ -112,7 +112,7 @@ def test_nothing_is_built_on_a_vae_that_loses_too_much():
         latents.gate(net, 28.0)
 
 
-def test_views_tell_the_crop_they_show():
+def test_views_report_their_crop():
     views = [latents.view(i) for i in range(300)]
     cropped = [v for v in views if v.crop != (0, 0)]
     assert len(cropped) > 20
@@ -123,12 +123,12 @@ def test_views_tell_the_crop_they_show():
 
 
 @pytest.mark.parametrize("size", BUCKETS)
-def test_textures_fill_the_picture(size):
+def test_textures_fill_the_image(size):
     pixels = texture(3, size)
     assert pixels.shape == (*size, 3) and pixels.std() > 5
 
 
-def test_free_tokens_become_as_strong_as_words():
+def test_unused_tokens_get_the_norm_of_trained_words():
     tokenizer, cfg = build_tokenizer(), config()
     nets = new_text_encoders(tokenizer, cfg.unet)
     before = nets["text_encoder"].get_input_embeddings().weight.detach().clone()
@@ -138,40 +138,40 @@ def test_free_tokens_become_as_strong_as_words():
     assert sorted(tokenizer.convert_ids_to_tokens(changed)) == sorted(f"{t}</w>" for t in FREE_TOKENS)
 
 
-def test_a_partner_is_found_by_the_nearest_features():
-    features = torch.eye(6)[[0, 1, 2, 0, 1, 2]]  # picture i and picture 3 + i are alike
+def test_nearest_features_find_the_matching_image():
+    features = torch.eye(6)[[0, 1, 2, 0, 1, 2]]  # images i and 3 + i are equal
     assert found_partner(features) == 1
     assert found_partner(features[[0, 1, 2, 1, 2, 0]]) == 0
 
 
-def test_the_card_adds_up_what_a_stage_took_in_all(tmp_path):
-    told = [("vae", 1800), ("export", 12), ("unet", 3000), ("vae", 600)]
+def test_card_sums_the_time_of_all_runs_of_a_stage(tmp_path):
+    records = [("vae", 1800), ("export", 12), ("unet", 3000), ("vae", 600)]
     path = tmp_path / "times.jsonl"
-    path.write_text("".join(f'{{"stage": "{stage}", "wall_s": {seconds}}}\n' for stage, seconds in told))
+    path.write_text("".join(f'{{"stage": "{stage}", "wall_s": {seconds}}}\n' for stage, seconds in records))
     assert minutes(path) == "vae 40, unet 50"
 
 
-def test_an_interrupted_stage_counts_its_time(tmp_path):
+def test_interrupted_stage_records_its_time(tmp_path):
     with pytest.raises(KeyboardInterrupt), timed("unet", tmp_path):
         raise KeyboardInterrupt
     (line,) = (tmp_path / "times.jsonl").read_text().splitlines()
     assert json.loads(line)["stage"] == "unet" and json.loads(line)["peak_mb"] > 0
 
 
-def test_progress_is_told_as_it_is_logged(tmp_path, capsys):
+def test_progress_is_printed_when_logged(tmp_path, capsys):
     train_unet(tmp_path / "unet", config("unet.steps=2", "unet.keep_every=2", "unet.log_every=1"))
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith('unet: {"step": 1,') and "of 2, about" in first and '"step": 2,' in second
     assert (tmp_path / "unet/log.jsonl").read_text().count("\n") == 2
 
 
-def test_captions_fit_the_pictures_they_are_true_of():
+def test_captions_match_their_images():
     scenes = [scorer.scene(i) for i in range(3)]
     fits = scorer.fitting(scenes, ["a photo of a thing", *(f"a {s.who.colour} {s.who.kind}" for s in scenes[1:])])
     assert fits[:, 0].all() and fits.diagonal().all()
 
 
-def test_a_saved_evaluator_judges_alike(tmp_path):
+def test_saved_evaluator_predicts_the_same(tmp_path):
     net = Evaluator((8, 8))
     net.save(tmp_path)
     x = torch.rand(2, 3, 128, 128) * 2 - 1
@@ -179,7 +179,7 @@ def test_a_saved_evaluator_judges_alike(tmp_path):
     assert len(net.judge(x).kind) == 2
 
 
-def test_a_saved_dino_sees_alike_and_all_of_it_learns(tmp_path):
+def test_saved_dino_embeds_the_same_and_all_parameters_train(tmp_path):
     cfg = config("dino.width=16", "dino.layers=1", "dino.batch=4").dino
     torch.manual_seed(0)
     net = dino.new_dino(cfg).eval()

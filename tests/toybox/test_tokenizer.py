@@ -9,12 +9,12 @@ def tokenizer():
     return build_tokenizer()
 
 
-def test_every_world_word_and_rare_token_is_one_token(tokenizer):
+def test_world_words_and_rare_words_are_single_tokens(tokenizer):
     for word in [*words(), *RARE_TOKENS]:
         assert len(tokenizer(word).input_ids) == 3, word  # start, word, end
 
 
-def test_other_text_falls_back_to_bytes_and_comes_back(tokenizer):
+def test_other_text_round_trips_as_bytes(tokenizer):
     ids = tokenizer("a zebra, naïve").input_ids
     assert tokenizer.unk_token_id not in ids[1:-1]
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "azebra,naïve"
@@ -25,7 +25,7 @@ def test_prompts_are_padded_to_the_models_length(tokenizer):
     assert len(ids) == MAX_LENGTH and ids[6:] == [tokenizer.pad_token_id] * (MAX_LENGTH - 6)
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+def test_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = type(tokenizer).from_pretrained(tmp_path)
     text = "a photo of sks robot in the snow: 10 zebras!"

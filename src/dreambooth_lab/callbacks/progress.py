@@ -87,7 +87,7 @@ class Bar(Callback):
         self.metrics, self.data, self.rows, self.left = metrics, data, rows, left
         self.step_share = 0.0  # of the device's peak FLOP/s, at one step per second; 0: unknown
         self.console = console()
-        columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")]
+        columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
         if self.console.width < NARROW:
             columns = columns[2:]
         self.bar = Progress(*columns, console=self.console)
@@ -98,7 +98,7 @@ class Bar(Callback):
         most = peak(pl_module.family.device, getattr(torch, pl_module.cfg.model.dtype.value))
         if most:
             self.step_share = self.rows * row_flops(pl_module, self.data.text(""), self.data.schedule.buckets) / most
-        self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, told="")
+        self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, status="")
         self.shown, self.since = trainer.global_step, time.monotonic()
         self.left.begin(self.shown, self.since)
         if self.console.is_terminal:

@@ -172,9 +172,9 @@ def _absent(folder: RunFolder) -> str:
     """Why a run can't be compared."""
     job = sweep.recorded(folder)
     if job and job.state == sweep.State.failed:
-        return f"failed: {job.told}"
+        return f"failed: {job.message}"
     if job and job.state == sweep.State.lost:
-        return f"lost the race: {job.told}"
+        return f"lost the race: {job.message}"
     if sweep.finished(folder) is None:
         return "it has not finished"
     return "" if folder.read_metrics() else "it has no metrics"

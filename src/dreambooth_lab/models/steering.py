@@ -59,8 +59,8 @@ def steered(
     if not by_class and steering.personal is None:
         yield
         return
-    told = _first_arguments(denoiser, class_call) if by_class and class_call else None
-    calls = _Calls(denoiser, steering, steps, told, weakened)
+    class_arguments = _first_arguments(denoiser, class_call) if by_class and class_call else None
+    calls = _Calls(denoiser, steering, steps, class_arguments, weakened)
     hooks = [
         denoiser.register_forward_pre_hook(calls.before, with_kwargs=True),
         denoiser.register_forward_hook(calls.after, with_kwargs=True),
@@ -99,10 +99,10 @@ class _Calls:
     """The denoiser's calls of one drawing."""
 
     def __init__(
-        self, denoiser: nn.Module, steering: Steering, steps: int, told: Arguments | None, weakened: Weakened
+        self, denoiser: nn.Module, steering: Steering, steps: int, class_arguments: Arguments | None, weakened: Weakened
     ):  # fmt: skip
         self.signature = inspect.signature(type(denoiser).forward)
-        self.steering, self.told, self.weakened = steering, told, weakened
+        self.steering, self.class_arguments, self.weakened = steering, class_arguments, weakened
         self.first_steps = round(steering.share * steps) if steering.superclass is enums.Superclass.switch else 0
         self.done = 0
         self.inside = False
@@ -112,24 +112,24 @@ class _Calls:
             return None
         self.done += 1
         arguments = _bound(self.signature, module, args, kwargs)
-        return (), arguments | (self.told or {}) if self.done <= self.first_steps else arguments
+        return (), arguments | (self.class_arguments or {}) if self.done <= self.first_steps else arguments
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: tuple[Tensor, ...]) -> Any:
         if self.inside:
             return None
         self.inside = True
         try:
-            answer = self._mixed(module, kwargs, output[0])
+            prediction = self._mixed(module, kwargs, output[0])
             if self.steering.personal is not None:
                 with self.weakened(self.steering.personal):
                     weak: Tensor = self._mixed(module, kwargs, module(**kwargs)[0])
-                half = len(answer) // 2  # the unconditional rows come first
-                answer = torch.cat([weak[:half], answer[half:]])
+                half = len(prediction) // 2  # the unconditional rows come first
+                prediction = torch.cat([weak[:half], prediction[half:]])
         finally:
             self.inside = False
-        return answer, *output[1:]
+        return prediction, *output[1:]
 
-    def _mixed(self, module: nn.Module, kwargs: Arguments, answer: Tensor) -> Tensor:
-        if self.told is None or self.steering.superclass is not enums.Superclass.mix:
-            return answer
-        return torch.lerp(answer, module(**kwargs | self.told)[0], self.steering.share)
+    def _mixed(self, module: nn.Module, kwargs: Arguments, prediction: Tensor) -> Tensor:
+        if self.class_arguments is None or self.steering.superclass is not enums.Superclass.mix:
+            return prediction
+        return torch.lerp(prediction, module(**kwargs | self.class_arguments)[0], self.steering.share)

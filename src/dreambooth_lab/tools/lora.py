@@ -161,9 +161,9 @@ def _cut(parts: Parts, rank: int | None, keep: float | None) -> Parts:
     found: dict[str, dict[str, Any]] = {}
     for part, layers in parts.items():
         for name, layer in layers.items():
-            less, foretold = cut(layer, rank, keep)
+            less, expected = cut(layer, rank, keep)
             found.setdefault(part, {})[name] = less
-            whole, far, bound = whole + squared_norm(layer), far + squared_distance(layer, less), bound + foretold
+            whole, far, bound = whole + squared_norm(layer), far + squared_distance(layer, less), bound + expected
     error, least = ((square / whole) ** 0.5 if whole else 0.0 for square in (far, bound))
     print(f"ranks    {_counted(layer.rank for own in found.values() for layer in own.values())}")
     print(f"error    {error:.6g} of ‖ΔW‖; minimum possible, from the dropped singular values: {least:.6g}")

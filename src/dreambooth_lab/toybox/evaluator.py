@@ -63,8 +63,8 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> Verdict:
-        answers = self(images)
-        values = {name: [HEADS[name][i] for i in answers[name].argmax(-1).tolist()] for name in Verdict._fields}
+        logits = self(images)
+        values = {name: [HEADS[name][i] for i in logits[name].argmax(-1).tolist()] for name in Verdict._fields}
         return Verdict(**values)
 
     @torch.no_grad()

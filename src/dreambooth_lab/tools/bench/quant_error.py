@@ -25,12 +25,12 @@ TIMES = 8
 def predictions(family: Family, cond: Cond, edge: int) -> Tensor:
     """At fixed noise and times [TIMES·B C h w]."""
     g = torch.Generator().manual_seed(0)
-    answers = []
+    outputs = []
     for i in range(TIMES):
         x = torch.randn(len(PROMPTS), family.channels, edge, edge, generator=g).to(family.device)
         t = torch.full((len(PROMPTS),), (i + 0.5) / TIMES, device=family.device)
-        answers.append(family.denoise(x, t, cond.to(family.device)))
-    return torch.cat(answers)
+        outputs.append(family.denoise(x, t, cond.to(family.device)))
+    return torch.cat(outputs)
 
 
 def main(words: list[str]) -> None:

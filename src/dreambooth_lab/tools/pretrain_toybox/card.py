@@ -64,12 +64,12 @@ def card(cfg: Any) -> str:
         lines.append(f"- VAE, held-out scenes: step {psnr.read_text().splitlines()[-1]} (dB)")
     done = torch.load(out / "unet/last.ckpt", map_location="cpu", weights_only=True)["global_step"]
     lines.append(f"- UNet and text encoders: {done:,} steps of {cfg.unet.batch} pictures, {cfg.latents.scenes:,} scenes")
-    told_of = {
+    title_of = {
         "evaluator": "Evaluator, accuracy on held-out scenes",
         "scorer": "Scorer, zero-shot over all 288 prompts, accuracy on held-out scenes",
         "dino": "DINO's stand-in, the nearest of 127 pictures shows the same individual",
     }
-    for name, text in told_of.items():
+    for name, text in title_of.items():
         numbers = read(out / name / "accuracies.json")
         if numbers:
             lines.append(f"- {text}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))

@@ -84,18 +84,18 @@ class EvaluatorStage(Stage):
 
     def loss(self, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         net = self.nets["evaluator"]
-        answers = net(batch.images)
-        label_loss = torch.stack([F.cross_entropy(answers[k].float(), y, ignore_index=-1) for k, y in batch.labels.items()]).sum()
+        logits = net(batch.images)
+        label_loss = torch.stack([F.cross_entropy(logits[k].float(), y, ignore_index=-1) for k, y in batch.labels.items()]).sum()
         identity = same_individual(net.features(batch.images).float())
-        return label_loss + identity, {"told": label_loss.detach(), "identity": identity.detach()}
+        return label_loss + identity, {"labels": label_loss.detach(), "identity": identity.detach()}
 
 
 @torch.no_grad()
 def accuracies(net: Evaluator, n: int = 384) -> dict[str, float]:
     """On held-out scenes, per attribute; `identity`: the nearest picture among 2N shows the same individual."""
     batch = batch_of([scene(HELD_OUT + i) for i in range(n)], BUCKETS[0])
-    answers = net(batch.images)
-    result = {k: (answers[k].argmax(-1) == y).float().mean().item() for k, y in batch.labels.items()}
+    logits = net(batch.images)
+    result = {k: (logits[k].argmax(-1) == y).float().mean().item() for k, y in batch.labels.items()}
     rng = np.random.default_rng(1)
     pairs = [pair(rng) for _ in range(64)]
     result["identity"] = found_partner(net.features(batch_of([a for a, _ in pairs] + [b for _, b in pairs], BUCKETS[0]).images))

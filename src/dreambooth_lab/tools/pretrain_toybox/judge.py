@@ -38,8 +38,8 @@ def score(net: Evaluator, pictures: Tensor, asked: list[tuple[str, str, str]]) -
 def by_class(net: Evaluator, pictures: Tensor, asked: list[tuple[str, str, str]]) -> dict[str, float]:
     seen = net.judge(pictures).kind
     hits: dict[str, list[bool]] = {}
-    for (_, kind, _), answer in zip(asked, seen, strict=True):
-        hits.setdefault(kind, []).append(answer == kind)
+    for (_, kind, _), predicted in zip(asked, seen, strict=True):
+        hits.setdefault(kind, []).append(predicted == kind)
     return {kind: round(float(np.mean(h)), 3) for kind, h in sorted(hits.items())}
 
 

@@ -109,7 +109,7 @@ class ScorerStage(Stage):
         label_loss = torch.stack(
             [F.cross_entropy(heads[k](seen).float(), y, ignore_index=-1) for k, y in batch.labels.items()]
         ).sum()
-        return contrast + label_loss, {"contrast": contrast.detach(), "told": label_loss.detach()}
+        return contrast + label_loss, {"contrast": contrast.detach(), "labels": label_loss.detach()}
 
 
 @torch.no_grad()
