@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import hydra
 import pandas as pd
@@ -17,7 +18,7 @@ import tiny
 from commands import call, start
 from dreambooth_lab import __main__ as cli
 from dreambooth_lab import lab, pages, sweep
-from dreambooth_lab.config import ConfigError, check, conf_dir
+from dreambooth_lab.config import ConfigError, check, conf_dir, resolve_paths
 from dreambooth_lab.config.hydra_errors import explain
 from dreambooth_lab.runfolder import RunFolder
 from dreambooth_lab.sweep import Job, State, recorded
@@ -61,6 +62,18 @@ def test_job_folder_depends_on_its_configuration(tmp_path):
     assert sweep.job_folder(str(tmp_path), 0, _root_=moved) == name, "another number and folder, the same job"
     for other in ("seed=2", "trainer.max_steps=8", "validation.num_images=1"):
         assert sweep.job_folder(str(tmp_path), 3, _root_=job(*words, other)) != name
+
+
+def test_job_folder_does_not_depend_on_where_the_package_is_installed(monkeypatch):
+    here = lab.compose("experiment=demo")
+    elsewhere = here.copy()
+    for key in ("model.pretrained", "dataset.path", "prior.path", "eval.clip_model", "eval.dino_model"):
+        path = str(Path(OmegaConf.select(resolve_paths(here), key)).relative_to(sweep.PACKAGE))
+        OmegaConf.update(elsewhere, key, f"/elsewhere/dreambooth_lab/{path}")
+    before = sweep.digest(here)
+    assert sweep.digest(elsewhere) != before
+    monkeypatch.setattr(sweep, "PACKAGE", Path("/elsewhere/dreambooth_lab"))
+    assert sweep.digest(elsewhere) == before
 
 
 def test_unreadable_configuration_has_a_folder_too(tmp_path):

@@ -29,6 +29,7 @@ from .storage import durable
 KEYS = "sweep.json"  # in the sweep's folder: the varied keys
 PAGE = "compare.html"  # in the same folder
 OLD_MESSAGE = "told"  # a record's key for `message` in earlier versions
+PACKAGE = Path(__file__).parent  # holds the embedded base model and photos
 LONGEST = 80  # characters of a job's overrides in its folder's name
 # Keys that affect where a run writes and reports, not its training or metrics.
 ASIDE = ("resume", "runs", "cache", "preflight", "search_metric", "name", "logger", "webhook", "preview", "race",
@@ -74,7 +75,7 @@ def job_folder(sweep: str, number: int, *, _root_: DictConfig) -> str:
 
 
 def digest(cfg: DictConfig) -> str:
-    """A digest of all keys that affect a job's training and metrics."""
+    """A digest of all keys that affect a job's training and metrics, wherever this package is installed."""
     own = OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
     try:
         values: Any = OmegaConf.to_container(resolve_paths(own), resolve=True)
@@ -82,7 +83,8 @@ def digest(cfg: DictConfig) -> str:
         values = OmegaConf.to_container(own)
     for group, _, key in (path.partition(".") for path in ASIDE):
         (values.get(group, {}) if key else values).pop(key or group, None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    text = json.dumps(values, sort_keys=True, default=str).replace(json.dumps(str(PACKAGE))[1:-1], PACKAGE.name)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def varied(sweep: Path, words: Sequence[str]) -> list[str]:
