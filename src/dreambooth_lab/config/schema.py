@@ -240,6 +240,7 @@ class EvalConfig:
     every_n_epochs: float
     num_images: int
     timesteps: int
+    leakage: bool
 
 
 @dataclass

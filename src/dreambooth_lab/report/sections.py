@@ -10,7 +10,7 @@ from ..callbacks.scores import changes, interval, read_scores
 from ..config import enums
 from ..plots import Line, Series, chart, smoothed
 from ..runfolder import RunFolder
-from . import by_time
+from . import by_time, leakage
 from .by_time import between
 
 Metrics = dict[str, Series]  # name → (step, value)
@@ -63,7 +63,8 @@ def losses(folder: RunFolder, numbers: Metrics) -> str:
         caption = "eval/loss over steps; dashed: the base model" + ("; vertical: the best step" if best else "")
         made.append(chart(caption, lines, y="eval/loss (squared error)", level=base, mark=best[1] if best else None))
     figures, table = by_time.section(folder)
-    return f'<div class="few">{"".join(made)}{figures}</div>{table}{_eval_changes(folder)}'
+    leaks, meaning = leakage.section(folder, numbers)
+    return f'<div class="few">{"".join(made)}{figures}{leaks}</div>{table}{_eval_changes(folder)}{meaning}'
 
 
 def _with_mean(values: Series) -> list[Line]:
