@@ -25,12 +25,12 @@ TEXT = ["adapter.text_encoders=[1]", "adapter.train_token=true"]
 QUANT_TEXT = [f"quant.text_encoder_{i}=int8" for i in (1, 2, 3)]
 VARIANTS = {
     "bank of generated pictures": ["prior=bank", "prior.bank.draws=2", "rollout.enabled=false", *GENERATED],
-    "captions, DoRA": ["prior=teacher", "prior.source=captions", "adapter=dora"],
+    "captions, DoRA": ["prior=teacher", "prior.source=captions", "adapter=dora", "objective.weight=learned"],
     "text encoders": ["prior=teacher", "prior.source=captions", *TEXT],
     "LoKr on int8": ["prior=noise", "prior.source=generated", *GENERATED[1:], "adapter=lokr", "quant=int8", *QUANT_TEXT],
     "LoCon on nf4": ["prior=none", "adapter=locon", "quant=nf4", "quant.text_encoder_1=nf4"],
     "LoHa": ["prior=bank", "prior.bank.draws=2", "rollout.enabled=false", "prior.source=captions", "adapter=loha"],
-    "OFT": ["prior=none", "adapter=oft"],
+    "OFT": ["prior=none", "adapter=oft", "objective.weight=learned"],
     "T-LoRA": ["prior=teacher", "prior.source=blank", "adapter.rank_schedule=tlora", "+adapter.options.init=ortho_tail"],
     "full": ["prior=teacher", "prior.source=captions", "adapter=full", "optimizer.lr=1e-3"],
 }

@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from . import draw
@@ -37,8 +39,10 @@ from .optimizer import Rate, add_lora_plus, build_optimizer, build_schedule, set
 from .prior import Teacher, build_prior
 from .rollout import NoisedSample, build_reflexflow, build_rollout
 from .trainable_text import TrainableText
+from .uncertainty import Uncertainty
 
 TOKEN = "token"  # the part that the rare token's embeddings belong to
+UNCERTAINTY = "uncertainty."  # prefix of the parameters of the learned loss weight
 
 
 class DreamBooth(LightningModule):
@@ -56,6 +60,7 @@ class DreamBooth(LightningModule):
         self._point: list[Tensor] = []
         self.path = family.path
         require_finite(cfg.objective.weight, family.path)
+        self.uncertainty = Uncertainty() if cfg.objective.weight is enums.Weight.learned else None
         self.times = build_times(cfg.objective, family.times, family.shift)
         self.teacher = Teacher(family.denoise, adapter.base)
         self.prior = build_prior(cfg.prior.kind, self.teacher)
@@ -72,7 +77,8 @@ class DreamBooth(LightningModule):
         target = self.prior(target, batch, at.x_t, t)  #                                            class rows only
         error = self.error(output, target, batch, cond, t, at) * self.weight(t)  #       [B]
         error = self.anchored(error, target, batch, at.x_t, t)
-        loss = preserve_prior(error, batch.instance_rows, batch.class_rows, batch.row_counts, self.cfg.prior.weight)
+        weighted = self.uncertainty(error, self.path.snr(t), batch.instance_rows) if self.uncertainty else error
+        loss = preserve_prior(weighted, batch.instance_rows, batch.class_rows, batch.row_counts, self.cfg.prior.weight)
         moved = self.adapter.squared_update() if self.cfg.prior.kind is enums.PriorKind.weights else None
         if moved is not None:
             loss = loss + self.cfg.prior.weight * moved  #                               λ ‖ΔW‖²
@@ -149,14 +155,25 @@ class DreamBooth(LightningModule):
         saved."""
         torch.manual_seed(draw.torch_seed(self.cfg.seed, int(batch.sample[0]), Purpose.STEP))
 
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the model's gradient; that of the learned loss weight has no part in its norm."""
+        if self.uncertainty is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip_grad_norm_(self.trainable_parameters().values(), gradient_clip_val)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        cfg, learning = self.cfg.optimizer, self.trainable_parameters()
+        cfg, learning = self.cfg.optimizer, self.optimized_parameters()
         optimizer = build_optimizer(cfg, learning, {name: self.rate(name) for name in learning}, self.cfg.seed)
         schedule = build_schedule(cfg, optimizer, cfg.schedule_steps or self.cfg.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def rate(self, name: str) -> Rate:
         """Learning rate ratio and weight decay of a parameter."""
+        if name.startswith(UNCERTAINTY):
+            return Rate(self.cfg.objective.uncertainty_lr / self.cfg.optimizer.lr, False)
         cfg, (part, own) = self.cfg.adapter, self.owner(name)
         if part == TOKEN:  # weight decay would pull the embedding to 0
             return Rate(cfg.token_lr_ratio, False)
@@ -195,7 +212,7 @@ class DreamBooth(LightningModule):
 
     def _switch(self, optimizer: Any, mode: bool) -> None:
         """Switch to the average, and back to exactly the training weights: the optimiser's own conversion rounds."""
-        learning = self.trainable_parameters().values()
+        learning = self.optimized_parameters().values()
         if not mode and not self._point:
             self._point = [p.detach().clone() for p in learning]
         (optimizer.train if mode else optimizer.eval)()
@@ -205,9 +222,13 @@ class DreamBooth(LightningModule):
             self._point = []
 
     def trainable_parameters(self) -> dict[str, Tensor]:
-        """The trainable parameters by name."""
+        """The model's trainable parameters by name, which are exported and averaged."""
+        return {name: p for name, p in self.optimized_parameters().items() if not name.startswith(UNCERTAINTY)}
+
+    def optimized_parameters(self) -> dict[str, Tensor]:
+        """The same with those of the learned loss weight: what the optimiser has and checkpoints hold."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        learning = self.trainable_parameters()
+        learning = self.optimized_parameters()
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in learning}

@@ -118,7 +118,7 @@ def time_weight(kind: enums.Weight, gamma: float, path: Path, t: Tensor) -> Tens
     factor `path.gain`, so its weight is w · gain. For min-SNR that is min(1, γ / SNR) on ε, min(SNR, γ) / (SNR + 1) on v, and
     min(SNR, γ) t² on a velocity.
     """
-    if kind is enums.Weight.none:
+    if kind not in ON_NOISE:  # none, or learned, which weights by itself
         return torch.ones_like(t, dtype=torch.float32)
     return (ON_NOISE[kind](path.snr(t), gamma) * path.gain(t)).float()
 

@@ -62,9 +62,9 @@ def module(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> DreamBooth:
     kept = _read(checkpoint)
     own = here(cfg)
     made, _ = build_method(own, build_family(own))
-    learning, weights = made.trainable_parameters(), kept["state_dict"]
+    learning, weights = made.optimized_parameters(), kept["state_dict"]
     if ema:
-        weights = kept["callbacks"].get(Ema.__qualname__, {}).get("shadow")
+        learning, weights = made.trainable_parameters(), kept["callbacks"].get(Ema.__qualname__, {}).get("shadow")
     if weights is None:
         raise ConfigError(f"{str(checkpoint)!r} holds no average of the weights; the run had ema.enabled=false")
     if strange := sorted(learning.keys() ^ weights.keys()):

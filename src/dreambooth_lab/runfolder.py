@@ -60,6 +60,7 @@ class RunFolder:
         self.metrics = self.root / "metrics.csv"
         self.scores = self.root / "scores.csv"
         self.eval = self.root / "eval.csv"
+        self.leakage = self.root / "leakage.csv"
         self.image_folder = _existing(self.root / "pictures", self.root / "images")
         self.averaged = self.image_folder / "ema"  # images of the average, if both are generated
         self.compared = self.image_folder / "base_live_ema"

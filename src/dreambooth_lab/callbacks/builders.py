@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig
 
-from ..config import Subject, rows_per_step
+from ..config import ConfigError, Subject, rows_per_step
 from ..data.eval_batches import eval_batches
-from ..data.module import DreamBoothData
+from ..data.module import DreamBoothData, without_word
 from ..models.family import Family
 from ..models.feature_extractors import Clip, Dino, MaskedDino
 from ..runfolder import RunFolder
@@ -24,6 +25,7 @@ from .eval_loss import EvalLoss
 from .export import Export
 from .finite import Finite, UnchangedWeights
 from .interruption import Interruption
+from .leakage import Leakage, Pair
 from .metrics import MetricsFile, StepMetrics
 from .periodic import Interval
 from .preview import CloseWebhooks, Previews, WebhookLogger
@@ -71,6 +73,7 @@ def build_callbacks(
         Bar(metrics, data, rows_per_step(cfg), time_left(cfg, data)) if leads and cfg.trainer.progress else None,
         ema,
         build_eval_loss(cfg, folder, data, weights),
+        build_leakage(cfg, folder, data, weights) if cfg.eval.leakage else None,
         build_validation(cfg, folder, data, family, weights, sender, leads),
         Best(cfg.checkpoint, folder, metrics_file, export) if cfg.checkpoint.monitor else None,
         export,
@@ -111,6 +114,26 @@ def build_eval_loss(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, we
     """The eval batches of the eval datasets, if there are any, with the training batch size, which is known to fit."""
     batches = eval_batches(data, cfg.eval.timesteps, cfg.dataset.batch_size)
     return EvalLoss(interval(cfg, cfg.eval, data), batches, folder, weights) if batches else None
+
+
+def build_leakage(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, weights: EvalWeights) -> Leakage:
+    """The eval batches of the images whose caption has the rare word, with it and without it.
+
+    Raises:
+        ConfigError: there are none.
+    """
+
+    def kept(caption: str) -> str | None:
+        return None if without_word(cfg, caption) is None else caption
+
+    asked = [eval_batches(data, cfg.eval.timesteps, cfg.dataset.batch_size, one) for one in (kept, partial(without_word, cfg))]
+    if not asked[0]:
+        some = repr(data.held_out[0].captions[0]) if data.held_out else "there are none"
+        raise ConfigError(
+            f"eval.leakage is true, but no eval image's caption has the rare word (the first: {some}); caption them with "
+            "the instance prompt (dataset.caption, dataset.prepend_instance_prompt), or set eval.leakage=false"
+        )
+    return Leakage(interval(cfg, cfg.eval, data), [Pair(*pair) for pair in zip(*asked, strict=True)], folder, weights)
 
 
 def build_validation(

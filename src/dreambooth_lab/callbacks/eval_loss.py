@@ -11,16 +11,17 @@ is written to eval.csv, so that changes can be compared row by row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
+from torch import Tensor
 
-from ..batch import to_device
+from ..batch import Batch, to_device
 from ..data.eval_batches import EvalBatch
 from ..diffusion.time import shift
 from ..dreambooth import DreamBooth
@@ -29,6 +30,8 @@ from .csv_log import CsvLog
 from .ema import PREFIX, EvalWeights
 from .metrics import record
 from .periodic import Interval, Periodic
+
+Row = TypeVar("Row")
 
 
 class EvalRow(NamedTuple):
@@ -55,39 +58,47 @@ class EvalLoss(Periodic):
         rows: list[EvalRow] = []
         for kind, holds_for in self.weights.at_step(step):
             with self.weights(module, kind):
-                seen = self._evaluate_all(step, trainer, module)
+                seen = over_ranks(trainer, len(self.eval_batches), lambda i: evaluate(self.eval_batches[i], step, module))
             rows += [row._replace(weights=name) for name in holds_for for row in seen]
             for name in holds_for:
                 record(trainer, {PREFIX[name] + metric: value for metric, value in summary(seen).items()}, step)
         if trainer.is_global_zero:
             self.table.add(step, rows)
 
-    def _evaluate_all(self, step: int, trainer: Trainer, module: DreamBooth) -> list[EvalRow]:
-        """Every eval batch once, divided over the ranks; all ranks get all rows, in the order of the eval batches."""
-        own = {
-            i: evaluate(self.eval_batches[i], step, module)
-            for i in range(trainer.global_rank, len(self.eval_batches), trainer.world_size)
-        }
-        parts: list[dict[int, list[EvalRow]]] = [own] * trainer.world_size
-        if trainer.world_size > 1:
-            trainer.strategy.barrier("eval loss")
-            dist.all_gather_object(parts, own)
-        whole = {i: rows for part in parts for i, rows in part.items()}
-        return [row for i in sorted(whole) for row in whole[i]]
+
+def over_ranks(trainer: Trainer, batches: int, evaluate_one: Callable[[int], list[Row]]) -> list[Row]:
+    """Every eval batch once, divided over the ranks; all ranks get all rows, in the order of the eval batches.
+
+    Args:
+        evaluate_one: number of a batch → its rows.
+    """
+    own = {i: evaluate_one(i) for i in range(trainer.global_rank, batches, trainer.world_size)}
+    parts: list[dict[int, list[Row]]] = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        trainer.strategy.barrier("eval rows")
+        dist.all_gather_object(parts, own)
+    whole = {i: rows for part in parts for i, rows in part.items()}
+    return [row for i in sorted(whole) for row in whole[i]]
 
 
 @torch.no_grad()
 def evaluate(eval_batch: EvalBatch, step: int, module: DreamBooth) -> list[EvalRow]:
     """The error of each row with the module's current weights."""
     batch = move_data_to_device(eval_batch.batch, module.family.device)
+    x_t, t, when, stratum = noised(batch, module)
+    output = module.predict(x_t, t, module.conditioning(batch))
+    error = (output.float() - module.path.target(batch.latents(), batch.eps, t)).square().mean((1, 2, 3))
+    rows = zip(eval_batch.rows, when.tolist(), error.tolist(), stratum.tolist(), strict=True)
+    return [EvalRow(step, "", dataset, picture, time, loss, even) for (dataset, picture), time, loss, even in rows]
+
+
+def noised(batch: Batch, module: DreamBooth) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_t [B C h w] and t [B] of an eval batch; on the host t, and t before the model's time shift."""
     low, high = module.family.times
     x0, stratum = batch.latents(), low + (high - low) * batch.u
     when = shift(stratum, module.family.shift(*x0.shape[2:]))
     t = to_device(when, x0.device)
-    output = module.predict(module.path.noise(x0, batch.eps, t), t, module.conditioning(batch))
-    error = (output.float() - module.path.target(x0, batch.eps, t)).square().mean((1, 2, 3))
-    rows = zip(eval_batch.rows, when.tolist(), error.tolist(), stratum.tolist(), strict=True)
-    return [EvalRow(step, "", dataset, picture, time, loss, even) for (dataset, picture), time, loss, even in rows]
+    return module.path.noise(x0, batch.eps, t), t, when, stratum
 
 
 def summary(rows: Sequence[EvalRow]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from .enums import REGEX, SIMPLETUNER_QUANT
 from .lycoris_file import (
     read_lycoris_file,
 )
+from .monitoring_rules import LEAKAGE
 from .prompts import (
     Subject,
     class_prompt_of,
@@ -35,6 +36,7 @@ from .schema import (
 )
 
 __all__ = [
+    "LEAKAGE",
     "LOCAL",
     "NOT_LYCORIS",
     "ON_LYCORIS",

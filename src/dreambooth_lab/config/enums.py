@@ -216,6 +216,7 @@ class Weight(Enum):
     min_snr = "min_snr"
     soft_min_snr = "soft_min_snr"
     debiased = "debiased"
+    learned = "learned"
 
 
 class Anchor(Enum):

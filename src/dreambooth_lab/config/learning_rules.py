@@ -13,6 +13,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # gpu and cuda are the sam
 def problems(read: Reader) -> Iterator[str | None]:
     yield from _objective_problems(read)
     yield from _anchor_problems(read)
+    yield from _weight_problems(read)
     yield from _model_problems(read)
     yield from _optimizer_problems(read)
 
@@ -76,6 +77,19 @@ def _anchor_problems(read: Reader) -> Iterator[str | None]:
         yield "objective.anchor is dco with objective.loss=huber; it compares squared errors: use loss=l2, or anchor=none"
     if read("rollout.enabled") and any(read(f"rollout.reflexflow.{name}") for name in ("direction", "frequency")):
         yield "objective.anchor is dco with terms of rollout.reflexflow, which the base model has none of; set them to 0"
+
+
+def _weight_problems(read: Reader) -> Iterator[str | None]:
+    """A learned weight is the logarithm of a loss, has a rate of its own, and changes what training losses mean."""
+    if read("objective.weight") is not enums.Weight.learned:
+        return
+    said = "objective.weight is learned"
+    if read("objective.anchor") is enums.Anchor.dco:
+        yield f"{said} with objective.anchor=dco, whose rows have no error to learn the weight from; use anchor=none or min_snr"
+    if str(read("optimizer._target_")).startswith("prodigyopt."):
+        yield f"{said} with Prodigy, which finds one rate for all, but the weight needs its own; use optimizer=adamw"
+    if read("checkpoint.monitor") == "train/loss":
+        yield f"{said}, so train/loss is L / e^u + u, which u lowers too; set checkpoint.monitor=train/loss_instance or eval/loss"
 
 
 def _model_problems(read: Reader) -> Iterator[str | None]:

@@ -71,6 +71,8 @@ VERSIONS: tuple[tuple[Step, ...], ...] = (
         Added("validation.superclass", "none"),
         Added("validation.superclass_share", 0.3),
         Added("validation.personal_guidance", None),
+        Added("objective.uncertainty_lr", 0.01),
+        Added("eval.leakage", False),
         Added("objective.anchor", "none"),
         Added("objective.anchor_beta", 1000.0),
         Added("adapter.rank_schedule", "none"),

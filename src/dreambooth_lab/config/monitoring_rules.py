@@ -11,6 +11,7 @@ from .data_rules import lacks_prompt
 from .prompts import library, rare_word
 from .reader import Reader, installed, is_absent_folder
 
+LEAKAGE = "eval/leakage"  # name of the metric
 METRICS = {  # requirements of each family of logged metrics
     "train/": "",
     "eval/": "eval images (eval.path=FOLDER, or in a dataset file) and eval.every_n_steps",
@@ -29,6 +30,7 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from _prompt_problems(read)
     yield from steering_problems(read)
     yield from _eval_problems(read)
+    yield from _leakage_problems(read)
     yield from _preview_problems(read)
     yield from _export_problems(read)
     yield from _hub_problems(read)
@@ -108,6 +110,18 @@ def _eval_problems(read: Reader) -> Iterator[str | None]:
             yield f"{prefix}, so the eval loss is never computed; set one of them"
         if read("dataset.caption") is enums.CaptionKind.column and not read("dataset.only_instance_prompt"):
             yield "eval.path is a folder, which has no caption column; use dataset.only_instance_prompt=true, or remove it"
+
+
+def _leakage_problems(read: Reader) -> Iterator[str | None]:
+    """Leakage compares predictions for an eval image's caption with and without the rare word."""
+    if not read("eval.leakage"):
+        return
+    if not _evaluates(read):
+        yield f"eval.leakage is true, but there is no eval loss, whose draws it uses; it needs {METRICS['eval/']}"
+    if not read("adapter.token") and rare_word(read("dataset.instance_prompt") or "", read("dataset.class_prompt")) is None:
+        yield "eval.leakage is true, but the rare word is not clear; set dataset.class_prompt or adapter.token"
+    if str(read("checkpoint.monitor")).removeprefix("ema/") == LEAKAGE:
+        yield f"checkpoint.monitor is {read('checkpoint.monitor')!r}, which is lowest where nothing is learned; use eval/loss"
 
 
 def _checkpoint_problems(read: Reader) -> Iterator[str | None]:

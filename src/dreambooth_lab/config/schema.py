@@ -170,6 +170,7 @@ class ObjectiveConfig:
     max_time: float
     weight: enums.Weight
     gamma: float
+    uncertainty_lr: float
     anchor: enums.Anchor
     anchor_beta: float
     loss: enums.LossKind
@@ -239,6 +240,7 @@ class EvalConfig:
     every_n_epochs: float
     num_images: int
     timesteps: int
+    leakage: bool
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,22 +24,29 @@ class EvalBatch(NamedTuple):
     rows: tuple[tuple[str, str], ...]  # dataset id, image
 
 
-def eval_batches(data: DreamBoothData, times: int, batch_size: int) -> list[EvalBatch]:
+def as_it_is(caption: str) -> str | None:
+    return caption
+
+
+def eval_batches(
+    data: DreamBoothData, times: int, batch_size: int, word: Callable[[str], str | None] = as_it_is
+) -> list[EvalBatch]:
     """Every eval image at `times` evenly spaced timesteps, with noise that is a function only of its bytes and the timestep.
 
     No image is dropped, mirrored or masked, and no caption is dropped: of several captions, the first is used.
 
     Args:
         batch_size: maximum number of rows of an evaluation batch.
+        word: caption → another one, which must be one of the run's; None omits the image.
     """
     by_shape: dict[tuple[int, int], list[tuple[Entry, int]]] = {}
-    for entry in data.held_out:
+    for entry in (entry for entry in data.held_out if word(entry.captions[0]) is not None):
         by_shape.setdefault(entry.shape, []).extend((entry, k) for k in range(times))
     parts = [rows[i : i + batch_size] for rows in by_shape.values() for i in range(0, len(rows), batch_size)]
-    return [_eval_batch(data, rows, times) for rows in parts]
+    return [_eval_batch(data, rows, times, word) for rows in parts]
 
 
-def _eval_batch(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int) -> EvalBatch:
+def _eval_batch(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int, word: Callable[[str], str | None]) -> EvalBatch:
     posteriors = [data.cache_reader.posterior(entry, 0) for entry, _ in rows]
     mean = torch.stack([p["mean"] for p in posteriors])
     index = [int(cache_key.key(entry.picture.digest, str(k))[:15], 16) for entry, k in rows]
@@ -47,7 +55,7 @@ def _eval_batch(data: DreamBoothData, rows: list[tuple[Entry, int]], times: int)
         ImageInfo(e.variants[0].size(), own, SEED, i, data.cfg.dataset.aesthetic_score)
         for (e, _), own, i in zip(rows, mean, index, strict=True)
     ]
-    captions = tuple(entry.captions[0] for entry, _ in rows)
+    captions = tuple(word(entry.captions[0]) or "" for entry, _ in rows)
     batch = Batch(
         sample=torch.tensor(index), mean=mean, std=torch.stack([p["std"] for p in posteriors]), z=noise[:, 0], eps=noise[:, 1],
         u=torch.tensor([(k + 0.5) / times for _, k in rows], dtype=torch.float64),

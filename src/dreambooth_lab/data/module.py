@@ -102,6 +102,8 @@ class DreamBoothData(LightningDataModule):
         """All captions and prompts of the run."""
         message: set[Caption] = {caption for entry in entries for caption in entry.captions}
         message |= {*class_prompts(self.cfg).values()}
+        if self.cfg.eval.leakage:
+            message |= {without_word(self.cfg, entry.captions[0]) for entry in entries if entry.spec.is_eval} - {None}
         return message | {"", self.cfg.validation.negative_prompt or None, *self.cfg.validation.prompts}
 
     def text(self, caption: Caption) -> Text:
@@ -199,9 +201,13 @@ def class_prompts(cfg: DictConfig) -> dict[str, str]:
     """Validation prompt about the subject → the same about its class, if sampling takes it in."""
     if cfg.validation.superclass is enums.Superclass.none:
         return {}
-    data = cfg.dataset
-    made = {p: class_prompt_of(p, data.instance_prompt, data.class_prompt, cfg.adapter.token) for p in cfg.validation.prompts}
+    made = {prompt: without_word(cfg, prompt) for prompt in cfg.validation.prompts}
     return {prompt: about for prompt, about in made.items() if about is not None}
+
+
+def without_word(cfg: DictConfig, caption: str) -> str | None:
+    """A caption about the subject → the same about its class; None if it lacks the rare word."""
+    return class_prompt_of(caption, cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token)
 
 
 def photos_of(entries: Iterable[Entry]) -> list[Photo]:

@@ -14,8 +14,8 @@ from lightning.pytorch.profilers import Profiler
 from rich.table import Table
 
 OF_CALLBACK = {  # the other callbacks count as training
-    "Validation": "images", "EvalLoss": "eval loss", "Best": "saving", "Export": "saving", "Checkpoints": "saving",
-    "CloseWebhooks": "webhooks",
+    "Validation": "images", "EvalLoss": "eval loss", "Leakage": "eval loss", "Best": "saving", "Export": "saving",
+    "Checkpoints": "saving", "CloseWebhooks": "webhooks",
 }  # fmt: skip
 EVERY = 0.05  # seconds between two samples of the process's memory
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from html import escape
 from statistics import fmean
 
-from ..callbacks.csv_log import CsvLog
 from ..callbacks.ema import EMA, LIVE, PREFIX
-from ..callbacks.eval_loss import EvalRow
 from ..callbacks.scores import changes, interval, read_scores
 from ..config import enums
 from ..plots import Line, Series, chart, smoothed
 from ..runfolder import RunFolder
+from . import by_time, leakage
+from .by_time import between
 
 Metrics = dict[str, Series]  # name → (step, value)
 
@@ -52,7 +52,7 @@ def losses(folder: RunFolder, numbers: Metrics) -> str:
     """Training losses with their running means; eval losses against the base model's."""
     best = folder.best()
     made = [
-        chart(f"{name} over steps; thick: running mean", _with_mean(values), y=f"{name} (squared error)", from_zero=True)
+        chart(f"{name} over steps; thick: running mean", _with_mean(values), y=name, from_zero=True)
         for name, values in numbers.items()
         if name.startswith("train/loss")
     ]
@@ -62,50 +62,25 @@ def losses(folder: RunFolder, numbers: Metrics) -> str:
         base = dict(lines[0].points).get(0)
         caption = "eval/loss over steps; dashed: the base model" + ("; vertical: the best step" if best else "")
         made.append(chart(caption, lines, y="eval/loss (squared error)", level=base, mark=best[1] if best else None))
-    return f'<div class="few">{"".join(made)}{_by_time(folder)}</div>{_eval_changes(folder)}'
+    figures, table = by_time.section(folder)
+    leaks, meaning = leakage.section(folder, numbers)
+    return f'<div class="few">{"".join(made)}{figures}{leaks}</div>{table}{_eval_changes(folder)}{meaning}'
 
 
 def _with_mean(values: Series) -> list[Line]:
     return [Line(values, "each step", faint=True), Line(smoothed(values), "running mean")]
 
 
-def _by_time(folder: RunFolder) -> str:
-    """The eval loss by t: of the base model, the best step and the last step."""
-    rows_read, steps = _eval_rows(folder)
-    lines = []
-    for place, step in enumerate(steps):
-        times: dict[float, list[float]] = {}
-        for row_read in rows_read:
-            if row_read.step == step:
-                times.setdefault(row_read.t, []).append(row_read.loss)
-        lines.append(Line([(t, fmean(found)) for t, found in sorted(times.items())], f"step {step:,}", place))
-    caption = "eval/loss by timestep, from data (left) to noise (right)"
-    return chart(caption, lines, x="timestep t", y="eval/loss (squared error)") if len(lines) > 1 else ""
-
-
-def _eval_rows(folder: RunFolder) -> tuple[list[EvalRow], list[int]]:
-    """The live weights' rows of the base model, the best step and the last step."""
-    rows_read: list[EvalRow] = [a for a in CsvLog(folder.eval, EvalRow).read() if a.weights == LIVE]
-    steps, best = sorted({a.step for a in rows_read}), folder.best()
-    kept = [best[1]] if best and best[1] in steps else []
-    return rows_read, list(dict.fromkeys([*steps[:1], *kept, *steps[-1:]]))
-
-
 def _eval_changes(folder: RunFolder) -> str:
-    """Paired with the base model row by row."""
-    rows_read, steps = _eval_rows(folder)
-    rows = {step: {(a.dataset, a.image, a.t): a.loss for a in rows_read if a.step == step} for step in steps}
-    message = ""
-    for step in steps[1:]:
-        apart = [loss - rows[steps[0]][key] for key, loss in rows[step].items()]
-        low, high = interval(apart)
-        against = f"<p>eval/loss at step {step:,} compared with the base model: {fmean(apart):+.4g}"
-        message += f"{against} (95 % interval {_between(low, high, '+.4g')}).</p>"
-    return message
-
-
-def _between(low: float, high: float, form: str) -> str:
-    return f"{low:{form}} to {high:{form}}" if low == low else "too few values"
+    """Paired with the base model draw by draw."""
+    base, *others = by_time.curves(by_time.read_rows(folder), folder.best())
+    text = ""
+    for one in others:
+        moved = list(by_time.change(one.draws, base.draws).values())
+        if moved:
+            against = f"<p>eval/loss at {one.name} compared with the base model: {fmean(moved):+.4g}"
+            text += f"{against} (95 % interval {between(*interval(moved), '+.4g')}).</p>"
+    return text
 
 
 def metrics(numbers: Metrics) -> str:
@@ -131,7 +106,7 @@ def changed(folder: RunFolder) -> str:
         for step in sorted(chosen):
             rows = "".join(
                 f"<tr><td>{escape(c.metric)}</td><td>{c.first:.3f}</td><td>{c.last:.3f}</td>"
-                f"<td>{c.last - c.first:+.3f}</td><td>{_between(c.low, c.high, '+.3f')}</td></tr>"
+                f"<td>{c.last - c.first:+.3f}</td><td>{between(c.low, c.high, '+.3f')}</td></tr>"
                 for c in changes(scores, weights, step)
             )
             head = f"<tr><th>{weights}</th><th>step 0</th><th>step {step:,}</th><th>change</th><th>95 % interval</th></tr>"
