@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .adapter import ExportWeights
@@ -18,6 +20,7 @@ from .config import ConfigError
 from .dreambooth import TOKEN, DreamBooth
 from .factory import build_family, build_method
 from .optimizer import check_installed
+from .power_average import LONGEST, Share, coefficients, gamma_of
 from .runfolder import RunFolder
 from .trained import TrainedPipeline
 
@@ -75,6 +78,45 @@ def module(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> DreamBooth:
     return made.eval()
 
 
+def averages(folder: RunFolder, lengths: Sequence[float], step: int | None = None) -> tuple[int, list[dict[str, Tensor]]]:
+    """Averages of the trained weights over lengths σ_rel, from the snapshots of a run with `ema.lengths`, and their step.
+
+    Args:
+        step: at which they end, any one of the snapshots'; None: the last.
+
+    Raises:
+        ConfigError: there are no snapshots of that step, or a length is out of range or not of these snapshots' kind.
+    """
+    kept = folder.snapshots()
+    steps = sorted({at for at, _ in kept})
+    if not steps or step not in (None, *steps):
+        known = f"it has some of the steps {', '.join(map(str, steps))}" if steps else "train with ema.lengths=[0.05,0.1]"
+        raise ConfigError(f"{str(folder.root)!r} has no snapshots of averages{f' of step {step}' if step else ''}; {known}")
+    if strange := [length for length in lengths if not 0 < length <= LONGEST]:
+        raise ConfigError(f"length is {strange[0]:g}; it must be above 0 and at most {LONGEST}")
+    end = step or steps[-1]
+    shares = [Share(at, gamma_of(length)) for at, length in kept]
+    factors = [coefficients(shares, Share(end, gamma_of(length))) for length in lengths]
+    found: list[dict[str, Tensor]] = [{} for _ in lengths]
+    for number, path in enumerate(kept.values()):
+        for name, weight in load_file(path).items():
+            for own, x in zip(found, factors, strict=True):
+                own[name] = x[number] * weight.float() + own.get(name, 0)
+    return end, found
+
+
+def put(made: DreamBooth, weights: Mapping[str, Tensor]) -> None:
+    """Give a module other trainable weights.
+
+    Raises:
+        ConfigError: they are not its own.
+    """
+    learning = made.trainable_parameters()
+    if strange := sorted(learning.keys() ^ weights.keys()):
+        raise ConfigError(f"the snapshots do not match this configuration: one of them lacks {strange[0]}")
+    _put(learning, weights)
+
+
 def pipeline(cfg: DictConfig, checkpoint: Path, ema: bool = False) -> Any:
     """The base model's diffusers pipeline with the weights of a checkpoint, which are exported and loaded again."""
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +135,7 @@ def _read(checkpoint: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _put(learning: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+def _put(learning: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     for name, parameter in learning.items():
         parameter.copy_(weights[name])
 

@@ -67,6 +67,7 @@ class RunFolder:
         self.base = self.image_folder / "step_0000000.png"
         self.before_after = self.image_folder / "before_after.png"
         self.checkpoints = self.root / "checkpoints"
+        self.averages = self.root / "averages"  # snapshots of power-function averages
         self.export = self.root / "export"
         self.best_export = self.root / "export_best"
         self.report = self.root / "report.html"
@@ -76,6 +77,14 @@ class RunFolder:
 
     def best_checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"best_{step:07d}.ckpt"
+
+    def snapshot(self, step: int, length: float) -> Path:
+        return self.averages / f"step_{step:07d}_length_{length:g}.safetensors"
+
+    def snapshots(self) -> dict[tuple[int, float], Path]:
+        """Step and length of each snapshot of a power-function average → its file."""
+        found = ((path, path.stem.removeprefix("step_").split("_length_")) for path in self.averages.glob("step_*.safetensors"))
+        return {(int(step), float(length)): path for path, (step, length) in sorted(found)}
 
     def all_checkpoints(self) -> list[Path]:
         """The checkpoints of the current weights, oldest first."""

@@ -28,6 +28,7 @@ from .interruption import Interruption
 from .leakage import Leakage, Pair
 from .metrics import MetricsFile, StepMetrics
 from .periodic import Interval
+from .power_ema import PowerEma
 from .preview import CloseWebhooks, Previews, WebhookLogger
 from .progress import Bar, TimeLeft
 from .race import Race
@@ -72,6 +73,7 @@ def build_callbacks(
         metrics,
         Bar(metrics, data, rows_per_step(cfg), time_left(cfg, data)) if leads and cfg.trainer.progress else None,
         ema,
+        *build_power_averages(cfg, folder),
         build_eval_loss(cfg, folder, data, weights),
         build_leakage(cfg, folder, data, weights) if cfg.eval.leakage else None,
         build_validation(cfg, folder, data, family, weights, sender, leads),
@@ -87,6 +89,11 @@ def build_callbacks(
     loggers: list[Logger] = [metrics_file, *build_loggers(cfg, folder, step)] if metrics_file else []
     loggers += [WebhookLogger(sender, folder.root.name)] if sender else []
     return Callbacks([callback for callback in callbacks if callback], loggers, metrics)
+
+
+def build_power_averages(cfg: DictConfig, folder: RunFolder) -> list[PowerEma]:
+    """The averages of `ema.lengths`."""
+    return [PowerEma(length, cfg.ema.update_interval, cfg.ema.snapshot_every_n_steps, folder) for length in cfg.ema.lengths]
 
 
 def time_left(cfg: DictConfig, data: DreamBoothData) -> TimeLeft:

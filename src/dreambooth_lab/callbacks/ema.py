@@ -50,10 +50,14 @@ class Ema(Callback):
             return
         self.step = step
         self.average()
-        self.share = 1 - min(self.decay, (1 + step) / (10 + step)) ** self.interval
+        self.share = 1 - self.decay_at(step)
         self.arrival = self._send(pl_module.trainable_parameters())
         if self.arrival is None:
             self.average()
+
+    def decay_at(self, step: int) -> float:
+        """d^k at a step."""
+        return min(self.decay, (1 + step) / (10 + step)) ** self.interval
 
     def _send(self, learning: Mapping[str, Tensor]) -> torch.cuda.Event | None:
         """Copy the weights to the average's device; None if the copy is synchronous."""

@@ -37,6 +37,14 @@ def _optimizer_problems(read: Reader) -> Iterator[str | None]:
         yield f"optimizer.schedule is {schedule.name} with a schedule-free optimiser; use optimizer.schedule=constant"
     if free and read("ema.enabled"):
         yield "ema.enabled is true with a schedule-free optimiser, which has its own averaging; set ema.enabled=false"
+    if lengths := read("ema.lengths"):
+        if free:
+            yield f"ema.lengths is {list(lengths)} with a schedule-free optimiser, which averages by itself; set ema.lengths=[]"
+        if len(set(lengths)) != len(lengths) or len(lengths) < 2:
+            yield (
+                f"ema.lengths is {list(lengths)}; other lengths are computed from at least two different ones; set "
+                "ema.lengths=[0.05,0.1], or [] for none"
+            )
     if read("optimizer.cycles") not in (None, 1) and schedule is not enums.Schedule.restarts:
         yield f"optimizer.cycles is {read('optimizer.cycles')}, which only schedule=restarts has; set optimizer.schedule=restarts"
     if read("optimizer.lora_plus_ratio") not in (None, 1.0) and read("adapter.algorithm") not in (None, "lora", "dora", "locon"):

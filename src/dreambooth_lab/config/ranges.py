@@ -54,7 +54,7 @@ RANGES: dict[str, Range] = {
     "rollout.max_step_offset": (1, 1000), "rollout.num_steps": SAMPLER_STEPS, "rollout.shift": (1e-3, 1000),
     "rollout.probability": SHARE, "rollout.ramp_steps": NO_STEPS, "rollout.min_time": SHARE, "rollout.perturbation": STRENGTH,
     "rollout.reflexflow.direction": RATIO, "rollout.reflexflow.frequency": RATIO,
-    "ema.decay": SHARE, "ema.update_interval": STEPS,
+    "ema.decay": SHARE, "ema.update_interval": STEPS, "ema.lengths": (0.005, 0.28), "ema.snapshot_every_n_steps": STEPS,
     "validation.every_n_steps": NO_STEPS, "validation.every_n_epochs": EPOCHS, "validation.num_images": (1, 10**4),
     "validation.batch_size": ROWS,
     "validation.num_inference_steps": SAMPLER_STEPS, "validation.guidance_scale": GUIDANCE, "validation.seed": SEED,

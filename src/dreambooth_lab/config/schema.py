@@ -210,6 +210,8 @@ class EmaConfig:
     update_interval: int
     device: str
     validation: enums.EmaValidation
+    lengths: list[float]
+    snapshot_every_n_steps: int
 
 
 @dataclass

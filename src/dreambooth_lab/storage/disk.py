@@ -43,7 +43,8 @@ def of_run(cfg: DictConfig, learning: int, exported: float, looks: int) -> dict[
         exported: bytes of the exported weights.
         looks: number of validations.
     """
-    state = learning * (3 + cfg.ema.enabled)  # the weights, two moments, the EMA
+    state = learning * (3 + cfg.ema.enabled + len(cfg.ema.lengths))  # the weights, two moments, the averages
+    snapshots = len(cfg.ema.lengths) * ceil(cfg.trainer.max_steps / cfg.ema.snapshot_every_n_steps)
     kept = cfg.checkpoint.keep or ceil(cfg.trainer.max_steps / cfg.checkpoint.every_n_steps)
     export = exported * (1 + cfg.ema.enabled)
     both = 1 + bool(cfg.checkpoint.monitor)  # the best step's in addition to the newest
@@ -52,6 +53,7 @@ def of_run(cfg: DictConfig, learning: int, exported: float, looks: int) -> dict[
     return {
         f"{kept + 1} checkpoints": state * (kept + 1),
         "the best step's checkpoint": 2 * state * bool(cfg.checkpoint.monitor),
+        f"{snapshots} snapshots of averages": snapshots * learning / 2,
         "exports": export * (both + 1),
         f"images of {looks} validations": looks * drawn * weights * PIXEL * 2,  # single images and grids
     }
