@@ -401,7 +401,7 @@ def test_rejected_sizes_are_listed_with_the_rule(tmp_path):
         "short edge 20 px", "short edge 20 px", "it would be enlarged 2.13 times"]  # fmt: skip
 
 
-def test_images_too_large_after_resizing_are_rejected():
+def test_images_too_narrow_for_the_resolution_are_rejected():
     assert "20000×3 px is too narrow" in geometry.reason_against((3, 20_000), Shaping(1024), 32)
     assert geometry.reason_against((3, 20_000), Shaping(64), 32) is None
     assert geometry.reason_against((6000, 8000), Shaping(1024), 32) is None
