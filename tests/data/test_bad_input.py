@@ -63,7 +63,7 @@ def frames() -> bytes:
 # file name, content, message at the scan or at decoding; None: it is used
 IMAGES = [
     ("zero.jpg", b"", "the file is empty"),
-    ("text.png", b"not a picture", "not an image of a known format"),
+    ("text.png", b"not an image", "not an image of a known format"),
     ("html.jpg", b"<html><body>404</body></html>", "not an image of a known format"),
     ("truncated-header.png", png()[:20], "can't be read"),
     ("truncated-body.png", noisy()[: len(noisy()) // 2], "can't be decoded"),
