@@ -16,7 +16,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 DESKTOP, PHONE = (1280, 900), (390, 844)  # px
 LOOK = """return {
   wide: document.documentElement.scrollWidth, seen: innerWidth,
-  broken: [...document.images].filter(i => i.src && (!i.complete || !i.naturalWidth)).length, images: document.images.length,
+  broken: [...document.images].filter(i => i.src && (!i.complete || !i.naturalWidth)).length, pictures: document.images.length,
 }"""
 
 

@@ -196,5 +196,5 @@ def test_run_appears_in_the_browser_during_training(small, tmp_path, monkeypatch
         assert any("train/loss: " in f.text for f in page.find_elements("tag name", "figcaption"))
         for size in (browser.DESKTOP, browser.PHONE):
             found = browser.look(page, size, tmp_path / f"live_{size[0]}.png")
-            assert found["broken"] == 0 and found["images"] == 1 + 2 * 2 and found["wide"] <= size[0], found
+            assert found["broken"] == 0 and found["pictures"] == 1 + 2 * 2 and found["wide"] <= size[0], found
         assert browser.complaints(page) == []
