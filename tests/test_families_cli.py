@@ -20,7 +20,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in tiny_families.PIP
 @pytest.fixture(scope="module")
 def photo_root(tmp_path_factory):
     """Photos with masks, class images, held-out photos."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("photos")
     tiny.save_photos(root / "photos", [(80, 80), (90, 90), (60, 120)])
     tiny.save_photos(root / "class", [(80, 80), (120, 60)], seed=1)
     tiny.save_photos(root / "held", [(80, 80), (60, 120)], seed=5)

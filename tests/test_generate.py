@@ -65,7 +65,7 @@ def test_file_and_base_reproduce_the_runs_images(kind, file, finished, tiny_sdxl
     assert close(by_file, by_run) <= 1
 
 
-def test_lora_of_another_program_requires_its_base_model(finished, tiny_sdxl, tmp_path):
+def test_lora_without_configuration_requires_its_base_model(finished, tiny_sdxl, tmp_path):
     save_file(load_file(finished["lora"].folder.export / "dreambooth.safetensors"), tmp_path / "theirs.safetensors")
     words = [f"file={tmp_path / 'theirs.safetensors'}", *FAST, "seeds=1", "resolution=64"]
     with pytest.raises(ConfigError, match="has no configuration in its header; set model=BASE"):

@@ -27,7 +27,7 @@ CONFIGURATIONS = {
     "best export, average beside it": [*BEST, "ema.validation=comparison"],
     "accumulation, cosine, dropout": ["trainer.accumulate_grad_batches=3", "optimizer.schedule=cosine", "adapter.dropout=0.3"],
     "rollout": ROLLOUT,
-    "bank of generated pictures": BANK,
+    "bank of generated images": BANK,
     "DoRA": ["adapter=dora"],
     "blank, DCO": ["prior.source=blank", "prior.path=null", "objective.anchor=dco"],
     "weights": ["prior=weights", "prior.path=null"],

@@ -83,7 +83,7 @@ def test_checkpoint_pipeline_matches_export_pipeline(done):
     assert not torch.equal(first, exported)
 
 
-def test_missing_runs_and_files_are_named(done, small, tmp_path):
+def test_missing_and_mismatched_checkpoints_are_named(done, small, tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint is 3, but .* has 2, 4, 'best'"):
         done.module(3)
     with pytest.raises(ConfigError, match="is damaged, or is not a checkpoint"):

@@ -76,7 +76,7 @@ def test_resumed_optimizer_continues_bit_for_bit(name):
     assert all(torch.equal(again[key], p) for key, p in whole.items())
 
 
-def test_rounding_depends_on_the_seed_and_step_runs_its_closure_first():
+def test_rounding_depends_on_the_seed_and_step_calls_its_closure():
     ends = []
     for seed in (0, 0, 1):
         weights, optimizer = made("adamw", torch.bfloat16, seed=seed)
@@ -93,7 +93,7 @@ def test_float32_parameters_use_the_plain_optimizer_class():
 
 
 @pytest.mark.parametrize("name", ["prodigy", "schedulefree"])
-def test_optimizers_without_per_tensor_updates_are_refused(name):
+def test_optimizers_without_stochastic_rounding_are_refused(name):
     prompt = "dataset.instance_prompt=a photo of ohwx dog"
     cfg = lab.compose("dataset.path=.", prompt, "adapter=full", f"optimizer={name}", "ema.enabled=false")
     check(cfg)
@@ -107,7 +107,7 @@ def test_float16_is_refused():
         check(lab.compose("dataset.path=.", "model.dtype=float16"))
 
 
-def test_full_adapter_trains_bfloat16_weights_at_lr_full():
+def test_full_fine_tuning_has_its_own_learning_rate():
     rates = {name: lab.compose("dataset.path=.", f"adapter={name}").optimizer.lr for name in ("full", "lora", "oft")}
     assert 1e-6 <= rates["full"] <= 5e-6 and rates["lora"] == rates["oft"] > rates["full"]
     assert lab.compose("dataset.path=.", "adapter=full", "model.recommended.lr_full=3e-6").optimizer.lr == 3e-6

@@ -176,7 +176,7 @@ def test_ema_follows_its_closed_form(small, tmp_path):
         assert_close(ema.shadow["denoiser.w"], expected)
 
 
-def test_ema_update_interval_is_compensated(monkeypatch):
+def test_ema_of_delayed_weights_matches_immediate_averaging(monkeypatch):
     """As on a CUDA device: copies of a step's weights arrive later and are averaged when next needed."""
     from unittest.mock import MagicMock
 

@@ -150,7 +150,7 @@ BROKEN: dict[str, object] = {}
 
 
 @pytest.fixture(autouse=True)
-def intact():
+def restore_training_step():
     yield
     from dreambooth_lab.dreambooth import DreamBooth
 

@@ -100,7 +100,7 @@ def test_invalid_files_are_refused(content, error, make, tmp_path):
         make("lokr", save(tmp_path / "wrong.json", content))
 
 
-def test_missing_and_duplicate_targets_are_refused(make, tmp_path):
+def test_missing_presets_and_conflicting_keys_are_refused(make, tmp_path):
     with pytest.raises(ConfigError, match=r"none\.json', which does not exist"):
         make(preset=str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match=r"adapter\.preset is 'attn'; give a lycoris_config\.json, or one of full, "):

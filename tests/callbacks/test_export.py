@@ -166,15 +166,15 @@ def test_invalid_push_settings_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "header"),
+    ("words", "message"),
     [
         (["export.name=a/b"], r"export\.name is 'a/b', which is not a plain file name"),
         (["export.formats=[comfyui]"], r"export\.formats is \['comfyui'\]; add diffusers"),
         (["adapter=lokr", "export.formats=[peft]"], r"export\.formats is \['peft'\]; add comfyui or lycoris"),
     ],
 )
-def test_unusable_export_names_are_refused(words, header):
-    with pytest.raises(ConfigError, match=header):
+def test_invalid_export_settings_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
         check(lab.compose("dataset.path=.", *words))
 
 

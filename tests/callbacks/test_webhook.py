@@ -118,7 +118,7 @@ def test_only_the_response_status_decides_success(respond):
         assert sending.close(5)["mine"]["sent"] == 1
 
 
-@pytest.mark.parametrize("receiver", ["hangs", "fails", "redirects", "nobody there", "limits"])
+@pytest.mark.parametrize("receiver", ["hangs", "fails", "redirects", "unreachable", "limits"])
 def test_failing_receiver_does_not_delay_training_and_is_counted(receiver):
     responses = {
         "hangs": lambda handler, n: time.sleep(5),
@@ -127,7 +127,7 @@ def test_failing_receiver_does_not_delay_training_and_is_counted(receiver):
         "limits": status(429, [("Retry-After", "0.05")]),
     }
     with server(responses.get(receiver, status(200))) as (url, _):
-        sending = sender("http://127.0.0.1:1/" if receiver == "nobody there" else url)
+        sending = sender("http://127.0.0.1:1/" if receiver == "unreachable" else url)
         start = time.monotonic()
         for _ in range(30):
             sending.send(message())

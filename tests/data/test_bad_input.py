@@ -63,7 +63,7 @@ def frames() -> bytes:
 # file name, content, message at the scan or at decoding; None: it is used
 IMAGES = [
     ("zero.jpg", b"", "the file is empty"),
-    ("text.png", b"not a picture", "not an image of a known format"),
+    ("text.png", b"not an image", "not an image of a known format"),
     ("html.jpg", b"<html><body>404</body></html>", "not an image of a known format"),
     ("truncated-header.png", png()[:20], "can't be read"),
     ("truncated-body.png", noisy()[: len(noisy()) // 2], "can't be decoded"),
@@ -401,7 +401,7 @@ def test_rejected_sizes_are_listed_with_the_rule(tmp_path):
         "short edge 20 px", "short edge 20 px", "it would be enlarged 2.13 times"]  # fmt: skip
 
 
-def test_images_too_large_after_resizing_are_rejected():
+def test_images_too_narrow_for_the_resolution_are_rejected():
     assert "20000×3 px is too narrow" in geometry.reason_against((3, 20_000), Shaping(1024), 32)
     assert geometry.reason_against((3, 20_000), Shaping(64), 32) is None
     assert geometry.reason_against((6000, 8000), Shaping(1024), 32) is None

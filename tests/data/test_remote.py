@@ -28,7 +28,7 @@ def settled(monkeypatch):
 def folder(tmp_path):
     made = tiny.save_photos(tmp_path / "photos/below", [(40, 30), (50, 20)])
     (made / "00.txt").write_text("a caption")
-    (made.parent / "broken.jpg").write_bytes(b"no picture")
+    (made.parent / "broken.jpg").write_bytes(b"not an image")
     return made.parent
 
 

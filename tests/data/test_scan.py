@@ -17,7 +17,7 @@ def test_warm_start_reads_no_image_and_finds_the_same(tmp_path, monkeypatch):
     source, memory = Folder(str(folder)), ScanCache(tmp_path / "memory")
     cold = scan.scan(source, memory)
     assert cold.read == 6 and len(cold.pictures) == 5
-    monkeypatch.setattr(Folder, "read", lambda *a: pytest.fail("a picture was read"))
+    monkeypatch.setattr(Folder, "read", lambda *a: pytest.fail("an image was read"))
     warm = scan.scan(source, memory)
     assert warm.read == 0 and warm[:2] == cold[:2]
 

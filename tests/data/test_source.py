@@ -24,7 +24,7 @@ def test_images_are_found_recursively_and_sorted(tmp_path):
     (tmp_path / "b" / "ü").mkdir(parents=True)
     for name in ("b/ü/z.JPG", "a.png", "b/c.webp"):
         Image.new("RGB", (30, 20), "red").save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("not an image")
     found, rejected = scan_folder(tmp_path)
     assert [p.name for p in found] == ["a.png", "b/c.webp", "b/ü/z.JPG"] and not rejected
     assert found[0].size == (20, 30)

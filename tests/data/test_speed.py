@@ -48,7 +48,7 @@ def test_scanning_100_000_images(tmp_path, monkeypatch):
     started = time.perf_counter(), time.process_time()
     cold = scan.scan(source_, memory)
     between = time.perf_counter(), time.process_time()
-    monkeypatch.setattr(Folder, "read", lambda *a: pytest.fail("a picture was read"))
+    monkeypatch.setattr(Folder, "read", lambda *a: pytest.fail("an image was read"))
     warm = scan.scan(source_, memory)
     ended = time.perf_counter(), time.process_time()
     assert (cold.read, warm.read, len(warm.pictures)) == (100_000, 0, 100_000) and warm.pictures == cold.pictures
@@ -92,7 +92,7 @@ def test_cache_build_time_against_a_plain_loop(small, tmp_path):
             times["ours"].append(ended - between)
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["ours"], strict=True)]
     rates = [24 / min(times[name]) for name in ("ours", "bare")]
-    print(f"\n{rates[0]:.1f} pictures/s, {rates[1]:.1f} bare; ratios {', '.join(f'{r:.2f}' for r in ratios)}")
+    print(f"\n{rates[0]:.1f} images/s, {rates[1]:.1f} bare; ratios {', '.join(f'{r:.2f}' for r in ratios)}")
     assert sorted(ratios)[1] > 0.5
 
 

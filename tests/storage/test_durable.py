@@ -64,7 +64,7 @@ def test_folder_is_old_or_new_after_a_kill_at_any_point(at, tmp_path, monkeypatc
     assert contents(target) == {"a": "newer", "b": "newer"}
 
 
-def test_leftover_folders_of_a_kill_are_reused(tmp_path):
+def test_leftover_folders_of_earlier_versions_are_settled(tmp_path):
     """As left by versions without `settle`: the old folder beside its place."""
     target = tmp_path / "export_best"
     write(tmp_path / "export_best.old", "old")

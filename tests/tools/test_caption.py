@@ -104,7 +104,7 @@ def test_existing_captions_are_kept_and_an_interrupted_call_continues(photo_fold
 
 def test_photos_without_a_caption_are_named(photo_folder: Path, generated: list[str]) -> None:
     generated[:] = ["", "a dog"]
-    (photo_folder / "c.jpg").write_bytes(b"no picture")
+    (photo_folder / "c.jpg").write_bytes(b"not an image")
     Image.new("RGB", (40, 40)).save(photo_folder / "sub" / "b.jpg")
     done = call(photo_folder)
     assert done.exit_code == 1

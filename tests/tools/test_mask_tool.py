@@ -187,7 +187,7 @@ def test_written_masks_can_be_trained_with(inside: bool, photo_folder: Path, tmp
     data.prepare()
     summary = next(s for s in data.summaries() if not s.spec.is_class)
     assert (summary.found, summary.masks, summary.rejected) == (2, 2, [])
-    assert not [notice for notice in data.notices if "without a picture" in notice]
+    assert not [notice for notice in data.notices if "without an image" in notice]
 
 
 def test_alpha_becomes_a_mask(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_unused_tokens_get_the_norm_of_trained_words():
     assert sorted(tokenizer.convert_ids_to_tokens(changed)) == sorted(f"{t}</w>" for t in FREE_TOKENS)
 
 
-def test_nearest_features_find_the_matching_image():
+def test_found_partner_is_the_share_of_matching_images():
     features = torch.eye(6)[[0, 1, 2, 0, 1, 2]]  # images i and 3 + i are equal
     assert found_partner(features) == 1
     assert found_partner(features[[0, 1, 2, 1, 2, 0]]) == 0
