@@ -73,6 +73,7 @@ VERSIONS: tuple[tuple[Step, ...], ...] = (
         Added("validation.personal_guidance", None),
         Added("objective.uncertainty_lr", 0.01),
         Added("eval.leakage", False),
+        Added("eval.gallery", None),
         Added("objective.anchor", "none"),
         Added("objective.anchor_beta", 1000.0),
         Added("adapter.rank_schedule", "none"),
