@@ -19,6 +19,7 @@ from ..data.module import DreamBoothData, without_word
 from ..models.family import Family
 from ..models.feature_extractors import Clip, Dino, MaskedDino
 from ..runfolder import RunFolder
+from . import retrieval
 from .checkpoint import Best, Checkpoints
 from .ema import Ema, EvalWeights
 from .eval_loss import EvalLoss
@@ -175,9 +176,9 @@ def build_scores(cfg: DictConfig, folder: RunFolder, data: DreamBoothData, devic
         return None
     if masked and (share := masked.under_masks(photos)) is not None:
         log.info("dino_masked: %.0f %% of its foreground patches in the photos are inside the masks", 100 * share)
-    return Scores(
-        folder, clip, extractors, photos, Subject(cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token)
-    )
+    look_alikes = retrieval.embed(data.gallery, extractors, cfg.eval.batch_size) if data.gallery else None
+    subject = Subject(cfg.dataset.instance_prompt, cfg.dataset.class_prompt, cfg.adapter.token)
+    return Scores(folder, clip, extractors, photos, subject, look_alikes)
 
 
 def build_sender(cfg: DictConfig) -> Sender | None:

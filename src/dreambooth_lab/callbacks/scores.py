@@ -5,6 +5,7 @@ compared image by image (same prompt, same noise).
 
     clip/mean …        CLIP-T: each image with its own prompt; mean, min, max, std over all images
     subject/…          images of prompts with the rare word, with the mean of the subject's photos: clip_i, dino, dino_masked
+    subject/gallery_…  the same prompts: mean average precision of finding the photos among look-alikes (`eval.gallery`)
     class/pres_…       the same for prompts of the class without the rare word: how far the class has become the subject
     class/diversity_…  1 - mean cosine among the embeddings of the images of one such prompt: falls when the class collapses
 
@@ -27,6 +28,7 @@ from .. import names
 from ..config import Subject
 from ..models.feature_extractors import Clip, FeatureExtractor, MaskedDino, Photo
 from ..runfolder import RunFolder
+from . import retrieval
 from .csv_log import CsvLog
 
 log = logging.getLogger(__name__)
@@ -49,16 +51,20 @@ class Scores:
         extractors: name → feature extractor for comparing images with the photos.
         photos: the subject's.
         subject: classifies validation prompts as being about the subject or its class.
+        look_alikes: name of an extractor → embeddings of the gallery's look-alikes [W D].
     """
 
     def __init__(
         self, folder: RunFolder, clip: Clip | None, extractors: Mapping[str, FeatureExtractor | MaskedDino],
         photos: Sequence[Photo],
-        subject: Subject,
+        subject: Subject, look_alikes: Mapping[str, Tensor] | None = None,
     ):  # fmt: skip
         self.table, self.clip, self.extractors = CsvLog(folder.scores, Score), clip, extractors
         self.photos = {name: extractor.embed_photos(photos) for name, extractor in extractors.items()}
-        self.subject = subject
+        self.subject, self.look_alikes = subject, look_alikes or {}
+        for name, wrong in self.look_alikes.items():
+            if (best := retrieval.of_photos(self.photos[name], wrong)) is not None:
+                log.info("%s%s of the subject's own photos, each among the others: %.3f", retrieval.PREFIX, name, best)
         if not subject.rare:
             message = "only validation prompts that contain the whole instance prompt are scored as the subject"
             log.warning("the rare word can't be identified, so %s; set adapter.token to it, or dataset.class_prompt", message)
@@ -79,6 +85,9 @@ class Scores:
             alike = (vectors @ self.photos[name].T).mean(1).tolist()
             if self.subject.is_subject(prompt):
                 yield from _scores(name, prompt, alike)
+                if name in self.look_alikes:
+                    found = retrieval.average_precision(vectors, self.photos[name], self.look_alikes[name])
+                    yield from _scores(f"{retrieval.PREFIX}{name}", prompt, found.tolist())
             elif self.subject.is_class(prompt):
                 yield from _scores(f"pres_{name}", prompt, alike)
                 yield from _scores(f"diversity_{name}", prompt, _apart(vectors))

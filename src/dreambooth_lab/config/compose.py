@@ -24,7 +24,7 @@ from .schema import Config
 
 PLACES = (  # keys that may contain a local path
     "dataset.path", "dataset.mask_path", "prior.path", "cache", "adapter.init_from", "adapter.preset", "model.pretrained",
-    "model.config", "model.tae", "eval.clip_model", "eval.dino_model", "eval.path", "validation.library",
+    "model.config", "model.tae", "eval.clip_model", "eval.dino_model", "eval.path", "eval.gallery", "validation.library",
 )  # fmt: skip
 LOCAL = "local:"  # prefix that replaces a local path in an export
 PACKAGE = Path(__file__).resolve().parents[1]

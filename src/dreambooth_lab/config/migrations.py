@@ -75,6 +75,7 @@ VERSIONS: tuple[tuple[Step, ...], ...] = (
         Added("eval.leakage", False),
         Added("ema.lengths", []),
         Added("ema.snapshot_every_n_steps", 25),
+        Added("eval.gallery", None),
         Added("objective.anchor", "none"),
         Added("objective.anchor_beta", 1000.0),
         Added("adapter.rank_schedule", "none"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from . import enums
 from .data_rules import lacks_prompt
-from .prompts import library, rare_word
+from .prompts import Subject, library, rare_word
 from .reader import Reader, installed, is_absent_folder
 
 LEAKAGE = "eval/leakage"  # name of the metric
@@ -30,6 +30,7 @@ def problems(read: Reader) -> Iterator[str | None]:
     yield from _prompt_problems(read)
     yield from steering_problems(read)
     yield from _eval_problems(read)
+    yield from _gallery_problems(read)
     yield from _leakage_problems(read)
     yield from _preview_problems(read)
     yield from _export_problems(read)
@@ -110,6 +111,21 @@ def _eval_problems(read: Reader) -> Iterator[str | None]:
             yield f"{prefix}, so the eval loss is never computed; set one of them"
         if read("dataset.caption") is enums.CaptionKind.column and not read("dataset.only_instance_prompt"):
             yield "eval.path is a folder, which has no caption column; use dataset.only_instance_prompt=true, or remove it"
+
+
+def _gallery_problems(read: Reader) -> Iterator[str | None]:
+    """The gallery ranks images of the subject by DINO's similarity."""
+    if read("eval.gallery") is None:
+        return
+    yield read.folder("eval.gallery", "images of individuals that look like the subject")
+    said = f"eval.gallery is {read('eval.gallery')!r}"
+    if not read("eval.dino_model"):
+        yield f"{said}, whose images DINO compares; set eval.dino_model (eval=paper, eval=toybox), or gallery to null"
+    if not _generates_images(read):
+        yield f"{said}, but validation.every_n_steps is 0, so there are no images to rank it by; set it, or gallery to null"
+    subject = Subject(read("dataset.instance_prompt") or "", read("dataset.class_prompt"), read("adapter.token"))
+    if not any(subject.is_subject(prompt) for prompt in read("validation.prompts") or []):
+        yield f"{said}, but no prompt of validation.prompts is about the subject; add one with the rare word, or set it to null"
 
 
 def _leakage_problems(read: Reader) -> Iterator[str | None]:

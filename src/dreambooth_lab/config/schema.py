@@ -236,6 +236,7 @@ class ValidationConfig:
 class EvalConfig:
     clip_model: str | None
     dino_model: str | None
+    gallery: str | None
     batch_size: int
     path: str | None
     every_n_steps: int

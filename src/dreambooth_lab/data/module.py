@@ -19,7 +19,7 @@ from ..config import class_prompt_of, enums, processes
 from ..diffusion.time import build_times
 from ..models.family import Family
 from ..models.feature_extractors import Photo
-from . import planning
+from . import gallery, planning
 from .caching.bank import Bank, item
 from .caching.fill import Encoder, Failed, Stores, fill_latents, fill_masks, missing, require_free_space
 from .caching.reader import CacheReader
@@ -78,6 +78,7 @@ class DreamBoothData(LightningDataModule):
         self.notices += collected.notices
         entries, problems = fill_masks(self.stores, collected.entries, self.family.factor)
         raise_problems(self.specs, entries, self.rejected, collected.problems + problems)
+        self.gallery = gallery.read(self.cfg.eval.gallery, entries) if self.cfg.eval.gallery else None
         self._read_texts(self._captions(entries))
         self.notices += notices.notices(entries)
         whole = self._fill_latents(entries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from statistics import fmean
 
+from ..callbacks import retrieval
 from ..callbacks.ema import EMA, LIVE, PREFIX
 from ..callbacks.scores import changes, interval, read_scores
 from ..config import enums
@@ -112,4 +113,6 @@ def changed(folder: RunFolder) -> str:
             head = f"<tr><th>{weights}</th><th>step 0</th><th>step {step:,}</th><th>change</th><th>95 % interval</th></tr>"
             tables += f'<div class="wide"><table>{head}{rows}</table></div>'
     note = "<p>Paired by prompt and noise. The interval (Student's t) is over images, not over training seeds.</p>"
+    if any(score.metric.startswith(retrieval.PREFIX) for score in scores):
+        note += f"<p>{retrieval.MEANING}</p>"
     return tables + note if tables else "<p>No images were scored: set eval=paper or eval=toybox.</p>"

@@ -4,6 +4,7 @@
     masks/SUBJECT/     white where it is
     unseen/SUBJECT/    more photos of it for the eval loss, not for training
     classes/SUBJECT/   other members of its class, for prior preservation
+    lookalikes/SUBJECT/  individuals that differ from it in one to three features, for the gallery
 
 The package ships this output, so that `dataset=toybox` needs nothing else. With `--place "in the city"` all photos of a
 subject are taken in one place, for experiments with masks.
@@ -24,11 +25,11 @@ from rich.progress import track
 
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.tools.common import cli
-from dreambooth_lab.toybox.subjects import PLACES, subject_photos
+from dreambooth_lab.toybox.subjects import PLACES, look_alike_pictures, subject_photos
 from dreambooth_lab.toybox.world import BACKGROUNDS, SUBJECTS, Picture, draw_individual, place, render
 
 SHIPPED = Path(__file__).resolve().parents[1] / "toybox" / "pictures"
-PHOTOS, UNSEEN, MEMBERS = 5, 4, 12
+PHOTOS, UNSEEN, MEMBERS, LOOK_ALIKES = 5, 4, 12, 24
 Place = StrEnum("Place", {name: name for name in BACKGROUNDS})  # type: ignore[misc]
 
 
@@ -51,6 +52,8 @@ def write(folder: Path, places: Sequence[str] = PLACES) -> None:
             _save(photo.image, folder / "unseen" / subject / f"{i:02d}.png")
         for i, picture in enumerate(class_pictures(who.kind, MEMBERS)):
             _save(picture.image, folder / "classes" / subject / f"{i:02d}.png")
+        for i, picture in enumerate(look_alike_pictures(subject, LOOK_ALIKES)):
+            _save(picture.image, folder / "lookalikes" / subject / f"{i:02d}.png")
 
 
 def _save(image: Image.Image, path: Path) -> None:

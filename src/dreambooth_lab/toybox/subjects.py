@@ -1,14 +1,17 @@
 """The held-out individuals: a few photos of each, in different places, as a user of DreamBooth would bring them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dreambooth_lab.toybox.captions import plain_caption
-from dreambooth_lab.toybox.world import BACKGROUNDS, SQUARE, SUBJECTS, Scene, Size, place, render
+from dreambooth_lab.toybox.shapes import COLOURS, PATTERNS, VARIANTS, Individual
+from dreambooth_lab.toybox.world import BACKGROUNDS, SQUARE, SUBJECTS, Picture, Scene, Size, place, render
 
 # never shown in a subject's photos, so that prompts about them are a test
 UNSEEN_PLACES = ("on the beach", "in space")
@@ -33,6 +36,33 @@ def subject_photos(name: str, n: int = 5, size: Size = SQUARE, places: Sequence[
     """The first `n` photos of a subject; `size` is (height, width)."""
     pictures = [render(subject_scene(name, i, places), size) for i in range(n)]
     return [Photo(p.image, p.mask, plain_caption(p.scene), p.scene) for p in pictures]
+
+
+def look_alikes(name: str, n: int) -> list[Individual]:
+    """n different individuals that differ from a subject in one, two or three of colour, second colour, pattern, silhouette and
+    feature, in turn."""
+    return list(islice(_look_alikes(SUBJECTS[name], np.random.default_rng([sum(name.encode()), 0x6C])), n))
+
+
+def _look_alikes(who: Individual, rng: np.random.Generator) -> Iterator[Individual]:
+    choices: dict[str, tuple[Any, ...]] = {
+        "colour": tuple(COLOURS), "second": tuple(COLOURS), "pattern": PATTERNS, "variant": tuple(range(VARIANTS)),
+        "feature": (False, True),
+    }  # fmt: skip
+    seen = {who}
+    while True:
+        changed = rng.choice(list(choices), 1 + (len(seen) - 1) % 3, replace=False)
+        others = {str(key): [value for value in choices[str(key)] if value != getattr(who, str(key))] for key in changed}
+        made = replace(who, **{key: values[rng.integers(len(values))] for key, values in others.items()})
+        if made not in seen and made.colour != made.second:
+            seen.add(made)
+            yield made
+
+
+def look_alike_pictures(name: str, n: int) -> list[Picture]:
+    """One picture of each, in the places of the subject's photos."""
+    rng = np.random.default_rng([sum(name.encode()), 0x67])
+    return [render(place(who, PLACES[i % len(PLACES)], rng)) for i, who in enumerate(look_alikes(name, n))]
 
 
 def write_subject(name: str, folder: Path, n: int = 5, size: Size = SQUARE) -> None:
