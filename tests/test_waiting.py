@@ -53,6 +53,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("words", [
     ["prior=teacher", *WALK, "rollout.sampler=dpm", "mask.outside=teacher", "mask.normalize=true"],
     ["prior=bank", "objective.weight=min_snr", "objective.loss=huber", "objective.timesteps=logit_normal"],
+    ["prior=teacher", "objective.weight=learned"],
     ["prior=noise", "rollout.enabled=true", "rollout.kind=input_perturbation", "rollout.ramp_steps=0"],
     ["prior=teacher", *WALK, "adapter=dora", "rollout.sampler=unipc", "rollout.target=original"],
     ["prior=teacher", *WALK, "adapter=lokr"],
