@@ -1,11 +1,13 @@
 """The pretraining stages with settings that take seconds."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from dreambooth_lab.config import ConfigError, conf_dir
@@ -17,6 +19,7 @@ from dreambooth_lab.tools.pretrain_toybox.evaluator import found_partner
 from dreambooth_lab.tools.pretrain_toybox.runner import fit
 from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding, new_text_encoders
 from dreambooth_lab.tools.pretrain_toybox.textures import texture
+from dreambooth_lab.toybox import base_folder
 from dreambooth_lab.toybox.captions import FREE_TOKENS
 from dreambooth_lab.toybox.evaluator import Evaluator
 from dreambooth_lab.toybox.tokenizer import build_tokenizer
@@ -149,6 +152,28 @@ def test_card_sums_the_time_of_all_runs_of_a_stage(tmp_path):
     path = tmp_path / "times.jsonl"
     path.write_text("".join(f'{{"stage": "{stage}", "wall_s": {seconds}}}\n' for stage, seconds in records))
     assert minutes(path) == "vae 40, unet 50"
+
+
+def test_continued_unet_is_exported_beside_the_shipped_parts(tmp_path):
+    """The autoencoder and the judges stay, and the card says how the UNet was continued, once."""
+    base = tmp_path / "base"
+    shutil.copytree(base_folder(), base)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        words = ["seed=1", "unet.from_shipped=true", "latents.shipped_vae=true", f"base={base}", f"out={tmp_path / 'out'}"]
+        cfg = compose("pretrain_toybox", words)
+    stage = unet.UnetStage(cfg.unet)
+    (tmp_path / "out/unet").mkdir(parents=True)
+    torch.save({"state_dict": stage.state_dict(), "global_step": 7}, tmp_path / "out/unet/last.ckpt")
+    export.run(cfg)
+    export.run(cfg)
+    for part in ("evaluator", "scorer", "dino"):
+        files = sorted(path for path in (base_folder() / part).iterdir())
+        assert all((base / part / path.name).read_bytes() == path.read_bytes() for path in files)
+    before, after = (load_file(where / "vae/diffusion_pytorch_model.safetensors") for where in (base_folder(), base))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    written = load_file(base / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    assert torch.equal(written, stage.ema["unet"].conv_in.weight.half())
+    assert (base / "README.md").read_text().count(", then 7 more of 40 at a rate of 0.001 (seed 1)") == 1
 
 
 def test_interrupted_stage_records_its_time(tmp_path):

@@ -44,6 +44,9 @@ world mean nothing to it. Real photographs pass the autoencoder blurred.
 """
 
 
+JUDGED = "judged by the evaluator (`stage=judge`)"
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -58,12 +61,40 @@ def minutes(path: Path) -> str:
 
 
 def card(cfg: Any) -> str:
+    return _continued(cfg) if cfg.unet.from_shipped else _whole(cfg)
+
+
+def _continued(cfg: Any) -> str:
+    """The shipped card with the steps of a UNet that was trained further, and what the judge found since."""
+    lines = (Path(cfg.base) / "README.md").read_text(encoding="utf-8").splitlines()
+    more = f", then {_steps(cfg):,} more of {cfg.unet.batch} at a rate of {cfg.unet.lr:g} (seed {cfg.seed})"
+    judged = _judged(cfg)
+    for number, line in enumerate(lines):
+        if line.startswith("- UNet and text encoders") and more not in line:
+            lines[number] += more
+        if judged and JUDGED in line:
+            lines[number] = judged
+    return "\n".join(lines) + "\n"
+
+
+def _steps(cfg: Any) -> int:
+    return int(torch.load(Path(cfg.out) / "unet/last.ckpt", map_location="cpu", weights_only=True)["global_step"])
+
+
+def _judged(cfg: Any) -> str | None:
+    judged = read(Path(cfg.out) / "judge/judge.json")
+    if not judged:
+        return None
+    text = ", ".join(f"{k} {v}" for k, v in judged.items() if k in ("class", "colour", "background"))
+    return f"- {judged['prompts']} prompts, {JUDGED}: {text}"
+
+
+def _whole(cfg: Any) -> str:
     out, lines = Path(cfg.out), []
     psnr = next((p for p in (out / "polish/psnr.txt", out / "vae/psnr.txt") if p.exists()), out / "vae/psnr.txt")
     if psnr.exists():
         lines.append(f"- VAE, held-out scenes: step {psnr.read_text().splitlines()[-1]} (dB)")
-    done = torch.load(out / "unet/last.ckpt", map_location="cpu", weights_only=True)["global_step"]
-    lines.append(f"- UNet and text encoders: {done:,} steps of {cfg.unet.batch} pictures, {cfg.latents.scenes:,} scenes")
+    lines.append(f"- UNet and text encoders: {_steps(cfg):,} steps of {cfg.unet.batch} pictures, {cfg.latents.scenes:,} scenes")
     title_of = {
         "evaluator": "Evaluator, accuracy on held-out scenes",
         "scorer": "Scorer, zero-shot over all 288 prompts, accuracy on held-out scenes",
@@ -73,9 +104,7 @@ def card(cfg: Any) -> str:
         numbers = read(out / name / "accuracies.json")
         if numbers:
             lines.append(f"- {text}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
-    judged = read(out / "judge/judge.json")
-    if judged:
-        text = ", ".join(f"{k} {v}" for k, v in judged.items() if k in ("class", "colour", "background"))
-        lines.append(f"- {judged['prompts']} prompts, judged by the evaluator (`stage=judge`): {text}")
+    if judged := _judged(cfg):
+        lines.append(judged)
     lines.append(f"- Minutes of the stages on {cfg.threads} threads: {minutes(out / 'times.jsonl')}")
     return TEXT.format(numbers="\n".join(lines))

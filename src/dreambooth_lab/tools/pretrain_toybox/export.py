@@ -1,4 +1,7 @@
-"""Writes the base folder: a plain `StableDiffusionXLPipeline` in half precision, with evaluator, scorer and card."""
+"""Writes the base folder: a plain `StableDiffusionXLPipeline` in half precision, with evaluator, scorer and card.
+
+A UNet that continues the shipped one (`unet.from_shipped`) is written beside the shipped evaluator, scorer and DINO.
+"""
 
 import json
 import shutil
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 
 from dreambooth_lab.tools.pretrain_toybox.card import card
-from dreambooth_lab.tools.pretrain_toybox.latents import folded, trained_vae
+from dreambooth_lab.tools.pretrain_toybox.latents import folded, shipped_vae, trained_vae
 from dreambooth_lab.tools.pretrain_toybox.text import give_free_tokens_an_embedding
 from dreambooth_lab.tools.pretrain_toybox.unet import UnetStage, pipeline
 from dreambooth_lab.toybox.tokenizer import build_tokenizer
@@ -52,8 +55,10 @@ def run(cfg: Any) -> None:
     base, out = Path(cfg.base), Path(cfg.out)
     nets = trained(cfg)
     give_free_tokens_an_embedding(nn.ModuleDict({k: v for k, v in nets.items() if k != "unet"}), build_tokenizer(), cfg.seed)
-    vae = folded(trained_vae(cfg))
-    shutil.rmtree(base, ignore_errors=True)
+    vae = shipped_vae(cfg) if cfg.latents.shipped_vae else folded(trained_vae(cfg))
+    text = card(cfg)
+    if not cfg.unet.from_shipped:
+        shutil.rmtree(base, ignore_errors=True)
     pipeline(nets, vae).to(dtype=torch.float16).save_pretrained(base)
     for name in ("text_encoder", "text_encoder_2"):
         say_float32(base / name)
@@ -62,7 +67,7 @@ def run(cfg: Any) -> None:
     for source, name in (("scorer/clip", "scorer"), ("dino/vit", "dino")):
         if (out / source).exists():
             export_judge(out / source, base / name)
-    (base / "README.md").write_text(card(cfg), encoding="utf-8")
+    (base / "README.md").write_text(text, encoding="utf-8")
     files = [p for p in base.rglob("*") if p.is_file()]
     for path in files:
         path.chmod(0o644)
