@@ -151,7 +151,7 @@ def test_ranks_share_the_images_and_caches_are_built_once(words, tmp_path):
     for i in (1, 2):
         how = [f"trainer.devices={i}", f"dataset.batch_size={4 // i}", f"cache={tmp_path / f'cache{i}'}"]
         call(*words, *how, prompts, f"hydra.run.dir={tmp_path / str(i)}", cwd=tmp_path)
-    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1/pictures").rglob("step_*/*.png"))
+    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1/images").rglob("step_*/*.png"))
     assert len(files) == 3 * 3 * 2 and all((tmp_path / "2" / file).is_file() for file in files)
     for file in files:
         if "step_0000000" in str(file):
