@@ -169,6 +169,7 @@ def test_continued_unet_is_exported_beside_the_shipped_parts(tmp_path):
     for part in ("evaluator", "scorer", "dino"):
         files = sorted(path for path in (base_folder() / part).iterdir())
         assert all((base / part / path.name).read_bytes() == path.read_bytes() for path in files)
+    assert not any("_name_or_path" in path.read_text() for path in base.glob("*/config.json"))
     before, after = (load_file(where / "vae/diffusion_pytorch_model.safetensors") for where in (base_folder(), base))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     written = load_file(base / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"]

@@ -38,6 +38,14 @@ def say_float32(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def forget_paths(base: Path) -> None:
+    """diffusers writes the folder that a part was loaded from."""
+    for path in base.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def add(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.ckpt", "*.jsonl", "*.png"))
 
@@ -62,6 +70,7 @@ def run(cfg: Any) -> None:
     pipeline(nets, vae).to(dtype=torch.float16).save_pretrained(base)
     for name in ("text_encoder", "text_encoder_2"):
         say_float32(base / name)
+    forget_paths(base)
     if (out / "evaluator/model.safetensors").exists():
         add(out / "evaluator", base / "evaluator")
     for source, name in (("scorer/clip", "scorer"), ("dino/vit", "dino")):
