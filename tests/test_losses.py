@@ -11,6 +11,7 @@ from dreambooth_lab.config import ConfigError, enums
 from dreambooth_lab.data.sampling.schedule import Bucket, Group, Schedule
 from dreambooth_lab.diffusion.path import RectifiedFlow, VariancePreserving
 from dreambooth_lab.losses import (
+    ON_NOISE,
     consistency,
     huber_width,
     masked_error,
@@ -192,7 +193,7 @@ def test_weights_are_finite_at_zero_terminal_snr_but_debiased_which_is_refused()
     assert huber_width(enums.HuberSchedule.snr, 0.1, ZERO.snr(t)).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", [w for w in enums.Weight if w is not enums.Weight.none], ids=lambda w: w.value)
+@pytest.mark.parametrize("kind", list(ON_NOISE), ids=lambda w: w.value)
 @pytest.mark.parametrize("path", [EPS, V, FLOW], ids=["epsilon", "v", "flow"])
 def test_a_weight_means_the_same_whatever_the_network_predicts(path, kind):
     """The weighted error of the answer is w(SNR) times the squared error of x_0, for all three."""

@@ -14,8 +14,8 @@ from dreambooth_lab.data.module import DreamBoothData, Samples
 from dreambooth_lab.diffusion.path import RectifiedFlow, VariancePreserving
 from dreambooth_lab.dreambooth import UNCERTAINTY, DreamBooth
 from dreambooth_lab.factory import build_adapter, build_family
+from dreambooth_lab.resuming import resume_config
 from dreambooth_lab.run import run
-from dreambooth_lab.runfolder import resume_config
 from dreambooth_lab.uncertainty import Uncertainty
 
 ALPHAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
