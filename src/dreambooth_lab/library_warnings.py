@@ -15,6 +15,7 @@ LOGGERS = {
 MESSAGES = (
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*`torch_dtype` is deprecated.*",  # diffusers 0.42 accepts both names
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
 
