@@ -24,6 +24,7 @@ from .power_average import LONGEST, Share, coefficients, gamma_of
 from .runfolder import RunFolder
 from .trained import TrainedPipeline
 
+AMPLIFICATION = 16.0  # largest sum of the factors' magnitudes with which half-precision snapshots are combined
 SCHEDULE_FREE = "train_mode"  # in the state of optimisers with separate evaluation weights
 Which = Literal["last", "best"] | int | Path | str  # a checkpoint: by name, optimiser step, or file
 
@@ -85,7 +86,7 @@ def averages(folder: RunFolder, lengths: Sequence[float], step: int | None = Non
         step: at which they end, any one of the snapshots'; None: the last.
 
     Raises:
-        ConfigError: there are no snapshots of that step, or a length is out of range or not of these snapshots' kind.
+        ConfigError: there are no snapshots of that step, or a length is out of range or too short for them.
     """
     kept = folder.snapshots()
     steps = sorted({at for at, _ in kept})
@@ -97,11 +98,17 @@ def averages(folder: RunFolder, lengths: Sequence[float], step: int | None = Non
     end = step or steps[-1]
     shares = [Share(at, gamma_of(length)) for at, length in kept]
     factors = [coefficients(shares, Share(end, gamma_of(length))) for length in lengths]
+    for length, x in zip(lengths, factors, strict=True):
+        if sum(map(abs, x)) > AMPLIFICATION:
+            raise ConfigError(
+                f"length is {length:g}, which these snapshots are too long and too far apart for: their rounding errors would be "
+                "amplified; choose a longer one, or train with shorter ema.lengths or a smaller ema.snapshot_every_n_steps"
+            )
     found: list[dict[str, Tensor]] = [{} for _ in lengths]
     for number, path in enumerate(kept.values()):
         for name, weight in load_file(path).items():
-            for own, x in zip(found, factors, strict=True):
-                own[name] = x[number] * weight.float() + own.get(name, 0)
+            for average, x in zip(found, factors, strict=True):
+                average[name] = x[number] * weight.float() + average.get(name, 0)
     return end, found
 
 

@@ -98,6 +98,7 @@ def test_tool_exports_each_length_and_compares_them(done):
 @pytest.mark.parametrize(
     ("lengths", "step", "why"),
     [
+        ([0.001], None, "length is 0.001, which these snapshots are too long"),
         ([0.3], None, "length is 0.3; it must be above 0 and at most 0.28"),
         ([0.1], 3, r"no snapshots of averages of step 3; it has .*2, 4"),
     ],
