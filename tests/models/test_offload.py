@@ -149,6 +149,11 @@ def test_what_cannot_be_divided_is_refused(small, words, why):
         check(lab.compose(*small, *ON, "trainer.devices=2", "trainer.strategy=fsdp", *words))
 
 
+def test_network_without_repeated_blocks_is_refused():
+    with pytest.raises(ConfigError, match=r"trainer.strategy=fsdp need .* which a Linear does not define; set"):
+        offload.repeated(type("Linear", (torch.nn.Linear,), {"_repeated_blocks": (), "_no_split_modules": None})(2, 2))
+
+
 def test_without_a_gpu_there_is_nowhere_to_offload_to(small, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

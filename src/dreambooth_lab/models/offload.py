@@ -121,7 +121,10 @@ def repeated(model: nn.Module) -> list[nn.Module]:
     names = set(kind._repeated_blocks or kind._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
-        raise ConfigError(f"model.offload is blocks, but a {kind.__name__} defines no repeated blocks; set model.offload=none")
+        raise ConfigError(
+            f"model.offload=blocks and trainer.strategy=fsdp need a network of repeated blocks, which a {kind.__name__} does not "
+            "define; set model.offload=none and trainer.strategy=auto"
+        )
     return blocks
 
 
