@@ -118,9 +118,9 @@ def _searched(metric: str) -> float:
     Raises:
         JobFailed: the job did not log this metric.
     """
-    from dreambooth_lab.compare import arms
+    from dreambooth_lab.compare import runs
 
-    numbers = arms.run_of(RunFolder(HydraConfig.get().runtime.output_dir)).metrics
+    numbers = runs.run_of(RunFolder(HydraConfig.get().runtime.output_dir)).metrics
     if metric not in numbers:
         reason = f"search_metric is {metric!r}, which this run does not log; it logs {', '.join(sorted(numbers)) or 'nothing'}"
         print(f"error: {reason}", file=sys.stderr)

@@ -169,11 +169,12 @@ def runs(folder: Path | str = "runs") -> pd.DataFrame:
     import pandas as pd
 
     from .compare import arms
+    from .compare import runs as reading
 
-    found: list[arms.Run] = []
+    found: list[reading.Run] = []
     for path in sorted(Path(folder).expanduser().rglob("config.yaml")):
         try:
-            found += [arms.run_of(RunFolder(path.parent))] if RunFolder(path.parent).environment.is_file() else []
+            found += [reading.run_of(RunFolder(path.parent))] if RunFolder(path.parent).environment.is_file() else []
         except (YAMLError, ValueError):  # damaged by a kill or an edit
             continue
     found.sort(key=lambda run: str((run.folder.starts() or [{}])[0].get("started", "")))
@@ -182,11 +183,12 @@ def runs(folder: Path | str = "runs") -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.Index([str(run.folder.root) for run in found], name="run"))
 
 
-def compare(*places: Run | Path | str, reference: str | None = None) -> Comparison:
+def compare(*places: Run | Path | str, reference: str | None = None, average: Sequence[str] = ()) -> Comparison:
     """Compare runs, or those at or below some folders; runs that differ only in their seed form one arm.
 
     Args:
         reference: the arm that the others are compared with, by its name or a unique part of it; None: the first.
+        average: keys such as dataset.subject, over which each seed's metrics are averaged.
 
     Raises:
         ConfigError: there are no runs, none has finished, or no arm has that name.
@@ -195,7 +197,7 @@ def compare(*places: Run | Path | str, reference: str | None = None) -> Comparis
     from .compare import arms
 
     folders = [place.folder.root if isinstance(place, Run) else Path(place).expanduser() for place in places]
-    study = comparing.led_by(arms.read(folders), reference)
+    study = comparing.led_by(arms.read(folders, average), reference)
     if not study.arms:
         raise ConfigError(f"no run of {', '.join(map(str, folders)) or 'those given'} has finished; there is nothing to compare")
     return Comparison(", ".join(folder.name for folder in folders), study, comparing.compared(study))

@@ -67,6 +67,20 @@ class Effect(NamedTuple):
     high: float
 
 
+class Point(NamedTuple):
+    """A point of a scatter plot.
+
+    Args:
+        x, y: value, and the low and high ends of its interval; NaN where there is none.
+        filled: a filled marker; otherwise an outline.
+    """
+
+    name: str
+    x: tuple[float, float, float]
+    y: tuple[float, float, float]
+    filled: bool = True
+
+
 def script() -> str:
     """The part of a page's head that its figures need."""
     return f"<style>.plot{{overflow:hidden}}</style><script>{get_plotlyjs()}</script>"  # while it is being laid out anew
@@ -125,6 +139,37 @@ def forest(caption: str, effects: Sequence[Effect], x: str) -> str:
     figure.update_xaxes(title=x)
     figure.update_yaxes(showticklabels=False, range=[len(names) - 0.4, -0.9], showgrid=False, zeroline=False)
     return _figure(figure, caption, 80 + ROW * len(names))
+
+
+def scatter(caption: str, points: Sequence[Point], *, x: str, y: str, mark: float | None = None) -> str:
+    """Named points with intervals in both directions.
+
+    Args:
+        x, y: the axes' names, with units.
+        mark: x of a dashed vertical line.
+    """
+    figure = go.Figure()
+    for place, point in enumerate(points):
+        colour = _colour(place)
+        figure.add_trace(
+            go.Scatter(
+                x=[point.x[0]], y=[point.y[0]], error_x=_reach(point.x), error_y=_reach(point.y), mode="markers+text",
+                text=[_text(point.name)], textposition="top right", showlegend=False, hovertemplate="%{x:.4g}, %{y:.4g}",
+                marker={"size": 10, "color": colour, "symbol": "circle" if point.filled else "circle-open"},
+                name=_text(point.name),
+            )
+        )  # fmt: skip
+    if mark is not None:
+        figure.add_vline(mark, line={"dash": "dash", "width": 1, "color": COLOURS[-1]})
+    figure.update_xaxes(title=x)
+    figure.update_yaxes(title=y)
+    return _figure(figure, caption, 480)
+
+
+def _reach(values: tuple[float, float, float]) -> dict[str, Any]:
+    mean, low, high = values
+    known = low == low
+    return {"type": "data", "array": [high - mean], "arrayminus": [mean - low], "thickness": 1.5, "visible": known}
 
 
 def smoothed(points: Series) -> Series:

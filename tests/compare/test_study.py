@@ -1,5 +1,6 @@
 import json
 import re
+from itertools import product
 from math import isnan
 
 import numpy as np
@@ -10,8 +11,9 @@ from plotly.offline import get_plotlyjs
 from scipy import stats as scipy_stats
 
 from dreambooth_lab import compare, lab
-from dreambooth_lab.compare import arms, stats
+from dreambooth_lab.compare import arms, document, stats, tradeoff
 from dreambooth_lab.compare.conclusions import conclusion
+from dreambooth_lab.compare.runs import Run, run_of
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.runfolder import RunFolder
 from dreambooth_lab.tools.compare import application
@@ -120,11 +122,10 @@ def study_of(values):
     """Arm → seed → the metric's value."""
     made = []
     for name, by_seed in values.items():
-        runs = {
-            s: arms.Run(RunFolder(name), {"seed": s}, {"m": [(1, v)]} if v is not None else {}, None) for s, v in by_seed.items()
-        }
+        series = {s: {"m": [(1, v)]} if v is not None else {} for s, v in by_seed.items()}
+        runs = {arms.Draw(s): Run(RunFolder(name), {"seed": s}, one, None) for s, one in series.items()}
         made.append(arms.Arm(name, runs))
-    return arms.Study(made, [], [], [])
+    return arms.Study(made, [], [], [], [], [])
 
 
 def test_unpaired_seeds_use_welchs_test():
@@ -146,10 +147,10 @@ def test_one_run_per_arm_compares_images_only():
 def test_duplicate_metrics_are_listed_once():
     study = study_of({"a": {0: 1.0}, "b": {0: 2.0}})
     for arm in study.arms:
-        arm.runs[0].series["n"] = list(arm.runs[0].series["m"])
-        arm.runs[0].series["train/lr"] = [(1, 0.1)]
+        arm.first().series["n"] = list(arm.first().series["m"])
+        arm.first().series["train/lr"] = [(1, 0.1)]
     assert stats.results(study) == ["m"]
-    study.arms[0].runs[0].series["n"] = [(1, 7.0)]
+    study.arms[0].first().series["n"] = [(1, 7.0)]
     assert stats.results(study) == ["m", "n"]
 
 
@@ -177,7 +178,7 @@ def test_images_with_equal_prompt_and_noise_are_side_by_side(base, tmp_path):
             (folder.image_folder / f"step_{step:07d}").mkdir(parents=True)
             for image in (0, 1):
                 Image.new("RGB", (32, 32), (shade,) * 3).save(folder.image_folder / f"step_{step:07d}" / f"00_{image:02d}.png")
-    (row,) = compare.shared.strips(arms.read([tmp_path]), 0)
+    (row,) = compare.shared.strips(arms.read([tmp_path]), arms.Draw(0))
     assert [strip.arm for strip in row] == ["base model", "4", "8"]
     assert [strip.picture.getpixel((5, 5))[0] for strip in row] == [0, 50, 200]
     text = compare.write([tmp_path], tmp_path).read_text()
@@ -199,7 +200,7 @@ def test_time_of_a_killed_process_is_unknown(base, tmp_path):
         "cost_until_stopped": {"training": {"seconds": 3.0, "memory_mib": 400, "device_memory_mib": 7}},
     }
     folder.environment.write_text(json.dumps([killed, stopped, finished]))
-    cost = arms.run_of(folder).cost()
+    cost = run_of(folder).cost()
     assert cost == {"seconds": 5.0, "flops": 14.0, "killed_starts": 1, "process_peak_mib": 400, "device_peak_mib": 7}
     made = compare.write([tmp_path], tmp_path / "page")
     assert "<td>≥ 5.0</td>" in made.read_text(encoding="utf-8")
@@ -218,3 +219,90 @@ def test_command_writes_the_comparison(runs, tmp_path, capsys):
         application([str(runs), str(runs)], standalone_mode=False)
     with pytest.raises(ConfigError, match="contains no run"):
         application([str(tmp_path / "nowhere")], standalone_mode=False)
+
+
+SUBJECTS = {"robot": 0.0, "cat": 0.3, "car": 0.5}
+
+
+def subject_runs(root, base, effect, lacking=()):
+    """Two arms × three subjects × three seeds. The base value depends on the subject, the effect of the second arm on it too."""
+    for (subject, level), kind, seed in product(SUBJECTS.items(), ("none", "teacher"), SEEDS):
+        if (subject, kind, seed) in lacking:
+            continue
+        cfg = base.copy()
+        cfg.dataset.subject, cfg.prior.kind, cfg.seed = subject, kind, seed
+        cfg.dataset.path, cfg.prior.path = f"photos/{subject}", None if kind == "none" else f"classes/{subject}"
+        end = level + 0.01 * seed + (effect[subject] if kind == "teacher" else 0)
+        series = {"subject/dino": [(0, 0.1), (40, end)], "class/pres_dino": [(0, 0.05), (40, 0.4 if kind == "none" else 0.1)]}
+        save(root / f"{kind}_{subject}_{seed}", cfg, series)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return lab.compose("dataset=toybox"), tmp_path / "runs"
+
+
+def test_each_seed_is_averaged_over_subjects(toy):
+    """Each subject has its own folders, which do not split the arms; the pairs are seeds."""
+    base, root = toy
+    subject_runs(root, base, {"robot": -0.1, "cat": 0.0, "car": 0.4})
+    study = arms.read([root], ["dataset.subject"])
+    assert [arm.name for arm in study.arms] == ["none", "teacher"] and study.differing == ["prior.kind"]
+    assert {"dataset.path", "dataset.class_prompt", "prior.path"} <= set(study.following)
+    (found,) = [one for one in compare.compared(study) if one.metric == "subject/dino"]
+    assert (found.n, found.pairing) == (3, "seed") and found.mean == pytest.approx(0.1)
+    assert stats.at_end(study.arms[0], "subject/dino")[1] == pytest.approx(np.mean(list(SUBJECTS.values())) + 0.01)
+    assert len(arms.read([root]).arms) == 6, "without averaging each subject has arms of its own"
+
+
+def test_seed_without_a_subject_is_left_out(toy, tmp_path):
+    base, root = toy
+    subject_runs(root, base, dict.fromkeys(SUBJECTS, 0.1), lacking=[("cat", "teacher", 2)])
+    study = arms.read([root], ["dataset.subject"])
+    assert sorted({draw.seed for draw in study.arms[1].runs}) == [0, 1]
+    assert study.absent == [("teacher, seed 2", "there is no run with dataset.subject = cat")]
+    page = compare.write([root], tmp_path / "page", average=["dataset.subject"]).read_text()
+    assert "there is no run with dataset.subject = cat" in page and "means over dataset.subject: car; cat; robot" in page
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [("dataset.subjct", "dataset.subject"), ("dataset.batch_size", "differ in dataset.path")]
+)
+def test_key_that_cannot_be_averaged_is_refused(toy, key, message):
+    base, root = toy
+    subject_runs(root, base, dict.fromkeys(SUBJECTS, 0.1))
+    for path in ("photos/a", "photos/b"):
+        other = base.copy()
+        other.dataset.batch_size, other.dataset.path = 2, path
+        save(root / path, other, {"subject/dino": [(0, 0.1), (40, 0.5)]})
+    with pytest.raises(ConfigError, match=message):
+        arms.read([root], [key])
+
+
+def test_pareto_front_holds_arms_that_no_other_dominates(toy, tmp_path):
+    base, root = toy
+    subject_runs(root, base, dict.fromkeys(SUBJECTS, -0.1))
+    study = arms.read([root], ["dataset.subject"])
+    none, teacher = tradeoff.places(study, "subject/dino", "class/pres_dino")
+    assert (none.best, teacher.best) == (True, True), "more likeness with more drift: neither dominates"
+    subject_runs(root / "better", base, dict.fromkeys(SUBJECTS, 0.1))
+    none, teacher = tradeoff.places(arms.read([root / "better"], ["dataset.subject"]), "subject/dino", "class/pres_dino")
+    assert (none.best, teacher.best) == (False, True)
+    page = compare.write([root / "better"], tmp_path / "page", average=["dataset.subject"]).read_text()
+    assert "On the Pareto front, by means: teacher. Dashed: the base model." in page
+
+
+def test_images_of_a_page_are_limited(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(document, "MOST_STRIPS", 3)
+    for seed in SEEDS:
+        cfg = base.copy()
+        cfg.seed, cfg.validation.prompts = seed, ["a robot"]
+        folder = save(tmp_path / f"runs/{seed}", cfg, {"clip/mean": [(0, 0.1), (40, 0.2)]})
+        for step in (0, 40):
+            (folder.image_folder / f"step_{step:07d}").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder.image_folder / f"step_{step:07d}/00_0.png")
+    page = compare.write([tmp_path / "runs"], tmp_path / "page").read_text()
+    assert page.count("<figcaption>arm") + page.count("by all runs at step") == 2, (
+        "two seeds have four strips; the third has none"
+    )
+    assert "further images are in the runs&#x27; folders" in page

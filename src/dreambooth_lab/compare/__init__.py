@@ -18,19 +18,20 @@ from .arms import Study
 from .stats import Difference
 
 
-def write(places: Sequence[Path], out: Path, reference: str | None = None) -> Path | None:
+def write(places: Sequence[Path], out: Path, reference: str | None = None, average: Sequence[str] = ()) -> Path | None:
     """Compare the runs at or below some folders; the page's path, or None if no run has finished.
 
     Args:
         out: the folder to write into.
         reference: the arm that the others are compared with, by its name or a unique part of it; None: the first.
+        average: keys over which each seed's metrics are averaged (`arms.read`).
 
     Raises:
-        ConfigError: there are no runs, or no such arm.
+        ConfigError: there are no runs, no such arm, or no such key.
     """
     from .document import document
 
-    study = led_by(arms.read(places), reference)
+    study = led_by(arms.read(places, average), reference)
     if not study.arms:
         return None
     out.mkdir(parents=True, exist_ok=True)

@@ -1,82 +1,52 @@
-"""Runs grouped into arms: runs of one arm have the same configuration and differ in their seed. Imports no torch."""
+"""Runs grouped into arms: runs of one arm have the same configuration except for the seed and averaged keys. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import nan
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from yaml import YAMLError
+from typing import NamedTuple
 
 from .. import sweep
 from ..config import ConfigError
-from ..runfolder import FLOPS, RunFolder
-
-SEED = "seed"
-TRAIN_LOSS = "train/loss"  # prefix of the names of training losses
-LAST = 10  # a training loss is the mean over the last tenth of its steps
-Values = dict[str, Any]
-Series = list[tuple[int, float]]
+from . import runs as reading
+from .runs import SEED, Run, Values
 
 
-class Run(NamedTuple):
-    """A finished run.
+class Draw(NamedTuple):
+    """What the runs of one arm differ in.
 
     Args:
-        values: of its configuration, by dotted key.
-        series: metric → (optimiser step, value).
+        averaged: values of the keys that the comparison averages over, such as the subject.
     """
 
-    folder: RunFolder
-    values: Values
-    series: dict[str, Series]
-    job: sweep.Job | None
+    seed: int
+    averaged: tuple[str, ...] = ()
 
-    @property
-    def seed(self) -> int:
-        return int(self.values[SEED])
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The run's final metrics: the last value of each; for training losses the mean over the last tenth."""
-        return {name: final(name, series) for name, series in self.series.items()}
-
-    def cost(self) -> dict[str, float]:
-        """Seconds, summed over its phases and starts, and peak memory of the process and the device in MiB.
-
-        Starts that were killed are missing: `killed_starts` is their number. FLOPs are those of training alone.
-        """
-        known = self.folder.costs()
-        phases = [phase for _, cost in known for phase in cost.values()]
-        return {
-            "seconds": sum(phase["seconds"] for phase in phases),
-            "flops": self._flops(),
-            "killed_starts": len(self.folder.starts()) - len(known),
-            "process_peak_mib": max((phase["memory_mib"] for phase in phases), default=0),
-            "device_peak_mib": max((phase["device_memory_mib"] for phase in phases), default=0),
-        }
-
-    def _flops(self) -> float:
-        """Of all optimiser steps; NaN where they were not counted."""
-        per_step = [start[FLOPS] for start in self.folder.starts() if FLOPS in start]
-        steps = max((series[-1][0] for series in self.series.values()), default=0)
-        return per_step[-1] * steps if per_step else nan
+    def __str__(self) -> str:
+        return ", ".join([f"seed {self.seed}", *self.averaged])
 
 
 class Arm(NamedTuple):
-    """Runs that differ only in their seed.
+    """Runs that differ only in their seed and in the keys that the comparison averages over.
 
     Args:
         name: the values that distinguish it from other arms, as short as possible.
-        runs: by seed.
+        runs: by draw. Every seed has the same averaged values.
     """
 
     name: str
-    runs: dict[int, Run]
+    runs: dict[Draw, Run]
 
     def first(self) -> Run:
         return next(iter(self.runs.values()))
+
+    def by_seed(self) -> dict[int, list[Run]]:
+        found: dict[int, list[Run]] = {}
+        for draw, run in self.runs.items():
+            found.setdefault(draw.seed, []).append(run)
+        return found
 
 
 class Study(NamedTuple):
@@ -85,18 +55,26 @@ class Study(NamedTuple):
     Args:
         arms: in the order of the runs; the first is the reference.
         differing: keys in which arms differ, other than the seed.
+        averaged: keys over which each seed's runs are averaged.
+        following: keys whose values differ only together with those.
         absent: runs that are not compared, and why.
         repeated: runs that repeat an arm's configuration and seed; the newest one is used.
     """
 
     arms: list[Arm]
     differing: list[str]
+    averaged: list[str]
+    following: list[str]
     absent: list[tuple[str, str]]
     repeated: list[str]
 
     @property
     def seeds(self) -> list[int]:
-        return sorted({seed for arm in self.arms for seed in arm.runs})
+        return sorted({draw.seed for arm in self.arms for draw in arm.runs})
+
+    @property
+    def draws(self) -> list[Draw]:
+        return sorted({draw for arm in self.arms for draw in arm.runs})
 
     @property
     def metrics(self) -> list[str]:
@@ -104,48 +82,95 @@ class Study(NamedTuple):
         return sorted({name for arm in self.arms for run in arm.runs.values() for name in run.series}, key=_order)
 
 
-def read(places: Iterable[Path]) -> Study:
-    """The runs at or below some folders.
+def read(places: Iterable[Path], average: Sequence[str] = ()) -> Study:
+    """The runs at or below some folders, as arms.
+
+    Args:
+        average: keys, such as dataset.subject; an arm has a run for each of their values, and each seed's metrics are averaged
+            over these. The conclusions then hold for these values on average.
 
     Raises:
-        ConfigError: a folder has none.
+        ConfigError: a folder has no run; no run has such a key; or arms can't be matched across its values.
     """
-    found: list[Run] = []
-    absent: list[tuple[str, str]] = []
-    for place in places:
-        folders = sorted({path.parent for name in ("config.yaml", "job.json") for path in Path(place).rglob(name)})
-        if not folders:
-            raise ConfigError(f"{str(place)!r} contains no run; give folders of runs, or of sweeps, below runs/")
-        for folder in map(RunFolder, folders):
-            try:
-                why = _absent(folder)
-                found += [] if why else [run_of(folder)]
-            except (YAMLError, ValueError) as error:
-                why = f"one of its files is damaged ({next(iter(str(error).splitlines()), '')})"
-            if why:
-                absent.append((str(folder.root), why))
-    found.sort(key=lambda run: (run.job.number if run.job else 0, run.folder.starts()[0]["started"]))
-    return sort(found, absent)
+    runs, absent = reading.read(places)
+    for key in average:
+        if runs and not any(key in run.values for run in runs):
+            near = get_close_matches(key, runs[0].values, n=1) or ["dataset.subject"]
+            raise ConfigError(f"--average is {key!r}, which is no key of these runs; use a key such as {near[0]}")
+    return sort(runs, absent, average)
 
 
-def sort(runs: Sequence[Run], absent: Sequence[tuple[str, str]] = ()) -> Study:
+def sort(runs: Sequence[Run], absent: Sequence[tuple[str, str]] = (), average: Sequence[str] = ()) -> Study:
     """Group runs into arms."""
-    keys = [key for key in differing([run.values for run in runs]) if not aside(key)]
-    differ = [key for key in keys if key != SEED]
+    parts = _parts(runs, average)
+    differ = _matching(parts, average)
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(repr([run.values.get(key) for key in differ]), []).append(run)
-    names = _names([group[0] for group in groups.values()], differ)
-    arms = [Arm(name, {run.seed: run for run in group}) for name, group in zip(names, groups.values(), strict=True)]
+    for group in groups.values():
+        _refuse_mixed(group, average)
+    names = _names([group[0] for group in groups.values()], differ, average)
+    arms = [Arm(name, {_draw(run, average): run for run in group}) for name, group in zip(names, groups.values(), strict=True)]
     counted = {run.folder.root for arm in arms for run in arm.runs.values()}
-    return Study(arms, differ, list(absent), [str(run.folder.root) for run in runs if run.folder.root not in counted])
+    repeated = [str(run.folder.root) for run in runs if run.folder.root not in counted]
+    whole, dropped = _complete(arms, list(parts), average)
+    following = [key for key in _differing(runs, average) if key not in differ] if average else []
+    return Study(whole, differ, list(average), following, [*absent, *dropped], repeated)
 
 
-def flat(values: Any, prefix: str = "") -> Values:
-    """A configuration's values by dotted key."""
-    if not isinstance(values, Mapping):
-        return {prefix.rstrip("."): values}
-    return {key: leaf for name, child in values.items() for key, leaf in flat(child, f"{prefix}{name}.").items()}
+def _draw(run: Run, average: Sequence[str]) -> Draw:
+    return Draw(run.seed, tuple(str(run.values.get(key)) for key in average))
+
+
+def _parts(runs: Sequence[Run], average: Sequence[str]) -> dict[tuple[str, ...], list[Run]]:
+    """Runs by their values of the averaged keys; all together without such keys."""
+    parts: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        parts.setdefault(_draw(run, average).averaged, []).append(run)
+    return parts
+
+
+def _differing(runs: Sequence[Run], average: Sequence[str]) -> list[str]:
+    keys = differing([run.values for run in runs])
+    return [key for key in keys if key != SEED and key not in average and not aside(key)]
+
+
+def _matching(parts: Mapping[tuple[str, ...], Sequence[Run]], average: Sequence[str]) -> list[str]:
+    """Keys that distinguish the arms within each part and have the same values in all parts. A key such as prior.path, with a
+    folder for each subject, has other values in each part. A part that is not finished has some of the values."""
+    keys = dict.fromkeys(key for runs in parts.values() for key in _differing(runs, average))
+    return [key for key in keys if _nested([{repr(run.values.get(key)) for run in runs} for runs in parts.values()])]
+
+
+def _nested(sets: Sequence[set[str]]) -> bool:
+    by_size = sorted(sets, key=len)
+    return all(small <= large for small, large in pairwise(by_size))
+
+
+def _refuse_mixed(group: Sequence[Run], average: Sequence[str]) -> None:
+    """Refuse runs of one arm and one part that differ in anything but the seed."""
+    for runs in _parts(group, average).values():
+        if keys := _differing(runs, average):
+            raise ConfigError(
+                f"--average is {', '.join(average)}, but runs with equal values of it differ in {', '.join(keys)}, whose values "
+                f"are not the same for all; compare one value at a time, without --average: {runs[0].folder.root}"
+            )
+
+
+def _complete(
+    arms: Sequence[Arm], parts: Sequence[tuple[str, ...]], average: Sequence[str]
+) -> tuple[list[Arm], list[tuple[str, str]]]:
+    """The arms without seeds that lack some averaged value, and (arm and seed, reason) of those left out."""
+    dropped: list[tuple[str, str]] = []
+    kept: list[Arm] = []
+    for arm in arms:
+        lacking = {seed: set(parts) - {draw.averaged for draw in arm.runs if draw.seed == seed} for seed in arm.by_seed()}
+        values = {seed: ", ".join(sorted("/".join(value) for value in missing)) for seed, missing in lacking.items() if missing}
+        reason = f"there is no run with {', '.join(average)} ="
+        dropped += [(f"{arm.name}, seed {seed}", f"{reason} {text}") for seed, text in values.items()]
+        runs = {draw: run for draw, run in arm.runs.items() if draw.seed not in values}
+        kept += [arm._replace(runs=runs)] if runs else []
+    return kept, dropped
 
 
 def differing(configurations: Sequence[Values]) -> list[str]:
@@ -154,40 +179,14 @@ def differing(configurations: Sequence[Values]) -> list[str]:
     return [key for key in keys if len({repr(values.get(key)) for values in configurations}) > 1]
 
 
-def final(name: str, series: Series) -> float:
-    """A metric at the end of a run."""
-    last = series[-max(len(series) // LAST, 1) :] if name.startswith(TRAIN_LOSS) else series[-1:]
-    return sum(value for _, value in last) / len(last)
-
-
-def run_of(folder: RunFolder) -> Run:
-    """Read a run from its folder, whether it has finished or not."""
-    series: dict[str, Series] = {}
-    for step, name, value in folder.read_metrics():
-        series.setdefault(name, []).append((step, value))
-    return Run(folder, flat(folder.saved_values()), series, sweep.recorded(folder))
-
-
-def _absent(folder: RunFolder) -> str:
-    """Why a run can't be compared."""
-    job = sweep.recorded(folder)
-    if job and job.state == sweep.State.failed:
-        return f"failed: {job.message}"
-    if job and job.state == sweep.State.lost:
-        return f"lost the race: {job.message}"
-    if sweep.finished(folder) is None:
-        return "it has not finished"
-    return "" if folder.read_metrics() else "it has no metrics"
-
-
 def aside(key: str) -> bool:
     """Whether a key decides where a run writes and who hears of it, not what it learns or measures."""
     return any(key == name or key.startswith(name + ".") for name in sweep.ASIDE)
 
 
-def _names(firsts: Sequence[Run], differ: Sequence[str]) -> list[str]:
+def _names(firsts: Sequence[Run], differ: Sequence[str], averaged: Sequence[str]) -> list[str]:
     """A name for each arm: what a sweep set, or the values of the fewest and shortest keys that distinguish the arms."""
-    lines = [_set(run.job.words) if run.job else {} for run in firsts]
+    lines = [_set(run.job.words, averaged) if run.job else {} for run in firsts]
     if not all(lines) or len({repr(one) for one in lines}) < len(lines):
         lines = [{key: str(run.values.get(key)) for key in _telling(firsts, differ)} for run in firsts]
     if all(len(one) == 1 for one in lines):
@@ -195,10 +194,10 @@ def _names(firsts: Sequence[Run], differ: Sequence[str]) -> list[str]:
     return [", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in one.items()) or "all runs" for one in lines]
 
 
-def _set(words: Sequence[str]) -> Values:
-    """Key → value of a job's overrides, except the seed."""
+def _set(words: Sequence[str], averaged: Sequence[str]) -> Values:
+    """Key → value of a job's overrides, except the seed and the averaged keys."""
     pairs = (word.lstrip("+~").partition("=") for word in words)
-    return {key: value.strip("\"'") for key, _, value in pairs if key != SEED}
+    return {key: value.strip("\"'") for key, _, value in pairs if key not in (SEED, *averaged)}
 
 
 def _telling(firsts: Sequence[Run], differ: Sequence[str]) -> list[str]:

@@ -10,9 +10,10 @@ from statistics import fmean
 from ..page import document as whole
 from ..page import picture
 from ..plots import THEME, script
-from . import figures, shared
-from .arms import TRAIN_LOSS, Arm, Study
+from . import figures, shared, tradeoff
+from .arms import Arm, Study
 from .conclusions import Part, lead, parts
+from .runs import TRAIN_LOSS
 from .stats import Difference, Estimate, at_end, estimate, results
 
 STYLE = """h2{font-size:1.15em;margin-top:2em}figure{margin:.6em 0}
@@ -24,6 +25,7 @@ td{font-variant-numeric:tabular-nums}
 .sure{font-weight:600}h3{font-size:1em;margin:1.2em 0 .2em}"""
 
 
+MOST_STRIPS = 400  # of images on a page, about 60 kB each
 DRAWS = ("dataset.", "prior.", "trainer.accumulate_grad_batches", "objective.")  # keys that can change which samples are drawn
 
 
@@ -35,6 +37,7 @@ def document(title: str, study: Study, found: Sequence[Difference]) -> str:
         _summary(study)
         + f"<h2>What can be concluded</h2>{_conclusions(study, values)}"
         + f"<h2>What differs</h2>{_differing(study)}"
+        + _tradeoff(study)
         + f"<h2>Differences</h2>{_effects(values)}"
         + f"<h2>Final metrics</h2>{_means(study, chosen)}"
         + f"<h2>Curves</h2>{_curves(study, chosen)}"
@@ -49,8 +52,17 @@ def document(title: str, study: Study, found: Sequence[Difference]) -> str:
 def _summary(study: Study) -> str:
     runs, seeds = sum(len(arm.runs) for arm in study.arms), ", ".join(map(str, study.seeds))
     text = f"{runs} runs in {len(study.arms)} arms; seeds {seeds}. The reference is <b>{escape(study.arms[0].name)}</b>."
+    text += _averaged(study) if study.averaged else ""
     bad = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in study.absent)
     return f"<p>{text}</p>" + (f'<p class="bad">Not compared:</p><ul>{bad}</ul>' if bad else "")
+
+
+def _averaged(study: Study) -> str:
+    """What a seed's figures are means of."""
+    values = dict.fromkeys(", ".join(draw.averaged) for draw in study.draws)
+    keys, also = ", ".join(study.averaged), ", ".join(study.following)
+    text = f" Each seed's metrics are means over {keys}: {'; '.join(values)}; conclusions hold for these on average."
+    return escape(text + (f" Also different between these: {also}." if also else ""))
 
 
 def _conclusions(study: Study, values: dict[str, list[Difference]]) -> str:
@@ -106,6 +118,11 @@ def _differing(study: Study) -> str:
     return _table(head, rows)
 
 
+def _tradeoff(study: Study) -> str:
+    made = tradeoff.figures(study)
+    return f'<h2>Likeness and drift</h2><div class="few">{made}</div>' if made else ""
+
+
 def _effects(values: dict[str, list[Difference]]) -> str:
     made = "".join(figures.effects(metric, found) for metric, found in values.items() if found)
     return f'<div class="few">{made}</div>' if made else "<p>None.</p>"
@@ -147,12 +164,16 @@ def _images(study: Study) -> str:
     """Images of the same prompt and noise side by side; the first seed is expanded, the others are folded."""
     note = "Each strip has the images of one prompt. The n-th image of every strip starts from the same noise."
     parts = []
-    for place, seed in enumerate(study.seeds):
-        rows = shared.strips(study, seed)
+    left = MOST_STRIPS
+    for place, draw in enumerate(study.draws):
+        rows = shared.strips(study, draw) if left > 0 else []
+        left -= sum(map(len, rows))
         made = "".join(f"<h3>{number}: {escape(row[0].prompt)}</h3>{_strips(row)}" for number, row in enumerate(rows, 1))
         if made:
-            parts.append(made if place == 0 else f"<details><summary>seed {seed}</summary>{made}</details>")
-    return f"<p><small>{note} Seed {study.seeds[0]} comes first.</small></p>{''.join(parts)}" if parts else "<p>None.</p>"
+            parts.append(made if place == 0 else f"<details><summary>{escape(str(draw))}</summary>{made}</details>")
+    note += f" {str(study.draws[0]).capitalize()} comes first."
+    note += "" if left > 0 else " The page has room for no more; further images are in the runs' folders."
+    return f"<p><small>{escape(note)}</small></p>{''.join(parts)}" if parts else "<p>None.</p>"
 
 
 def _strips(row: Sequence[shared.Strip]) -> str:
@@ -186,12 +207,12 @@ def _cost_cells(arm: Arm) -> str:
 
 
 def _runs(study: Study) -> str:
-    head = "<tr><th>arm</th><th>seed</th><th>steps</th><th>folder</th></tr>"
+    head = "<tr><th>arm</th><th>run</th><th>steps</th><th>folder</th></tr>"
     rows = "".join(
-        f"<tr><td>{escape(arm.name)}</td><td>{seed}</td><td>{max(series[-1][0] for series in run.series.values()):,}</td>"
-        f"<td>{escape(str(run.folder.root))}</td></tr>"
+        f"<tr><td>{escape(arm.name)}</td><td>{escape(str(draw))}</td>"
+        f"<td>{max(series[-1][0] for series in run.series.values()):,}</td><td>{escape(str(run.folder.root))}</td></tr>"
         for arm in study.arms
-        for seed, run in arm.runs.items()
+        for draw, run in arm.runs.items()
     )
     prefix = "repeats an arm's configuration and seed; a newer run is used"
     twice = "".join(f"<p>{escape(name)} {prefix}.</p>" for name in study.repeated)

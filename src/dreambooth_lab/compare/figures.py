@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from ..plots import Effect, Line, chart, forest, smoothed
-from .arms import TRAIN_LOSS, Arm, Run, Series, Study
+from .arms import Arm, Study
+from .runs import TRAIN_LOSS, Run, Series
 from .stats import Difference, estimate
 
 MOST = 300  # points per line
@@ -26,13 +28,14 @@ def curves(study: Study, metric: str) -> str:
 
 
 def _mean(arm: Arm, metric: str, place: int) -> Line | None:
-    series = [dict(_series(run, metric)) for run in arm.runs.values() if metric in run.series]
+    seeds = [[dict(_series(run, metric)) for run in runs if metric in run.series] for runs in arm.by_seed().values()]
+    series = [one for group in seeds for one in group]
     if not series:
         return None
     steps = sorted(set.intersection(*(set(one) for one in series)))
     steps = steps[:: max(len(steps) // MOST, 1)]
-    lines = [estimate([one[step] for one in series]) for step in steps]
-    band = ([one.low for one in lines], [one.high for one in lines]) if len(series) > 1 else None
+    lines = [estimate([fmean(one[step] for one in group) for group in seeds if group]) for step in steps]
+    band = ([one.low for one in lines], [one.high for one in lines]) if len(seeds) > 1 else None
     return Line([(step, one.mean) for step, one in zip(steps, lines, strict=True)], arm.name, place, band=band)
 
 

@@ -16,7 +16,8 @@ from scipy import stats
 
 from .. import sweep
 from ..runfolder import RunFolder
-from .arms import SEED, aside, flat
+from .arms import aside
+from .runs import SEED, flat
 from .shared import eval_rows
 
 ALPHA = 0.05

@@ -11,7 +11,8 @@ from PIL import Image
 
 from .. import names
 from ..runfolder import RunFolder
-from .arms import Arm, Run, Study
+from .arms import Arm, Draw, Study
+from .runs import Run
 
 HEIGHT = 160  # px of an image on the page
 BASE = "base model"
@@ -33,10 +34,10 @@ def unlike(study: Study) -> list[str]:
     return [key for key in study.differing if key in DRAWN]
 
 
-def strips(study: Study, seed: int) -> list[list[Strip]]:
+def strips(study: Study, draw: Draw) -> list[list[Strip]]:
     """Per prompt, in the order of the prompts: the base model's images, once for each wording, and each arm's last images of the
-    runs with a seed."""
-    runs = [(arm, arm.runs[seed]) for arm in study.arms if seed in arm.runs]
+    runs of a draw."""
+    runs = [(arm, arm.runs[draw]) for arm in study.arms if draw in arm.runs]
     prompts = max((len(run.values["validation.prompts"]) for _, run in runs), default=0)
     return [row for number in range(prompts) if (row := _row(runs, number))]
 
@@ -80,12 +81,12 @@ def paired(study: Study) -> dict[tuple[str, str], list[float]]:
     found: dict[tuple[str, str], list[float]] = {}
     for arm in others:
         shared = reference.runs.keys() & arm.runs.keys()
-        if len(shared) != 1 or unlike(study):
+        if len({draw.seed for draw in shared}) != 1 or unlike(study):
             continue
-        seed = shared.pop()
-        for ours, theirs in zip(*(_rows(one.runs[seed].folder) for one in (arm, reference)), strict=True):
-            for metric, group in (ours - theirs).dropna().groupby(level=0):  # pandas pairs them by their index
-                found[str(metric), arm.name] = group.tolist()
+        for draw in sorted(shared):
+            for ours, theirs in zip(*(_rows(one.runs[draw].folder) for one in (arm, reference)), strict=True):
+                for metric, group in (ours - theirs).dropna().groupby(level=0):  # pandas pairs them by their index
+                    found.setdefault((str(metric), arm.name), []).extend(group)
     return found
 
 

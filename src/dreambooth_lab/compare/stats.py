@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from math import nan
+from statistics import fmean
 from typing import NamedTuple
 
 from scipy import stats
@@ -82,8 +83,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def at_end(arm: Arm, metric: str) -> dict[int, float]:
-    """Seed → the metric at the end of the arm's run."""
-    return {seed: run.metrics[metric] for seed, run in arm.runs.items() if metric in run.series}
+    """Seed → the metric at the end of the arm's runs, their mean where a comparison averages over keys."""
+    return {
+        seed: fmean(run.metrics[metric] for run in runs)
+        for seed, runs in arm.by_seed().items()
+        if all(metric in run.series for run in runs)
+    }
 
 
 def differences(study: Study, metrics: Iterable[str], pictures: Mapping[tuple[str, str], Sequence[float]]) -> list[Difference]:

@@ -16,14 +16,14 @@ FIRST = ["run", "arm", "seed"]  # columns before those of keys, metrics and cost
 
 
 def runs(study: Study) -> pd.DataFrame:
-    """One row per run: its folder, arm and seed, the keys in which the arms differ, its final metrics, its cost."""
+    """One row per run: its folder, arm and seed, the averaged and the differing keys, its final metrics, its cost."""
     rows = [
-        {"run": str(run.folder.root), "arm": arm.name, "seed": seed}
-        | {key: _cell(run.values.get(key)) for key in study.differing}
+        {"run": str(run.folder.root), "arm": arm.name, "seed": draw.seed}
+        | {key: _cell(run.values.get(key)) for key in [*study.averaged, *study.differing]}
         | {metric: run.metrics.get(metric) for metric in study.metrics}
         | run.cost()
         for arm in study.arms
-        for seed, run in arm.runs.items()
+        for draw, run in arm.runs.items()
     ]
     return pd.DataFrame(rows)
 
