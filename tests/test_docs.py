@@ -30,6 +30,7 @@ from dreambooth_lab.callbacks import card_files
 from dreambooth_lab.config import check, help
 from dreambooth_lab.config.keys import all_keys, kind_of
 from dreambooth_lab.config.typed import as_hydra_reads
+from dreambooth_lab.runfolder import AUTO
 from dreambooth_lab.tools import generate, import_simpletuner
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,8 @@ def composed(words: Sequence[str]) -> None:
         for one in overrides:
             if one.input_line not in of_groups:
                 OmegaConf.update(cfg, one.key_or_group, one.value(), force_add=one.is_add())
+        if cfg.resume == AUTO:  # a sweep's file sets it; there is nothing to continue yet
+            cfg.resume = None
         check(cfg)
 
 

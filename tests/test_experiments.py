@@ -8,6 +8,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dreambooth_lab import lab
+from dreambooth_lab.compare import arms as grouping
+from dreambooth_lab.compare import runs
 from dreambooth_lab.config import ConfigError, check, conf_dir, dreambench
 from dreambooth_lab.run import run
 from dreambooth_lab.tools import draw_toybox, judge_toybox
@@ -39,6 +41,27 @@ def test_pinned_experiment_states_its_question_and_composes(path, working_direct
     check(lab.compose(*words, *(f"{key}={tmp_path}" for key in missing)))
 
 
+GROUPS = {"preservation_study": "remedy", "rollout_study": "rollout_arm"}
+ARMS = [
+    (study, group, path) for study, group in GROUPS.items() for path in sorted((EXPERIMENTS[0].parents[1] / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("study", "group", "path"), ARMS, ids=lambda value: getattr(value, "stem", value))
+def test_each_arm_of_a_study_is_valid_and_swept(study, group, path):
+    assert path.stem in OmegaConf.load(EXPERIMENTS[0].with_stem(study)).hydra.sweeper.params[f"+{group}"].split(",")
+    check(lab.compose(f"experiment={study}", "resume=null", f"+{group}={path.stem}"))
+
+
+def test_arms_of_a_study_differ_in_their_own_keys_only():
+    """Prior, objective, adapter: what the remedies are about; everything else is equal."""
+    found = [runs.flat(OmegaConf.to_container(lab.compose("experiment=preservation_study", f"+remedy={path.stem}"), resolve=True))
+            for study, _, path in ARMS if study == "preservation_study"]  # fmt: skip
+    keys = grouping.differing(found)
+    assert {key.split(".")[0] for key in keys} == {"prior", "objective", "adapter"}
+    assert len({repr([arm.get(key) for key in keys]) for arm in found}) == len(found) == 10
+
+
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if "dream" in path.stem], ids=lambda p: p.stem)
 def test_dreambench_sweep_has_the_papers_subjects_and_prompts(path):
     values = lab.compose(f"experiment={path.stem}", "dataset.subject=cat2")
@@ -65,6 +88,17 @@ def test_embedded_model_stays_within_its_size_limit():
     files = [path for path in base_folder().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 14_000_000
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}
+
+
+def test_more_photos_of_a_subject_keep_the_first_and_the_unseen_ones(tmp_path):
+    """So that runs on 1, 5 and 10 photos are judged by the same held-out photos."""
+    draw_toybox.write(tmp_path, photos=7)
+    read = lambda folder: [path.read_bytes() for path in sorted(folder.glob("*.png"))]  # noqa: E731
+    made, unseen = (read(tmp_path / name / "robot") for name in ("photos", "unseen"))
+    assert made[:5] == read(draw_toybox.SHIPPED / "photos/robot") and unseen == read(draw_toybox.SHIPPED / "unseen/robot")
+    assert len({*made, *unseen}) == 7 + 4
+    with pytest.raises(ConfigError, match="--photos is 7"):
+        draw_toybox.main(photos=7)
 
 
 def test_demo_runs(tmp_path):

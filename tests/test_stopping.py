@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from commands import assert_same, call, kill_at, start, wait_for
 from dreambooth_lab import lab
 from dreambooth_lab.callbacks import finite
 from dreambooth_lab.config import ConfigError, RunError
+from dreambooth_lab.dreambooth import DreamBooth
 from dreambooth_lab.run import run
 from dreambooth_lab.runfolder import RunFolder, new_folder
 
@@ -252,3 +254,16 @@ def test_run_killed_after_its_last_checkpoint_exports_on_resume(small, tmp_path)
     save_file({name: tensor + 1 for name, tensor in weights.items()}, file)
     resume(folder.root)
     assert_same(load_file(file), weights)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "failed"])
+def test_run_leaves_no_signal_handler_and_no_model_in_memory(fails, small, tmp_path, monkeypatch):
+    """Python's signal module would keep the trainer, and with it every model of a sweep."""
+    before, there = signal.getsignal(signal.SIGTERM), sum(isinstance(one, DreamBooth) for one in gc.get_objects())
+    if fails:
+        monkeypatch.setattr(DreamBooth, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        run(lab.compose(*small, *QUICK), tmp_path / "run")
+    gc.collect()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert sum(isinstance(one, DreamBooth) for one in gc.get_objects()) == there

@@ -18,6 +18,7 @@ Series = list[tuple[float, float]]
 # Okabe & Ito's colours, distinguishable with colour blindness; first those that are visible on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8a8a8a")
 DASHES = ("solid", "dash", "dot", "dashdot")  # when the colours are used up
+SIDES = ("bottom right", "top left", "bottom left", "top right")  # of a point's label: neighbours have different ones
 STEPS = "optimiser steps"
 CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 ROW = 34  # px per row of a forest plot
@@ -149,14 +150,13 @@ def scatter(caption: str, points: Sequence[Point], *, x: str, y: str, mark: floa
         mark: x of a dashed vertical line.
     """
     figure = go.Figure()
-    for place, point in enumerate(points):
-        colour = _colour(place)
+    for place, point in enumerate(sorted(points, key=lambda point: point.y[0])):
         figure.add_trace(
             go.Scatter(
                 x=[point.x[0]], y=[point.y[0]], error_x=_reach(point.x), error_y=_reach(point.y), mode="markers+text",
-                text=[_text(point.name)], textposition="top right", showlegend=False, hovertemplate="%{x:.4g}, %{y:.4g}",
-                marker={"size": 10, "color": colour, "symbol": "circle" if point.filled else "circle-open"},
-                name=_text(point.name),
+                text=[_text(point.name)], textposition=SIDES[place % len(SIDES)], showlegend=False, name=_text(point.name),
+                marker={"size": 10, "color": _colour(place), "symbol": "circle" if point.filled else "circle-open"},
+                textfont={"color": _colour(place)}, hovertemplate="%{x:.4g}, %{y:.4g}",
             )
         )  # fmt: skip
     if mark is not None:

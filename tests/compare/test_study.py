@@ -306,3 +306,14 @@ def test_images_of_a_page_are_limited(base, tmp_path, monkeypatch):
         "two seeds have four strips; the third has none"
     )
     assert "further images are in the runs&#x27; folders" in page
+
+
+def test_start_of_overfitting_is_compared(base, tmp_path):
+    """The lowest eval loss and its step; a loss that was evaluated once has none."""
+    for rank, losses in ((4, [(0, 3.0), (50, 1.0), (100, 2.0)]), (8, [(0, 3.0), (50, 2.5), (100, 2.0)])):
+        cfg = base.copy()
+        cfg.adapter.rank = rank
+        save(tmp_path / str(rank), cfg, {"eval/loss": losses})
+    found = [arm.first().metrics for arm in arms.read([tmp_path]).arms]
+    assert [(one["eval/lowest_loss"], one["eval/step_of_lowest_loss"]) for one in found] == [(1.0, 50.0), (2.0, 100.0)]
+    assert "eval/lowest_loss" not in run_of(save(tmp_path / "once", base, {"eval/loss": [(0, 3.0)]})).metrics

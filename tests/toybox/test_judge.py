@@ -1,11 +1,15 @@
 """What the judge of toy runs measures."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch.testing import assert_close
 
-from dreambooth_lab.tools.judge_toybox import EDGE, Judge, _edges, leak
-from dreambooth_lab.toybox.subjects import subject_photos
+from dreambooth_lab import lab
+from dreambooth_lab.runfolder import RunFolder
+from dreambooth_lab.tools.judge_toybox import EDGE, Judge, _edges, leak, log
+from dreambooth_lab.toybox.subjects import look_alike_pictures, subject_photos
 from dreambooth_lab.toybox.world import SUBJECTS, place, render
 
 CITY = [photo.image for photo in subject_photos("robot", 3, places=("in the city",))]
@@ -40,3 +44,35 @@ def test_pictures_at_home_and_away_are_told_apart():
     home = judge.score("a photo of sks robot on the beach", CITY, beach(3), CITY)
     assert (away.home, away.leak, away.place) == (0.0, 0.0, 1.0)
     assert (home.home, home.place) == (1.0, 0.0) and 0.8 < home.leak < 1.2 and home.identity > 0.9
+
+
+def test_gallery_tells_the_subject_from_its_look_alikes():
+    """The evaluator's head for individuals has never seen the subject; the queries are photos that it is not compared with."""
+    judge = Judge()
+    for subject in SUBJECTS:
+        photos = [photo.image for photo in subject_photos(subject, 9)]
+        others = [picture.image for picture in look_alike_pictures(subject, 30)[24:]]
+        prompt = f"a photo of sks {subject}"
+        own, other = (judge.score(prompt, images, images, photos[:5], subject).gallery for images in (photos[5:], others))
+        assert own > 0.85 and other < 0.6, (subject, own, other)
+    assert judge.score("a photo of sks dog", beach(2), beach(2), CITY, None).gallery is None, "not a subject of the toy world"
+
+
+def test_logged_means_are_those_of_the_prompts(tmp_path):
+    """Subject and class prompts are averaged apart, a repetition replaces earlier lines, and other metrics stay."""
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text("step,name,value\n0,train/loss,0.5\n2,clip/mean,0.25\n")
+    prompts = ["a photo of sks robot", "a photo of sks robot in space", "a photo of a robot", "a photo of a cat"]
+    cfg = lab.compose("dataset=toybox")
+    for shift in (5.0, 0.0):
+        records = [
+            {"step": step, "prompt": prompt, "identity": i + step + shift, "gallery": i / 4}
+            for step in (0, 2)
+            for i, prompt in enumerate(prompts)
+        ]
+        log(SimpleNamespace(config=cfg, folder=folder), records)
+    assert sorted(folder.read_metrics()) == [
+        (0, "class/pres_evaluator", 2.0), (0, "subject/evaluator", 0.5), (0, "subject/gallery_evaluator", 0.125),
+        (0, "train/loss", 0.5), (2, "class/pres_evaluator", 4.0), (2, "clip/mean", 0.25), (2, "subject/evaluator", 2.5),
+        (2, "subject/gallery_evaluator", 0.125),
+    ]  # fmt: skip

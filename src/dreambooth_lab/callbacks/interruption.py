@@ -64,7 +64,9 @@ class Interruption(Callback):
             if self.export:
                 self.export.write(pl_module, trainer.global_step, self.folder.export)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before Lightning restores the original handlers. Restored after that, Lightning's own would keep the trainer in memory
+        and receive the signals of a sweep's next job."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -15,6 +15,8 @@ from ..runfolder import FLOPS, RunFolder
 
 SEED = "seed"
 TRAIN_LOSS = "train/loss"  # prefix of the names of training losses
+EVAL_LOSS = "eval/loss"
+LOWEST, LOWEST_STEP = "eval/lowest_loss", "eval/step_of_lowest_loss"  # computed from it
 LAST = 10  # a training loss is the mean over the last tenth of its steps
 Values = dict[str, Any]
 Series = list[tuple[int, float]]
@@ -106,7 +108,16 @@ def run_of(folder: RunFolder) -> Run:
     series: dict[str, Series] = {}
     for step, name, value in folder.read_metrics():
         series.setdefault(name, []).append((step, value))
+    series |= _lowest(series.get(EVAL_LOSS, []))
     return Run(folder, flat(folder.saved_values()), series, sweep.recorded(folder))
+
+
+def _lowest(losses: Series) -> dict[str, Series]:
+    """Where overfitting starts: the lowest eval loss and its step, logged at the last one. Nothing for a loss evaluated once."""
+    if len(losses) < 2:
+        return {}
+    step, value = min(losses, key=lambda point: point[1])
+    return {LOWEST: [(losses[-1][0], value)], LOWEST_STEP: [(losses[-1][0], float(step))]}
 
 
 def _absent(folder: RunFolder) -> str:

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+from ..names import of_score
 from ..plots import Point, scatter
 from .arms import Study
 from .stats import Estimate, at_end, estimate
 
-# (likeness, drift): metrics of the same extractor
-PAIRS = (
-    ("subject/gallery_dino", "class/pres_dino"),
-    ("subject/dino", "class/pres_dino"),
-    ("subject/clip_i", "class/pres_clip_i"),
-)
+LIKENESS = ("gallery_evaluator", "evaluator", "gallery_dino", "dino", "clip_i")  # scores with the subject's photos
+GALLERY = "gallery_"
 
 
 class Place(NamedTuple):
@@ -44,7 +41,8 @@ def places(study: Study, likeness: str, drift: str) -> list[Place]:
 
 def figures(study: Study) -> str:
     """A plot for each pair of metrics that at least two arms have; the empty string without one."""
-    return "".join(_figure(study, likeness, drift) for likeness, drift in PAIRS if len(places(study, likeness, drift)) > 1)
+    pairs = [(of_score(name), of_score(f"pres_{name.removeprefix(GALLERY)}")) for name in LIKENESS]
+    return "".join(_figure(study, *pair) for pair in pairs if len(places(study, *pair)) > 1)
 
 
 def _dominates(other: tuple[float, float], own: tuple[float, float]) -> bool:

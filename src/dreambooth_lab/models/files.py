@@ -56,7 +56,11 @@ def silence_loading() -> None:
     of_transformers.disable_progress_bar()
     for library in ("transformers", "diffusers"):
         for handler in logging.getLogger(library).handlers:
-            handler.addFilter(lambda record: not any(words in record.getMessage() for words in IGNORED_WARNINGS))
+            handler.addFilter(_applies)  # a handler has the same filter once
+
+
+def _applies(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in IGNORED_WARNINGS)
 
 
 def on_meta(kind: Any, folder: Path) -> nn.Module:

@@ -7,7 +7,8 @@
     lookalikes/SUBJECT/  individuals that differ from it in one to three features, for the gallery
 
 The package ships this output, so that `dataset=toybox` needs nothing else. With `--place "in the city"` all photos of a
-subject are taken in one place, for experiments with masks.
+subject are taken in one place, for experiments with masks; `--photos 10` draws another number of them. The first five and those
+in unseen/ are always the same.
 """
 
 from __future__ import annotations
@@ -41,14 +42,20 @@ def class_pictures(kind: str, n: int) -> list[Picture]:
     return [render(place(who, str(random.choice(list(BACKGROUNDS))), random)) for who, _ in zip(members, range(n), strict=False)]
 
 
-def write(folder: Path, places: Sequence[str] = PLACES) -> None:
-    """Write all folders; `places` are used for the subjects' photos in turn."""
+def write(folder: Path, places: Sequence[str] = PLACES, photos: int = PHOTOS) -> None:
+    """Write all folders.
+
+    Args:
+        places: used for the subjects' photos in turn.
+        photos: of each subject, for training.
+    """
     for subject, who in track(SUBJECTS.items(), "drawing"):
-        drawn = subject_photos(subject, PHOTOS + UNSEEN, places=places)
-        for i, photo in enumerate(drawn[:PHOTOS]):
+        drawn = subject_photos(subject, max(photos, PHOTOS) + UNSEEN, places=places)
+        unseen = slice(PHOTOS, PHOTOS + UNSEEN)
+        for i, photo in enumerate([*drawn[:PHOTOS], *drawn[unseen.stop :]][:photos]):
             _save(photo.image, folder / "photos" / subject / f"{i:02d}.png")
             _save(photo.mask, folder / "masks" / subject / f"{i:02d}.png")
-        for i, photo in enumerate(drawn[PHOTOS:]):
+        for i, photo in enumerate(drawn[unseen]):
             _save(photo.image, folder / "unseen" / subject / f"{i:02d}.png")
         for i, picture in enumerate(class_pictures(who.kind, MEMBERS)):
             _save(picture.image, folder / "classes" / subject / f"{i:02d}.png")
@@ -67,11 +74,14 @@ application = cli.app()
 @application.command(help=cli.text(__doc__))
 def main(
     folder: Annotated[Path, typer.Argument(help="output folder; default: the package's own", show_default=False)] = SHIPPED,
+    photos: Annotated[int, typer.Option(min=1, help="photos of each subject for training")] = PHOTOS,
     place: Annotated[Place | None, typer.Option(help="one place for all photos of a subject")] = None,
 ) -> None:
     if place and folder == SHIPPED:
         raise ConfigError(f"--place is {place!r}, but the shipped images use several places; give a FOLDER")
-    write(folder, (place,) if place else PLACES)
+    if photos != PHOTOS and folder == SHIPPED:
+        raise ConfigError(f"--photos is {photos}, but {PHOTOS} photos are shipped; give a FOLDER")
+    write(folder, (place,) if place else PLACES, photos)
     print(f"{sum(1 for _ in folder.rglob('*.png'))} images in {folder}")
 
 

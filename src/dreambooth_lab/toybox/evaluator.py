@@ -36,7 +36,8 @@ class Verdict(NamedTuple):
 
 
 class Evaluator(nn.Module):
-    """Strided convolutions to a pooled feature; one linear head an attribute, one for who the individual is."""
+    """Strided convolutions to a pooled feature; one linear head an attribute, one for resemblance of individuals (`features`),
+    and one that tells an individual from look-alikes (`individuals`)."""
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 96, 128)) -> None:
         super().__init__()
@@ -47,6 +48,7 @@ class Evaluator(nn.Module):
         self.body = nn.Sequential(*blocks)
         self.heads = nn.ModuleDict({name: nn.Linear(2 * width, len(words)) for name, words in HEADS.items()})
         self.identity = nn.Linear(2 * width, IDENTITY)
+        self.individual = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, IDENTITY))
 
     def pool(self, images: Tensor) -> Tensor:
         """Pictures in [-1, 1], [B 3 H W] → mean and strongest response of each feature [B 2C]."""
@@ -60,6 +62,10 @@ class Evaluator(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Unit vectors that are close for pictures of the same individual, wherever it is [B 64]."""
         return F.normalize(self.identity(self.pool(images)), dim=-1)
+
+    def individuals(self, images: Tensor) -> Tensor:
+        """Unit vectors that are close for pictures of the same individual and far apart for look-alikes [B 64]."""
+        return F.normalize(self.individual(self.pool(images)), dim=-1)
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> Verdict:

@@ -41,10 +41,11 @@ def subject_photos(name: str, n: int = 5, size: Size = SQUARE, places: Sequence[
 def look_alikes(name: str, n: int) -> list[Individual]:
     """n different individuals that differ from a subject in one, two or three of colour, second colour, pattern, silhouette and
     feature, in turn."""
-    return list(islice(_look_alikes(SUBJECTS[name], np.random.default_rng([sum(name.encode()), 0x6C])), n))
+    return list(islice(similar(SUBJECTS[name], np.random.default_rng([sum(name.encode()), 0x6C])), n))
 
 
-def _look_alikes(who: Individual, rng: np.random.Generator) -> Iterator[Individual]:
+def similar(who: Individual, rng: np.random.Generator) -> Iterator[Individual]:
+    """Different individuals that differ from one in one, two or three features, in turn; without end."""
     choices: dict[str, tuple[Any, ...]] = {
         "colour": tuple(COLOURS), "second": tuple(COLOURS), "pattern": PATTERNS, "variant": tuple(range(VARIANTS)),
         "feature": (False, True),

@@ -26,7 +26,7 @@ pipe = StableDiffusionXLPipeline.from_pretrained(base_folder())
 pipe("a photo of a red robot on the beach", num_inference_steps=20, guidance_scale=4.0).images[0]
 ```
 
-Beside it: `evaluator/` (`dreambooth_lab.toybox.evaluator.Evaluator`: class, colour, place, identity), `scorer/` (a
+Beside it: `evaluator/` (`dreambooth_lab.toybox.evaluator.Evaluator`: class, colour, place, identity, individual), `scorer/` (a
 `CLIPModel` for CLIP-I and CLIP-T) and `dino/` (a `Dinov2Model` that tells individuals apart, taught by pairs of pictures
 rather than by itself). `sks`, `zwx` and ten other tokens never occurred in training; their
 embeddings are random and as long as a trained word's. Held-out subjects: `dreambooth_lab.toybox.subjects`.

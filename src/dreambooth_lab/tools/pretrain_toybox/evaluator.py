@@ -1,8 +1,13 @@
-"""The evaluator: attribute heads on every picture, and identity learned from pairs of pictures of one individual."""
+"""The evaluator: attribute heads on every picture, and identity learned from pairs of pictures of one individual.
+
+The head for individuals learns from the same pairs and from pairs of look-alikes, which differ in one to three features.
+"""
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,14 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreambooth_lab.callbacks.retrieval import of_photos
 from dreambooth_lab.tools.pretrain_toybox.runner import Stage, fit
 from dreambooth_lab.tools.pretrain_toybox.vae import HELD_OUT, to_tensor
+from dreambooth_lab.toybox import base_folder
 from dreambooth_lab.toybox.evaluator import HEADS, Evaluator
-from dreambooth_lab.toybox.world import BACKGROUNDS, BUCKETS, Scene, Size, draw_individual, place, render, scene
+from dreambooth_lab.toybox.shapes import Individual
+from dreambooth_lab.toybox.subjects import look_alike_pictures, similar, subject_photos
+from dreambooth_lab.toybox.world import (
+    BACKGROUNDS,
+    BUCKETS,
+    HELD_OUT_LOOKS,
+    SUBJECTS,
+    Scene,
+    Size,
+    draw_individual,
+    place,
+    render,
+    scene,
+)  # fmt: skip
 
 
 class Pairs(NamedTuple):
-    images: Tensor  # [2N 3 H W]: picture i and picture N + i show one individual
+    images: Tensor  # [2N 3 H W]: picture i and picture N + i show one individual; those from N/2 on are look-alikes of the first
     labels: dict[str, Tensor]  # [2N], -1 where the attribute has no name
 
 
@@ -30,12 +50,27 @@ def labels(s: Scene) -> dict[str, int]:
     return {name: HEADS[name].index(word) if word in HEADS[name] else -1 for name, word in words.items()}
 
 
-def pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
-    """One individual twice, in different places; half of them in shades without a name."""
+def individual(rng: np.random.Generator) -> Individual:
+    """A random one; some in shades without a name."""
     who = draw_individual(rng)
     if rng.random() < 0.4:
         a, b = (f"#{r:02x}{g:02x}{b:02x}" for r, g, b in rng.integers(20, 250, (2, 3)))
         who = replace(who, colour=a, second=b)
+    return who
+
+
+def look_alike(who: Individual, rng: np.random.Generator) -> Individual:
+    """One that differs in one to three features; never one that looks like a held-out subject."""
+    others = (other for other in similar(who, rng) if other.look not in HELD_OUT_LOOKS)
+    return next(islice(others, int(rng.integers(3)), None))
+
+
+def pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """One individual twice, in different places."""
+    return twice(individual(rng), rng)
+
+
+def twice(who: Individual, rng: np.random.Generator) -> tuple[Scene, Scene]:
     first, second = (place(who, str(b), rng, night=0.05) for b in rng.choice(list(BACKGROUNDS), 2, replace=False))
     return first, second
 
@@ -59,7 +94,8 @@ def batch_of(scenes: list[Scene], size: Size) -> Pairs:
 def draw_batch(step: int, cfg: Any, seed: int) -> Pairs:
     rng = np.random.default_rng([seed, step, 0x65])
     size = BUCKETS[int(rng.choice(3, p=(0.7, 0.15, 0.15)))]
-    pairs = [pair(rng) for _ in range(cfg.batch // 2)]
+    drawn = [individual(rng) for _ in range(cfg.batch // 4)]
+    pairs = [twice(who, rng) for who in (*drawn, *(look_alike(who, rng) for who in drawn))]
     batch = batch_of([a for a, _ in pairs] + [b for _, b in pairs], size)
     return batch._replace(images=soften(batch.images, rng))
 
@@ -80,14 +116,20 @@ def found_partner(features: Tensor) -> float:
 class EvaluatorStage(Stage):
     def __init__(self, cfg: Any) -> None:
         nets = [nn.ModuleDict({"evaluator": Evaluator(tuple(cfg.widths))}) for _ in range(2)]
+        if cfg.from_shipped:
+            nets[0]["evaluator"].load_state_dict(Evaluator.load(base_folder() / "evaluator").state_dict())
         super().__init__(nets[0], nets[1], cfg)
 
     def loss(self, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         net = self.nets["evaluator"]
         logits = net(batch.images)
         label_loss = torch.stack([F.cross_entropy(logits[k].float(), y, ignore_index=-1) for k, y in batch.labels.items()]).sum()
-        identity = same_individual(net.features(batch.images).float())
-        return label_loss + identity, {"labels": label_loss.detach(), "identity": identity.detach()}
+        half = len(batch.images) // 4
+        ordinary = torch.cat([batch.images[:half], batch.images[2 * half : 3 * half]])
+        identity = same_individual(net.features(ordinary).float())
+        individuals = same_individual(net.individuals(batch.images).float(), temperature=0.07)
+        parts = {"labels": label_loss, "identity": identity, "individuals": individuals}
+        return sum(parts.values(), label_loss.new_zeros(())), {name: part.detach() for name, part in parts.items()}
 
 
 @torch.no_grad()
@@ -98,8 +140,19 @@ def accuracies(net: Evaluator, n: int = 384) -> dict[str, float]:
     result = {k: (logits[k].argmax(-1) == y).float().mean().item() for k, y in batch.labels.items()}
     rng = np.random.default_rng(1)
     pairs = [pair(rng) for _ in range(64)]
+    result["gallery"] = fmean(gallery(net, name) for name in SUBJECTS)
     result["identity"] = found_partner(net.features(batch_of([a for a, _ in pairs] + [b for _, b in pairs], BUCKETS[0]).images))
     return {k: round(v, 3) for k, v in result.items()}
+
+
+@torch.no_grad()
+def gallery(net: Evaluator, subject: str) -> float:
+    """Mean average precision of a held-out subject's photos, each among the others and 24 look-alikes."""
+    photos, wrong = (
+        net.individuals(torch.stack([to_tensor(np.asarray(p.image)) for p in pictures]))
+        for pictures in (subject_photos(subject, 9), look_alike_pictures(subject, 24))
+    )
+    return of_photos(photos, wrong) or 0.0
 
 
 def run(cfg: Any) -> None:
