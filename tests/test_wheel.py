@@ -19,6 +19,8 @@ INSIDE = {
     "src/dreambooth_lab": "",
     "conf": "conf/",
     "experiments/experiment": "experiments/experiment/",
+    "experiments/remedy": "experiments/remedy/",
+    "experiments/rollout_arm": "experiments/rollout_arm/",
     "experiments/sweep": "experiments/sweep/",
 }
 
