@@ -314,6 +314,8 @@ def test_start_of_overfitting_is_compared(base, tmp_path):
         cfg = base.copy()
         cfg.adapter.rank = rank
         save(tmp_path / str(rank), cfg, {"eval/loss": losses})
-    found = [arm.first().metrics for arm in arms.read([tmp_path]).arms]
+    study = arms.read([tmp_path])
+    assert "eval/lowest_loss" in stats.results(study) and "eval/step_of_lowest_loss" not in stats.results(study)
+    found = [arm.first().metrics for arm in study.arms]
     assert [(one["eval/lowest_loss"], one["eval/step_of_lowest_loss"]) for one in found] == [(1.0, 50.0), (2.0, 100.0)]
     assert "eval/lowest_loss" not in run_of(save(tmp_path / "once", base, {"eval/loss": [(0, 3.0)]})).metrics

@@ -16,11 +16,13 @@ from typing import NamedTuple
 from scipy import stats
 
 from .arms import Arm, Study
+from .runs import LOWEST_STEP
 
 LEVEL = 0.95
 ALPHA = 1 - LEVEL
 BY_SEED, UNPAIRED, BY_IMAGE, NOT_TOLD = "seed", "none", "image", "too few"
-NOT_JUDGED = ("train/lr", "clip/min", "clip/max", "clip/std")
+# Only listed. The step of the lowest loss is one of a few: seeds may agree by chance, and then have an interval of width 0.
+NOT_JUDGED = ("train/lr", "clip/min", "clip/max", "clip/std", LOWEST_STEP)
 PARTS = "eval/loss_"  # of the eval loss: by dataset, by time
 
 
