@@ -156,7 +156,7 @@ def scatter(caption: str, points: Sequence[Point], *, x: str, y: str, mark: floa
                 x=[point.x[0]], y=[point.y[0]], error_x=_reach(point.x), error_y=_reach(point.y), mode="markers+text",
                 text=[_text(point.name)], textposition=SIDES[place % len(SIDES)], showlegend=False, name=_text(point.name),
                 marker={"size": 10, "color": _colour(place), "symbol": "circle" if point.filled else "circle-open"},
-                textfont={"color": _colour(place)}, hovertemplate="%{x:.4g}, %{y:.4g}",
+                textfont={"color": _colour(place)}, hovertemplate="%{x:.4g}, %{y:.4g}", cliponaxis=False,
             )
         )  # fmt: skip
     if mark is not None:
