@@ -26,11 +26,11 @@ from rich.progress import track
 
 from dreambooth_lab.config import ConfigError
 from dreambooth_lab.tools.common import cli
-from dreambooth_lab.toybox.subjects import PLACES, look_alike_pictures, subject_photos
+from dreambooth_lab.toybox.subjects import LOOK_ALIKES, PLACES, look_alike_pictures, subject_photos
 from dreambooth_lab.toybox.world import BACKGROUNDS, SUBJECTS, Picture, draw_individual, place, render
 
 SHIPPED = Path(__file__).resolve().parents[1] / "toybox" / "pictures"
-PHOTOS, UNSEEN, MEMBERS, LOOK_ALIKES = 5, 4, 12, 24
+PHOTOS, UNSEEN, MEMBERS = 5, 4, 12
 Place = StrEnum("Place", {name: name for name in BACKGROUNDS})  # type: ignore[misc]
 
 

@@ -9,7 +9,7 @@ Scores the run's validation images, those of the base model (step 0) and the las
     identity       mean cosine of the evaluator's identity features with the subject's photos: up with the rare token, and
                    unchanged elsewhere, is the goal of DreamBooth
     gallery        mean average precision of finding the subject's photos among 24 look-alikes, with an image as the query, by the
-                   evaluator's head for individuals: 1 if it shows this individual, about .2 if any other
+                   evaluator's head for individuals: 1 for this individual, about .5 for a look-alike, .2 for any other
     CLIP-I         the same with the shipped scorer's image features
     diversity      1 - mean cosine of those features between the images of one prompt: falls when a class collapses
 
@@ -53,10 +53,9 @@ from dreambooth_lab.tools.common import cli
 from dreambooth_lab.toybox import base_folder
 from dreambooth_lab.toybox.evaluator import Evaluator
 from dreambooth_lab.toybox.shapes import CLASSES
-from dreambooth_lab.toybox.subjects import look_alike_pictures
+from dreambooth_lab.toybox.subjects import LOOK_ALIKES, look_alike_pictures
 from dreambooth_lab.toybox.world import BACKGROUNDS, SUBJECTS
 
-LOOK_ALIKES = 24
 EDGE = 16  # px of 128 at the left and the right that are considered background
 
 Pictures = Sequence[Image.Image]

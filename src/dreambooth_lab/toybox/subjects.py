@@ -15,6 +15,7 @@ from dreambooth_lab.toybox.world import BACKGROUNDS, SQUARE, SUBJECTS, Picture, 
 
 # never shown in a subject's photos, so that prompts about them are a test
 UNSEEN_PLACES = ("on the beach", "in space")
+LOOK_ALIKES = 24  # of each subject, in its gallery
 PLACES = tuple(b for b in BACKGROUNDS if b not in UNSEEN_PLACES)
 
 

@@ -21,7 +21,7 @@ from dreambooth_lab.tools.pretrain_toybox.vae import HELD_OUT, to_tensor
 from dreambooth_lab.toybox import base_folder
 from dreambooth_lab.toybox.evaluator import HEADS, Evaluator
 from dreambooth_lab.toybox.shapes import Individual
-from dreambooth_lab.toybox.subjects import look_alike_pictures, similar, subject_photos
+from dreambooth_lab.toybox.subjects import LOOK_ALIKES, look_alike_pictures, similar, subject_photos
 from dreambooth_lab.toybox.world import (
     BACKGROUNDS,
     BUCKETS,
@@ -147,10 +147,10 @@ def accuracies(net: Evaluator, n: int = 384) -> dict[str, float]:
 
 @torch.no_grad()
 def gallery(net: Evaluator, subject: str) -> float:
-    """Mean average precision of a held-out subject's photos, each among the others and 24 look-alikes."""
+    """Mean average precision of a held-out subject's photos, each among the others and its look-alikes."""
     photos, wrong = (
         net.individuals(torch.stack([to_tensor(np.asarray(p.image)) for p in pictures]))
-        for pictures in (subject_photos(subject, 9), look_alike_pictures(subject, 24))
+        for pictures in (subject_photos(subject, 9), look_alike_pictures(subject, LOOK_ALIKES))
     )
     return of_photos(photos, wrong) or 0.0
 
